@@ -1,0 +1,79 @@
+"""Fast generative embeddings.
+
+`load` gives an Encoder, `encode` embeds in one line. Importing this package loads neither
+transformers nor Triton and does not initialise CUDA.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from gen_fast.version import __version__
+
+if TYPE_CHECKING:
+    from gen_fast.adapter import Adapter
+    from gen_fast.encoder import Encoder
+    from gen_fast.errors import (
+        AdapterError,
+        BackboneMismatchError,
+        GenFastError,
+        ImplementationError,
+        ModelNotFoundError,
+        NonFiniteError,
+        PrefixCacheError,
+        PromptError,
+        TextError,
+        TextTypeError,
+        UnsupportedModelError,
+        WeightsError,
+    )
+    from gen_fast.loading import encode, load
+
+# Where each public name lives; resolved on first use, so that importing stays cheap.
+_HOME = {
+    "Adapter": "adapter",
+    "Encoder": "encoder",
+    "encode": "loading",
+    "load": "loading",
+    "AdapterError": "errors",
+    "BackboneMismatchError": "errors",
+    "GenFastError": "errors",
+    "ImplementationError": "errors",
+    "ModelNotFoundError": "errors",
+    "NonFiniteError": "errors",
+    "PrefixCacheError": "errors",
+    "PromptError": "errors",
+    "TextError": "errors",
+    "TextTypeError": "errors",
+    "UnsupportedModelError": "errors",
+    "WeightsError": "errors",
+}
+
+__all__ = [  # noqa: RUF022 - what people look for first stands first
+    "load",
+    "encode",
+    "Encoder",
+    "Adapter",
+    "__version__",
+    "GenFastError",
+    "TextError",
+    "TextTypeError",
+    "PromptError",
+    "NonFiniteError",
+    "ModelNotFoundError",
+    "UnsupportedModelError",
+    "WeightsError",
+    "AdapterError",
+    "BackboneMismatchError",
+    "PrefixCacheError",
+    "ImplementationError",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'gen_fast' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"gen_fast.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

@@ -1,0 +1,259 @@
+"""The frozen decoder: RMSNorm, grouped-query attention, RoPE and SwiGLU over packed tokens.
+
+One class for Llama, SmolLM2, Qwen2, Qwen2.5, Qwen3 and Mistral; they differ only in the fields of
+BackboneConfig. Sizes: T rows, B texts, R needed rows, h hidden, H query heads, KV key/value
+heads, D head size, f feed-forward size, P prefix length, V vocabulary, L layers.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from gen_fast.batching import PackedBatch
+from gen_fast.ops.append import append
+from gen_fast.ops.attention import attention
+from gen_fast.ops.norm import add_rms_norm, rms_norm
+from gen_fast.ops.rope import rope
+from gen_fast.ops.swiglu import swiglu
+
+
+@dataclass(frozen=True)
+class Llama3Scaling:
+    """Llama 3.1's frequency scaling for long context."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_positions: int
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """Everything that shapes the computation. `family` is the Hugging Face model_type."""
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    norm_eps: float
+    rope_theta: float
+    rope_scaling: Llama3Scaling | None
+    qkv_bias: bool
+    qk_norm: bool
+    tied_head: bool
+    max_positions: int
+    windows: tuple[int | None, ...]  # sliding window of each layer
+
+    @property
+    def q_size(self) -> int:
+        """Width of all query heads together."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        """Width of all key (or value) heads together."""
+        return self.num_kv_heads * self.head_dim
+
+    @property
+    def non_embedding_parameters(self) -> int:
+        """Weights multiplied with each token: the P of 2·P FLOPs a token."""
+        attention_weights = self.hidden_size * (2 * self.q_size + 2 * self.kv_size)
+        return self.num_layers * (
+            attention_weights + 3 * self.hidden_size * self.intermediate_size
+        )
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One block. Queries, keys and values share one matrix, and so do gate and up."""
+
+    attention_norm: Tensor  # [h]
+    qkv: Tensor  # [(H + 2·KV)·D, h]
+    qkv_bias: Tensor | None  # [(H + 2·KV)·D]
+    qk_norm: Tensor | None  # [H + KV, D], Qwen3's weight of each query and key head
+    out: Tensor  # [h, H·D]
+    mlp_norm: Tensor  # [h]
+    gate_up: Tensor  # [2f, h]
+    down: Tensor  # [h, f]
+
+
+@dataclass(frozen=True)
+class PrefixKV:
+    """Keys (after RoPE) and values of a shared prefix, a [P, KV, D] pair a layer."""
+
+    ids: tuple[int, ...]
+    layers: tuple[tuple[Tensor, Tensor], ...]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def cut(self, length: int) -> "PrefixKV":
+        """Return the first `length` tokens, as views: exact, because attention is causal."""
+        if length == len(self):
+            return self
+        layers = tuple((k[:length], v[:length]) for k, v in self.layers)
+        return PrefixKV(self.ids[:length], layers)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the tensors, in bytes."""
+        return sum(x.nbytes for pair in self.layers for x in pair)
+
+
+class Backbone:
+    """The decoder stack and its weights. It owns no gradient: weights are frozen.
+
+    Built by `gen_fast.weights.load_backbone`. `fingerprint` tells one set of weights from
+    another (see weights.py); adapters and caches are checked against it.
+    """
+
+    def __init__(
+        self,
+        config: BackboneConfig,
+        embedding: Tensor,
+        layers: tuple[LayerWeights, ...],
+        final_norm: Tensor,
+        fingerprint: Mapping[str, str | int | float],
+    ) -> None:
+        self.config = config
+        self.embedding = embedding  # [V, h]
+        self.layers = layers
+        self.final_norm = final_norm  # [h]
+        self.fingerprint = dict(fingerprint)
+        self._inverse_frequencies = inverse_frequencies(config)
+        self._rotary: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights and activations."""
+        return self.embedding.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.embedding.device
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the weights, in bytes."""
+        tensors = [t for layer in self.layers for t in vars(layer).values() if t is not None]
+        return sum(t.nbytes for t in [self.embedding, self.final_norm, *tensors])
+
+    def forward(
+        self, batch: PackedBatch, *, special: Tensor | None = None, prefix: PrefixKV | None = None
+    ) -> Tensor:
+        """Return the residual stream [R, h] at the needed rows, before the final norm.
+
+        special [k, h]: embeddings of ids V, V + 1, … . prefix: keys and values before each text;
+        `batch.positions` must start at its length. The last layer computes queries, attention
+        output and feed-forward for the needed rows only.
+        """
+        stream, _ = self._run(batch, special, prefix, keep_kv=False)
+        return stream
+
+    def prefill(self, ids: tuple[int, ...]) -> PrefixKV:
+        """Run a prefix once and keep every layer's keys and values."""
+        batch = PackedBatch.pack(
+            [torch.tensor(ids, dtype=torch.int64).numpy()], needed=[0], device=self.device
+        )
+        _, kv = self._run(batch, None, None, keep_kv=True)
+        return PrefixKV(tuple(ids), tuple(kv))
+
+    def _run(
+        self, batch: PackedBatch, special: Tensor | None, prefix: PrefixKV | None, keep_kv: bool
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        config = self.config
+        eps = config.norm_eps
+        cos, sin = self._rotary_rows(batch.positions, prefix)
+        kept: list[tuple[Tensor, Tensor]] = []
+
+        stream = append(self.embedding, special, batch.ids)  # [T, h]
+        normed = rms_norm(stream, self.layers[0].attention_norm, eps)
+        for i, layer in enumerate(self.layers):
+            last = i == len(self.layers) - 1
+            rows = batch.rows if last else None
+            q, k, v = self._qkv(layer, normed, cos, sin, rows)
+            if keep_kv:
+                kept.append((k.contiguous(), v.contiguous()))
+            if rows is not None:
+                stream = stream[rows]
+                if not len(rows):
+                    return stream, kept
+            prefix_k, prefix_v = (None, None) if prefix is None else prefix.layers[i]
+            mixed = attention(
+                q,
+                k,
+                v,
+                batch.row_offsets if last else batch.offsets,
+                batch.offsets,
+                prefix_k,
+                prefix_v,
+                config.windows[i],
+            )
+            mixed = linear(mixed.flatten(1), layer.out)
+            normed, stream = add_rms_norm(mixed, stream, layer.mlp_norm, eps)
+            mixed = linear(swiglu(linear(normed, layer.gate_up)), layer.down)
+            if last:
+                return stream + mixed, kept
+            normed, stream = add_rms_norm(mixed, stream, self.layers[i + 1].attention_norm, eps)
+        raise AssertionError("a backbone has at least one layer")
+
+    def _qkv(
+        self, layer: LayerWeights, normed: Tensor, cos: Tensor, sin: Tensor, rows: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated q [T, H, D] and k [T, KV, D], and v; q [R, H, D] of `rows` only, if given."""
+        config = self.config
+        n_q, n_kv, eps = config.num_heads, config.num_kv_heads, config.norm_eps
+        heads = (-1, config.head_dim)
+        if rows is None:
+            fused = linear(normed, layer.qkv, layer.qkv_bias).unflatten(-1, heads)
+            qk, v = fused.split([n_q + n_kv, n_kv], dim=1)
+            q, k = rope(qk, cos, sin, layer.qk_norm, eps).split([n_q, n_kv], dim=1)
+            return q, k, v
+        cut = config.q_size
+        bias, norm = layer.qkv_bias, layer.qk_norm
+        q = linear(normed[rows], layer.qkv[:cut], None if bias is None else bias[:cut])
+        q = rope(
+            q.unflatten(-1, heads), cos[rows], sin[rows], None if norm is None else norm[:n_q], eps
+        )
+        kv = linear(normed, layer.qkv[cut:], None if bias is None else bias[cut:])
+        k, v = kv.unflatten(-1, heads).chunk(2, dim=1)
+        k = rope(k, cos, sin, None if norm is None else norm[n_q:], eps)
+        return q, k, v
+
+    def _rotary_rows(self, positions: Tensor, prefix: PrefixKV | None) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [T, D/2] of the rows' positions, float32, from a growing table."""
+        # T plus P bounds every position without asking the device for the maximum.
+        needed = len(positions) + (0 if prefix is None else len(prefix))
+        if self._rotary is None or self._rotary[0].shape[0] < needed:
+            size = 1 << max(needed - 1, 511).bit_length()
+            dtype = torch.promote_types(self.dtype, torch.float32)
+            angles = torch.arange(size, dtype=dtype).unsqueeze(1) * self._inverse_frequencies
+            self._rotary = angles.cos().to(self.device), angles.sin().to(self.device)
+        cos, sin = self._rotary
+        return cos[positions], sin[positions]
+
+
+def inverse_frequencies(config: BackboneConfig) -> Tensor:
+    """RoPE angle a position, [D/2] float32, with Llama 3.1's scaling where configured.
+
+    Source: Llama 3 herd, arXiv 2407.21783, §3.4.2, and the released `rope_scaling` values: long
+    wavelengths are divided by `factor`, short ones kept, those between blended linearly.
+    """
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    frequencies = 1.0 / config.rope_theta**exponents
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    turns = scaling.original_max_positions * frequencies / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    keep = ((turns - low) / (high - low)).clamp(0.0, 1.0)
+    return frequencies * (keep + (1 - keep) / scaling.factor)

@@ -1,0 +1,71 @@
+"""Packing texts into batches without padding."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Texts laid end to end, each behind the same (possibly empty) shared prefix.
+
+    ids [T]: int64 token ids; V + j means special token j (see the op `append`).
+    offsets [B + 1]: int32; rows offsets[i]:offsets[i+1] belong to text i.
+    positions [T]: int64 position of each row in its own sequence, counting the prefix.
+    row_offsets [B + 1]: int32; how the needed rows are split over the texts.
+    rows [R]: int64 indices of the needed rows, the last ones of each text; None means all.
+    """
+
+    ids: Tensor
+    offsets: Tensor
+    positions: Tensor
+    row_offsets: Tensor
+    rows: Tensor | None
+
+    @classmethod
+    def pack(
+        cls,
+        sequences: Sequence[np.ndarray],
+        *,
+        needed: Sequence[int] | None = None,
+        prefix_length: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> "PackedBatch":
+        """Pack 1-D id arrays. `needed[i]` is how many last rows of text i the caller wants.
+
+        Raises ValueError if a text needs more rows than it has.
+        """
+        lengths = np.array([len(s) for s in sequences], dtype=np.int64)
+        offsets = np.concatenate(([0], lengths.cumsum()))
+        positions = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths) + prefix_length
+        counts = lengths if needed is None else np.asarray(needed, dtype=np.int64)
+        if (counts > lengths).any() or (counts < 0).any():
+            raise ValueError("a text cannot have more needed rows than tokens")
+        row_offsets = np.concatenate(([0], counts.cumsum()))
+        rows = None
+        if (counts != lengths).any():
+            starts = np.repeat(offsets[1:] - counts - row_offsets[:-1], counts)
+            rows = torch.from_numpy(np.arange(row_offsets[-1]) + starts).to(device)
+        ids = np.concatenate(sequences) if len(sequences) else np.empty(0)
+        return cls(
+            ids=torch.from_numpy(ids.astype(np.int64)).to(device),
+            offsets=torch.from_numpy(offsets.astype(np.int32)).to(device),
+            positions=torch.from_numpy(positions).to(device),
+            row_offsets=torch.from_numpy(row_offsets.astype(np.int32)).to(device),
+            rows=rows,
+        )
+
+
+def split_by_budget(lengths: Sequence[int], budget: int) -> Iterator[slice]:
+    """Cut consecutive texts into runs of at most `budget` tokens, at least one text each."""
+    start, total = 0, 0
+    for i, length in enumerate(lengths):
+        if i > start and total + length > budget:
+            yield slice(start, i)
+            start, total = i, 0
+        total += length
+    if start < len(lengths):
+        yield slice(start, len(lengths))

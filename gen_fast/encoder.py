@@ -1,0 +1,297 @@
+"""Texts to embeddings: tokenise in the background, sort by length, pack, run, pool, put in order."""
+
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from gen_fast import methods
+from gen_fast.adapter import DEFAULT_PROMPTS, Adapter
+from gen_fast.backbone import Backbone, PrefixKV
+from gen_fast.batching import PackedBatch, split_by_budget
+from gen_fast.budget import TokenBudget
+from gen_fast.errors import NonFiniteError, PromptError
+from gen_fast.generation import AnswerGenerator
+from gen_fast.methods import Layout, Sequences
+from gen_fast.ops.pool import pool
+from gen_fast.prefix import PrefixCache
+from gen_fast.tokenizing import check_texts
+
+logger = logging.getLogger(__name__)
+
+Precision = Literal["float32", "binary", "ubinary"]
+
+# Texts are sorted by length within a window. Large enough that equal lengths meet, small enough
+# that the window's ids take a few megabytes.
+WINDOW_TEXTS = 4096
+WINDOW_CHARACTERS = 1 << 23
+
+
+class Encoder:
+    """Embeds texts with one backbone and one method. Made by `gen_fast.load`.
+
+    prompts: the instructions selectable by `prompt_name`. max_length: tokens of prompt, text and
+    special tokens together; longer texts lose their tail (counted and logged once a call).
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        tokenizer: Any,
+        method: str,
+        *,
+        adapter: Adapter | None = None,
+        generator: AnswerGenerator | None = None,
+        max_length: int | None = None,
+        deterministic: bool = False,
+        name: str = "",
+    ) -> None:
+        self.backbone = backbone
+        self.tokenizer = tokenizer
+        self.method = method
+        self.adapter = adapter
+        self.name = name
+        self.deterministic = deterministic
+        self.max_length = max_length or (adapter.max_length if adapter else 512)
+        self.prompts: dict[str, str] = (
+            dict(adapter.prompts) if adapter else dict.fromkeys(DEFAULT_PROMPTS, "")
+        )
+        self.prefixes = PrefixCache(backbone)
+        self.budget = TokenBudget(backbone)
+        self._generator = generator
+        self._special: Tensor | None = None
+        self._projection: tuple[Tensor, Tensor] | None = None
+        if adapter is not None:
+            adapter.check_backbone(backbone.fingerprint)
+            self._special = adapter.special.to(backbone.device, backbone.dtype)
+            projection = adapter.projection()
+            if projection is not None:
+                weight, bias = (t.to(backbone.device) for t in projection)
+                self._projection = weight, bias
+
+    @property
+    def dimension(self) -> int:
+        """Size of an embedding."""
+        return self.adapter.dimension if self.adapter else self.backbone.config.hidden_size
+
+    @property
+    def device(self) -> torch.device:
+        """Where the backbone runs."""
+        return self.backbone.device
+
+    def encode(
+        self,
+        texts: str | Sequence[str],
+        *,
+        prompt: str | None = None,
+        prompt_name: str | None = None,
+        normalize_embeddings: bool = False,
+        precision: Precision = "float32",
+        truncate_dim: int | None = None,
+        show_progress_bar: bool | None = None,
+        convert_to_tensor: bool = False,
+    ) -> np.ndarray | Tensor:
+        """Embed a text, giving [d], or a list of texts, giving [n, d], in the order given.
+
+        prompt: instruction put before every text; prompt_name picks one of `self.prompts`.
+        normalize_embeddings: divide by the L2 norm (after truncate_dim).
+        precision: "float32", or the signs as bits, 8 dimensions a byte: "ubinary" uint8, "binary"
+        int8 (shifted by 128), as in sentence-transformers.
+        truncate_dim: keep the first dimensions only.
+        show_progress_bar: on stderr; None shows it when stderr is a terminal.
+        convert_to_tensor: return a CPU tensor instead of an array.
+
+        Raises TextTypeError or TextError naming the row of a text that cannot be embedded,
+        NonFiniteError naming the rows of embeddings with NaN or infinity, PromptError for an
+        unknown prompt_name or a prompt longer than max_length.
+        """
+        single = isinstance(texts, str)
+        rows: Sequence[str] = [texts] if isinstance(texts, str) else self._as_list(texts)
+        check_texts(rows)
+        dimension = self.dimension if truncate_dim is None else truncate_dim
+        if not 1 <= dimension <= self.dimension:
+            raise ValueError(f"truncate_dim {truncate_dim} is outside 1…{self.dimension}")
+        if precision not in ("float32", "binary", "ubinary"):
+            raise ValueError(f"precision {precision!r} is not float32, binary or ubinary")
+
+        layout = self._layout(self._prompt(prompt, prompt_name))
+        output = np.empty((len(rows), dimension), dtype=np.float32)
+        if show_progress_bar is None:
+            show_progress_bar = sys.stderr.isatty() and not single
+        with (
+            tqdm(total=len(rows), unit="text", disable=not show_progress_bar) as bar,
+            torch.inference_mode(),
+        ):
+            for indices, embeddings in self._embed(rows, layout):
+                part = embeddings[:, :dimension]
+                if normalize_embeddings:
+                    part = torch.nn.functional.normalize(part, dim=-1)
+                output[indices] = part.cpu().numpy()
+                _check_finite(output, indices)
+                bar.update(len(indices))
+        if layout.truncated:
+            logger.warning(
+                "%d of %d texts were longer than max_length=%d tokens and lost their tail",
+                *(layout.truncated, len(rows), self.max_length),
+            )
+        result = output if precision == "float32" else _signs(output, precision)
+        result = result[0] if single else result
+        return torch.from_numpy(result) if convert_to_tensor else result
+
+    def encode_query(self, texts: str | Sequence[str], **kwargs: Any) -> np.ndarray:
+        """`encode` with the prompt named "query"."""
+        return self.encode(texts, prompt_name="query", **kwargs)
+
+    def encode_document(self, texts: str | Sequence[str], **kwargs: Any) -> np.ndarray:
+        """`encode` with the prompt named "document"."""
+        return self.encode(texts, prompt_name="document", **kwargs)
+
+    @staticmethod
+    def similarity(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """Cosine similarity of the rows of `a` [n, d] and `b` [m, d]: [n, m] float32."""
+        a, b = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (a, b))
+        product: np.ndarray = a @ b.T
+        return product
+
+    # ------------------------------------------------------------------ one call, step by step
+
+    @staticmethod
+    def _as_list(texts: object) -> Sequence[str]:
+        if isinstance(texts, bytes | bytearray) or not hasattr(texts, "__len__"):
+            check_texts([texts])
+        return texts  # type: ignore[return-value]  # rows are checked by the caller
+
+    def _prompt(self, prompt: str | None, prompt_name: str | None) -> str:
+        if prompt is not None and prompt_name is not None:
+            raise PromptError("give prompt or prompt_name, not both")
+        if prompt_name is None:
+            return prompt or ""
+        if prompt_name not in self.prompts:
+            raise PromptError(
+                f"no prompt named {prompt_name!r}; there are {', '.join(self.prompts) or 'none'}"
+            )
+        return self.prompts[prompt_name]
+
+    def _layout(self, prompt: str) -> Layout:
+        if self.adapter is not None:
+            return methods.SpecialTokens(
+                self.tokenizer,
+                prompt,
+                self.max_length,
+                self.backbone.config.vocab_size,
+                self.adapter.n_special,
+                self.adapter.n_compression,
+            )
+        if self.method == "echo":
+            return methods.Echo(self.tokenizer, prompt, self.max_length)
+        return methods.OwnTokens(
+            self.tokenizer, prompt, self.max_length, self.method, self._generator
+        )
+
+    def _embed(
+        self, texts: Sequence[str], layout: Layout
+    ) -> Iterator[tuple[np.ndarray, Tensor]]:
+        """Yield (input positions [n], embeddings [n, d] float32) until every text is done.
+
+        The next window is laid out in the background while this one is run.
+        """
+        bounds = list(_window_bounds(texts))
+
+        def lay_out(bound: slice) -> Sequences:
+            return layout(texts[bound], bound.start)
+
+        with ThreadPoolExecutor(1, "gen_fast-tokenize") as executor:
+            pending = [executor.submit(lay_out, bound) for bound in bounds[:1]]
+            for i, bound in enumerate(bounds):
+                window = pending.pop().result()
+                pending += [executor.submit(lay_out, after) for after in bounds[i + 1 : i + 2]]
+                for members, embeddings in self._embed_window(window, layout.prompt_ids):
+                    yield members + bound.start, embeddings
+
+    def _embed_window(
+        self, window: Sequences, prompt_ids: np.ndarray
+    ) -> Iterator[tuple[np.ndarray, Tensor]]:
+        """Run one window, grouped by how much of the prompt's prefix a text shares."""
+        lengths = np.array([len(row) for row in window.ids])
+        longest_first = np.argsort(-lengths, kind="stable")
+        for shared in np.unique(window.shared):
+            group = longest_first[window.shared[longest_first] == shared]
+            prefix = self.prefixes.get(tuple(prompt_ids.tolist())) if shared else None
+            if prefix is not None:
+                prefix = prefix.cut(int(shared))
+            yield from self._embed_group(window, group, prefix)
+
+    def _embed_group(
+        self, window: Sequences, group: np.ndarray, prefix: PrefixKV | None
+    ) -> Iterator[tuple[np.ndarray, Tensor]]:
+        """Run texts that share `prefix`, longest first, within the token budget."""
+        skip = 0 if prefix is None else len(prefix)
+        pending = group
+        while len(pending):
+            lengths = [len(window.ids[i]) - skip for i in pending]
+            budget = 1 if self.deterministic else self.budget.tokens
+            members = pending[next(split_by_budget(lengths, budget))]
+            batch = PackedBatch.pack(
+                [window.ids[i][skip:] for i in members],
+                needed=window.needed[members].tolist(),
+                prefix_length=skip,
+                device=self.device,
+            )
+            try:
+                embeddings = self._run(batch, window.needed[members].tolist(), prefix)
+            except RuntimeError as error:  # only running out of memory is survived
+                self.budget.shrink(error, sum(lengths[: len(members)]), len(members))
+                continue
+            pending = pending[len(members) :]
+            yield members, embeddings
+
+    def _run(self, batch: PackedBatch, needed: list[int], prefix: PrefixKV | None) -> Tensor:
+        backbone = self.backbone
+        hidden = backbone.forward(batch, special=self._special, prefix=prefix)
+        weights = methods.row_weights(needed, self.method)
+        projection, bias = self._projection or (None, None)
+        return pool(
+            hidden,
+            batch.row_offsets,
+            backbone.final_norm,
+            backbone.config.norm_eps,
+            None if weights is None else torch.from_numpy(weights).to(self.device),
+            projection,
+            bias,
+        )
+
+
+def _window_bounds(texts: Sequence[str]) -> Iterator[slice]:
+    """Cut the texts into windows of bounded count and size."""
+    start = characters = 0
+    for i, text in enumerate(texts):
+        full = i - start >= WINDOW_TEXTS or characters + len(text) > WINDOW_CHARACTERS
+        if i > start and full:
+            yield slice(start, i)
+            start, characters = i, 0
+        characters += len(text)
+    if start < len(texts):
+        yield slice(start, len(texts))
+
+
+def _check_finite(output: np.ndarray, indices: np.ndarray) -> None:
+    bad = indices[~np.isfinite(output[indices]).all(axis=1)]
+    if len(bad):
+        rows = tuple(int(i) for i in np.sort(bad))
+        raise NonFiniteError(
+            f"the embedding of row {rows[0]} holds NaN or infinity"
+            + (f", and so do {len(rows) - 1} more" if rows[1:] else "")
+            + "; float16 overflows on some models: use bfloat16 or float32",
+            rows,
+        )
+
+
+def _signs(embeddings: np.ndarray, precision: Precision) -> np.ndarray:
+    bits = np.packbits(embeddings > 0, axis=-1)
+    return bits if precision == "ubinary" else (bits.astype(np.int16) - 128).astype(np.int8)

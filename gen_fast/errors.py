@@ -1,0 +1,57 @@
+"""What can go wrong, one exception type per cause. All are importable from `gen_fast`."""
+
+
+class GenFastError(Exception):
+    """Base of every error that gen_fast raises on purpose."""
+
+
+class TextError(GenFastError, ValueError):
+    """A text cannot be embedded. `rows` lists the positions of the bad texts in the input."""
+
+    def __init__(self, message: str, rows: tuple[int, ...]) -> None:
+        super().__init__(message)
+        self.rows = rows
+
+
+class TextTypeError(TextError, TypeError):
+    """A text is not a `str`."""
+
+
+class PromptError(GenFastError, ValueError):
+    """A prompt is unknown, or leaves no room for the text within the maximum length."""
+
+
+class NonFiniteError(GenFastError, ArithmeticError):
+    """An embedding holds NaN or infinity. `rows` lists the positions of its texts in the input."""
+
+    def __init__(self, message: str, rows: tuple[int, ...]) -> None:
+        super().__init__(message)
+        self.rows = rows
+
+
+class ModelNotFoundError(GenFastError, FileNotFoundError):
+    """A model name, directory or Hub id leads nowhere."""
+
+
+class UnsupportedModelError(GenFastError, ValueError):
+    """The model is readable, but asks for something the backbone does not compute."""
+
+
+class WeightsError(GenFastError, ValueError):
+    """A weight file is damaged, or a tensor is missing, misshapen or unexpected."""
+
+
+class AdapterError(GenFastError, ValueError):
+    """An adapter directory is damaged, incomplete, or not an adapter."""
+
+
+class BackboneMismatchError(AdapterError):
+    """The adapter was trained for another backbone than the one given."""
+
+
+class PrefixCacheError(GenFastError, ValueError):
+    """A saved prefix cache is damaged or belongs to another model."""
+
+
+class ImplementationError(GenFastError, RuntimeError):
+    """A forced implementation of an op does not exist or cannot run here."""

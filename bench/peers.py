@@ -1,0 +1,140 @@
+"""What gen_fast is measured against, each as its own users run it: batches of 32, length-sorted.
+
+All take the same prompt, texts and dtype. A provider is a function texts -> [n, d] float32 array.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from gen_fast.adapter import Adapter
+from workloads import Workload
+
+BATCH = 32
+
+
+def write_reference_checkpoint(backbone: Path, target: Path, n_special: int = 10) -> None:
+    """Make a checkpoint with the reference package's own classes: random tokens and projections."""
+    from llm2vec_gen.models import EncoderDecoderModel, ProjectionModel
+    from peft import TrainableTokensConfig, get_peft_model
+    from transformers import AutoModel, AutoTokenizer
+
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(backbone)
+    tokenizer.padding_side = "left"
+    tokens = [f"<question{i + 1}>" for i in range(n_special)]
+    tokenizer.add_special_tokens({"additional_special_tokens": tokens})
+    model = AutoModel.from_pretrained(backbone, dtype=torch.float32)
+    # Draws the new rows from N(mean, cov) of the table, as the reference's training starts.
+    model.resize_token_embeddings(len(tokenizer))
+    indices = tokenizer.convert_tokens_to_ids(tokens)
+    student = get_peft_model(model, TrainableTokensConfig(token_indices=indices))
+    h = model.config.hidden_size
+    checkpoint = EncoderDecoderModel(
+        student, model, f"last_{n_special}_tokens", ProjectionModel(h, h), ProjectionModel(h, 384)
+    )
+    target.mkdir(parents=True, exist_ok=True)
+    checkpoint.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    run = {
+        "model_name_or_path": str(backbone),
+        "torch_dtype": "float32",
+        "special_tokens": tokens,
+        "max_input_length": 512,
+        "encoding_mode": f"last_{n_special}_tokens",
+        "add_reconstruction_mlp": True,
+        "add_alignment_mlp": True,
+    }
+    (target / "run_config.yml").write_text("".join(f"{k}: {v}\n" for k, v in run.items()))
+
+
+def load_reference(checkpoint: Path, dtype: torch.dtype):
+    """Load the reference's model; what transformers 5 no longer has is put back from outside."""
+    from llm2vec_gen import LLM2VecGenModel
+
+    model = LLM2VecGenModel.from_pretrained(str(checkpoint))
+    config = json.loads((checkpoint / "tokenizer_config.json").read_text())
+    # llm2vec-gen 0.1.3 reads tokenizer.additional_special_tokens, gone since transformers 5.0.
+    type(model.tokenizer).additional_special_tokens = config["extra_special_tokens"]
+    # Its pooling takes the last columns; transformers 5 forgets the padding side on saving.
+    model.tokenizer.padding_side = "left"
+    model.model.to(dtype).eval()
+    return model
+
+
+def reference(checkpoint: Path, dtype: torch.dtype, work: Workload) -> Callable:
+    """(a) llm2vec-gen 0.1.3, as its own MTEB script drives it."""
+    model = load_reference(checkpoint, dtype)
+
+    def run(texts: list[str]) -> np.ndarray:
+        full = [work.prompt.strip() + " " + text.strip() for text in texts]
+        order = np.argsort([-len(text) for text in full])
+        parts = [
+            model.encode([full[i] for i in order[s : s + BATCH]], max_length=work.max_length)
+            for s in range(0, len(full), BATCH)
+        ]
+        return torch.cat(parts)[np.argsort(order)].float().numpy()
+
+    return run
+
+
+def sentence_transformers(backbone: Path, dtype: torch.dtype, work: Workload) -> Callable:
+    """(b) sentence-transformers over the same backbone with mean pooling (no special tokens)."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.models import Pooling, Transformer
+
+    body = Transformer(str(backbone), model_args={"dtype": dtype})
+    body.max_seq_length = work.max_length
+    pooling = Pooling(body.get_word_embedding_dimension(), "mean")
+    model = SentenceTransformer(modules=[body, pooling], device="cpu")
+
+    def run(texts: list[str]) -> np.ndarray:
+        return model.encode(
+            texts, prompt=work.prompt, batch_size=BATCH, show_progress_bar=False
+        ).astype(np.float32)
+
+    return run
+
+
+def transformers_sdpa(
+    backbone: Path, adapter: Adapter, dtype: torch.dtype, work: Workload
+) -> Callable:
+    """(c) transformers' own model with SDPA and padding; the method written out by hand.
+
+    In float32 this is the truth that the centred cosines are measured against.
+    """
+    from transformers import AutoModel, AutoTokenizer
+
+    model = AutoModel.from_pretrained(backbone, dtype=dtype, attn_implementation="sdpa").eval()
+    tokenizer = AutoTokenizer.from_pretrained(backbone, padding_side="left")
+    special = adapter.special.to(dtype)
+    weight, bias = adapter.projection()
+
+    @torch.inference_mode()
+    def batch(texts: list[str]) -> torch.Tensor:
+        room = work.max_length - len(special)
+        tokens = tokenizer(
+            texts, padding=True, truncation=True, max_length=room, return_tensors="pt"
+        )
+        embeds = model.get_input_embeddings()(tokens.input_ids)
+        embeds = torch.cat((embeds, special.expand(len(texts), -1, -1)), dim=1)
+        ones = torch.ones(len(texts), len(special), dtype=torch.long)
+        mask = torch.cat((tokens.attention_mask, ones), dim=1)
+        states = model(
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+            use_cache=False,
+        ).last_hidden_state
+        mean = states[:, -adapter.n_compression :].float().mean(1)
+        return torch.nn.functional.linear(mean, weight, bias)
+
+    def run(texts: list[str]) -> np.ndarray:
+        full = [work.prompt + text for text in texts]
+        order = np.argsort([-len(text) for text in full])
+        parts = [batch([full[i] for i in order[s : s + BATCH]]) for s in range(0, len(full), BATCH)]
+        return torch.cat(parts)[np.argsort(order)].numpy()
+
+    return run

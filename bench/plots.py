@@ -1,0 +1,32 @@
+"""Plots of benchmark rows."""
+
+from pathlib import Path
+
+
+def encode_scaling(report: dict, folder: Path) -> None:
+    """Cost a text against its length and against how many are encoded at once."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4))
+    labels = {"length": ("length", "tokens a text"), "texts": ("texts", "texts a call, 24 tokens")}
+    for panel, (axis, (key, label)) in zip(axes, labels.items(), strict=True):
+        points = [p for p in report["scaling"] if p["axis"] == axis]
+        for provider, dtype in sorted({(p["provider"], p["dtype"]) for p in points}):
+            line = [p for p in points if (p["provider"], p["dtype"]) == (provider, dtype)]
+            panel.plot(
+                [p[key] for p in line],
+                [p["ms_per_text"] for p in line],
+                "o-" if provider == "gen_fast" else "s--",
+                label=f"{provider} {dtype}",
+            )
+        panel.set(xscale="log", yscale="log", xlabel=label, ylabel="ms a text")
+        panel.grid(alpha=0.3)
+    axes[0].legend()
+    machine = report["machine"]
+    figure.suptitle(f"SmolLM2-135M, {machine['cpu']}, {machine['threads']} threads, {machine['commit']}")
+    figure.tight_layout()
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(folder / "encode_scaling.png", dpi=120)

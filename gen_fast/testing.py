@@ -1,0 +1,122 @@
+"""Devices, tolerances, input makers and tiny models, shared by tests and benchmarks."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# An implementation may err twice as much as the reference in its own dtype, plus this.
+TOLERANCE = {torch.float32: 5e-4, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+
+FAMILY_OPTIONS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "llama-tied": {"model_type": "llama", "tie_word_embeddings": True},
+    "llama3-rope": {
+        "model_type": "llama",
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    },
+    "mistral": {"sliding_window": None},
+    "mistral-window": {"model_type": "mistral", "sliding_window": 8},
+    "qwen2": {},
+    "qwen2-window": {
+        "model_type": "qwen2",
+        "use_sliding_window": True,
+        "sliding_window": 8,
+        "max_window_layers": 1,
+    },
+    "qwen3": {"head_dim": 24},
+}
+
+
+def tiny_config(family: str, vocab_size: int = 384) -> Any:
+    """A transformers config of a three-layer random model; `family` is a key of FAMILY_OPTIONS."""
+    from transformers import AutoConfig
+
+    options = {
+        "model_type": family,
+        "vocab_size": vocab_size,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-5,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        **FAMILY_OPTIONS[family],
+    }
+    return AutoConfig.for_model(**options)
+
+
+def save_tiny_model(directory: Path, family: str, *, shards: bool = False) -> Any:
+    """Write a random model of `family` and a byte-level tokenizer; return transformers' model."""
+    from transformers import AutoModelForCausalLM
+
+    tokenizer = byte_tokenizer()
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_config(family, len(tokenizer)))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # Zero biases and unit norms, as initialised, would hide a missing term.
+            if name.endswith(("bias", "norm.weight")):
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    model = model.eval()
+    model.save_pretrained(directory, max_shard_size="40KB" if shards else "1GB")
+    tokenizer.save_pretrained(directory)
+    return model
+
+
+def byte_tokenizer() -> Any:
+    """A byte-level tokenizer with a few merges, special tokens and a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<unk>", "<|im_start|>", "<|im_end|>"]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("Ġ", "a"), ("i", "n")]
+    tokens = special + letters + ["".join(pair) for pair in merges]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    rust = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    rust.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=rust, unk_token=special[0], bos_token=special[1], eos_token=special[2]
+    )
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    return tokenizer
+
+
+def edit_config(directory: Path, **changes: Any) -> None:
+    """Change keys of a model's config.json; None deletes a key."""
+    path = directory / "config.json"
+    values = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({k: v for k, v in values.items() if v is not None}))
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """max |actual - expected| / max |expected|, in float64; 0 for empty tensors."""
+    if not expected.numel():
+        return 0.0
+    difference = (actual.double() - expected.double()).abs().max()
+    return float(difference / expected.double().abs().max().clamp(min=1e-30))
+
+
+def assert_no_worse(actual: Tensor, reference: Tensor, exact: Tensor) -> None:
+    """Assert err(actual) ≤ 2·err(reference) + tolerance, both against the float64 result."""
+    assert actual.shape == exact.shape, (actual.shape, exact.shape)
+    assert actual.dtype == reference.dtype, (actual.dtype, reference.dtype)
+    allowed = 2 * relative_error(reference, exact) + TOLERANCE.get(actual.dtype, 1e-12)
+    error = relative_error(actual, exact)
+    assert error <= allowed, f"error {error:.2e} exceeds {allowed:.2e} in {actual.dtype}"

@@ -1,0 +1,32 @@
+"""Models that tests share. Whatever is slow to make is made once a session."""
+
+from pathlib import Path
+
+import gen_fast
+import pytest
+from gen_fast.errors import ModelNotFoundError
+from gen_fast.sources import resolve
+from gen_fast.testing import save_tiny_model
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama with a byte-level tokenizer; milliseconds to load and run."""
+    directory = tmp_path_factory.mktemp("tiny") / "model"
+    save_tiny_model(directory, "llama-tied")
+    return directory
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct with its real weights."""
+    try:
+        return resolve("smollm2-135m")
+    except ModelNotFoundError as error:
+        pytest.fail(f"the tests need the demo model (make test installs it): {error}")
+
+
+@pytest.fixture(scope="session")
+def smollm2_encoder(smollm2: Path) -> gen_fast.Encoder:
+    """SmolLM2 with mean pooling in float32."""
+    return gen_fast.load(smollm2, dtype="float32", device="cpu")

@@ -1,0 +1,99 @@
+"""The backbone against transformers' own models."""
+
+import numpy as np
+import pytest
+import torch
+from gen_fast.batching import PackedBatch, split_by_budget
+from gen_fast.testing import FAMILY_OPTIONS, relative_error, save_tiny_model
+from gen_fast.weights import load_backbone
+
+LENGTHS = [1, 17, 2, 40, 17, 9]
+
+
+def random_ids(vocab_size, lengths, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, vocab_size, n) for n in lengths]
+
+
+@pytest.fixture(scope="module", params=list(FAMILY_OPTIONS))
+def family_models(request, tmp_path_factory):
+    directory = tmp_path_factory.mktemp(request.param.replace("/", "-"))
+    return save_tiny_model(directory, request.param), load_backbone(directory)
+
+
+def transformers_states(model, ids, dtype=torch.float32):
+    """Hidden states before the final norm, one text at a time, no padding."""
+    states = []
+    keep = []
+    hook = model.model.norm.register_forward_pre_hook(lambda _, args: keep.append(args[0]))
+    with torch.no_grad():
+        for row in ids:
+            model.model(input_ids=torch.from_numpy(row).unsqueeze(0), use_cache=False)
+            states.append(keep.pop()[0])
+    hook.remove()
+    return states
+
+
+@pytest.mark.parametrize("needed", [None, [1, 10, 0, 3, 17, 9]])
+def test_every_family_equals_transformers(family_models, needed):
+    model, backbone = family_models
+    ids = random_ids(backbone.config.vocab_size, LENGTHS)
+    counts = needed or LENGTHS
+    expected = torch.cat(
+        [s[len(s) - n :] for s, n in zip(transformers_states(model, ids), counts, strict=True)]
+    )
+    actual = backbone.forward(PackedBatch.pack(ids, needed=needed))
+    assert relative_error(actual, expected) <= 1e-4
+
+
+@pytest.mark.parametrize("n_prefix", [1, 12])
+def test_every_family_behind_a_shared_prefix(family_models, n_prefix):
+    model, backbone = family_models
+    prefix_ids = random_ids(backbone.config.vocab_size, [20], seed=1)[0]
+    own = random_ids(backbone.config.vocab_size, LENGTHS)
+    joined = [np.concatenate((prefix_ids[:n_prefix], row)) for row in own]
+    expected = torch.cat([s[n_prefix:] for s in transformers_states(model, joined)])
+    # A cut of a longer prefix is as good as one computed at that length: attention is causal.
+    prefix = backbone.prefill(tuple(prefix_ids.tolist())).cut(n_prefix)
+    batch = PackedBatch.pack(own, prefix_length=n_prefix)
+    assert relative_error(backbone.forward(batch, prefix=prefix), expected) <= 1e-4
+
+
+def test_special_ids_take_rows_beyond_the_vocabulary(tiny_model):
+    backbone = load_backbone(tiny_model)
+    vocab = backbone.config.vocab_size
+    copied = backbone.embedding[[5, 9]]
+    with_specials = PackedBatch.pack([np.array([3, vocab, vocab + 1]), np.array([vocab + 1])])
+    with_tokens = PackedBatch.pack([np.array([3, 5, 9]), np.array([9])])
+    assert torch.equal(
+        backbone.forward(with_specials, special=copied), backbone.forward(with_tokens)
+    )
+
+
+def test_real_weights_equal_transformers(smollm2, smollm2_encoder):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
+    ids = random_ids(model.config.vocab_size, [3, 120, 33])
+    expected = torch.cat(transformers_states(model, ids))
+    actual = smollm2_encoder.backbone.forward(PackedBatch.pack(ids))
+    assert relative_error(actual, expected) <= 1e-4
+
+
+def test_packing_positions_and_rows():
+    batch = PackedBatch.pack(
+        [np.array([5, 6, 7]), np.array([8])], needed=[2, 0], prefix_length=4
+    )
+    assert batch.ids.tolist() == [5, 6, 7, 8]
+    assert batch.positions.tolist() == [4, 5, 6, 4]
+    assert batch.offsets.tolist() == [0, 3, 4]
+    assert batch.rows.tolist() == [1, 2]
+    assert batch.row_offsets.tolist() == [0, 2, 2]
+    assert PackedBatch.pack([np.array([5]), np.array([8])], needed=[1, 1]).rows is None
+    with pytest.raises(ValueError, match="more needed rows"):
+        PackedBatch.pack([np.array([5])], needed=[2])
+
+
+def test_budget_cuts_between_texts_and_never_starves():
+    assert list(split_by_budget([9, 3, 3, 4], 6)) == [slice(0, 1), slice(1, 3), slice(3, 4)]
+    assert list(split_by_budget([], 6)) == []

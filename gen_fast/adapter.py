@@ -4,6 +4,7 @@ A directory with `adapter.safetensors` and `config.json`, written by `Adapter.sa
 the reference package (llm2vec-gen 0.1) are read by `gen_fast.checkpoints`.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -136,6 +137,7 @@ class Adapter:
                 "revision": self.backbone_revision,
                 "fingerprint": dict(self.fingerprint),
             },
+            "sha256": _sha256(directory / "adapter.safetensors"),
             "n_thought": self.n_special - self.n_compression,
             "n_compression": self.n_compression,
             "dimension": self.dimension,
@@ -161,6 +163,10 @@ class Adapter:
             raise AdapterError(f"{path} is missing") from error
         except SafetensorError as error:
             raise AdapterError(f"{path} is not a safetensors file, or damaged: {error}") from error
+        if "sha256" not in config:
+            raise AdapterError(f"{directory}/config.json lacks 'sha256'")
+        if _sha256(path) != config["sha256"]:
+            raise AdapterError(f"{path} is damaged: its sha256 is not the one in config.json")
         return cls._build(config, tensors, path)
 
     @classmethod
@@ -195,6 +201,11 @@ class Adapter:
                 f"{adapter.dimension}, its config says {expected[1]} and {expected[0]}"
             )
         return adapter
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _model_card(adapter: Adapter) -> str:

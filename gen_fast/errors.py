@@ -21,6 +21,10 @@ class PromptError(GenFastError, ValueError):
     """A prompt is unknown, or leaves no room for the text within the maximum length."""
 
 
+class InputError(GenFastError, ValueError):
+    """A file of texts or embeddings cannot be read; the message names the file and line or row."""
+
+
 class NonFiniteError(GenFastError, ArithmeticError):
     """An embedding holds NaN or infinity. `rows` lists the positions of its texts in the input."""
 

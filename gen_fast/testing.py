@@ -57,12 +57,14 @@ def tiny_config(family: str, vocab_size: int = 384) -> Any:
     return AutoConfig.for_model(**options)
 
 
-def save_tiny_model(directory: Path, family: str, *, shards: bool = False) -> Any:
+def save_tiny_model(
+    directory: Path, family: str, *, shards: bool = False, seed: int = 0
+) -> Any:
     """Write a random model of `family` and a byte-level tokenizer; return transformers' model."""
     from transformers import AutoModelForCausalLM
 
     tokenizer = byte_tokenizer()
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(tiny_config(family, len(tokenizer)))
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -1,15 +1,19 @@
 """The ops of the backbone. Each lives in kernels/<op> and is installed as gen_fast.ops.<op>.
 
 An op has a pure-torch `reference` and may have faster implementations. The choice is made from
-the device of the input; `impl=` or the environment variable GEN_FAST_IMPL forces one. GEN_FAST_IMPL
+device, dtype and need of gradients; `impl=` or the environment variable GEN_FAST_IMPL forces one. GEN_FAST_IMPL
 may list several, comma-separated: each op takes the first it has. A forced implementation that is
 missing is an error: results are never silently computed another way.
 """
 
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from gen_fast.errors import ImplementationError
 
@@ -18,73 +22,88 @@ logger = logging.getLogger(__name__)
 OP_NAMES = ("append", "attention", "norm", "pool", "rope", "swiglu")
 
 
-class Op:
-    """One operation and its implementations, in order of preference.
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute an op, and what it is for. Empty tuples mean any."""
 
-    `register(name, devices, available)` adds an implementation; the last one registered for a
-    device wins the automatic choice. `available` says why it cannot run, or None if it can.
-    """
+    function: Callable[..., Any]
+    devices: tuple[str, ...] = ()
+    dtypes: tuple[torch.dtype, ...] = ()
+    differentiable: bool = True
+    missing: Callable[[], str | None] = lambda: None
+
+    def why_not(self, device: str, dtype: torch.dtype | None, gradient: bool) -> str | None:
+        """Why it cannot run for such an input, or None if it can."""
+        if self.devices and device not in self.devices:
+            return f"runs on {', '.join(self.devices)}, not on {device}"
+        if self.dtypes and dtype is not None and dtype not in self.dtypes:
+            return f"does not take {dtype}"
+        if gradient and not self.differentiable:
+            return "has no gradient"
+        return self.missing()
+
+
+class Op:
+    """One operation and its implementations, in order of preference: the last registered wins."""
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self._functions: dict[str, Callable[..., Any]] = {}
-        self._devices: dict[str, tuple[str, ...]] = {}
-        self._available: dict[str, Callable[[], str | None]] = {}
-        self._chosen: dict[tuple[str, str | None], Callable[..., Any]] = {}
+        self._implementations: dict[str, Implementation] = {}
+        self._chosen: dict[tuple[Any, ...], Callable[..., Any]] = {}
 
     def register(
         self,
         impl: str,
-        devices: Iterable[str] = (),
-        available: Callable[[], str | None] = lambda: None,
+        devices: tuple[str, ...] = (),
+        dtypes: tuple[torch.dtype, ...] = (),
+        differentiable: bool = True,
+        missing: Callable[[], str | None] = lambda: None,
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        """Return a decorator that adds `impl`, for the given device types (all if empty)."""
+        """Return a decorator that adds `impl`; `missing` says why it is not there, or None."""
 
         def add(function: Callable[..., Any]) -> Callable[..., Any]:
-            self._functions[impl] = function
-            self._devices[impl] = tuple(devices)
-            self._available[impl] = available
+            self._implementations[impl] = Implementation(
+                function, devices, dtypes, differentiable, missing
+            )
             return function
 
         return add
 
-    def implementations(self, device_type: str) -> list[str]:
-        """Names of the implementations that can run on `device_type`, best first."""
+    def implementations(self, device: str, dtype: torch.dtype | None = None) -> list[str]:
+        """Names of what can run on `device`, best first."""
         return [
             name
-            for name in reversed(self._functions)
-            if self._why_not(name, device_type) is None
+            for name, implementation in reversed(self._implementations.items())
+            if implementation.why_not(device, dtype, False) is None
         ]
 
-    def choose(self, device_type: str, impl: str | None = None) -> Callable[..., Any]:
-        """Return the function to call for an input on `device_type`.
+    def choose(self, impl: str | None, *tensors: Tensor) -> Callable[..., Any]:
+        """Return the function for these inputs, judged by the first one's device and dtype.
 
         Raises ImplementationError if `impl`, or GEN_FAST_IMPL, names one that cannot run.
         """
+        first = tensors[0]
+        gradient = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
         forced = impl or os.environ.get("GEN_FAST_IMPL")
-        function = self._chosen.get((device_type, forced))
+        key = (first.device.type, first.dtype, gradient, forced)
+        function = self._chosen.get(key)
         if function is None:
-            function = self._resolve(device_type, forced)
-            self._chosen[device_type, forced] = function
+            function = self._chosen[key] = self._resolve(*key)
         return function
 
-    def _resolve(self, device_type: str, forced: str | None) -> Callable[..., Any]:
-        if forced is None:
-            name = self.implementations(device_type)[0]
-            logger.info("%s on %s: %s", self.name, device_type, name)
-            return self._functions[name]
+    def _resolve(
+        self, device: str, dtype: torch.dtype, gradient: bool, forced: str | None
+    ) -> Callable[..., Any]:
+        names = list(reversed(self._implementations)) if forced is None else forced.split(",")
         reasons = []
-        for name in (part.strip() for part in forced.split(",")):
-            why_not = self._why_not(name, device_type)
-            if why_not is None:
-                return self._functions[name]
-            reasons.append(f"implementation {name!r} {why_not}")
-        raise ImplementationError(f"op {self.name!r}: {'; '.join(reasons)}")
-
-    def _why_not(self, name: str, device_type: str) -> str | None:
-        if name not in self._functions:
-            return f"does not exist; there are {', '.join(self._functions)}"
-        devices = self._devices[name]
-        if devices and device_type not in devices:
-            return f"runs on {', '.join(devices)}, not on {device_type}"
-        return self._available[name]()
+        for name in map(str.strip, names):
+            implementation = self._implementations.get(name)
+            if implementation is None:
+                reasons.append(f"{name!r} does not exist; there are {', '.join(self._implementations)}")
+                continue
+            reason = implementation.why_not(device, dtype, gradient)
+            if reason is None:
+                logger.info("%s on %s in %s: %s", self.name, device, dtype, name)
+                return implementation.function
+            reasons.append(f"{name!r} {reason}")
+        raise ImplementationError(f"op {self.name!r}: implementation {'; '.join(reasons)}")

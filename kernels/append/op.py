@@ -21,5 +21,7 @@ def append(
 
     Source: LLM2Vec-Gen, arXiv 2603.10913, §3 (special tokens appended to the query).
     """
-    result: Tensor = OP.choose(table.device.type, impl)(table, special, ids)
+    result: Tensor = OP.choose(impl, table, *(() if special is None else (special,)))(
+        table, special, ids
+    )
     return result

@@ -1,14 +1,47 @@
 """Choice of implementation for attention."""
 
+import torch
 from torch import Tensor
 
-from gen_fast.ops import Op
+from gen_fast.ops import Op, native
 
 from . import reference, sdpa
 
 OP = Op("attention")
 OP.register("reference")(reference.attention)
 OP.register("sdpa", devices=("cpu",))(sdpa.attention)
+
+
+@OP.register("cpu", **native.ON_CPU)
+def _cpu(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_offsets: Tensor,
+    k_offsets: Tensor,
+    prefix_k: Tensor | None,
+    prefix_v: Tensor | None,
+    window: int | None,
+) -> Tensor:
+    heads, size = q.shape[1:]
+    q, k, v, prefix_k, prefix_v = (_rows(x) for x in (q, k, v, prefix_k, prefix_v))
+    out = torch.empty(q.shape, dtype=q.dtype)
+    native.module().attention(
+        q.dtype == torch.bfloat16,
+        *map(native.address, (q, k, v, prefix_k, prefix_v, out, q_offsets, k_offsets)),
+        *(len(q_offsets) - 1, heads, k.shape[1], size),
+        0 if prefix_k is None else prefix_k.shape[0],
+        *(0 if x is None else x.stride(0) for x in (q, k, v, prefix_k, prefix_v)),
+        window or 0,
+    )
+    return out
+
+
+def _rows(x: Tensor | None) -> Tensor | None:
+    """`x` [T, N, D] with its heads side by side in memory, as the C++ op reads them."""
+    if x is None or x.stride()[1:] == (x.shape[2], 1):
+        return x
+    return x.contiguous()
 
 
 def attention(
@@ -33,7 +66,7 @@ def attention(
 
     Source: Ainslie et al., arXiv 2305.13245 (grouped queries); Dao, arXiv 2307.08691 (varlen).
     """
-    result: Tensor = OP.choose(q.device.type, impl)(
+    result: Tensor = OP.choose(impl, q, k, v)(
         q, k, v, q_offsets, k_offsets, prefix_k, prefix_v, window
     )
     return result

@@ -1,13 +1,26 @@
 """Choice of implementation for norm."""
 
+import torch
 from torch import Tensor
 
-from gen_fast.ops import Op
+from gen_fast.ops import Op, native
 
 from . import reference
 
 OP = Op("norm")
 OP.register("reference")(reference.add_rms_norm)
+
+
+@OP.register("cpu", **native.ON_CPU)
+def _cpu(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    x, weight, total = x.contiguous(), weight.contiguous(), residual.contiguous()
+    out = torch.empty_like(total)
+    native.module().add_rms_norm(
+        total.dtype == torch.bfloat16,
+        *map(native.address, (x, total, weight, out)),
+        *(out.numel() // max(1, out.shape[-1]), out.shape[-1], eps),
+    )
+    return out, total
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -26,5 +39,5 @@ def add_rms_norm(
     x, residual [T, h], weight [h], one dtype. Returns (rms_norm(x + residual), x + residual);
     without gradients the second may be `residual` itself, updated in place.
     """
-    result: tuple[Tensor, Tensor] = OP.choose(x.device.type, impl)(x, residual, weight, eps)
+    result: tuple[Tensor, Tensor] = OP.choose(impl, x, residual)(x, residual, weight, eps)
     return result

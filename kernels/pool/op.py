@@ -32,7 +32,7 @@ def pool(
 
     Source: LLM2Vec-Gen, arXiv 2603.10913, §3; both maps are linear, so one product suffices.
     """
-    result: Tensor = OP.choose(hidden.device.type, impl)(
+    result: Tensor = OP.choose(impl, hidden)(
         hidden, offsets, norm_weight, eps, row_weights, projection, bias, normalize
     )
     return result

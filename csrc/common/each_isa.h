@@ -1,0 +1,68 @@
+// Compiles one source file once for each instruction set, in a namespace of its own.
+//
+// A source defines GEN_FAST_SOURCE and includes this file; this file includes the source again for
+// each instruction set, with GEN_FAST_ISA naming the namespace. GEN_FAST_DISPATCH(f) then calls the
+// best version that the processor runs. Baseline is whatever the compiler targets by default, so
+// the extension also works on processors other than x86-64.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "common/parallel.h"
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define GEN_FAST_ISA baseline
+#define GEN_FAST_VECTOR_BYTES 16
+#include GEN_FAST_SOURCE
+#undef GEN_FAST_ISA
+#undef GEN_FAST_VECTOR_BYTES
+
+#if defined(__x86_64__)
+
+#define GEN_FAST_ISA avx2
+#define GEN_FAST_VECTOR_BYTES 32
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
+#include GEN_FAST_SOURCE
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#undef GEN_FAST_ISA
+#undef GEN_FAST_VECTOR_BYTES
+
+// AVX-512 with the bfloat16 dot product: Zen 4, Cooper Lake, Sapphire Rapids and newer.
+#define GEN_FAST_ISA avx512
+#define GEN_FAST_VECTOR_BYTES 64
+#define GEN_FAST_BF16_DOT 1
+#define GEN_FAST_AVX512 "avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16"
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target(GEN_FAST_AVX512))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")
+#endif
+#include GEN_FAST_SOURCE
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#undef GEN_FAST_BF16_DOT
+#undef GEN_FAST_ISA
+#undef GEN_FAST_VECTOR_BYTES
+
+#define GEN_FAST_DISPATCH(function)                              \
+  (gen_fast::isa_level() == 2   ? gen_fast::avx512::function     \
+   : gen_fast::isa_level() == 1 ? gen_fast::avx2::function       \
+                                : gen_fast::baseline::function)
+#else
+#define GEN_FAST_DISPATCH(function) gen_fast::baseline::function
+#endif

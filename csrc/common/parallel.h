@@ -1,0 +1,41 @@
+// Threads and the processor's abilities.
+//
+// OpenMP, because torch uses it: both link libgomp.so.1, so the process has one pool of threads
+// and torch.set_num_threads counts for us too. A second pool would fight with torch's, whose idle
+// workers spin for milliseconds.
+#pragma once
+
+#include <cstdint>
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+namespace gen_fast {
+
+// 2: AVX-512 with bfloat16 dot products, 1: AVX2, 0: baseline.
+int isa_level();
+
+// Runs body(begin, end) over parts of [0, n), in parallel if each thread gets at least `grain`.
+template <class Body>
+void parallel_for(int64_t n, int64_t grain, const Body& body) {
+#pragma omp parallel if (n > grain)
+  {
+    int64_t threads = 1, id = 0;
+#if defined(_OPENMP)
+    threads = omp_get_num_threads();
+    id = omp_get_thread_num();
+#endif
+    const int64_t part = (n + threads - 1) / threads;
+    const int64_t begin = id * part, end = begin + part < n ? begin + part : n;
+    if (begin < end) body(begin, end);
+  }
+}
+
+// Runs body(i) for each i in [0, n); threads take the next one when they are free.
+template <class Body>
+void parallel_tasks(int64_t n, const Body& body) {
+#pragma omp parallel for schedule(dynamic, 1) if (n > 1)
+  for (int64_t i = 0; i < n; ++i) body(i);
+}
+
+}  // namespace gen_fast

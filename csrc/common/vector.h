@@ -1,0 +1,94 @@
+// Float vectors of the instruction set being compiled (see each_isa.h): no include guard, it is
+// included once for each. Written with the vector extensions of GCC and Clang.
+//
+// bf16 is the storage type of bfloat16; arithmetic is always float32.
+
+namespace gen_fast::GEN_FAST_ISA {
+
+struct bf16 {
+  uint16_t bits;
+};
+
+constexpr int W = GEN_FAST_VECTOR_BYTES / 4;  // floats in a vector
+typedef float vf __attribute__((vector_size(GEN_FAST_VECTOR_BYTES)));
+typedef int32_t vi __attribute__((vector_size(GEN_FAST_VECTOR_BYTES)));
+typedef uint32_t vu __attribute__((vector_size(GEN_FAST_VECTOR_BYTES)));
+typedef uint16_t vh __attribute__((vector_size(GEN_FAST_VECTOR_BYTES / 2)));
+
+static inline vf splat(float x) { return x - vf{}; }
+
+static inline vf load(const float* p) {
+  vf v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+static inline void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
+
+static inline vf load(const bf16* p) {
+  vh h;
+  std::memcpy(&h, p, sizeof h);
+  return (vf)(__builtin_convertvector(h, vu) << 16);
+}
+
+// Rounds to nearest even; NaN stays NaN.
+static inline void store(bf16* p, vf v) {
+  vu u = (vu)v;
+  vu rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  vu nan = (vu)(v != v);
+  rounded = (rounded & ~nan) | (nan & 0x7fc0);
+  vh h = __builtin_convertvector(rounded, vh);
+  std::memcpy(p, &h, sizeof h);
+}
+
+static inline float to_float(float x) { return x; }
+
+static inline float to_float(bf16 x) {
+  uint32_t u = (uint32_t)x.bits << 16;
+  float f;
+  std::memcpy(&f, &u, 4);
+  return f;
+}
+
+static inline void assign(float* p, float x) { *p = x; }
+
+static inline void assign(bf16* p, float x) {
+  uint32_t u;
+  std::memcpy(&u, &x, 4);
+  p->bits = x != x ? 0x7fc0 : (uint16_t)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+
+static inline float sum(vf v) {
+  float s = 0;
+  for (int i = 0; i < W; ++i) s += v[i];
+  return s;
+}
+
+static inline vf max(vf a, vf b) { return a > b ? a : b; }
+
+static inline vf min(vf a, vf b) { return a < b ? a : b; }
+
+static inline float max_of(vf v) {
+  float m = v[0];
+  for (int i = 1; i < W; ++i) m = v[i] > m ? v[i] : m;
+  return m;
+}
+
+// 2^x, relative error below 3e-7; 0 below -126, and the caller keeps x at most 127. NaN gives an
+// unspecified finite value. Minimax polynomial of 2^f on [-1/2, 1/2] (Chebyshev nodes, degree 6).
+static inline vf exp2(vf x) {
+  vf clamped = max(x, splat(-126.0f));
+  vi n = __builtin_convertvector(clamped + (clamped < 0 ? splat(-0.5f) : splat(0.5f)), vi);
+  vf f = clamped - __builtin_convertvector(n, vf);
+  vf p = splat(1.540353039e-4f);
+  p = p * f + 1.333355814e-3f;
+  p = p * f + 9.618129107e-3f;
+  p = p * f + 5.550410866e-2f;
+  p = p * f + 2.402265069e-1f;
+  p = p * f + 6.931471806e-1f;
+  p = p * f + 1.0f;
+  vf power = (vf)((n + 127) << 23);
+  return x < -126.0f ? splat(0.0f) : p * power;
+}
+
+}  // namespace gen_fast::GEN_FAST_ISA

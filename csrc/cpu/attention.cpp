@@ -1,0 +1,361 @@
+// Packed causal attention in one pass over the keys (online softmax, as in FlashAttention).
+//
+// A task is a key/value head and a chunk of packed query rows, which may span several short texts.
+// All query heads of the group are rows of the same small matrix. Keys and values are taken in
+// blocks of 64 and repacked so that the two products run as the same register-tiled kernel:
+//   scores [6, 64] += Q [6, D] · Kᵀ [D, 64]        out [6, D] += P [6, 64] · V [64, D]
+// The shared prefix is visited once for all rows of the chunk, each text's own keys for its rows.
+#if !defined(GEN_FAST_ISA)
+#define GEN_FAST_SOURCE "cpu/attention.cpp"
+#include <memory>
+#include <vector>
+
+#include "cpu/ops.h"
+#include "common/each_isa.h"
+
+namespace gen_fast {
+
+void attention(Dtype dtype, const AttentionArguments& arguments) {
+  GEN_FAST_DISPATCH(attention)(dtype == Dtype::bf16, arguments);
+}
+
+}  // namespace gen_fast
+
+#else
+#include "common/vector.h"
+
+namespace gen_fast::GEN_FAST_ISA {
+
+constexpr int KEYS = 64;  // keys in a block
+constexpr int ROWS = 6;   // rows of a register tile
+constexpr int CHUNK = 192;  // query rows (tokens times heads of a group) in a task
+// ROWS × VECTORS accumulators and a few operands fill the 32 registers of AVX-512, 16 otherwise.
+constexpr int VECTORS = W == 16 ? 4 : 2;
+
+// How the operands of a product are stored: float, or pairs of bfloat16 for the dot instruction.
+struct FloatOperand {
+  typedef float type;
+  static constexpr int pair = 1;
+  static inline vf splat_at(const float* p) { return splat(*p); }
+  static inline vf multiply_add(vf c, vf a, const float* b) { return c + a * load(b); }
+};
+
+#if defined(GEN_FAST_BF16_DOT)
+struct PairOperand {
+  typedef bf16 type;
+  static constexpr int pair = 2;
+  static inline vf splat_at(const bf16* p) {
+    int32_t two;
+    std::memcpy(&two, p, 4);
+    return (vf)_mm512_set1_epi32(two);
+  }
+  static inline vf multiply_add(vf c, vf a, const bf16* b) {
+    return (vf)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)_mm512_loadu_si512(b));
+  }
+};
+#endif
+
+// c [M, N · W] (+)= a [M, depth] · b, b stored as [depth / pair][columns][pair].
+template <class Op, int M, int N, bool accumulate>
+static inline void tile(const typename Op::type* a, int64_t lda, const typename Op::type* b,
+                        int64_t columns, int64_t depth, float* c, int64_t ldc) {
+  vf acc[M][N];
+  for (int i = 0; i < M; ++i) {
+    for (int j = 0; j < N; ++j) acc[i][j] = accumulate ? load(c + i * ldc + j * W) : vf{};
+  }
+  for (int64_t k = 0; k < depth; k += Op::pair) {
+    const typename Op::type* row = b + k * columns;
+    for (int i = 0; i < M; ++i) {
+      const vf left = Op::splat_at(a + i * lda + k);
+      for (int j = 0; j < N; ++j) {
+        acc[i][j] = Op::multiply_add(acc[i][j], left, row + j * W * Op::pair);
+      }
+    }
+  }
+  for (int i = 0; i < M; ++i) {
+    for (int j = 0; j < N; ++j) store(c + i * ldc + j * W, acc[i][j]);
+  }
+}
+
+template <class Op, int M, bool accumulate>
+static inline void product(const typename Op::type* a, int64_t lda, const typename Op::type* b,
+                           int64_t columns, int64_t depth, float* c, int64_t ldc) {
+  int64_t j = 0;
+  for (; j + VECTORS * W <= columns; j += VECTORS * W) {
+    tile<Op, M, VECTORS, accumulate>(a, lda, b + j * Op::pair, columns, depth, c + j, ldc);
+  }
+  for (; j < columns; j += W) {
+    tile<Op, M, 1, accumulate>(a, lda, b + j * Op::pair, columns, depth, c + j, ldc);
+  }
+}
+
+// Working memory of a task: fits the second-level cache.
+template <class Op>
+struct Workspace {
+  typedef typename Op::type T;
+  int64_t size, padded;  // D, and D rounded up to whole vectors
+  std::vector<float> out, peak, mass, scores;
+  std::vector<T> q, keys, values, weights;
+
+  explicit Workspace(int64_t d)
+      : size(d),
+        padded((d + W - 1) / W * W),
+        out(CHUNK * padded),
+        peak(CHUNK),
+        mass(CHUNK),
+        scores(ROWS * KEYS),
+        q(CHUNK * (d + d % 2)),
+        keys((d + d % 2) * KEYS),
+        values(KEYS * padded),
+        weights(ROWS * KEYS) {}
+};
+
+template <class Out, class In>
+static inline void copy_row(Out* to, const In* from, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) assign(to + i, to_float(from[i]));
+}
+
+static inline void copy_row(bf16* to, const bf16* from, int64_t n) {
+  std::memcpy(to, from, n * sizeof(bf16));
+}
+
+static inline void copy_row(float* to, const float* from, int64_t n) {
+  std::memcpy(to, from, n * sizeof(float));
+}
+
+// keys -> [D / pair][64][pair], values -> [64 / pair][padded][pair]; missing keys are zero.
+template <class Op, class In>
+static void pack_block(Workspace<Op>& work, const In* k, int64_t k_stride, const In* v,
+                       int64_t v_stride, int64_t count) {
+  typedef typename Op::type T;
+  constexpr int pair = Op::pair;
+  const int64_t d = work.size, padded = work.padded;
+  if (count < KEYS) {
+    std::memset((void*)work.keys.data(), 0, work.keys.size() * sizeof(T));
+    std::memset((void*)work.values.data(), 0, work.values.size() * sizeof(T));
+  }
+  for (int64_t i = 0; i < d; i += pair) {
+    T* to = work.keys.data() + i * KEYS;
+    for (int64_t j = 0; j < count; ++j) {
+      for (int p = 0; p < pair; ++p) {
+        assign(to + j * pair + p, to_float(k[j * k_stride + i + p]));
+      }
+    }
+  }
+  for (int64_t j = 0; j < count; ++j) {
+    T* to = work.values.data() + (j / pair) * padded * pair + j % pair;
+    for (int64_t i = 0; i < d; ++i) assign(to + i * pair, to_float(v[j * v_stride + i]));
+  }
+}
+
+#if defined(GEN_FAST_BF16_DOT)
+// bfloat16 to bfloat16 moves bits only: pairs of a key travel as 32 bits, values interleave.
+static void pack_block(Workspace<PairOperand>& work, const bf16* k, int64_t k_stride,
+                       const bf16* v, int64_t v_stride, int64_t count) {
+  const int64_t d = work.size, padded = work.padded;
+  if (count < KEYS || d % 2) {
+    std::memset((void*)work.keys.data(), 0, work.keys.size() * sizeof(bf16));
+    std::memset((void*)work.values.data(), 0, work.values.size() * sizeof(bf16));
+  }
+  for (int64_t j = 0; j < count; ++j) {
+    const bf16* from = k + j * k_stride;
+    bf16* to = work.keys.data() + 2 * j;
+    for (int64_t i = 0; i + 2 <= d; i += 2) std::memcpy(to + i * KEYS, from + i, 4);
+    if (d % 2) to[(d - 1) * KEYS] = from[d - 1];
+  }
+  for (int64_t j = 0; j < count; j += 2) {
+    const bf16* even = v + j * v_stride;
+    const bf16* odd = j + 1 < count ? even + v_stride : nullptr;
+    bf16* to = work.values.data() + j * padded;
+    for (int64_t i = 0; i < d; ++i) {
+      const uint32_t two = even[i].bits | (odd ? (uint32_t)odd[i].bits << 16 : 0);
+      std::memcpy(to + 2 * i, &two, 4);
+    }
+  }
+}
+#endif
+
+// Scores, softmax weights and output of M rows against the packed block. Row i sees the keys
+// first[i] … last[i] - 1 of the block.
+template <class Op, int M>
+static void attend(Workspace<Op>& work, int64_t row, const int* first, const int* last,
+                   float scale, int64_t keys) {
+  typedef typename Op::type T;
+  const int64_t q_size = work.size + work.size % 2;
+  float* scores = work.scores.data();
+  product<Op, M, false>(work.q.data() + row * q_size, q_size, work.keys.data(), KEYS,
+                        Op::pair == 2 ? q_size : work.size, scores, KEYS);
+  for (int i = 0; i < M; ++i) {
+    float* s = scores + i * KEYS;
+    T* weight = work.weights.data() + i * KEYS;
+    float* out = work.out.data() + (row + i) * work.padded;
+    if (first[i] >= last[i]) {
+      for (int j = 0; j < KEYS; j += W) store(weight + j, vf{});
+      continue;
+    }
+    const float hidden = -1e30f;
+    for (int j = 0; j < first[i]; ++j) s[j] = hidden;
+    for (int j = last[i]; j < KEYS; ++j) s[j] = hidden;
+    vf top = load(s);
+    for (int j = W; j < KEYS; j += W) top = max(top, load(s + j));
+    const float old_peak = work.peak[row + i];
+    const float new_peak = std::fmax(old_peak, max_of(top) * scale);
+    vf mass = {};
+    for (int j = 0; j < KEYS; j += W) {
+      vf w = exp2(load(s + j) * scale - new_peak);
+      mass += w;
+      store(weight + j, w);
+    }
+    if (new_peak > old_peak) {
+      const float decay = std::exp2(old_peak - new_peak);
+      work.mass[row + i] *= decay;
+      for (int64_t j = 0; j < work.padded; j += W) store(out + j, load(out + j) * decay);
+      work.peak[row + i] = new_peak;
+    }
+    work.mass[row + i] += sum(mass);
+  }
+  product<Op, M, true>(work.weights.data(), KEYS, work.values.data(), work.padded,
+                       (keys + 1) / 2 * 2, work.out.data() + row * work.padded, work.padded);
+}
+
+template <class Op>
+static void attend_rows(Workspace<Op>& work, int64_t row, int64_t n, const int* first,
+                        const int* last, float scale, int64_t keys) {
+  switch (n) {
+    case 6: return attend<Op, 6>(work, row, first, last, scale, keys);
+    case 5: return attend<Op, 5>(work, row, first, last, scale, keys);
+    case 4: return attend<Op, 4>(work, row, first, last, scale, keys);
+    case 3: return attend<Op, 3>(work, row, first, last, scale, keys);
+    case 2: return attend<Op, 2>(work, row, first, last, scale, keys);
+    case 1: return attend<Op, 1>(work, row, first, last, scale, keys);
+  }
+}
+
+static inline int clamp_key(int64_t key) { return key < 0 ? 0 : key > KEYS ? KEYS : (int)key; }
+
+// A run of query rows of one chunk with the positions of their tokens.
+struct Rows {
+  int64_t begin, end;     // rows of the chunk
+  int64_t token;          // absolute position of the first row's token, prefix included
+};
+
+// All `rows` against keys [0, n_keys) that stand at absolute positions base, base + 1, … .
+template <class Op, class In>
+static void attend_keys(Workspace<Op>& work, const Rows* runs, int64_t n_runs, int64_t group,
+                        const In* k, int64_t k_stride, const In* v, int64_t v_stride,
+                        int64_t n_keys, int64_t base, int64_t window, float scale) {
+  int64_t furthest = 0;
+  for (int64_t i = 0; i < n_runs; ++i) {
+    const int64_t last = runs[i].token + (runs[i].end - runs[i].begin - 1) / group + 1 - base;
+    furthest = last > furthest ? last : furthest;
+  }
+  if (furthest < n_keys) n_keys = furthest;
+  for (int64_t block = 0; block < n_keys; block += KEYS) {
+    const int64_t count = n_keys - block < KEYS ? n_keys - block : KEYS;
+    pack_block(work, k + block * k_stride, k_stride, v + block * v_stride, v_stride, count);
+    for (int64_t i = 0; i < n_runs; ++i) {
+      for (int64_t row = runs[i].begin; row < runs[i].end; row += ROWS) {
+        const int64_t n = runs[i].end - row < ROWS ? runs[i].end - row : ROWS;
+        int first[ROWS], last[ROWS];
+        bool any = false;
+        for (int64_t r = 0; r < n; ++r) {
+          const int64_t token = runs[i].token + (row + r - runs[i].begin) / group;
+          const int64_t key = token - base - block;  // the query's own place, seen from the block
+          last[r] = clamp_key(key + 1 < count ? key + 1 : count);
+          first[r] = window ? clamp_key(key - window + 1) : 0;
+          any |= first[r] < last[r];
+        }
+        if (any) attend_rows(work, row, n, first, last, scale, count);
+      }
+    }
+  }
+}
+
+template <class Op, class In>
+static void run_chunk(const AttentionArguments& args, Workspace<Op>& work, int64_t kv_head,
+                      int64_t first_token, int64_t last_token, int64_t text) {
+  const int64_t d = args.size, group = args.heads / args.kv_heads, q_size = d + d % 2;
+  const int64_t n_rows = (last_token - first_token) * group;
+  const float scale = 1.442695041f / std::sqrt((float)d);  // softmax in base 2
+  const In* q = (const In*)args.q;
+  for (int64_t r = 0; r < n_rows; ++r) {
+    const In* from = q + (first_token + r / group) * args.q_stride +
+                     (kv_head * group + r % group) * d;
+    copy_row(work.q.data() + r * q_size, from, d);
+    if (d % 2) assign(work.q.data() + r * q_size + d, 0.0f);
+    work.peak[r] = -1e30f;
+    work.mass[r] = 0.0f;
+  }
+  std::memset(work.out.data(), 0, n_rows * work.padded * sizeof(float));
+
+  std::vector<Rows> runs;
+  std::vector<int64_t> texts;
+  for (int64_t token = first_token; token < last_token; ++text) {
+    const int64_t q0 = args.q_offsets[text], q1 = args.q_offsets[text + 1];
+    if (q1 <= token) continue;
+    const int64_t end = q1 < last_token ? q1 : last_token;
+    const int64_t n_keys = args.k_offsets[text + 1] - args.k_offsets[text];
+    runs.push_back({(token - first_token) * group, (end - first_token) * group,
+                    args.prefix + n_keys - (q1 - token)});
+    (void)q0;
+    texts.push_back(text);
+    token = end;
+  }
+
+  if (args.prefix) {
+    attend_keys(work, runs.data(), (int64_t)runs.size(), group,
+                (const In*)args.prefix_k + kv_head * d, args.prefix_k_stride,
+                (const In*)args.prefix_v + kv_head * d, args.prefix_v_stride, args.prefix, 0,
+                args.window, scale);
+  }
+  for (size_t i = 0; i < runs.size(); ++i) {
+    const int64_t k0 = args.k_offsets[texts[i]], k1 = args.k_offsets[texts[i] + 1];
+    attend_keys(work, &runs[i], 1, group, (const In*)args.k + k0 * args.k_stride + kv_head * d,
+                args.k_stride, (const In*)args.v + k0 * args.v_stride + kv_head * d,
+                args.v_stride, k1 - k0, args.prefix, args.window, scale);
+  }
+
+  In* out = (In*)args.out;
+  for (int64_t r = 0; r < n_rows; ++r) {
+    In* to = out + ((first_token + r / group) * args.heads + kv_head * group + r % group) * d;
+    const float inverse = 1.0f / work.mass[r];
+    const float* from = work.out.data() + r * work.padded;
+    int64_t i = 0;
+    for (; i + W <= d; i += W) store(to + i, load(from + i) * inverse);
+    for (; i < d; ++i) assign(to + i, from[i] * inverse);
+  }
+}
+
+template <class Op, class In>
+static void run(const AttentionArguments& args) {
+  const int64_t rows = args.q_offsets[args.texts], group = args.heads / args.kv_heads;
+  const int64_t tokens = CHUNK / group > 0 ? CHUNK / group : 1;
+  const int64_t chunks = (rows + tokens - 1) / tokens;
+  parallel_tasks(chunks * args.kv_heads, [&](int64_t task) {
+    // One workspace a thread, kept between calls: its size depends on the head alone.
+    static thread_local std::unique_ptr<Workspace<Op>> work;
+    if (!work || work->size != args.size) work.reset(new Workspace<Op>(args.size));
+    // The last chunks see the most keys of a long text: they go first, so that threads end alike.
+    const int64_t chunk = chunks - 1 - task / args.kv_heads;
+    const int64_t first = chunk * tokens;
+    const int64_t last = first + tokens < rows ? first + tokens : rows;
+    int64_t low = 0, high = args.texts;  // the text of `first`
+    while (high - low > 1) {
+      const int64_t middle = (low + high) / 2;
+      (args.q_offsets[middle] <= first ? low : high) = middle;
+    }
+    run_chunk<Op, In>(args, *work, task % args.kv_heads, first, last, low);
+  });
+}
+
+static void attention(bool half, const AttentionArguments& args) {
+#if defined(GEN_FAST_BF16_DOT)
+  if (half) return run<PairOperand, bf16>(args);
+#else
+  if (half) return run<FloatOperand, bf16>(args);
+#endif
+  run<FloatOperand, float>(args);
+}
+
+}  // namespace gen_fast::GEN_FAST_ISA
+#endif

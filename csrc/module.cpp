@@ -1,0 +1,81 @@
+// gen_fast._C: the C++ ops for Python. Tensors come as addresses; Python has checked them.
+#include <pybind11/pybind11.h>
+
+#include "common/parallel.h"
+#include "cpu/ops.h"
+
+namespace py = pybind11;
+
+namespace gen_fast {
+
+int isa_level() {
+#if defined(__x86_64__)
+  static const int level = [] {
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512bf16")) {
+      return 2;
+    }
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 1 : 0;
+  }();
+  return level;
+#else
+  return 0;
+#endif
+}
+
+}  // namespace gen_fast
+
+namespace {
+
+typedef std::uintptr_t Address;
+
+template <class T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+gen_fast::Dtype dtype(bool bf16) { return bf16 ? gen_fast::Dtype::bf16 : gen_fast::Dtype::f32; }
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "C++ ops of gen_fast; see csrc/cpu/ops.h";
+  m.def("isa", [] {
+    const int level = gen_fast::isa_level();
+    return level == 2 ? "avx512" : level == 1 ? "avx2" : "baseline";
+  });
+  m.def("add_rms_norm", [](bool bf16, Address x, Address residual, Address weight, Address out,
+                           int64_t rows, int64_t size, float eps) {
+    py::gil_scoped_release release;
+    gen_fast::add_rms_norm(dtype(bf16), at<void>(x), at<void>(residual), at<void>(weight),
+                           at<void>(out), rows, size, eps);
+  });
+  m.def("swiglu", [](bool bf16, Address gate_up, Address out, int64_t rows, int64_t size) {
+    py::gil_scoped_release release;
+    gen_fast::swiglu(dtype(bf16), at<void>(gate_up), at<void>(out), rows, size);
+  });
+  m.def("rope", [](bool bf16, Address x, int64_t stride, Address cos, Address sin, Address norm,
+                   int64_t rows, int64_t heads, int64_t size, float eps) {
+    py::gil_scoped_release release;
+    gen_fast::rope(dtype(bf16), at<void>(x), stride, at<float>(cos), at<float>(sin),
+                   at<void>(norm), rows, heads, size, eps);
+  });
+  m.def("attention", [](bool bf16, Address q, Address k, Address v, Address prefix_k,
+                        Address prefix_v, Address out, Address q_offsets, Address k_offsets,
+                        int64_t texts, int64_t heads, int64_t kv_heads, int64_t size,
+                        int64_t prefix, int64_t q_stride, int64_t k_stride, int64_t v_stride,
+                        int64_t prefix_k_stride, int64_t prefix_v_stride, int64_t window) {
+    py::gil_scoped_release release;
+    gen_fast::AttentionArguments a;
+    a.q = at<void>(q), a.k = at<void>(k), a.v = at<void>(v), a.out = at<void>(out);
+    a.prefix_k = at<void>(prefix_k), a.prefix_v = at<void>(prefix_v);
+    a.q_offsets = at<int32_t>(q_offsets), a.k_offsets = at<int32_t>(k_offsets);
+    a.texts = texts, a.heads = heads, a.kv_heads = kv_heads, a.size = size, a.prefix = prefix;
+    a.q_stride = q_stride, a.k_stride = k_stride, a.v_stride = v_stride;
+    a.prefix_k_stride = prefix_k_stride, a.prefix_v_stride = prefix_v_stride;
+    a.window = window;
+    gen_fast::attention(dtype(bf16), a);
+  });
+}

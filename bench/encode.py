@@ -21,10 +21,10 @@ import numpy as np
 import peers
 import torch
 import workloads
-from gen_fast.encoder import Encoder
+from gen_fast.device import matmul_peak
 from gen_fast.loading import load
 from gen_fast.sources import resolve
-from measure import centred_cosine, interleaved, machine, matmul_peak, median_ratio
+from measure import centred_cosine, interleaved, machine, median_ratio
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WORKLOADS = ("queries", "documents", "fewshot")
@@ -112,7 +112,7 @@ def _compare(args: argparse.Namespace, backbone: Path, workload: str, dtype_name
         lambda: peaks.append(matmul_peak(dtype)),
     )
     peak = statistics.median(peaks)
-    tokens, computed = _count_tokens(encoder, work)
+    tokens, computed = encoder.count_tokens(work.texts, prompt=work.prompt)
     memory = {
         name: None if args.quick else _measure_memory(args, name, workload, dtype_name)
         for name in runs
@@ -143,13 +143,6 @@ def _compare(args: argparse.Namespace, backbone: Path, workload: str, dtype_name
         )
         _print_row(rows[-1])
     return rows
-
-
-def _count_tokens(encoder: Encoder, work: workloads.Workload) -> tuple[int, int]:
-    """Tokens of prompt + text + specials, without padding; and those left after prefix sharing."""
-    window = encoder._layout(work.prompt)(work.texts, 0)
-    total = sum(len(ids) for ids in window.ids)
-    return total, total - int(window.shared.sum()) + int(window.shared.max(initial=0))
 
 
 def _measure_memory(args: argparse.Namespace, name: str, workload: str, dtype: str) -> float:

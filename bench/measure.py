@@ -11,19 +11,6 @@ import numpy as np
 import torch
 
 
-def matmul_peak(dtype: torch.dtype, device: str = "cpu", size: int = 2048, repeats: int = 5) -> float:
-    """FLOP/s of a square matrix product that is as large as the caches like: the best of several."""
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(repeats):
-        start = time.perf_counter()
-        torch.nn.functional.linear(a, b)
-        if device != "cpu":
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
-
-
 def interleaved(
     providers: dict[str, Callable[[], object]], rounds: int, before_each: Callable[[], None]
 ) -> dict[str, list[float]]:

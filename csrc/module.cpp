@@ -8,21 +8,25 @@ namespace py = pybind11;
 
 namespace gen_fast {
 
-int isa_level() {
+static int detect_isa() {
 #if defined(__x86_64__)
-  static const int level = [] {
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512bf16")) {
-      return 2;
-    }
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 1 : 0;
-  }();
-  return level;
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512bf16")) {
+    return 2;
+  }
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 1 : 0;
 #else
   return 0;
 #endif
+}
+
+static int limit = 2;
+
+int isa_level() {
+  static const int level = detect_isa();
+  return level < limit ? level : limit;
 }
 
 }  // namespace gen_fast
@@ -42,10 +46,8 @@ gen_fast::Dtype dtype(bool bf16) { return bf16 ? gen_fast::Dtype::bf16 : gen_fas
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "C++ ops of gen_fast; see csrc/cpu/ops.h";
-  m.def("isa", [] {
-    const int level = gen_fast::isa_level();
-    return level == 2 ? "avx512" : level == 1 ? "avx2" : "baseline";
-  });
+  m.def("isa_level", &gen_fast::isa_level, "0: baseline, 1: AVX2, 2: AVX-512 with bfloat16");
+  m.def("limit_isa_level", [](int level) { gen_fast::limit = level; }, "for the tests");
   m.def("add_rms_norm", [](bool bf16, Address x, Address residual, Address weight, Address out,
                            int64_t rows, int64_t size, float eps) {
     py::gil_scoped_release release;

@@ -4,7 +4,7 @@ import logging
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
@@ -58,7 +58,13 @@ class Encoder:
         self.adapter = adapter
         self.name = name
         self.deterministic = deterministic
-        self.max_length = max_length or (adapter.max_length if adapter else 512)
+        default_length = min(adapter.max_length if adapter else 512, backbone.config.max_positions)
+        self.max_length = default_length if max_length is None else max_length
+        if not 1 <= self.max_length <= backbone.config.max_positions:
+            raise ValueError(
+                f"max_length {max_length} is outside 1…{backbone.config.max_positions}, "
+                "the positions that the model was made for"
+            )
         self.prompts: dict[str, str] = (
             dict(adapter.prompts) if adapter else dict.fromkeys(DEFAULT_PROMPTS, "")
         )
@@ -84,6 +90,20 @@ class Encoder:
     def device(self) -> torch.device:
         """Where the backbone runs."""
         return self.backbone.device
+
+    @overload
+    def encode(
+        self, texts: str | Sequence[str], *, convert_to_tensor: Literal[True], **options: Any
+    ) -> Tensor: ...
+
+    @overload
+    def encode(
+        self,
+        texts: str | Sequence[str],
+        *,
+        convert_to_tensor: Literal[False] = False,
+        **options: Any,
+    ) -> np.ndarray: ...
 
     def encode(
         self,
@@ -144,13 +164,30 @@ class Encoder:
         result = result[0] if single else result
         return torch.from_numpy(result) if convert_to_tensor else result
 
-    def encode_query(self, texts: str | Sequence[str], **kwargs: Any) -> np.ndarray:
+    def encode_query(self, texts: str | Sequence[str], **options: Any) -> np.ndarray:
         """`encode` with the prompt named "query"."""
-        return self.encode(texts, prompt_name="query", **kwargs)
+        return self.encode(texts, prompt_name="query", **options)
 
-    def encode_document(self, texts: str | Sequence[str], **kwargs: Any) -> np.ndarray:
+    def encode_document(self, texts: str | Sequence[str], **options: Any) -> np.ndarray:
         """`encode` with the prompt named "document"."""
-        return self.encode(texts, prompt_name="document", **kwargs)
+        return self.encode(texts, prompt_name="document", **options)
+
+    def count_tokens(
+        self, texts: Sequence[str], *, prompt: str | None = None, prompt_name: str | None = None
+    ) -> tuple[int, int]:
+        """Tokens of a call to `encode`: (all, computed), special tokens included.
+
+        All counts the prompt with every text; computed counts what is run, the shared prefix once.
+        """
+        check_texts(texts)
+        layout = self._layout(self._prompt(prompt, prompt_name))
+        total = computed = longest_prefix = 0
+        for bound in _window_bounds(texts):
+            window = layout(texts[bound], bound.start)
+            total += sum(len(ids) for ids in window.ids)
+            computed += sum(len(ids) for ids in window.ids) - int(window.shared.sum())
+            longest_prefix = max(longest_prefix, int(window.shared.max()))
+        return total, computed + longest_prefix
 
     @staticmethod
     def similarity(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -16,6 +16,7 @@ from gen_fast.checkpoints import (
     is_reference_checkpoint,
     load_reference_checkpoint,
 )
+from gen_fast.device import resolve_dtype
 from gen_fast.encoder import Encoder
 from gen_fast.errors import AdapterError, UnsupportedModelError
 from gen_fast.generation import AnswerGenerator
@@ -28,14 +29,6 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_MODEL = "smollm2-135m"
 DEFAULT_METHOD = "mean"
-_DTYPES = {
-    "float32": torch.float32,
-    "fp32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "bf16": torch.bfloat16,
-    "float16": torch.float16,
-    "fp16": torch.float16,
-}
 
 
 def load(
@@ -117,31 +110,6 @@ def _adapter_in(directory: Path) -> Adapter | None:
     if (directory / "alignment_mlp").exists() or (directory / "run_config.yml").exists():
         raise AdapterError(f"{directory} is a llm2vec-gen checkpoint without encoder/")
     return None
-
-
-def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """Turn a dtype's name into a torch.dtype; "auto" asks the device."""
-    if isinstance(dtype, torch.dtype):
-        name = str(dtype).removeprefix("torch.")
-    elif dtype == "auto":
-        name = "bfloat16" if has_native_bfloat16(device) else "float32"
-    else:
-        name = dtype
-    if name not in _DTYPES:
-        raise ValueError(f"dtype {dtype!r} is not auto, float32, bfloat16 or float16")
-    return _DTYPES[name]
-
-
-def has_native_bfloat16(device: torch.device) -> bool:
-    """True if the device multiplies bfloat16 matrices in hardware."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    # AVX512-BF16 or AMX on x86, BF16 instructions on Arm; oneDNN decides, as for the matmuls.
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and (
-        torch.cpu._is_avx512_bf16_supported()
-        or torch.cpu._is_amx_tile_supported()
-        or torch.cpu.get_capabilities().get("bf16", False)
-    )
 
 
 @lru_cache(maxsize=1)

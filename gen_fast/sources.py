@@ -43,6 +43,8 @@ def resolve(model: str | Path, revision: str | None = None) -> Path:
     `model` is a known name, a directory, a .gguf file, or a Hub id like "Qwen/Qwen3-0.6B" (fetched
     at `revision`). GGUF is converted once to safetensors in the cache. Raises ModelNotFoundError.
     """
+    if model in PACKAGED_MODELS:  # before directories: a folder of that name may be anything
+        return _convert_gguf(_packaged_file(str(model)))
     path = Path(model)
     if path.is_dir():
         return path
@@ -51,8 +53,6 @@ def resolve(model: str | Path, revision: str | None = None) -> Path:
             raise ModelNotFoundError(f"no such GGUF file: {path}")
         return _convert_gguf(path)
     name = str(model)
-    if name in PACKAGED_MODELS:
-        return _convert_gguf(_packaged_file(name))
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return _download(name, revision)
     raise ModelNotFoundError(

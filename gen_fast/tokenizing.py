@@ -7,16 +7,19 @@ from typing import Any
 import numpy as np
 
 from gen_fast.errors import ModelNotFoundError, PromptError, TextError, TextTypeError
+from gen_fast.weights import read_json
 
 
 def load_tokenizer(directory: str | Path) -> Any:
     """Load the fast tokenizer of a model directory. Never runs code from it."""
     from transformers import AutoTokenizer
 
-    if not (Path(directory) / "tokenizer.json").is_file():
+    path = Path(directory) / "tokenizer.json"
+    if not path.is_file():
         raise ModelNotFoundError(
             f"{directory} has no tokenizer.json; a fast (Rust) tokenizer is needed"
         )
+    read_json(path)  # a damaged file is named, before transformers guesses at it
     return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
 
 

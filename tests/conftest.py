@@ -1,10 +1,12 @@
 """Models that tests share. Whatever is slow to make is made once a session."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import gen_fast
 import pytest
 from gen_fast.errors import ModelNotFoundError
+from gen_fast.ops import native
 from gen_fast.sources import resolve
 from gen_fast.testing import save_tiny_model
 
@@ -30,3 +32,16 @@ def smollm2() -> Path:
 def smollm2_encoder(smollm2: Path) -> gen_fast.Encoder:
     """SmolLM2 with mean pooling in float32."""
     return gen_fast.load(smollm2, dtype="float32", device="cpu")
+
+
+@pytest.fixture(params=range(3), ids=["baseline", "avx2", "avx512"])
+def isa_level(request: pytest.FixtureRequest) -> Iterator[int]:
+    """Runs the C++ ops with each instruction set that this processor has."""
+    if native.missing() is not None:
+        pytest.skip(f"the C++ extension {native.missing()}")
+    compiled = native.module()
+    compiled.limit_isa_level(request.param)
+    if compiled.isa_level() != request.param:
+        pytest.skip("not on this processor")
+    yield request.param
+    compiled.limit_isa_level(2)

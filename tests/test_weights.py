@@ -136,6 +136,17 @@ def test_damaged_config(model):
         load_backbone(model)
 
 
+def test_damaged_tokenizer(model):
+    (model / "tokenizer.json").write_text('{"version"')
+    with pytest.raises(gen_fast.WeightsError, match=r"tokenizer\.json is not JSON"):
+        gen_fast.load(model)
+
+
+def test_more_positions_than_the_model_was_made_for(model):
+    with pytest.raises(ValueError, match=r"max_length 513 is outside 1…512"):
+        gen_fast.load(model, max_length=513)
+
+
 def test_both_spellings_of_rope_agree(model):
     raw = json.loads((model / "config.json").read_text())
     old = {k: v for k, v in raw.items() if k != "rope_parameters"}

@@ -12,7 +12,8 @@
 
 namespace gen_fast {
 
-// 2: AVX-512 with bfloat16 dot products, 1: AVX2, 0: baseline.
+// 2: AVX-512 with bfloat16 dot products, 1: AVX2, 0: baseline. What the processor has, or the
+// lower level that the tests have asked for.
 int isa_level();
 
 // Runs body(begin, end) over parts of [0, n), in parallel if each thread gets at least `grain`.

@@ -28,7 +28,7 @@ namespace gen_fast::GEN_FAST_ISA {
 
 constexpr int KEYS = 64;  // keys in a block
 constexpr int ROWS = 6;   // rows of a register tile
-constexpr int CHUNK = 192;  // query rows (tokens times heads of a group) in a task
+constexpr int CHUNK = 192;  // query rows (tokens times heads of a group) that a task aims at
 // ROWS × VECTORS accumulators and a few operands fill the 32 registers of AVX-512, 16 otherwise.
 constexpr int VECTORS = W == 16 ? 4 : 2;
 
@@ -93,18 +93,19 @@ static inline void product(const typename Op::type* a, int64_t lda, const typena
 template <class Op>
 struct Workspace {
   typedef typename Op::type T;
-  int64_t size, padded;  // D, and D rounded up to whole vectors
+  int64_t rows, size, padded;  // query rows, D, and D rounded up to whole vectors
   std::vector<float> out, peak, mass, scores;
   std::vector<T> q, keys, values, weights;
 
-  explicit Workspace(int64_t d)
-      : size(d),
+  Workspace(int64_t n, int64_t d)
+      : rows(n),
+        size(d),
         padded((d + W - 1) / W * W),
-        out(CHUNK * padded),
-        peak(CHUNK),
-        mass(CHUNK),
+        out(n * padded),
+        peak(n),
+        mass(n),
         scores(ROWS * KEYS),
-        q(CHUNK * (d + d % 2)),
+        q(n * (d + d % 2)),
         keys((d + d % 2) * KEYS),
         values(KEYS * padded),
         weights(ROWS * KEYS) {}
@@ -291,13 +292,12 @@ static void run_chunk(const AttentionArguments& args, Workspace<Op>& work, int64
   std::vector<Rows> runs;
   std::vector<int64_t> texts;
   for (int64_t token = first_token; token < last_token; ++text) {
-    const int64_t q0 = args.q_offsets[text], q1 = args.q_offsets[text + 1];
+    const int64_t q1 = args.q_offsets[text + 1];
     if (q1 <= token) continue;
     const int64_t end = q1 < last_token ? q1 : last_token;
     const int64_t n_keys = args.k_offsets[text + 1] - args.k_offsets[text];
     runs.push_back({(token - first_token) * group, (end - first_token) * group,
                     args.prefix + n_keys - (q1 - token)});
-    (void)q0;
     texts.push_back(text);
     token = end;
   }
@@ -332,9 +332,11 @@ static void run(const AttentionArguments& args) {
   const int64_t tokens = CHUNK / group > 0 ? CHUNK / group : 1;
   const int64_t chunks = (rows + tokens - 1) / tokens;
   parallel_tasks(chunks * args.kv_heads, [&](int64_t task) {
-    // One workspace a thread, kept between calls: its size depends on the head alone.
+    // One workspace a thread, kept between calls: its size depends on the model alone.
     static thread_local std::unique_ptr<Workspace<Op>> work;
-    if (!work || work->size != args.size) work.reset(new Workspace<Op>(args.size));
+    if (!work || work->size != args.size || work->rows < tokens * group) {
+      work.reset(new Workspace<Op>(tokens * group, args.size));
+    }
     // The last chunks see the most keys of a long text: they go first, so that threads end alike.
     const int64_t chunk = chunks - 1 - task / args.kv_heads;
     const int64_t first = chunk * tokens;

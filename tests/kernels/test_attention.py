@@ -72,3 +72,19 @@ def test_a_text_does_not_see_its_neighbours():
     together = attention(q, k, v, starts, starts)
     alone = attention(q[30:], k[30:], v[30:], offsets([40]), offsets([40]))
     torch.testing.assert_close(together[30:], alone)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [2, 63, 64, 80, 256])
+def test_every_instruction_set(isa_level, size, dtype):
+    counts = [1, 63, 64, 5, 130]
+    for n_prefix in (0, 37):
+        check(inputs(counts, counts, n_prefix, 6, 2, size, dtype), "cpu")
+    check(inputs([10, 1, 0, 33], [70, 1, 9, 33], 5, 9, 3, size, dtype), "cpu", window=20)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (14, 2), (32, 1), (200, 1)])
+def test_group_sizes(heads, kv_heads):
+    counts = [70, 3, 40]
+    for impl in OP.implementations("cpu"):
+        check(inputs(counts, counts, 9, heads, kv_heads, 64, torch.bfloat16), impl)

@@ -33,3 +33,9 @@ def test_non_contiguous_input(impl):
 def test_rms_norm_of_a_constant_row_is_the_weight():
     weight = torch.randn(16)
     torch.testing.assert_close(rms_norm(torch.full((2, 16), 3.0), weight, 0.0), weight.expand(2, 16))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_instruction_set(isa_level, shape, dtype):
+    test_add_rms_norm_matches_float64(shape, dtype, "cpu")

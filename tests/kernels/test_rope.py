@@ -35,3 +35,10 @@ def test_rotation_keeps_lengths_and_depends_on_relative_position_only():
 
     torch.testing.assert_close(at(q, 5).norm(), q.norm())
     torch.testing.assert_close((at(q, 5) * at(k, 2)).sum(), (at(q, 103) * at(k, 100)).sum())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("with_norm", [False, True])
+def test_every_instruction_set(isa_level, with_norm, dtype):
+    for rows, heads, size in ((1, 1, 2), (9, 12, 64), (5, 4, 80)):
+        test_matches_float64(rows, heads, size, with_norm, dtype, "cpu")

@@ -1,0 +1,52 @@
+"""What a device computes with, and how fast its matrix products are."""
+
+import time
+
+import torch
+
+_DTYPES = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+}
+
+
+def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """Turn a dtype's name into a torch.dtype; "auto" asks the device."""
+    if isinstance(dtype, torch.dtype):
+        name = str(dtype).removeprefix("torch.")
+    elif dtype == "auto":
+        name = "bfloat16" if has_native_bfloat16(device) else "float32"
+    else:
+        name = dtype
+    if name not in _DTYPES:
+        raise ValueError(f"dtype {dtype!r} is not auto, float32, bfloat16 or float16")
+    return _DTYPES[name]
+
+
+def has_native_bfloat16(device: torch.device) -> bool:
+    """True if the device multiplies bfloat16 matrices in hardware."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # AVX512-BF16 or AMX on x86, BF16 instructions on Arm; oneDNN decides, as for the matmuls.
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and (
+        torch.cpu._is_avx512_bf16_supported()
+        or torch.cpu._is_amx_tile_supported()
+        or torch.cpu.get_capabilities().get("bf16", False)
+    )
+
+
+def matmul_peak(dtype: torch.dtype, device: torch.device | str = "cpu", size: int = 2048) -> float:
+    """FLOP/s of a square matrix product, the best of five: the peak that an MFU is a share of."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        torch.nn.functional.linear(a, b)
+        if a.is_cuda:
+            torch.cuda.synchronize(a.device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best

@@ -1,0 +1,50 @@
+"""Memory does not grow with the corpus."""
+
+import subprocess
+import sys
+
+import pytest
+
+# Peak resident memory, in MB, while texts are encoded, less that of the loaded model (after a
+# first small call, which warms up the libraries) and the output array.
+PROGRAM = """
+import sys
+from pathlib import Path
+import numpy as np
+import gen_fast
+
+def resident(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(x.split()[1]) for x in lines if x.startswith(field)) / 1024
+
+count = int(sys.argv[2])
+words = "the cat sat in a hat at noon while it was raining outside".split()
+rng = np.random.default_rng(0)
+choices = rng.integers(0, len(words), (count, 8))
+texts = [" ".join(words[i] for i in row) for row in choices]
+encoder = gen_fast.load(sys.argv[1], dtype=sys.argv[3], device="cpu", max_length=64)
+encoder.encode(texts[:16], prompt="Answer: ")
+Path("/proc/self/clear_refs").write_text("5")  # loading peaked higher: forget that peak
+before = resident("VmRSS")
+output = encoder.encode(texts, prompt="Answer: ")
+print(resident("VmHWM") - before - output.nbytes / 2**20)
+"""
+
+
+def growth(model, count, dtype="float32"):
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(model), str(count), dtype],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return float(done.stdout)
+
+
+def test_100_000_short_texts_take_at_most_200_mb(tiny_model):
+    assert growth(tiny_model, 100_000) <= 200
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_real_model_stays_within_200_mb(smollm2, dtype):
+    """The windows are alike whatever the model; what a model adds is one batch's activations."""
+    assert growth(smollm2, 8_000, dtype) <= 200

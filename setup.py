@@ -40,7 +40,10 @@ def cpp_extension() -> Extension:
 
 
 setup(
-    packages=[*find_packages(include=["gen_fast", "gen_fast.*"]), *(f"gen_fast.ops.{op}" for op in OPS)],
+    packages=[
+        *find_packages(include=["gen_fast", "gen_fast.*"]),
+        *(f"gen_fast.ops.{op}" for op in OPS),
+    ],
     package_dir={f"gen_fast.ops.{op}": f"kernels/{op}" for op in OPS},
     package_data={"gen_fast": ["py.typed"]},
     ext_modules=[] if BUILD == "none" else [cpp_extension()],

@@ -21,15 +21,16 @@ import numpy as np
 import peers
 import torch
 import workloads
+from measure import centred_cosine, interleaved, machine, median_ratio
+
 from gen_fast.device import matmul_peak
 from gen_fast.loading import load
 from gen_fast.sources import resolve
-from measure import centred_cosine, interleaved, machine, median_ratio
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WORKLOADS = ("queries", "documents", "fewshot")
 PROVIDERS = ("gen_fast", "llm2vec-gen", "sentence-transformers", "transformers")
-TRUTH_TEXTS = 200
+TRUTH_TEXTS = 64
 
 
 def main() -> None:
@@ -72,9 +73,7 @@ def main() -> None:
 
 def _provider(name: str, args: argparse.Namespace, backbone: Path, work, dtype):
     if name == "gen_fast":
-        encoder = load(
-            args.checkpoint, dtype=dtype, max_length=work.max_length, device="cpu"
-        )
+        encoder = load(args.checkpoint, dtype=dtype, max_length=work.max_length, device="cpu")
 
         def run(texts: list[str]) -> np.ndarray:
             encoder.prefixes = type(encoder.prefixes)(encoder.backbone)  # a cold cache each time
@@ -89,7 +88,9 @@ def _provider(name: str, args: argparse.Namespace, backbone: Path, work, dtype):
     return peers.transformers_sdpa(backbone, adapter, dtype, work), None
 
 
-def _compare(args: argparse.Namespace, backbone: Path, workload: str, dtype_name: str) -> list[dict]:
+def _compare(
+    args: argparse.Namespace, backbone: Path, workload: str, dtype_name: str
+) -> list[dict]:
     from transformers import AutoTokenizer
 
     dtype = DTYPES[dtype_name]
@@ -98,7 +99,7 @@ def _compare(args: argparse.Namespace, backbone: Path, workload: str, dtype_name
     encoder = made["gen_fast"][1]
     runs = {name: run for name, (run, _) in made.items()}
 
-    few = work.texts[:TRUTH_TEXTS] if workload != "fewshot" else work.texts[:40]
+    few = work.texts[:TRUTH_TEXTS] if workload != "fewshot" else work.texts[:16]
     truth = _provider("transformers", args, backbone, work, torch.float32)[0](few)
     cosines = {
         name: centred_cosine(run(few), truth)  # also the warm-up
@@ -180,9 +181,7 @@ def _scaling(args: argparse.Namespace, backbone: Path) -> list[dict]:
             ("texts", [(24, n) for n in (1, 4, 16, 64, 256)]),
         ):
             for length, count in cases:
-                texts = [
-                    tokenizer.decode(rng.integers(1000, 20000, length)) for _ in range(count)
-                ]
+                texts = [tokenizer.decode(rng.integers(1000, 20000, length)) for _ in range(count)]
                 seconds = interleaved(
                     {k: lambda run=run, t=texts: run(t) for k, run in runs.items()},
                     *(3, lambda: time.sleep(0)),
@@ -215,20 +214,21 @@ def _print_row(row: dict) -> None:
 
 def _print_table(rows: list[dict]) -> None:
     """The README's table."""
-    print("\n| workload | dtype | docs/s | tokens/s | MFU | vs llm2vec-gen | vs sentence-transformers"
-          " | vs transformers | peak MB (reference) | centred cosine |")
+    print(
+        "\n| workload | dtype | docs/s | tokens/s | MFU | vs llm2vec-gen | vs sentence-transformers"
+        " | vs transformers | peak MB (reference) | centred cosine |"
+    )
     print("|---|---|---|---|---|---|---|---|---|---|")
     for row in (r for r in rows if r["provider"] == "gen_fast"):
         same = [r for r in rows if (r["workload"], r["dtype"]) == (row["workload"], row["dtype"])]
         by = {r["provider"]: r for r in same}
-        ratios = [
-            f"{by[p]['gen_fast_speedup']:.2f}×" if p in by else "–" for p in PROVIDERS[1:]
-        ]
+        ratios = [f"{by[p]['gen_fast_speedup']:.2f}x" if p in by else "n/a" for p in PROVIDERS[1:]]
         reference = by.get("llm2vec-gen", {}).get("peak_memory_mb")
         print(
             f"| {row['workload']} | {row['dtype']} | {row['docs_per_second']:.1f} "
             f"| {row['tokens_per_second']:.0f} | {row['mfu']:.2f} | {' | '.join(ratios)} "
-            f"| {row['peak_memory_mb'] or 0:.0f}" + (f" ({reference:.0f})" if reference else "")
+            f"| {row['peak_memory_mb'] or 0:.0f}"
+            + (f" ({reference:.0f})" if reference else "")
             + f" | {row['centred_cosine_mean']:.5f} |"
         )
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from gen_fast.adapter import Adapter
 from workloads import Workload
+
+from gen_fast.adapter import Adapter
 
 BATCH = 32
 

@@ -26,7 +26,9 @@ def encode_scaling(report: dict, folder: Path) -> None:
         panel.grid(alpha=0.3)
     axes[0].legend()
     machine = report["machine"]
-    figure.suptitle(f"SmolLM2-135M, {machine['cpu']}, {machine['threads']} threads, {machine['commit']}")
+    figure.suptitle(
+        f"SmolLM2-135M, {machine['cpu']}, {machine['threads']} threads, {machine['commit']}"
+    )
     figure.tight_layout()
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / "encode_scaling.png", dpi=120)

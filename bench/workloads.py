@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
+
 from gen_fast.corpora import trivia
 
 QUERY_PROMPT = (

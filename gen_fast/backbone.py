@@ -66,9 +66,7 @@ class BackboneConfig:
     def non_embedding_parameters(self) -> int:
         """Weights multiplied with each token: the P of 2·P FLOPs a token."""
         attention_weights = self.hidden_size * (2 * self.q_size + 2 * self.kv_size)
-        return self.num_layers * (
-            attention_weights + 3 * self.hidden_size * self.intermediate_size
-        )
+        return self.num_layers * (attention_weights + 3 * self.hidden_size * self.intermediate_size)
 
 
 @dataclass(frozen=True)

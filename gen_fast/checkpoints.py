@@ -79,7 +79,7 @@ def _run_config(directory: Path) -> dict[str, Any]:
 
     Loader.add_multi_constructor("tag:yaml.org,2002:python/", plain)
     try:
-        config = yaml.load(path.read_text(encoding="utf-8"), Loader)  # noqa: S506
+        config = yaml.load(path.read_text(encoding="utf-8"), Loader)
     except FileNotFoundError as error:
         raise AdapterError(f"{path} is missing") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -106,12 +106,14 @@ def _special_tokens(directory: Path, run: dict[str, Any]) -> Tensor:
         with safe_open(path, "pt") as file:
             names = [n for n in file.keys() if n.endswith("trainable_tokens_delta")]  # noqa: SIM118
             if len(names) != 1:
-                raise AdapterError(f"{path} holds {len(names)} trainable_tokens_delta tensors, not 1")
+                raise AdapterError(
+                    f"{path} holds {len(names)} trainable_tokens_delta tensors, not 1"
+                )
             rows: Tensor = file.get_tensor(names[0]).float()
     except SafetensorError as error:
         raise AdapterError(f"{path} is not a safetensors file, or damaged: {error}") from error
 
-    indices = config.get("token_indices")
+    indices = config.get("token_indices") or []
     ids = _token_ids(directory)
     try:
         order = [indices.index(ids[token]) for token in run["special_tokens"]]
@@ -140,9 +142,7 @@ def _compression_count(directory: Path, run: dict[str, Any], n_special: int) -> 
     return int(match[1])
 
 
-def _projection(
-    directory: Path, run: dict[str, Any], name: str
-) -> tuple[Tensor, Tensor] | None:
+def _projection(directory: Path, run: dict[str, Any], name: str) -> tuple[Tensor, Tensor] | None:
     path = directory / name
     if not path.is_file():
         if run.get(f"add_{name}", True):
@@ -153,7 +153,9 @@ def _projection(
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise AdapterError(f"{path} cannot be read without running code from it: {error}") from error
+        raise AdapterError(
+            f"{path} cannot be read without running code from it: {error}"
+        ) from error
     try:
         config, state = saved["config"], saved["state_dict"]
         mode, size = config.get("pooling_mode", "linear"), config.get("size", 1)

@@ -9,145 +9,31 @@ import logging
 import os
 import platform
 import sys
-from enum import StrEnum
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
-from gen_fast.errors import (
-    AdapterError,
-    GenFastError,
-    ImplementationError,
-    InputError,
-    ModelNotFoundError,
-    NonFiniteError,
-    PrefixCacheError,
-    PromptError,
-    TextError,
-    UnsupportedModelError,
-    WeightsError,
-)
+import gen_fast.cli_options as options
+from gen_fast.cli_errors import EPILOG, FAILURE, Commands, fail
+from gen_fast.errors import GenFastError, ImplementationError, InputError, TextError
 from gen_fast.version import __version__
 
 if TYPE_CHECKING:
     import numpy as np
 
     from gen_fast.encoder import Encoder
-    from gen_fast.textfiles import Embeddings
-
-FAILURE, USAGE, BAD_INPUT, BAD_MODEL, NON_FINITE = 1, 2, 3, 4, 5
-_EXIT_CODES: tuple[tuple[type[GenFastError], int], ...] = (
-    (InputError, BAD_INPUT),
-    (TextError, BAD_INPUT),
-    (NonFiniteError, NON_FINITE),
-    (PromptError, USAGE),
-    (ImplementationError, USAGE),
-    (ModelNotFoundError, BAD_MODEL),
-    (UnsupportedModelError, BAD_MODEL),
-    (WeightsError, BAD_MODEL),
-    (AdapterError, BAD_MODEL),
-    (PrefixCacheError, BAD_MODEL),
-)
-_EPILOG = """\b
-Exit codes:
-  0  done, also when the reader of stdout stopped early
-  1  failed otherwise, such as a file that cannot be written
-  2  wrong usage: an option, a prompt or a forced implementation
-  3  bad input data: a file, line, row or text
-  4  a problem with a model, an adapter or weights
-  5  an embedding with NaN or infinity
-"""
-
-
-class _Commands(TyperGroup):
-    """Turns what a command raises into one line on stderr and an exit code."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            result = super().invoke(ctx)
-            sys.stdout.flush()
-        except GenFastError as error:
-            codes = (code for kind, code in _EXIT_CODES if isinstance(error, kind))
-            _fail(error, next(codes, FAILURE))
-        except BrokenPipeError:
-            # Python flushes stdout once more when it exits: let that go nowhere.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(0) from None
-        except OSError as error:
-            _fail(error, FAILURE)
-        return result
-
-
-def _fail(message: object, code: int = USAGE) -> NoReturn:
-    line = " ".join(str(message).split())
-    typer.echo(f"gen-fast: error: {line}", err=True)
-    raise typer.Exit(code)
-
 
 app = typer.Typer(
-    cls=_Commands,
+    cls=Commands,
     help="Fast LLM text embeddings.",
-    epilog=_EPILOG,
+    epilog=EPILOG,
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-
-
-class Method(StrEnum):
-    """How a model's hidden states become an embedding."""
-
-    mean = "mean"
-    weighted_mean = "weighted-mean"
-    last_token = "last-token"
-    echo = "echo"
-    hyde = "hyde"
-    llm2vec_gen = "llm2vec-gen"
-
-
-class Dtype(StrEnum):
-    """What the backbone computes in."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-class Format(StrEnum):
-    """Formats of text files."""
-
-    txt = "txt"
-    jsonl = "jsonl"
-    csv = "csv"
-    parquet = "parquet"
-
-
-_Model = Annotated[
-    str | None,
-    typer.Option(help="Known name, directory, .gguf file or Hub id.  [default: smollm2-135m]"),
-]
-_Method = Annotated[Method | None, typer.Option(help="Default: mean, or the adapter's.")]
-_Backbone = Annotated[str | None, typer.Option(help="Where an adapter's backbone lies.")]
-_Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …  [default: CUDA if any]")]
-_DtypeOption = Annotated[Dtype, typer.Option(help="What the backbone computes in.")]
-_Prompt = Annotated[str | None, typer.Option(help="Instruction put before every text.")]
-_MaxLength = Annotated[int | None, typer.Option(min=1, help="Tokens, prompt included.")]
-_FormatOption = Annotated[
-    Format | None, typer.Option("--format", help="Of the texts.  [default: by suffix; stdin: txt]")
-]
-_TextColumn = Annotated[
-    str | None, typer.Option(help="Default: text, else the only column of strings.")
-]
-_IdColumn = Annotated[str | None, typer.Option(help="Default: number the rows from 0.")]
-_Deterministic = Annotated[
-    bool, typer.Option("--deterministic", help="Same bits whatever else is encoded; slower.")
-]
-_Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no warnings.")]
-_Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -174,50 +60,50 @@ def encode(
         str, typer.Argument(metavar="INPUT", help="txt, jsonl, csv or parquet; - is stdin.")
     ],
     out: Annotated[str, typer.Option(help=".npy, .parquet or .safetensors; - is jsonl on stdout.")],
-    model: _Model = None,
-    method: _Method = None,
-    backbone: _Backbone = None,
-    device: _Device = None,
-    dtype: _DtypeOption = Dtype.auto,
-    prompt: _Prompt = None,
+    model: options.ModelOption = None,
+    method: options.MethodOption = None,
+    backbone: options.BackboneOption = None,
+    device: options.DeviceOption = None,
+    dtype: options.DtypeOption = options.Dtype.auto,
+    prompt: options.PromptOption = None,
     prompt_name: Annotated[
         str | None, typer.Option(help="One of the model's prompts: query, document, …")
     ] = None,
     normalize: Annotated[bool, typer.Option("--normalize", help="To L2 norm 1.")] = False,
-    text_column: _TextColumn = None,
-    id_column: _IdColumn = None,
-    file_format: _FormatOption = None,
-    max_length: _MaxLength = None,
-    deterministic: _Deterministic = False,
+    text_column: options.TextColumnOption = None,
+    id_column: options.IdColumnOption = None,
+    file_format: options.FormatOption = None,
+    max_length: options.MaxLengthOption = None,
+    deterministic: options.DeterministicOption = False,
     truncate_dim: Annotated[
         int | None, typer.Option(min=1, help="Keep the first dimensions only.")
     ] = None,
-    quiet: _Quiet = False,
+    quiet: options.QuietOption = False,
 ) -> None:
     """Embed the texts of a file, in its order."""
-    from gen_fast.textfiles import (
+    from gen_fast.embeddingfiles import (
         EMBEDDING_SUFFIXES,
         EmbeddingMetadata,
         Embeddings,
         check_embedding_file,
-        read_texts,
         write_embeddings,
     )
+    from gen_fast.textfiles import read_texts
 
     if prompt is not None and prompt_name is not None:
-        _fail("give --prompt or --prompt-name, not both")
+        fail("give --prompt or --prompt-name, not both")
     if out != "-":
         if Path(out).suffix not in EMBEDDING_SUFFIXES:
-            _fail(f"--out {out} is neither - nor one of {', '.join(EMBEDDING_SUFFIXES)}")
+            fail(f"--out {out} is neither - nor one of {', '.join(EMBEDDING_SUFFIXES)}")
         if not Path(out).parent.is_dir() or Path(out).is_dir():
-            _fail(f"--out {out} is a directory, or lies in none")
+            fail(f"--out {out} is a directory, or lies in none")
     texts = read_texts(
         source, file_format=file_format, text_column=text_column, id_column=id_column
     )
     check_embedding_file(out, texts.ids, texts.texts)
     encoder = _load(model, method, backbone, device, dtype, max_length, deterministic, quiet)
     if truncate_dim is not None and truncate_dim > encoder.dimension:
-        _fail(f"--truncate-dim {truncate_dim}: embeddings have {encoder.dimension} dimensions")
+        fail(f"--truncate-dim {truncate_dim}: embeddings have {encoder.dimension} dimensions")
     vectors = _embed(
         encoder,
         texts.texts,
@@ -237,6 +123,7 @@ def encode(
         model_dimension=encoder.dimension,
         dtype=str(encoder.backbone.dtype).removeprefix("torch."),
         backbone=_lasting(backbone) if backbone else "",
+        fingerprint=encoder.backbone.fingerprint,
     )
     write_embeddings(out, Embeddings(texts.ids, vectors, texts.texts, metadata))
     if not quiet:
@@ -259,65 +146,62 @@ def search(
     model: Annotated[
         str | None, typer.Option(help="Default: the file's own; .npy has none.")
     ] = None,
-    method: Annotated[Method | None, typer.Option(help="Default: the file's own.")] = None,
-    backbone: _Backbone = None,
-    device: _Device = None,
-    dtype: _DtypeOption = Dtype.auto,
-    prompt: _Prompt = None,
+    method: Annotated[options.Method | None, typer.Option(help="Default: the file's own.")] = None,
+    backbone: options.BackboneOption = None,
+    device: options.DeviceOption = None,
+    dtype: options.DtypeOption = options.Dtype.auto,
+    prompt: options.PromptOption = None,
     prompt_name: Annotated[
         str | None, typer.Option(help="Default: query, if the model has it.")
     ] = None,
     center: Annotated[
         bool, typer.Option("--center", help="Subtract the corpus mean before the cosine.")
     ] = False,
-    text_column: _TextColumn = None,
-    id_column: _IdColumn = None,
-    file_format: _FormatOption = None,
+    text_column: options.TextColumnOption = None,
+    id_column: options.IdColumnOption = None,
+    file_format: options.FormatOption = None,
     query_column: Annotated[
         str | None, typer.Option(help="Column of --queries; default as for --text-column.")
     ] = None,
-    max_length: _MaxLength = None,
-    as_json: _Json = False,
-    quiet: _Quiet = False,
+    max_length: options.MaxLengthOption = None,
+    as_json: options.JsonOption = False,
+    quiet: options.QuietOption = False,
 ) -> None:
     """Print the nearest texts by cosine similarity: score, id and text between tabs.
 
     The results of several queries are separated by an empty line. --json prints an object a query.
     """
-    from gen_fast.textfiles import read_embeddings, read_texts
+    from gen_fast.embeddingfiles import read_embeddings
+    from gen_fast.search import check_same_model, is_normalized
+    from gen_fast.search import search as search_embeddings
+    from gen_fast.textfiles import read_texts
 
     if (query is None) == (queries is None):
-        _fail("give queries as arguments or with --queries FILE")
+        fail("give queries as arguments or with --queries FILE")
     if prompt is not None and prompt_name is not None:
-        _fail("give --prompt or --prompt-name, not both")
+        fail("give --prompt or --prompt-name, not both")
     corpus = read_embeddings(embeddings)
-    ids, contents = corpus.ids, corpus.texts
     if texts is not None:
         read = read_texts(
             texts, file_format=file_format, text_column=text_column, id_column=id_column
         )
-        if len(read.ids) != len(ids):
-            raise InputError(f"{texts}: {len(read.ids)} texts for {len(ids)} embeddings")
-        ids, contents = read.ids, read.texts
+        if len(read.ids) != len(corpus.ids):
+            raise InputError(f"{texts}: {len(read.ids)} texts for {len(corpus.ids)} embeddings")
+        corpus = replace(corpus, ids=read.ids, texts=read.texts)
     wanted = query or read_texts(queries or "-", text_column=query_column).texts
 
     made = corpus.metadata
     if made is None and model is None:
-        _fail(f"{embeddings} does not say which model made it: give --model")
+        fail(f"{embeddings} does not say which model made it: give --model")
     # A model given by hand replaces the file's, and so its method and backbone do not apply.
     if made is not None and model is None:
-        method = method or Method(made.method)
+        method = method or options.Method(made.method)
         backbone = backbone or made.backbone or None
     encoder = _load(
         model or (made.model if made else None), method, backbone, device, dtype, max_length,
         False, quiet,
     )  # fmt: skip
-    dimension = corpus.vectors.shape[1]
-    if encoder.dimension != (made.model_dimension if made else dimension):
-        raise InputError(
-            f"{embeddings}: made with {made.model_dimension if made else dimension} dimensions, "
-            f"and {encoder.name} has {encoder.dimension}: not the same model"
-        )
+    check_same_model(embeddings, corpus, encoder)
     if prompt is None and prompt_name is None and "query" in encoder.prompts:
         prompt_name = "query"
     vectors = _embed(
@@ -327,39 +211,36 @@ def search(
         prompt=prompt,
         prompt_name=prompt_name,
         # Centring compares lengths too, so both sides need the same scale.
-        normalize_embeddings=_is_normalized(corpus),
-        truncate_dim=dimension,
+        normalize_embeddings=is_normalized(corpus),
+        truncate_dim=corpus.vectors.shape[1],
         show_progress_bar=False,
     )
-    scores, order = _nearest(corpus.vectors, vectors, k, center)
-    for number, text in enumerate(wanted):
-        results = [
-            {"score": float(score), "id": ids[row], "text": contents and contents[row]}
-            for score, row in zip(scores[number], order[number], strict=True)
-        ]
+    found = search_embeddings(corpus, vectors, k, center=center)
+    for number, (text, matches) in enumerate(zip(wanted, found, strict=True)):
         if as_json:
+            results = [asdict(match) for match in matches]
             _print(json.dumps({"query": text, "results": results}, ensure_ascii=False))
             continue
         if number:
             _print("")
-        for result in results:
-            line = (f"{result['score']:.4f}", result["id"], result["text"] or "")
-            _print("\t".join(" ".join(str(field).split()) for field in line))
+        for match in matches:
+            line = (f"{match.score:.4f}", match.id, match.text or "")
+            _print("\t".join(" ".join(field.split()) for field in line))
 
 
 @app.command()
 def info(
     model: Annotated[str | None, typer.Option(help="Load this model and describe it.")] = None,
-    method: _Method = None,
-    backbone: _Backbone = None,
-    device: _Device = None,
-    dtype: _DtypeOption = Dtype.auto,
-    as_json: _Json = False,
+    method: options.MethodOption = None,
+    backbone: options.BackboneOption = None,
+    device: options.DeviceOption = None,
+    dtype: options.DtypeOption = options.Dtype.auto,
+    as_json: options.JsonOption = False,
 ) -> None:
     """Print versions, device, dtype, implementations and cache directory."""
     import torch
 
-    from gen_fast.loading import resolve_dtype
+    from gen_fast.device import resolve_dtype
     from gen_fast.ops import OP_NAMES
     from gen_fast.sources import cache_directory
 
@@ -439,24 +320,24 @@ def _checked_device(name: str | None) -> Any:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        _fail(f"--device {name}: {str(error).splitlines()[0]}")
+        fail(f"--device {name}: {str(error).splitlines()[0]}")
     return device
 
 
-def _embed(encoder: "Encoder", texts: list[str], source: str, **options: Any) -> "np.ndarray":
+def _embed(encoder: "Encoder", texts: list[str], source: str, **settings: Any) -> "np.ndarray":
     """Embed texts; an error about one of them names `source`."""
     import numpy as np
 
     from gen_fast.budget import is_out_of_memory
 
     try:
-        vectors = encoder.encode(texts, **options)
+        vectors = encoder.encode(texts, **settings)
     except TextError as error:
         raise InputError(f"{source}: {error}") from error
     except RuntimeError as error:
         if isinstance(error, GenFastError) or not is_out_of_memory(error):
             raise
-        _fail(f"out of memory; a smaller --max-length needs less: {error}", FAILURE)
+        fail(f"out of memory; a smaller --max-length needs less: {error}", FAILURE)
     assert isinstance(vectors, np.ndarray)  # only convert_to_tensor gives anything else
     return vectors
 
@@ -464,35 +345,6 @@ def _embed(encoder: "Encoder", texts: list[str], source: str, **options: Any) ->
 def _lasting(model: str) -> str:
     """A model's name that is still right in another working directory."""
     return str(Path(model).resolve()) if Path(model).exists() else model
-
-
-def _is_normalized(corpus: "Embeddings") -> bool:
-    import numpy as np
-
-    if corpus.metadata is not None:
-        return corpus.metadata.normalized
-    return bool(np.allclose(np.linalg.norm(corpus.vectors, axis=1), 1, atol=1e-3))
-
-
-def _nearest(
-    corpus: "np.ndarray", queries: "np.ndarray", k: int, center: bool
-) -> tuple["np.ndarray", "np.ndarray"]:
-    """Cosines and rows [q, min(k, n)] of the corpus vectors nearest to each query, best first.
-
-    Equal scores keep the order of the corpus. A zero vector is like nothing: its cosine is 0.
-    """
-    import numpy as np
-
-    if center and len(corpus):
-        mean = corpus.mean(axis=0)
-        corpus, queries = corpus - mean, queries - mean
-    tiny = np.finfo(np.float32).tiny
-    corpus, queries = (
-        x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), tiny) for x in (corpus, queries)
-    )
-    scores = queries @ corpus.T
-    order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-    return np.take_along_axis(scores, order, axis=1), order
 
 
 def _chosen_implementation(op: str, device_type: str, dtype: Any) -> str:

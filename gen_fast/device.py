@@ -30,7 +30,7 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
 def has_native_bfloat16(device: torch.device) -> bool:
     """True if the device multiplies bfloat16 matrices in hardware."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     # AVX512-BF16 or AMX on x86, BF16 instructions on Arm; oneDNN decides, as for the matmuls.
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and (
         torch.cpu._is_avx512_bf16_supported()

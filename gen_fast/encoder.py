@@ -1,10 +1,10 @@
-"""Texts to embeddings: tokenise in the background, sort by length, pack, run, pool, put in order."""
+"""Texts to embeddings: tokenise in the background, sort by length, pack, run, pool, reorder."""
 
 import logging
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal, overload
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -91,20 +91,6 @@ class Encoder:
         """Where the backbone runs."""
         return self.backbone.device
 
-    @overload
-    def encode(
-        self, texts: str | Sequence[str], *, convert_to_tensor: Literal[True], **options: Any
-    ) -> Tensor: ...
-
-    @overload
-    def encode(
-        self,
-        texts: str | Sequence[str],
-        *,
-        convert_to_tensor: Literal[False] = False,
-        **options: Any,
-    ) -> np.ndarray: ...
-
     def encode(
         self,
         texts: str | Sequence[str],
@@ -164,11 +150,11 @@ class Encoder:
         result = result[0] if single else result
         return torch.from_numpy(result) if convert_to_tensor else result
 
-    def encode_query(self, texts: str | Sequence[str], **options: Any) -> np.ndarray:
+    def encode_query(self, texts: str | Sequence[str], **options: Any) -> np.ndarray | Tensor:
         """`encode` with the prompt named "query"."""
         return self.encode(texts, prompt_name="query", **options)
 
-    def encode_document(self, texts: str | Sequence[str], **options: Any) -> np.ndarray:
+    def encode_document(self, texts: str | Sequence[str], **options: Any) -> np.ndarray | Tensor:
         """`encode` with the prompt named "document"."""
         return self.encode(texts, prompt_name="document", **options)
 
@@ -231,9 +217,7 @@ class Encoder:
             self.tokenizer, prompt, self.max_length, self.method, self._generator
         )
 
-    def _embed(
-        self, texts: Sequence[str], layout: Layout
-    ) -> Iterator[tuple[np.ndarray, Tensor]]:
+    def _embed(self, texts: Sequence[str], layout: Layout) -> Iterator[tuple[np.ndarray, Tensor]]:
         """Yield (input positions [n], embeddings [n, d] float32) until every text is done.
 
         The next window is laid out in the background while this one is run.

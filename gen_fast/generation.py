@@ -96,7 +96,10 @@ def _as_transformers(backbone: Backbone, directory: Path) -> Any:
 def named_weights(backbone: Backbone) -> dict[str, Tensor]:
     """The backbone's tensors under Hugging Face names; fused matrices are split into views."""
     config = backbone.config
-    state = {"model.embed_tokens.weight": backbone.embedding, "model.norm.weight": backbone.final_norm}
+    state = {
+        "model.embed_tokens.weight": backbone.embedding,
+        "model.norm.weight": backbone.final_norm,
+    }
     widths = [config.q_size, config.kv_size, config.kv_size]
     for i, layer in enumerate(backbone.layers):
         block: dict[str, Tensor] = {

@@ -72,9 +72,7 @@ def load(
             )
         source = resolve(backbone or adapter.backbone, adapter.backbone_revision)
     if method is not None and adapter is None and method not in TRAINING_FREE:
-        raise UnsupportedModelError(
-            f"method {method!r} is not one of {', '.join(TRAINING_FREE)}"
-        )
+        raise UnsupportedModelError(f"method {method!r} is not one of {', '.join(TRAINING_FREE)}")
 
     network = load_backbone(source, dtype=chosen_dtype, device=chosen_device)
     tokenizer = load_tokenizer(source)
@@ -131,4 +129,5 @@ def encode(
     encode_options are those of `Encoder.encode`: prompt, prompt_name, normalize_embeddings, … .
     """
     options = (("method", method), ("device", device), ("dtype", dtype))
-    return _shared_encoder(str(model), options).encode(texts, **encode_options)
+    encoder: Encoder = _shared_encoder(str(model), options)
+    return encoder.encode(texts, **encode_options)

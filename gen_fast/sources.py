@@ -1,4 +1,4 @@
-"""Where a model lies: a known name, a directory, a GGUF file or a Hub id, made a local directory."""
+"""Where a model lies: a known name, directory, GGUF file or Hub id, made a local directory."""
 
 import hashlib
 import importlib.util
@@ -78,9 +78,7 @@ def _download(repository: str, revision: str | None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(
-            snapshot_download(repository, revision=revision, allow_patterns=_HUB_PATTERNS)
-        )
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=_HUB_PATTERNS))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         at = f" at revision {revision}" if revision else ""
         raise ModelNotFoundError(f"cannot get {repository}{at} from the Hub: {error}") from error

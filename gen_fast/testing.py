@@ -57,9 +57,7 @@ def tiny_config(family: str, vocab_size: int = 384) -> Any:
     return AutoConfig.for_model(**options)
 
 
-def save_tiny_model(
-    directory: Path, family: str, *, shards: bool = False, seed: int = 0
-) -> Any:
+def save_tiny_model(directory: Path, family: str, *, shards: bool = False, seed: int = 0) -> Any:
     """Write a random model of `family` and a byte-level tokenizer; return transformers' model."""
     from transformers import AutoModelForCausalLM
 

@@ -61,7 +61,9 @@ def parse_config(raw: Mapping[str, Any]) -> BackboneConfig:
     except KeyError as error:
         raise UnsupportedModelError(f"config.json lacks the key {error.args[0]!r}") from error
     except TypeError as error:
-        raise UnsupportedModelError(f"config.json holds a value of the wrong type: {error}") from error
+        raise UnsupportedModelError(
+            f"config.json holds a value of the wrong type: {error}"
+        ) from error
     _check_supported(raw, config)
     return config
 
@@ -117,7 +119,9 @@ def _windows(raw: Mapping[str, Any], family: str, num_layers: int) -> tuple[int 
             raise UnsupportedModelError(f"layer_types {sorted(set(kinds))} is not supported")
         if window is None and "sliding_attention" in kinds:
             raise UnsupportedModelError("layer_types has sliding_attention without sliding_window")
-        return tuple(int(window) if kind == "sliding_attention" else None for kind in kinds)
+        return tuple(
+            int(window) if window and kind == "sliding_attention" else None for kind in kinds
+        )
     if window is None or not raw.get("use_sliding_window", family == "mistral"):
         return (None,) * num_layers
     # Qwen keeps full attention in its first max_window_layers layers; Mistral has no such key.
@@ -251,13 +255,17 @@ def _load_layer(
 def _refuse_unexpected(files: TensorFiles, config: BackboneConfig) -> None:
     expected = {"embed_tokens.weight", "norm.weight", "lm_head.weight"}
     layer = ["input_layernorm", "post_attention_layernorm"]
-    layer += [f"self_attn.{n}_proj" for n in "qkvo"] + [f"mlp.{n}_proj" for n in ("gate", "up", "down")]
+    layer += [f"self_attn.{n}_proj" for n in "qkvo"] + [
+        f"mlp.{n}_proj" for n in ("gate", "up", "down")
+    ]
     layer += ["self_attn.q_norm", "self_attn.k_norm"] if config.qk_norm else []
     names = [f"{module}.weight" for module in layer]
     names += [f"self_attn.{n}_proj.bias" for n in "qkv"] if config.qkv_bias else []
     expected |= {f"layers.{i}.{name}" for i in range(config.num_layers) for name in names}
     unexpected = sorted(
-        name for name in files.names() if name not in expected and not name.endswith(_UNUSED_SUFFIXES)
+        name
+        for name in files.names()
+        if name not in expected and not name.endswith(_UNUSED_SUFFIXES)
     )
     if unexpected:
         raise WeightsError(

@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-import gen_fast
 import pytest
+
+import gen_fast
 from gen_fast.errors import ModelNotFoundError
 from gen_fast.ops import native
 from gen_fast.sources import resolve

@@ -3,10 +3,11 @@
 import json
 import shutil
 
-import gen_fast
 import numpy as np
 import pytest
 import torch
+
+import gen_fast
 from gen_fast.adapter import Adapter
 from gen_fast.testing import save_tiny_model
 from gen_fast.weights import load_backbone
@@ -98,13 +99,13 @@ def test_missing_config_key(directory, key):
 def test_another_format_version(directory):
     text = (directory / "config.json").read_text()
     (directory / "config.json").write_text(text.replace("gen_fast.adapter/1", "gen_fast.adapter/9"))
-    with pytest.raises(gen_fast.AdapterError, match="gen_fast.adapter/9"):
+    with pytest.raises(gen_fast.AdapterError, match=r"gen_fast\.adapter/9"):
         gen_fast.load(directory)
 
 
 def test_another_backbone_is_refused_with_what_differs(directory, tmp_path):
     save_tiny_model(tmp_path / "qwen", "qwen3")
-    with pytest.raises(gen_fast.BackboneMismatchError, match="'llama'.*'qwen3'"):
+    with pytest.raises(gen_fast.BackboneMismatchError, match=r"'llama'.*'qwen3'"):
         gen_fast.load(directory, backbone=tmp_path / "qwen")
 
 

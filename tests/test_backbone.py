@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from gen_fast.batching import PackedBatch, split_by_budget
 from gen_fast.testing import FAMILY_OPTIONS, relative_error, save_tiny_model
 from gen_fast.weights import load_backbone
@@ -81,9 +82,7 @@ def test_real_weights_equal_transformers(smollm2, smollm2_encoder):
 
 
 def test_packing_positions_and_rows():
-    batch = PackedBatch.pack(
-        [np.array([5, 6, 7]), np.array([8])], needed=[2, 0], prefix_length=4
-    )
+    batch = PackedBatch.pack([np.array([5, 6, 7]), np.array([8])], needed=[2, 0], prefix_length=4)
     assert batch.ids.tolist() == [5, 6, 7, 8]
     assert batch.positions.tolist() == [4, 5, 6, 4]
     assert batch.offsets.tolist() == [0, 3, 4]

@@ -4,15 +4,16 @@ import shutil
 import sys
 from pathlib import Path
 
-import gen_fast
 import numpy as np
 import pytest
 import torch
+
+import gen_fast
 from gen_fast.checkpoints import load_reference_checkpoint
 from gen_fast.testing import save_tiny_model
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
-import peers  # noqa: E402 - the benchmark's peers are the tests' oracle
+import peers
 
 TEXTS = [
     "where do polar bears live and what's their habitat",

@@ -1,10 +1,13 @@
 """The command line as a user meets it: files, exit codes, stdout and stderr."""
 
 import json
+import logging
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +17,11 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import gen_fast
-from gen_fast.cli import Method, app
+from gen_fast.cli import app
+from gen_fast.cli_options import Method
+from gen_fast.embeddingfiles import read_embeddings, write_embeddings
 from gen_fast.methods import TRAINING_FREE
-from gen_fast.textfiles import read_embeddings
+from gen_fast.testing import save_tiny_model
 
 TEXTS = ["the cat sat", "naïve café ☕", "日本語の文", "a", "a much longer text " * 5, "the end"]
 # The script beside the interpreter: the one this environment installed.
@@ -43,6 +48,15 @@ def fails(code: int, *arguments: object, stdin: str | None = None) -> str:
     assert len(lines) == 1, lines
     assert lines[0].startswith("gen-fast: error: ")
     return lines[0]
+
+
+@pytest.fixture(autouse=True)
+def log_level() -> Iterator[None]:
+    """The commands set the level of their whole process, which here other tests share."""
+    logger = logging.getLogger("gen_fast")
+    before = logger.level
+    yield
+    logger.setLevel(before)
 
 
 @pytest.fixture
@@ -200,7 +214,28 @@ def test_search_prints_one_line_for_a_text_of_several(
 def test_search_refuses_another_model(corpus: Path, options: list[object]) -> None:
     path = corpus.with_suffix(".npy")
     np.save(path, np.ones((2, 7), np.float32))
-    assert "not the same model" in fails(3, "search", path, "q", *options)
+    error = fails(3, "search", path, "q", *options)
+    assert "not the same model" in error
+    assert "dimension 7 (file) vs 48 (model)" in error
+
+
+def test_search_names_the_difference_between_models_of_one_shape(
+    corpus: Path, tmp_path: Path, options: list[object]
+) -> None:
+    out = corpus.with_suffix(".parquet")
+    done("encode", corpus, "--out", out, *options)
+    other = tmp_path / "other"
+    save_tiny_model(other, "llama-tied", seed=1)
+    error = fails(3, "search", out, "q", "--model", other, "--device", "cpu", "--quiet")
+    assert "not the same model" in error
+    assert "embedding_sha256" in error
+    assert "vocab_size" not in error
+    # A file from before fingerprints were stored is taken at its word.
+    read = read_embeddings(out)
+    assert read.metadata is not None
+    old = replace(read, metadata=replace(read.metadata, fingerprint={}))
+    write_embeddings(out, old)
+    done("search", out, "q", "--model", other, "--device", "cpu", "--quiet")
 
 
 def test_bad_input_names_file_and_row(tmp_path: Path, options: list[object]) -> None:

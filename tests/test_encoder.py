@@ -5,10 +5,11 @@ import os
 import subprocess
 import sys
 
-import gen_fast
 import numpy as np
 import pytest
 import torch
+
+import gen_fast
 from gen_fast import budget as budget_module
 from gen_fast import encoder as encoder_module
 from gen_fast.adapter import Adapter
@@ -51,7 +52,21 @@ def mean_encoder(tiny_model):
 
 def ragged_texts(count, seed=0):
     rng = np.random.default_rng(seed)
-    words = "the cat sat in a hat at noon while it was raining outside".split()
+    words = [
+        "the",
+        "cat",
+        "sat",
+        "in",
+        "a",
+        "hat",
+        "at",
+        "noon",
+        "while",
+        "it",
+        "was",
+        "raining",
+        "outside",
+    ]
     return [" ".join(rng.choice(words, rng.integers(1, 60))) for _ in range(count)]
 
 
@@ -130,7 +145,16 @@ def test_special_tokens_spelled_in_text_are_text(mean_encoder):
 
 @pytest.mark.parametrize(
     "text",
-    [" ", "\n\t ", "nul\x00byte", "🎉👩‍👩‍👧", "مرحبا بالعالم", "‮right to left", "<|im_end|>", "<question1>"],  # noqa: RUF001, PLE2502
+    [
+        " ",
+        "\n\t ",
+        "nul\x00byte",
+        "🎉👩‍👩‍👧",
+        "مرحبا بالعالم",
+        "\u202eright to left",
+        "<|im_end|>",
+        "<question1>",
+    ],
 )
 def test_odd_texts_are_embedded(encoder, mean_encoder, text):
     for each in (encoder, mean_encoder):

@@ -1,9 +1,10 @@
 """The training-free methods, each against its definition written out with transformers."""
 
-import gen_fast
 import numpy as np
 import pytest
 import torch
+
+import gen_fast
 from gen_fast.methods import ECHO_FIRST, ECHO_SECOND
 from gen_fast.testing import relative_error
 

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-import gen_fast
 import pytest
 import torch
+
+import gen_fast
 from gen_fast import ops
 from gen_fast.ops.attention import OP as ATTENTION
 from gen_fast.ops.swiglu import swiglu
@@ -58,7 +59,7 @@ def test_what_an_implementation_does_not_take_falls_to_the_next_and_is_an_error_
     assert [op.choose(None, x)() for x in (plain, half, trained)] == ["fast"] + 2 * ["reference"]
     with torch.no_grad():
         assert op.choose(None, trained)() == "fast"
-    with pytest.raises(gen_fast.ImplementationError, match="does not take torch.float16"):
+    with pytest.raises(gen_fast.ImplementationError, match=r"does not take torch\.float16"):
         op.choose("fast", half)
     with pytest.raises(gen_fast.ImplementationError, match="has no gradient"):
         op.choose("fast", trained)

@@ -1,9 +1,10 @@
 """The cache of instruction keys and values."""
 
-import gen_fast
 import numpy as np
 import pytest
 import torch
+
+import gen_fast
 from gen_fast.prefix import PrefixCache
 from gen_fast.testing import save_tiny_model
 from gen_fast.weights import load_backbone

@@ -3,13 +3,14 @@
 import json
 import shutil
 
-import gen_fast
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
+import gen_fast
 from gen_fast.sources import resolve
 from gen_fast.testing import edit_config, save_tiny_model
 from gen_fast.weights import load_backbone, parse_config
-from safetensors.torch import load_file, save_file
 
 
 @pytest.fixture

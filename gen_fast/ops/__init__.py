@@ -1,9 +1,9 @@
 """The ops of the backbone. Each lives in kernels/<op> and is installed as gen_fast.ops.<op>.
 
 An op has a pure-torch `reference` and may have faster implementations. The choice is made from
-device, dtype and need of gradients; `impl=` or the environment variable GEN_FAST_IMPL forces one. GEN_FAST_IMPL
-may list several, comma-separated: each op takes the first it has. A forced implementation that is
-missing is an error: results are never silently computed another way.
+device, dtype and need of gradients; `impl=` or the environment variable GEN_FAST_IMPL forces one.
+GEN_FAST_IMPL may list several, comma-separated: each op takes the first it has. A forced
+implementation that is missing is an error: results are never silently computed another way.
 """
 
 import logging
@@ -99,7 +99,9 @@ class Op:
         for name in map(str.strip, names):
             implementation = self._implementations.get(name)
             if implementation is None:
-                reasons.append(f"{name!r} does not exist; there are {', '.join(self._implementations)}")
+                reasons.append(
+                    f"{name!r} does not exist; there are {', '.join(self._implementations)}"
+                )
                 continue
             reason = implementation.why_not(device, dtype, gradient)
             if reason is None:

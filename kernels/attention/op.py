@@ -24,7 +24,9 @@ def _cpu(
     window: int | None,
 ) -> Tensor:
     heads, size = q.shape[1:]
-    q, k, v, prefix_k, prefix_v = (_rows(x) for x in (q, k, v, prefix_k, prefix_v))
+    q, k, v = _rows(q), _rows(k), _rows(v)
+    prefix_k = None if prefix_k is None else _rows(prefix_k)
+    prefix_v = None if prefix_v is None else _rows(prefix_v)
     out = torch.empty(q.shape, dtype=q.dtype)
     native.module().attention(
         q.dtype == torch.bfloat16,
@@ -37,11 +39,9 @@ def _cpu(
     return out
 
 
-def _rows(x: Tensor | None) -> Tensor | None:
+def _rows(x: Tensor) -> Tensor:
     """`x` [T, N, D] with its heads side by side in memory, as the C++ op reads them."""
-    if x is None or x.stride()[1:] == (x.shape[2], 1):
-        return x
-    return x.contiguous()
+    return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()
 
 
 def attention(

@@ -5,7 +5,7 @@ each text's own attention by their log-sum-exp (cascade attention: Ye et al., fl
 So the prefix's keys are read once a batch rather than once a text.
 """
 
-from itertools import groupby
+from itertools import groupby, pairwise
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 def _heads_first(x: Tensor, texts: int) -> Tensor:
     """[texts · n, H, D] -> [texts, H, n, D], a view."""
-    return x.unflatten(0, (texts, -1)).transpose(1, 2)
+    return x.view(texts, -1, *x.shape[1:]).transpose(1, 2)
 
 
 def attention(
@@ -35,7 +35,7 @@ def attention(
     """See `op.attention`."""
     q_bounds, k_bounds = q_offsets.tolist(), k_offsets.tolist()
     n_prefix = 0 if prefix_k is None else prefix_k.shape[0]
-    longest = max((b - a for a, b in zip(k_bounds, k_bounds[1:], strict=False)), default=0)
+    longest = max((b - a for a, b in pairwise(k_bounds)), default=0)
     if window is not None and n_prefix + longest > window:
         # A window narrower than the text is rare (Mistral beyond 4,096 tokens): masks suffice.
         return reference_attention(q, k, v, q_offsets, k_offsets, prefix_k, prefix_v, window)

@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from gen_fast.ops.append import OP, append
 
 

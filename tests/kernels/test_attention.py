@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from gen_fast.ops.attention import OP, attention
 from gen_fast.ops.attention.reference import attention as reference
 from gen_fast.testing import assert_no_worse

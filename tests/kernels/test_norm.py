@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from gen_fast.ops.norm import OP, add_rms_norm, rms_norm
 from gen_fast.ops.norm.reference import add_rms_norm as reference
 from gen_fast.testing import assert_no_worse
@@ -32,7 +33,9 @@ def test_non_contiguous_input(impl):
 
 def test_rms_norm_of_a_constant_row_is_the_weight():
     weight = torch.randn(16)
-    torch.testing.assert_close(rms_norm(torch.full((2, 16), 3.0), weight, 0.0), weight.expand(2, 16))
+    torch.testing.assert_close(
+        rms_norm(torch.full((2, 16), 3.0), weight, 0.0), weight.expand(2, 16)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

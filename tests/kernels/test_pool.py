@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from gen_fast.ops.pool import OP, pool
 from gen_fast.ops.pool.reference import pool as reference
 from gen_fast.testing import assert_no_worse

@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from gen_fast.ops.rope import OP, rope
 from gen_fast.ops.rope.reference import rope as reference
 from gen_fast.testing import assert_no_worse
@@ -16,7 +17,9 @@ def inputs(rows, heads, size, dtype, with_norm):
 @pytest.mark.parametrize("impl", OP.implementations("cpu"))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("with_norm", [False, True])
-@pytest.mark.parametrize(("rows", "heads", "size"), [(0, 3, 64), (1, 1, 2), (9, 12, 64), (5, 4, 80)])
+@pytest.mark.parametrize(
+    ("rows", "heads", "size"), [(0, 3, 64), (1, 1, 2), (9, 12, 64), (5, 4, 80)]
+)
 def test_matches_float64(rows, heads, size, with_norm, dtype, impl):
     x, cos, sin, norm = inputs(rows, heads, size, dtype, with_norm)
     wide = None if norm is None else norm.double()

@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from gen_fast.ops.swiglu import OP, swiglu
 from gen_fast.ops.swiglu.reference import swiglu as reference
 from gen_fast.testing import assert_no_worse
@@ -11,9 +12,7 @@ from gen_fast.testing import assert_no_worse
 def test_matches_float64(shape, dtype, impl):
     torch.manual_seed(0)
     gate_up = (8 * torch.randn(shape)).to(dtype)
-    assert_no_worse(
-        swiglu(gate_up, impl=impl), reference(gate_up), reference(gate_up.double())
-    )
+    assert_no_worse(swiglu(gate_up, impl=impl), reference(gate_up), reference(gate_up.double()))
 
 
 @pytest.mark.parametrize("impl", OP.implementations("cpu"))

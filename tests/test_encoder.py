@@ -78,7 +78,11 @@ def test_str_gives_a_vector_and_a_list_gives_rows(encoder):
     np.testing.assert_allclose(one, many[0], rtol=1e-4, atol=1e-5)
     assert encoder.encode([]).shape == (0, 20)
     assert isinstance(encoder.encode(["a"], convert_to_tensor=True), torch.Tensor)
-    for iterable in (("the cat", "a hat"), np.array(["the cat", "a hat"]), iter(["the cat", "a hat"])):
+    for iterable in (
+        ("the cat", "a hat"),
+        np.array(["the cat", "a hat"]),
+        iter(["the cat", "a hat"]),
+    ):
         np.testing.assert_array_equal(encoder.encode(iterable), many)
 
 

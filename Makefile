@@ -9,12 +9,12 @@ TORCH := torch==$(shell sed -n 's/^torch==//p' constraints.txt)
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
 # An editable install sees changes of Python code by itself, but not of these.
 INSTALLED_FROM := pyproject.toml constraints.txt setup.py $(wildcard kernels/*/__init__.py) \
-                  $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
+                  $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/cuda/*)
 
-.PHONY: help demo test lint format bench clean
+.PHONY: help demo test lint format bench gpu-check clean
 
 help: ## List the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile
 
 demo: $(VENV)/.demo ## Search a small corpus with a small model
 	$(BIN)/gen-fast demo
@@ -36,6 +36,10 @@ format: $(VENV)/.dev ## Format the code
 
 bench: $(VENV)/.dev ## Measure encoding against other packages, quickly
 	$(BIN)/python bench/encode.py --quick
+
+# With the Python at hand, not .venv: a GPU machine has its own torch, and perhaps no network.
+gpu-check: ## On a machine with a CUDA GPU: build, test and measure there
+	$(PYTHON) bench/gpu_check.py
 
 clean: ## Remove the environment and everything built
 	rm -rf $(VENV) build dist *.egg-info gen_fast/*.so .pytest_cache .mypy_cache .ruff_cache

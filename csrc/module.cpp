@@ -48,30 +48,85 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "C++ ops of gen_fast; see csrc/cpu/ops.h";
   m.def("isa_level", &gen_fast::isa_level, "0: baseline, 1: AVX2, 2: AVX-512 with bfloat16");
   m.def("limit_isa_level", [](int level) { gen_fast::limit = level; }, "for the tests");
-  m.def("add_rms_norm", [](bool bf16, Address x, Address residual, Address weight, Address out,
-                           int64_t rows, int64_t size, float eps) {
+  m.def("add_rms_norm", [](bool bf16, Address x, Address residual, Address weight, Address total,
+                           Address out, int64_t rows, int64_t size, float eps) {
     py::gil_scoped_release release;
     gen_fast::add_rms_norm(dtype(bf16), at<void>(x), at<void>(residual), at<void>(weight),
-                           at<void>(out), rows, size, eps);
+                           at<void>(total), at<void>(out), rows, size, eps);
+  });
+  m.def("add_rms_norm_backward", [](bool bf16, Address grad_normed, Address grad_total,
+                                    Address total, Address weight, Address out, int64_t rows,
+                                    int64_t size, float eps) {
+    py::gil_scoped_release release;
+    gen_fast::add_rms_norm_backward(dtype(bf16), at<void>(grad_normed), at<void>(grad_total),
+                                    at<void>(total), at<void>(weight), at<void>(out), rows, size,
+                                    eps);
   });
   m.def("swiglu", [](bool bf16, Address gate_up, Address out, int64_t rows, int64_t size) {
     py::gil_scoped_release release;
     gen_fast::swiglu(dtype(bf16), at<void>(gate_up), at<void>(out), rows, size);
   });
-  m.def("rope", [](bool bf16, Address x, int64_t stride, Address cos, Address sin, Address norm,
-                   int64_t rows, int64_t heads, int64_t size, float eps) {
+  m.def("swiglu_backward", [](bool bf16, Address grad, Address gate_up, Address out, int64_t rows,
+                              int64_t size) {
     py::gil_scoped_release release;
-    gen_fast::rope(dtype(bf16), at<void>(x), stride, at<float>(cos), at<float>(sin),
-                   at<void>(norm), rows, heads, size, eps);
+    gen_fast::swiglu_backward(dtype(bf16), at<void>(grad), at<void>(gate_up), at<void>(out), rows,
+                              size);
+  });
+  m.def("rope", [](bool bf16, Address x, int64_t x_stride, Address out, int64_t out_stride,
+                   Address cos, Address sin, Address norm, int64_t rows, int64_t heads,
+                   int64_t size, float eps) {
+    py::gil_scoped_release release;
+    gen_fast::RopeArguments a = {};
+    a.x = at<void>(x), a.out = at<void>(out), a.x_stride = x_stride, a.out_stride = out_stride;
+    a.cos = at<float>(cos), a.sin = at<float>(sin), a.norm = at<void>(norm);
+    a.rows = rows, a.heads = heads, a.size = size, a.eps = eps;
+    gen_fast::rope(dtype(bf16), a);
+  });
+  m.def("rope_backward", [](bool bf16, Address grad, int64_t grad_stride, Address x,
+                            int64_t x_stride, Address out, Address cos, Address sin, Address norm,
+                            int64_t rows, int64_t heads, int64_t size, float eps) {
+    py::gil_scoped_release release;
+    gen_fast::RopeArguments a = {};
+    a.grad = at<void>(grad), a.x = at<void>(x), a.out = at<void>(out);
+    a.grad_stride = grad_stride, a.x_stride = x_stride, a.out_stride = heads * size;
+    a.cos = at<float>(cos), a.sin = at<float>(sin), a.norm = at<void>(norm);
+    a.rows = rows, a.heads = heads, a.size = size, a.eps = eps;
+    gen_fast::rope_backward(dtype(bf16), a);
+  });
+  m.def("append", [](Address table, Address special, Address ids, Address out, int64_t rows,
+                     int64_t vocabulary, int64_t n_special, int64_t row_bytes) {
+    py::gil_scoped_release release;
+    return gen_fast::append(at<void>(table), at<void>(special), at<int64_t>(ids), at<void>(out),
+                            rows, vocabulary, n_special, row_bytes);
+  });
+  m.def("append_backward", [](bool bf16, Address grad, Address ids, Address out, int64_t rows,
+                              int64_t vocabulary, int64_t n_special, int64_t size) {
+    py::gil_scoped_release release;
+    gen_fast::append_backward(dtype(bf16), at<void>(grad), at<int64_t>(ids), at<float>(out), rows,
+                              vocabulary, n_special, size);
+  });
+  m.def("pool", [](bool bf16, Address hidden, Address offsets, Address norm_weight,
+                   Address row_weights, Address out, int64_t texts, int64_t size, float eps) {
+    py::gil_scoped_release release;
+    gen_fast::pool(dtype(bf16), at<void>(hidden), at<int32_t>(offsets), at<void>(norm_weight),
+                   at<float>(row_weights), at<float>(out), texts, size, eps);
+  });
+  m.def("cross_entropy", [](bool bf16, Address logits, Address targets, Address losses,
+                            int64_t rows, int64_t vocabulary) {
+    py::gil_scoped_release release;
+    gen_fast::cross_entropy(dtype(bf16), at<void>(logits), at<int64_t>(targets),
+                            at<float>(losses), rows, vocabulary);
   });
   m.def("attention", [](bool bf16, Address q, Address k, Address v, Address prefix_k,
-                        Address prefix_v, Address out, Address q_offsets, Address k_offsets,
+                        Address prefix_v, Address out, Address lse, Address q_offsets,
+                        Address k_offsets,
                         int64_t texts, int64_t heads, int64_t kv_heads, int64_t size,
                         int64_t prefix, int64_t q_stride, int64_t k_stride, int64_t v_stride,
                         int64_t prefix_k_stride, int64_t prefix_v_stride, int64_t window) {
     py::gil_scoped_release release;
     gen_fast::AttentionArguments a;
     a.q = at<void>(q), a.k = at<void>(k), a.v = at<void>(v), a.out = at<void>(out);
+    a.lse = at<float>(lse);
     a.prefix_k = at<void>(prefix_k), a.prefix_v = at<void>(prefix_v);
     a.q_offsets = at<int32_t>(q_offsets), a.k_offsets = at<int32_t>(k_offsets);
     a.texts = texts, a.heads = heads, a.kv_heads = kv_heads, a.size = size, a.prefix = prefix;

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         InputError,
         ModelNotFoundError,
         NonFiniteError,
+        OpError,
         PrefixCacheError,
         PromptError,
         TextError,
@@ -42,6 +43,7 @@ _HOME = {
     "InputError": "errors",
     "ModelNotFoundError": "errors",
     "NonFiniteError": "errors",
+    "OpError": "errors",
     "PrefixCacheError": "errors",
     "PromptError": "errors",
     "TextError": "errors",
@@ -68,6 +70,7 @@ __all__ = [  # noqa: RUF022 - what people look for first stands first
     "AdapterError",
     "BackboneMismatchError",
     "PrefixCacheError",
+    "OpError",
     "ImplementationError",
 ]
 

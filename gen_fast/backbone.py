@@ -197,11 +197,12 @@ class Backbone:
                 config.windows[i],
             )
             mixed = linear(mixed.flatten(1), layer.out)
-            normed, stream = add_rms_norm(mixed, stream, layer.mlp_norm, eps)
+            normed, stream = add_rms_norm(mixed, stream, layer.mlp_norm, eps, inplace=True)
             mixed = linear(swiglu(linear(normed, layer.gate_up)), layer.down)
             if last:
                 return stream + mixed, kept
-            normed, stream = add_rms_norm(mixed, stream, self.layers[i + 1].attention_norm, eps)
+            following = self.layers[i + 1].attention_norm
+            normed, stream = add_rms_norm(mixed, stream, following, eps, inplace=True)
         raise AssertionError("a backbone has at least one layer")
 
     def _qkv(
@@ -214,17 +215,17 @@ class Backbone:
         if rows is None:
             fused = linear(normed, layer.qkv, layer.qkv_bias).unflatten(-1, heads)
             qk, v = fused.split([n_q + n_kv, n_kv], dim=1)
-            q, k = rope(qk, cos, sin, layer.qk_norm, eps).split([n_q, n_kv], dim=1)
+            qk = rope(qk, cos, sin, layer.qk_norm, eps, inplace=True)
+            q, k = qk.split([n_q, n_kv], dim=1)
             return q, k, v
         cut = config.q_size
         bias, norm = layer.qkv_bias, layer.qk_norm
         q = linear(normed[rows], layer.qkv[:cut], None if bias is None else bias[:cut])
-        q = rope(
-            q.unflatten(-1, heads), cos[rows], sin[rows], None if norm is None else norm[:n_q], eps
-        )
+        q_norm, k_norm = (None, None) if norm is None else (norm[:n_q], norm[n_q:])
+        q = rope(q.unflatten(-1, heads), cos[rows], sin[rows], q_norm, eps, inplace=True)
         kv = linear(normed, layer.qkv[cut:], None if bias is None else bias[cut:])
         k, v = kv.unflatten(-1, heads).chunk(2, dim=1)
-        k = rope(k, cos, sin, None if norm is None else norm[n_q:], eps)
+        k = rope(k, cos, sin, k_norm, eps, inplace=True)
         return q, k, v
 
     def _rotary_rows(self, positions: Tensor, prefix: PrefixKV | None) -> tuple[Tensor, Tensor]:

@@ -39,11 +39,14 @@ def has_native_bfloat16(device: torch.device) -> bool:
     )
 
 
-def matmul_peak(dtype: torch.dtype, device: torch.device | str = "cpu", size: int = 2048) -> float:
+def matmul_peak(dtype: torch.dtype, device: torch.device | str = "cpu") -> float:
     """FLOP/s of a square matrix product, the best of five: the peak that an MFU is a share of."""
+    size = 8192 if torch.device(device).type == "cuda" else 2048
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     best = float("inf")
     for _ in range(5):
+        if a.is_cuda:
+            torch.cuda.synchronize(a.device)
         start = time.perf_counter()
         torch.nn.functional.linear(a, b)
         if a.is_cuda:

@@ -57,5 +57,9 @@ class PrefixCacheError(GenFastError, ValueError):
     """A saved prefix cache is damaged or belongs to another model."""
 
 
+class OpError(GenFastError, ValueError):
+    """An op was given shapes, dtypes or options that it does not take."""
+
+
 class ImplementationError(GenFastError, RuntimeError):
     """A forced implementation of an op does not exist or cannot run here."""

@@ -1,6 +1,7 @@
 """Devices, tolerances, input makers and tiny models, shared by tests and benchmarks."""
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,3 +121,38 @@ def assert_no_worse(actual: Tensor, reference: Tensor, exact: Tensor) -> None:
     allowed = 2 * relative_error(reference, exact) + TOLERANCE.get(actual.dtype, 1e-12)
     error = relative_error(actual, exact)
     assert error <= allowed, f"error {error:.2e} exceeds {allowed:.2e} in {actual.dtype}"
+
+
+def check_gradients(
+    function: Callable[..., Any],
+    reference: Callable[..., Any],
+    inputs: Sequence[Any],
+    impl: str,
+    device: str,
+) -> None:
+    """Assert that gradients of `function(*inputs, impl=impl)` are no worse than the reference's.
+
+    The gradients of those `inputs` that require one are compared; outputs are weighted at random.
+    """
+
+    def moved(x: Any, dtype: torch.dtype | None = None) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        # Strides stay: views of a fused projection are part of a test.
+        made = x.detach().to(device=device, dtype=dtype if x.is_floating_point() else None)
+        return made.requires_grad_(x.requires_grad)
+
+    def gradients(run: Callable[..., Any], dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
+        leaves = [moved(x, dtype) for x in inputs]
+        outputs = run(*leaves)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        outputs = [x for x in outputs if x.requires_grad]
+        torch.manual_seed(1)
+        weights = [torch.randn(x.shape).to(x) for x in outputs]
+        wanted = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
+        return torch.autograd.grad(outputs, wanted, weights)
+
+    exact, plain = gradients(reference, torch.float64), gradients(reference)
+    actual = gradients(lambda *leaves: function(*leaves, impl=impl))
+    for a, p, e in zip(actual, plain, exact, strict=True):
+        assert_no_worse(a, p, e)

@@ -200,23 +200,58 @@ def load_backbone(
     damaged, missing, misshapen or unexpected tensors.
     """
     directory = Path(directory)
-    config = parse_config(read_json(directory / "config.json"))
+    config = read_json(directory / "config.json")
     with ExitStack() as stack:
-        files = open_tensors(directory, stack)
-        _refuse_unexpected(files, config)
-        embedding = files.get("embed_tokens.weight", (config.vocab_size, config.hidden_size))
-        layers = []
-        for i in range(config.num_layers):
-            layers.append(_load_layer(files, config, f"layers.{i}.", dtype, device))
-        final_norm = files.get("norm.weight", (config.hidden_size,))
-        fingerprint = backbone_fingerprint(config, embedding, files)
-        return Backbone(
-            config,
-            embedding.to(device, dtype),
-            tuple(layers),
-            final_norm.to(device, dtype),
-            fingerprint,
-        )
+        return _build(config, open_tensors(directory, stack), dtype, device)
+
+
+def backbone_from_tensors(
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> Backbone:
+    """Build a Backbone from a config.json's content and a transformers state dict in memory.
+
+    Raises as `load_backbone` does.
+    """
+    file = _Tensors(tensors)
+    where = {name.removeprefix("model."): (file, name) for name in tensors}
+    return _build(config, TensorFiles(where), dtype, device)
+
+
+class _Tensors:
+    """A state dict, read as a safetensors file is."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    def get_tensor(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+
+def _build(
+    values: Mapping[str, Any],
+    files: TensorFiles,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> Backbone:
+    config = parse_config(dict(values))
+    _refuse_unexpected(files, config)
+    embedding = files.get("embed_tokens.weight", (config.vocab_size, config.hidden_size))
+    layers = []
+    for i in range(config.num_layers):
+        layers.append(_load_layer(files, config, f"layers.{i}.", dtype, device))
+    final_norm = files.get("norm.weight", (config.hidden_size,))
+    fingerprint = backbone_fingerprint(config, embedding, files)
+    return Backbone(
+        config,
+        embedding.to(device, dtype),
+        tuple(layers),
+        final_norm.to(device, dtype),
+        fingerprint,
+    )
 
 
 def _load_layer(
@@ -304,7 +339,7 @@ def backbone_fingerprint(
 def _sample_hash(samples: list[Tensor]) -> str:
     digest = hashlib.sha256()
     for sample in samples:
-        rounded = sample.to(torch.bfloat16).contiguous().view(torch.int16)
+        rounded = sample.detach().cpu().to(torch.bfloat16).contiguous().view(torch.int16)
         digest.update(rounded.numpy().tobytes())
     return digest.hexdigest()[:16]
 

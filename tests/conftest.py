@@ -1,5 +1,14 @@
 """Models that tests share. Whatever is slow to make is made once a session."""
 
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    # Before Triton is imported: its kernels then run on the CPU, one tile at a time.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
 from collections.abc import Iterator
 from pathlib import Path
 

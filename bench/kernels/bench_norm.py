@@ -1,23 +1,37 @@
-"""Residual add + RMSNorm."""
+"""Residual add + RMSNorm, and with quantised rows."""
 
-import pytest
-import torch
-from conftest import DTYPES, HIDDEN, ROWS
+from conftest import cases, provided, random
 
 from gen_fast.ops.norm import OP, add_rms_norm
-from gen_fast.ops.norm.reference import add_rms_norm as reference
+from gen_fast.ops.norm.reference import add_rms_norm as plain_norm
 
 
-@pytest.mark.parametrize("impl", OP.implementations("cpu"))
-@pytest.mark.parametrize("dtype", DTYPES)
-def bench_norm(measure, dtype, impl):
-    x, residual = torch.randn(2, ROWS, HIDDEN).to(DTYPES[dtype])
-    weight = torch.ones(HIDDEN, dtype=DTYPES[dtype])
+def plain(x, residual, weight):
+    return plain_norm(x, residual, weight, 1e-6)
+
+
+def liger(x, residual, weight):
+    from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction
+
+    return LigerFusedAddRMSNormFunction.apply(x, residual, weight, 1e-6)
+
+
+@cases(OP, peers=["liger"])
+def bench_norm(measure, size, dtype, mode, provider):
+    trained = mode != "forward"
+    x = random(size.rows, size.hidden, dtype=dtype, grad=trained)
+    residual = random(size.rows, size.hidden, dtype=dtype, scale=0.5, grad=trained)
+    weight = random(size.hidden, dtype=dtype)
     measure(
-        # The stream grows with each timed call; its values do not change the work.
-        lambda *inputs: add_rms_norm(*inputs, 1e-5, impl=impl)[0],
-        lambda *inputs: reference(*inputs, 1e-5)[0],
-        (x, residual * 0, weight),
-        moved_bytes=4 * x.nbytes,
-        flops=5 * x.numel(),
+        provided(
+            provider,
+            # In place, as the backbone calls it without gradients; torch.compile fuses its own.
+            lambda x, r, w, impl: add_rms_norm(x, r, w, 1e-6, inplace=not trained, impl=impl),
+            plain,
+            {"liger": liger},
+        ),
+        plain,
+        (x, residual, weight),
+        moved_bytes=x.nbytes * (8 if trained else 4),
+        flops=x.numel() * (15 if trained else 5),
     )

@@ -1,24 +1,45 @@
-"""Rotary embedding of the query and key heads."""
+"""Rotary embedding of the query and key heads, with Qwen3's norm where the model has it."""
 
-import pytest
 import torch
-from conftest import DTYPES, HEAD_DIM, HEADS, KV_HEADS, ROWS
+from conftest import DEVICE, cases, provided, random
 
 from gen_fast.ops.rope import OP, rope
-from gen_fast.ops.rope.reference import rope as reference
+from gen_fast.ops.rope.reference import rope as plain
 
 
-@pytest.mark.parametrize("impl", OP.implementations("cpu"))
-@pytest.mark.parametrize("dtype", DTYPES)
-def bench_rope(measure, dtype, impl):
+def liger(size):
+    from liger_kernel.ops.rope import LigerRopeFunction
+
+    def run(x, cos, sin, norm):
+        """As in Liger's own models: the norm of Qwen3 first, then the rotation of q and k."""
+        if norm is not None:
+            x = torch.nn.functional.rms_norm(x, (x.shape[-1],), None, 1e-6) * norm
+        q, k = x.transpose(0, 1).unsqueeze(0).split([size.heads, size.kv_heads], dim=1)
+        cos, sin = (torch.cat((t, t), -1).unsqueeze(0).to(x.dtype) for t in (cos, sin))
+        return torch.cat(LigerRopeFunction.apply(q, k, cos, sin), 1)[0].transpose(0, 1)
+
+    return run
+
+
+@cases(OP, peers=["liger"])
+def bench_rope(measure, size, dtype, mode, provider):
+    trained = mode != "forward"
+    heads = size.heads + size.kv_heads
     # A view of the fused projection, as the backbone passes it.
-    fused = torch.randn(ROWS, HEADS + 2 * KV_HEADS, HEAD_DIM).to(DTYPES[dtype])
-    angles = torch.randn(ROWS, HEAD_DIM // 2)
-    x = fused[:, : HEADS + KV_HEADS]
+    fused = random(size.rows, heads + size.kv_heads, size.head_dim, dtype=dtype)
+    x = fused[:, :heads].requires_grad_(trained)
+    angles = torch.arange(size.rows * size.head_dim // 2, device=DEVICE).float()
+    angles = angles.view(size.rows, -1) % 7
+    norm = random(heads, size.head_dim, dtype=dtype) if size.qk_norm else None
     measure(
-        lambda *inputs: rope(*inputs, impl=impl),
-        reference,
-        (x, angles.cos(), angles.sin()),
-        moved_bytes=2 * x.numel() * x.element_size() + 2 * angles.nbytes,
-        flops=3 * x.numel(),
+        provided(
+            provider,
+            lambda *a, impl: rope(*a, inplace=not trained, impl=impl),
+            plain,
+            {"liger": liger(size)} if provider == "liger" else None,
+        ),
+        plain,
+        (x, angles.cos(), angles.sin(), norm),
+        moved_bytes=2 * (2 if trained else 1) * (x.numel() * x.element_size() + angles.nbytes),
+        flops=x.numel() * (3 + 5 * size.qk_norm) * (2 if trained else 1),
     )

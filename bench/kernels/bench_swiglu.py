@@ -1,21 +1,26 @@
 """Gated activation."""
 
-import pytest
-import torch
-from conftest import DTYPES, FEED_FORWARD, ROWS
+from conftest import cases, provided, random
 
 from gen_fast.ops.swiglu import OP, swiglu
-from gen_fast.ops.swiglu.reference import swiglu as reference
+from gen_fast.ops.swiglu.reference import swiglu as plain
 
 
-@pytest.mark.parametrize("impl", OP.implementations("cpu"))
-@pytest.mark.parametrize("dtype", DTYPES)
-def bench_swiglu(measure, dtype, impl):
-    gate_up = torch.randn(ROWS, 2 * FEED_FORWARD).to(DTYPES[dtype])
+def liger(gate_up):
+    from liger_kernel.ops.swiglu import LigerFusedGateUpSiLUMulFunction
+
+    return LigerFusedGateUpSiLUMulFunction.apply(gate_up)
+
+
+@cases(OP, peers=["liger"])
+def bench_swiglu(measure, size, dtype, mode, provider):
+    trained = mode != "forward"
+    gate_up = random(size.rows, 2 * size.feed_forward, dtype=dtype, grad=trained)
     measure(
-        lambda x: swiglu(x, impl=impl),
-        reference,
+        provided(provider, swiglu, plain, {"liger": liger}),
+        plain,
         (gate_up,),
-        moved_bytes=gate_up.nbytes * 3 // 2,
-        flops=15 * gate_up.numel() // 2,
+        # Forward 3 of the feed-forward width; backward reads 3 and writes 2 more.
+        moved_bytes=gate_up.nbytes // 2 * (8 if trained else 3),
+        flops=gate_up.numel() // 2 * (35 if trained else 15),
     )

@@ -1,71 +1,190 @@
-"""Microbenchmarks of the ops: `pytest bench/kernels --benchmark-json FILE`.
+"""Microbenchmarks of the ops: `pytest bench/kernels --benchmark-json FILE`, then `table.py FILE`.
 
-A case is timed only if its result passes the op's tolerance against float64. Every row carries
-its implementation, dtype, shape, the bytes and FLOPs of the op, and the share of the roofline it
-reaches against the copy bandwidth and matmul peak of this machine, measured in the same run.
+Cases are sizes of a model, dtypes and modes; providers are the reference as it stands and under
+torch.compile, every implementation, and other people's kernels where they are installed. A case is
+timed only if its result passes the op's tolerance against float64. Every row carries the bytes and
+FLOPs of the op and the share it reaches of the roofline: the time that moving the bytes at copy
+bandwidth or computing at the matmul peak would take, both measured in the same run.
 """
 
+import importlib.util
+import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from gen_fast.device import matmul_peak
+from gen_fast.ops import Op
 from gen_fast.testing import assert_no_worse
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# SmolLM2-135M: hidden 576, 9 query and 3 key/value heads of 64, feed-forward 1,536; a CPU batch.
-ROWS = 2048
-HIDDEN, FEED_FORWARD, HEADS, KV_HEADS, HEAD_DIM = 576, 1536, 9, 3, 64
+MODES = ("forward", "forward+backward")
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model's sizes and the rows of a batch."""
+
+    rows: int
+    hidden: int
+    feed_forward: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    qk_norm: bool
+
+
+SIZES = {
+    "cpu": {"smollm2-135m": Size(2048, 576, 1536, 9, 3, 64, 49152, False)},
+    "cuda": {
+        "qwen3-0.6b": Size(16384, 1024, 3072, 16, 8, 128, 151936, True),
+        "qwen3-8b": Size(16384, 4096, 12288, 32, 8, 128, 151936, True),
+    },
+}[DEVICE]
+
+
+# Other people's kernels: provider -> package. They need a GPU.
+PEERS = {"liger": "liger_kernel", "cut-cross-entropy": "cut_cross_entropy"}
+
+
+def cases(op: Op, modes: Sequence[str] = MODES, peers: Sequence[str] = ()) -> Any:
+    """Decorate a benchmark of `op` with (size, dtype, mode, provider)."""
+    names = op.implementations(DEVICE)
+    others = [p for p in peers if DEVICE == "cuda" and importlib.util.find_spec(PEERS[p])]
+    dtypes = list(DTYPES) if DEVICE == "cpu" else ["bf16"]
+    parameters = []
+    for size in SIZES:
+        for dtype in dtypes:
+            for mode in modes:
+                backward = op.backward.implementations(DEVICE) if op.backward else []
+                able = names if mode == "forward" else [n for n in names if n in backward]
+                for provider in [*able, "torch.compile", *others]:
+                    parameters.append(
+                        pytest.param(
+                            *(SIZES[size], dtype, mode, provider),
+                            id=f"{size}-{dtype}-{mode}-{provider}",
+                        )
+                    )
+    return pytest.mark.parametrize(("size", "dtype", "mode", "provider"), parameters)
+
+
+def random(*shape: int, dtype: str, scale: float = 1.0, grad: bool = False) -> Tensor:
+    """Normal draws on the device, the same every time."""
+    generator = torch.Generator().manual_seed(len(shape) + sum(shape))
+    made = (scale * torch.randn(shape, generator=generator)).to(DEVICE, DTYPES[dtype])
+    return made.requires_grad_(grad)
+
+
+def provided(
+    provider: str,
+    op: Callable[..., Any],
+    plain: Callable[..., Any],
+    peers: Mapping[str, Callable[..., Any]] | None = None,
+) -> Callable[..., Any]:
+    """What to run: one of `peers` by name, the plain function compiled, or `op` forced."""
+    if peers and provider in peers:
+        return peers[provider]
+    if provider == "torch.compile":
+        return torch.compile(plain, dynamic=False)
+    return partial(op, impl=provider)
 
 
 @pytest.fixture(scope="session")
 def copy_bandwidth() -> float:
     """Bytes a second, read plus written, of a copy far larger than the caches."""
-    source = torch.ones(1 << 27)
+    source = torch.ones(1 << 27 if DEVICE == "cpu" else 1 << 29, device=DEVICE)
     target = torch.empty_like(source)
-    best = float("inf")
-    for _ in range(5):
-        start = time.perf_counter()
-        target.copy_(source)
-        best = min(best, time.perf_counter() - start)
-    return 2 * source.nbytes / best
+    return 2 * source.nbytes / min(seconds_of(lambda: target.copy_(source), 5))
 
 
 @pytest.fixture(scope="session")
 def peaks() -> dict[torch.dtype, float]:
     """Matmul FLOP/s of each dtype."""
-    return {dtype: matmul_peak(dtype) for dtype in DTYPES.values()}
+    return {dtype: matmul_peak(dtype, DEVICE) for dtype in DTYPES.values()}
+
+
+def seconds_of(run: Callable[[], object], rounds: int) -> list[float]:
+    """Wall-clock seconds of each round; on a GPU from its own clock, with a cold L2 cache."""
+    if DEVICE == "cuda":
+        from triton.testing import do_bench
+
+        return [1e-3 * ms for ms in do_bench(run, rep=20 * rounds, return_mode="all")]
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return times
 
 
 @pytest.fixture
-def measure(benchmark, copy_bandwidth, peaks, request):
-    """Check, then time; `run` is the implementation, `reference` the plain one at any dtype."""
+def measure(benchmark: Any, copy_bandwidth: float, peaks: Mapping, request: Any):
+    """Check, then time `run(*inputs)`; `plain` is the reference, which takes any dtype."""
 
     def inner(
-        run: Callable[..., Tensor],
-        reference: Callable[..., Tensor],
-        inputs: Sequence[Tensor],
+        run: Callable[..., Any],
+        plain: Callable[..., Any],
+        inputs: Sequence[Any],
         *,
         moved_bytes: int,
         flops: int,
     ) -> None:
-        with torch.inference_mode():
-            wide = [x.double() if x.is_floating_point() else x for x in inputs]
-            copies = [x.clone() for x in inputs]
-            assert_no_worse(run(*copies), reference(*inputs), reference(*wide))
-            benchmark.extra_info.update(
-                op=request.node.path.stem.removeprefix("bench_"),
-                provider=request.node.callspec.params["impl"],
-                dtype=str(inputs[0].dtype).removeprefix("torch."),
-                bytes=moved_bytes,
-                flops=flops,
-            )
-            benchmark(run, *inputs)
-        if benchmark.stats is not None:
-            bound = max(moved_bytes / copy_bandwidth, flops / peaks[inputs[0].dtype])
-            benchmark.extra_info["roofline_share"] = bound / benchmark.stats.stats.median
+        parameters = request.node.callspec.params
+        trained = parameters["mode"] != "forward"
+
+        def step(function: Callable[..., Any], inputs: Sequence[Any]) -> tuple[Tensor, ...]:
+            with torch.set_grad_enabled(trained):
+                result = function(*inputs)
+            outputs = result if isinstance(result, tuple) else (result,)
+            if not trained:
+                return outputs
+            wanted = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
+            return *outputs, *torch.autograd.grad(sum(x.sum() for x in outputs), wanted)
+
+        check(step, run, plain, inputs)
+        benchmark.extra_info.update(
+            op=request.node.path.stem.removeprefix("bench_"),
+            size=next(name for name, size in SIZES.items() if size == parameters["size"]),
+            **{name: parameters[name] for name in ("dtype", "mode", "provider")},
+            case=parameters.get("case", ""),
+            bytes=moved_bytes,
+            flops=flops,
+        )
+        benchmark.pedantic(step, (run, inputs), warmup_rounds=2)
+        if benchmark.stats is None:  # --benchmark-disable: only the check was wanted
+            return
+        once = benchmark.stats.stats.median
+        rounds = 20 if DEVICE == "cuda" else max(5, min(200, int(0.5 / once)))
+        times = sorted(seconds_of(lambda: step(run, inputs), rounds))
+        low, median, high = (times[int(q * (len(times) - 1))] for q in (0.2, 0.5, 0.8))
+        bound = max(moved_bytes / copy_bandwidth, flops / peaks[DTYPES[parameters["dtype"]]])
+        benchmark.extra_info.update(
+            p20=low, p50=median, p80=high, roofline_share=bound / statistics.median(times)
+        )
 
     return inner
+
+
+def check(step: Callable, run: Callable, plain: Callable, inputs: Sequence[Any]) -> None:
+    """Assert that results and gradients are no worse than the plain function's."""
+
+    def copies(dtype: torch.dtype | None = None) -> list[Any]:
+        def copy(x: Any) -> Any:
+            if not isinstance(x, Tensor):
+                return x
+            made = x.detach().clone().to(dtype if x.is_floating_point() else None)
+            return made.requires_grad_(x.requires_grad)
+
+        return [copy(x) for x in inputs]
+
+    results = [step(run, copies()), step(plain, copies()), step(plain, copies(torch.float64))]
+    for actual, rounded, exact in zip(*results, strict=True):
+        assert_no_worse(actual, rounded, exact)

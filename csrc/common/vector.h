@@ -33,12 +33,17 @@ static inline vf load(const bf16* p) {
 
 // Rounds to nearest even; NaN stays NaN.
 static inline void store(bf16* p, vf v) {
+#if defined(GEN_FAST_BF16_DOT)
+  const __m256bh h = _mm512_cvtneps_pbh((__m512)v);
+  std::memcpy(p, &h, sizeof h);
+#else
   vu u = (vu)v;
   vu rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
   vu nan = (vu)(v != v);
   rounded = (rounded & ~nan) | (nan & 0x7fc0);
   vh h = __builtin_convertvector(rounded, vh);
   std::memcpy(p, &h, sizeof h);
+#endif
 }
 
 static inline float to_float(float x) { return x; }
@@ -74,12 +79,26 @@ static inline float max_of(vf v) {
   return m;
 }
 
+// 1/x, relative error below 1e-7; the hardware's division is the slowest thing a vector can do.
+static inline vf reciprocal(vf x) {
+#if defined(GEN_FAST_BF16_DOT)
+  const vf guess = (vf)_mm512_maskz_rcp14_ps(0xffff, (__m512)x);
+  const vf better = guess * (2.0f - x * guess);
+  // Where the guess is 0 or infinite, a step would make it NaN.
+  return (vf)_mm512_mask_mov_ps((__m512)better, _mm512_fpclass_ps_mask((__m512)guess, 0x1e),
+                                (__m512)guess);
+#else
+  return 1.0f / x;
+#endif
+}
+
 // 2^x, relative error below 3e-7; 0 below -126, NaN for NaN, and the caller keeps x at most 127.
 // 2^x = 2^n · 2^f with n the nearest integer; 2^f on [-1/2, 1/2] by its Taylor series to degree 6.
 static inline vf exp2(vf x) {
   vf clamped = max(x, splat(-126.0f));
-  vi n = __builtin_convertvector(clamped + (clamped < 0 ? splat(-0.5f) : splat(0.5f)), vi);
-  vf f = clamped - __builtin_convertvector(n, vf);
+  // Adding 1.5 · 2^23 leaves no fraction bits: rounds to nearest, and n sits in the low bits.
+  const vf shifted = clamped + 12582912.0f;
+  vf f = clamped - (shifted - 12582912.0f);
   vf p = splat(1.540353039e-4f);
   p = p * f + 1.333355814e-3f;
   p = p * f + 9.618129107e-3f;
@@ -87,7 +106,7 @@ static inline vf exp2(vf x) {
   p = p * f + 2.402265069e-1f;
   p = p * f + 6.931471806e-1f;
   p = p * f + 1.0f;
-  vf power = (vf)((n + 127) << 23);
+  vf power = (vf)(((vu)shifted << 23) + 0x3f800000u);
   vf result = x < -126.0f ? splat(0.0f) : p * power;
   return x == x ? result : x;
 }

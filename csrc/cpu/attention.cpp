@@ -319,6 +319,8 @@ static void run_chunk(const AttentionArguments& args, Workspace<Op>& work, int64
   for (int64_t r = 0; r < n_rows; ++r) {
     In* to = out + ((first_token + r / group) * args.heads + kv_head * group + r % group) * d;
     const float inverse = 1.0f / work.mass[r];
+    args.lse[(first_token + r / group) * args.heads + kv_head * group + r % group] =
+        (work.peak[r] + std::log2(work.mass[r])) * 0.6931471806f;
     const float* from = work.out.data() + r * work.padded;
     int64_t i = 0;
     for (; i + W <= d; i += W) store(to + i, load(from + i) * inverse);

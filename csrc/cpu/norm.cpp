@@ -7,10 +7,17 @@
 
 namespace gen_fast {
 
-void add_rms_norm(Dtype dtype, const void* x, void* residual, const void* weight, void* out,
-                  int64_t rows, int64_t size, float eps) {
+void add_rms_norm(Dtype dtype, const void* x, const void* residual, const void* weight,
+                  void* total, void* out, int64_t rows, int64_t size, float eps) {
   GEN_FAST_DISPATCH(add_rms_norm)
-  (dtype == Dtype::bf16, x, residual, weight, out, rows, size, eps);
+  (dtype == Dtype::bf16, x, residual, weight, total, out, rows, size, eps);
+}
+
+void add_rms_norm_backward(Dtype dtype, const void* grad_normed, const void* grad_total,
+                           const void* total, const void* weight, void* out, int64_t rows,
+                           int64_t size, float eps) {
+  GEN_FAST_DISPATCH(add_rms_norm_backward)
+  (dtype == Dtype::bf16, grad_normed, grad_total, total, weight, out, rows, size, eps);
 }
 
 }  // namespace gen_fast
@@ -21,41 +28,87 @@ void add_rms_norm(Dtype dtype, const void* x, void* residual, const void* weight
 namespace gen_fast::GEN_FAST_ISA {
 
 template <class T>
-static void norm_row(const T* x, T* residual, const T* weight, T* out, int64_t size, float eps) {
+static void norm_row(const T* x, const T* residual, const T* weight, T* total, T* out,
+                     int64_t size, float eps) {
   vf squares = {};
   float tail_squares = 0;
   int64_t i = 0;
   for (; i + W <= size; i += W) {
-    vf total = load(x + i) + load(residual + i);
-    store(residual + i, total);
-    total = load(residual + i);  // as rounded: the norm is that of the stored stream
-    squares += total * total;
+    store(total + i, load(x + i) + load(residual + i));
+    const vf rounded = load(total + i);  // the norm is that of the stored stream
+    squares += rounded * rounded;
   }
   for (; i < size; ++i) {
-    assign(residual + i, to_float(x[i]) + to_float(residual[i]));
-    tail_squares += to_float(residual[i]) * to_float(residual[i]);
+    assign(total + i, to_float(x[i]) + to_float(residual[i]));
+    tail_squares += to_float(total[i]) * to_float(total[i]);
   }
   const float scale = 1.0f / std::sqrt((sum(squares) + tail_squares) / (float)size + eps);
-  for (i = 0; i + W <= size; i += W) {
-    store(out + i, load(residual + i) * scale * load(weight + i));
+  for (i = 0; i + W <= size; i += W) store(out + i, load(total + i) * scale * load(weight + i));
+  for (; i < size; ++i) assign(out + i, to_float(total[i]) * scale * to_float(weight[i]));
+}
+
+// d(s·r·w) with r = (mean(s²) + eps)^(-1/2): r·(g·w) − s·r³·mean(g·w·s), plus the stream's own.
+template <class T>
+static void norm_row_backward(const T* grad_normed, const T* grad_total, const T* total,
+                              const T* weight, T* out, int64_t size, float eps) {
+  vf squares = {}, products = {};
+  float tail_squares = 0, tail_products = 0;
+  int64_t i = 0;
+  for (; i + W <= size; i += W) {
+    const vf s = load(total + i);
+    squares += s * s;
+    products += s * (load(grad_normed + i) * load(weight + i));
   }
-  for (; i < size; ++i) assign(out + i, to_float(residual[i]) * scale * to_float(weight[i]));
+  for (; i < size; ++i) {
+    const float s = to_float(total[i]);
+    tail_squares += s * s;
+    tail_products += s * to_float(grad_normed[i]) * to_float(weight[i]);
+  }
+  const float scale = 1.0f / std::sqrt((sum(squares) + tail_squares) / (float)size + eps);
+  const float shared = scale * scale * (sum(products) + tail_products) / (float)size;
+  for (i = 0; i + W <= size; i += W) {
+    const vf upstream = load(grad_normed + i) * load(weight + i);
+    store(out + i, (upstream - load(total + i) * shared) * scale + load(grad_total + i));
+  }
+  for (; i < size; ++i) {
+    const float upstream = to_float(grad_normed[i]) * to_float(weight[i]);
+    assign(out + i, (upstream - to_float(total[i]) * shared) * scale + to_float(grad_total[i]));
+  }
 }
 
 template <class T>
-static void norm_rows(const void* x, void* residual, const void* weight, void* out, int64_t rows,
-                      int64_t size, float eps) {
+static void norm_rows(const void* x, const void* residual, const void* weight, void* total,
+                      void* out, int64_t rows, int64_t size, float eps) {
   parallel_for(rows, 16384 / (size + 1), [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) {
-      norm_row((const T*)x + r * size, (T*)residual + r * size, (const T*)weight,
-               (T*)out + r * size, size, eps);
+    for (int64_t r = begin * size; r < end * size; r += size) {
+      norm_row((const T*)x + r, (const T*)residual + r, (const T*)weight, (T*)total + r,
+               (T*)out + r, size, eps);
     }
   });
 }
 
-static void add_rms_norm(bool half, const void* x, void* residual, const void* weight, void* out,
-                         int64_t rows, int64_t size, float eps) {
-  (half ? norm_rows<bf16> : norm_rows<float>)(x, residual, weight, out, rows, size, eps);
+template <class T>
+static void norm_rows_backward(const void* grad_normed, const void* grad_total,
+                               const void* total, const void* weight, void* out, int64_t rows,
+                               int64_t size, float eps) {
+  parallel_for(rows, 16384 / (size + 1), [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin * size; r < end * size; r += size) {
+      norm_row_backward((const T*)grad_normed + r, (const T*)grad_total + r,
+                        (const T*)total + r, (const T*)weight, (T*)out + r, size, eps);
+    }
+  });
+}
+
+static void add_rms_norm(bool half, const void* x, const void* residual, const void* weight,
+                         void* total, void* out, int64_t rows, int64_t size, float eps) {
+  (half ? norm_rows<bf16> : norm_rows<float>)(x, residual, weight, total, out, rows, size, eps);
+}
+
+static void add_rms_norm_backward(bool half, const void* grad_normed, const void* grad_total,
+                                  const void* total, const void* weight, void* out,
+                                  int64_t rows, int64_t size, float eps) {
+  (half ? norm_rows_backward<bf16> : norm_rows_backward<float>)(grad_normed, grad_total, total,
+                                                                weight, out, rows, size, eps);
 }
 
 }  // namespace gen_fast::GEN_FAST_ISA

@@ -7,21 +7,60 @@ namespace gen_fast {
 
 enum class Dtype { f32, bf16 };
 
-// total = x + residual, written over residual; out = rms_norm(total) * weight. Rows [rows, size].
-void add_rms_norm(Dtype dtype, const void* x, void* residual, const void* weight, void* out,
-                  int64_t rows, int64_t size, float eps);
+// total = x + residual, out = rms_norm(total) * weight; total may be residual. [rows, size].
+void add_rms_norm(Dtype dtype, const void* x, const void* residual, const void* weight,
+                  void* total, void* out, int64_t rows, int64_t size, float eps);
+
+// Gradient [rows, size] of x (and of the residual) from those of both results.
+void add_rms_norm_backward(Dtype dtype, const void* grad_normed, const void* grad_total,
+                           const void* total, const void* weight, void* out, int64_t rows,
+                           int64_t size, float eps);
 
 // out [rows, size] = silu(gate) * up, gate_up [rows, 2 * size].
 void swiglu(Dtype dtype, const void* gate_up, void* out, int64_t rows, int64_t size);
 
-// In place on x [rows, heads, size] with row stride `stride`: optional RMSNorm of each head with
-// norm [heads, size] (null for none), then rotation by cos, sin [rows, size / 2].
-void rope(Dtype dtype, void* x, int64_t stride, const float* cos, const float* sin,
-          const void* norm, int64_t rows, int64_t heads, int64_t size, float eps);
+// out [rows, 2 * size], the gradient of gate_up, from grad [rows, size].
+void swiglu_backward(Dtype dtype, const void* grad, const void* gate_up, void* out, int64_t rows,
+                     int64_t size);
+
+struct RopeArguments {
+  const void *grad, *x;                       // [rows, heads, size]; grad backward only
+  void* out;                                  // may be x
+  const float *cos, *sin;                     // [rows, size / 2]
+  const void* norm;                           // [heads, size]; null for no norm
+  int64_t grad_stride, x_stride, out_stride;  // of a row
+  int64_t rows, heads, size;
+  float eps;
+};
+
+// Optional RMSNorm of each head, then rotation.
+void rope(Dtype dtype, const RopeArguments& arguments);
+
+// The gradient of x; x itself is read only if there is a norm.
+void rope_backward(Dtype dtype, const RopeArguments& arguments);
+
+// out [rows, row_bytes]: row ids[r] of table, or row ids[r] - vocabulary of special. Returns the
+// first row whose id is in neither, having written nothing; -1 if there is none.
+int64_t append(const void* table, const void* special, const int64_t* ids, void* out,
+               int64_t rows, int64_t vocabulary, int64_t n_special, int64_t row_bytes);
+
+// out [n_special, size]: sums of the rows of grad [rows, size] by special token.
+void append_backward(Dtype dtype, const void* grad, const int64_t* ids, float* out, int64_t rows,
+                     int64_t vocabulary, int64_t n_special, int64_t size);
+
+// out [texts, size]: weighted mean of the normed rows offsets[t] … offsets[t + 1] - 1 of hidden;
+// the plain mean if row_weights is null.
+void pool(Dtype dtype, const void* hidden, const int32_t* offsets, const void* norm_weight,
+          const float* row_weights, float* out, int64_t texts, int64_t size, float eps);
+
+// losses [rows]: cross-entropy; logits [rows, vocabulary] become softmax - one-hot.
+void cross_entropy(Dtype dtype, void* logits, const int64_t* targets, float* losses, int64_t rows,
+                   int64_t vocabulary);
 
 struct AttentionArguments {
   const void *q, *k, *v, *prefix_k, *prefix_v;
   void* out;                              // [rows of q, heads, size], contiguous
+  float* lse;                             // [rows of q, heads]: log-sum-exp of the scores
   const int32_t *q_offsets, *k_offsets;   // [texts + 1]
   int64_t texts, heads, kv_heads, size, prefix;
   int64_t q_stride, k_stride, v_stride, prefix_k_stride, prefix_v_stride;  // of a row (token)

@@ -10,6 +10,11 @@ void swiglu(Dtype dtype, const void* gate_up, void* out, int64_t rows, int64_t s
   GEN_FAST_DISPATCH(swiglu)(dtype == Dtype::bf16, gate_up, out, rows, size);
 }
 
+void swiglu_backward(Dtype dtype, const void* grad, const void* gate_up, void* out, int64_t rows,
+                     int64_t size) {
+  GEN_FAST_DISPATCH(swiglu_backward)(dtype == Dtype::bf16, grad, gate_up, out, rows, size);
+}
+
 }  // namespace gen_fast
 
 #else
@@ -17,18 +22,41 @@ void swiglu(Dtype dtype, const void* gate_up, void* out, int64_t rows, int64_t s
 
 namespace gen_fast::GEN_FAST_ISA {
 
+constexpr float LOG2_E = 1.442695041f;
+
+static inline vf sigmoid(vf x) {
+  return reciprocal(1.0f + exp2(min(x * -LOG2_E, splat(126.0f))));
+}
+
+static inline float sigmoid(float x) { return 1.0f / (1.0f + std::exp(-x)); }
+
 template <class T>
 static void swiglu_row(const T* gate, const T* up, T* out, int64_t size) {
-  constexpr float log2_e = 1.442695041f;
   int64_t i = 0;
   for (; i + W <= size; i += W) {
-    vf g = load(gate + i);
-    vf decay = exp2(min(g * -log2_e, splat(126.0f)));
-    store(out + i, g / (1.0f + decay) * load(up + i));
+    const vf g = load(gate + i);
+    store(out + i, g * sigmoid(g) * load(up + i));
   }
   for (; i < size; ++i) {
     const float g = to_float(gate[i]);
-    assign(out + i, g / (1.0f + std::exp(-g)) * to_float(up[i]));
+    assign(out + i, g * sigmoid(g) * to_float(up[i]));
+  }
+}
+
+// silu'(g) = σ(g)·(1 + g·(1 − σ(g)))
+template <class T>
+static void swiglu_row_backward(const T* grad, const T* gate, const T* up, T* to_gate, T* to_up,
+                                int64_t size) {
+  int64_t i = 0;
+  for (; i + W <= size; i += W) {
+    const vf d = load(grad + i), g = load(gate + i), share = sigmoid(g);
+    store(to_gate + i, d * load(up + i) * share * (1.0f + g * (1.0f - share)));
+    store(to_up + i, d * g * share);
+  }
+  for (; i < size; ++i) {
+    const float d = to_float(grad[i]), g = to_float(gate[i]), share = sigmoid(g);
+    assign(to_gate + i, d * to_float(up[i]) * share * (1.0f + g * (1.0f - share)));
+    assign(to_up + i, d * g * share);
   }
 }
 
@@ -42,8 +70,27 @@ static void swiglu_rows(const void* gate_up, void* out, int64_t rows, int64_t si
   });
 }
 
+template <class T>
+static void swiglu_rows_backward(const void* grad, const void* gate_up, void* out, int64_t rows,
+                                 int64_t size) {
+  parallel_for(rows, 16384 / (size + 1), [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      const T* gate = (const T*)gate_up + r * 2 * size;
+      T* to_gate = (T*)out + r * 2 * size;
+      swiglu_row_backward((const T*)grad + r * size, gate, gate + size, to_gate, to_gate + size,
+                          size);
+    }
+  });
+}
+
 static void swiglu(bool half, const void* gate_up, void* out, int64_t rows, int64_t size) {
   (half ? swiglu_rows<bf16> : swiglu_rows<float>)(gate_up, out, rows, size);
+}
+
+static void swiglu_backward(bool half, const void* grad, const void* gate_up, void* out,
+                            int64_t rows, int64_t size) {
+  (half ? swiglu_rows_backward<bf16> : swiglu_rows_backward<float>)(grad, gate_up, out, rows,
+                                                                    size);
 }
 
 }  // namespace gen_fast::GEN_FAST_ISA

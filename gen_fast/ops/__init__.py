@@ -1,15 +1,20 @@
 """The ops of the backbone. Each lives in kernels/<op> and is installed as gen_fast.ops.<op>.
 
 An op has a pure-torch `reference` and may have faster implementations. The choice is made from
-device, dtype and need of gradients; `impl=` or the environment variable GEN_FAST_IMPL forces one.
-GEN_FAST_IMPL may list several, comma-separated: each op takes the first it has. A forced
-implementation that is missing is an error: results are never silently computed another way.
+device and dtype; `impl=` or the environment variable GEN_FAST_IMPL forces one. GEN_FAST_IMPL may
+list several, comma-separated: each op takes the first it has. A forced implementation that is
+missing is an error: results are never silently computed another way.
+
+Each op is also torch.ops.gen_fast.<name>, with a fake implementation and, where it has one, a
+gradient: that is the way under torch.compile and wherever a gradient is asked for. A call that
+needs neither goes straight to the implementation, because the dispatcher costs more than the
+smallest calls do.
 """
 
 import importlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +25,9 @@ from gen_fast.errors import ImplementationError
 
 logger = logging.getLogger(__name__)
 
-OP_NAMES = ("append", "attention", "norm", "pool", "rope", "swiglu")
+OP_NAMES = ("append", "attention", "distill", "norm", "pool", "qlinear", "rope", "swiglu")
+
+_LIBRARY = torch.library.Library("gen_fast", "FRAGMENT")
 
 
 @dataclass(frozen=True)
@@ -30,41 +37,107 @@ class Implementation:
     function: Callable[..., Any]
     devices: tuple[str, ...] = ()
     dtypes: tuple[torch.dtype, ...] = ()
-    differentiable: bool = True
+    variants: tuple[str, ...] = ()
+    only_forced: tuple[str, ...] = ()
     missing: Callable[[], str | None] = lambda: None
 
-    def why_not(self, device: str, dtype: torch.dtype | None, gradient: bool) -> str | None:
+    def why_not(
+        self, device: str, dtype: torch.dtype | None, variant: str, forced: bool
+    ) -> str | None:
         """Why it cannot run for such an input, or None if it can."""
+        if forced and device in self.only_forced:
+            return self.missing()
         if self.devices and device not in self.devices:
             return f"runs on {', '.join(self.devices)}, not on {device}"
         if self.dtypes and dtype is not None and dtype not in self.dtypes:
             return f"does not take {dtype}"
-        if gradient and not self.differentiable:
-            return "has no gradient"
+        if self.variants and variant and variant not in self.variants:
+            return f"does not compute {variant!r}"
         return self.missing()
 
 
 class Op:
     """One operation and its implementations, in order of preference: the last registered wins."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(
+        self, name: str, schema: str, fake: Callable[..., Any], backward: "Op | None" = None
+    ) -> None:
+        """Define torch.ops.gen_fast.<name>.
+
+        schema: arguments and results as torch.library writes them; `impl` is added. The first
+        argument's device and dtype choose the implementation; a str argument named `variant` may
+        narrow the choice. fake(*arguments): empty results. backward: the op of its gradient.
+        """
         self.name = name
+        self.backward = backward
         self._implementations: dict[str, Implementation] = {}
         self._chosen: dict[tuple[Any, ...], Callable[..., Any]] = {}
+        arguments, results = schema.split(" -> ")
+        _LIBRARY.define(f"{name}{arguments.removesuffix(')')}, *, str? impl=None) -> {results}")
+        _LIBRARY.impl(name, self._run, "CompositeExplicitAutograd")
+        torch.library.register_fake(
+            f"gen_fast::{name}", lambda *args, impl=None: fake(*args), lib=_LIBRARY
+        )
+        self.torch_op = getattr(torch.ops.gen_fast, name).default
+        names = [argument.name for argument in self.torch_op._schema.arguments]
+        self._variant = names.index("variant") if "variant" in names else None
+
+    def differentiate(
+        self,
+        save: Callable[[Any, tuple[Any, ...], Any], None],
+        gradient: Callable[..., tuple[Tensor | None, ...]],
+    ) -> None:
+        """Register the gradient: save(ctx, inputs, output), gradient(ctx, *grads) -> per input."""
+
+        def setup_context(
+            ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any
+        ) -> None:
+            ctx.impl = keyword_only_inputs["impl"]
+            save(ctx, inputs, output)
+
+        torch.library.register_autograd(
+            f"gen_fast::{self.name}", gradient, setup_context=setup_context, lib=_LIBRARY
+        )
+
+    def __call__(self, *args: Any, impl: str | None = None, inplace: bool = False) -> Any:
+        """Run the op on positional arguments; `impl` forces an implementation.
+
+        inplace: the caller no longer needs the tensor that the op's function names, so the result
+        may be written into it. Under autograd and torch.compile the result is always new.
+        Raises ImplementationError if `impl`, or GEN_FAST_IMPL, names one that cannot run.
+        """
+        if torch.compiler.is_compiling():
+            return self.torch_op(*args, impl=impl)
+        if torch.is_grad_enabled() and needs_gradient(args):
+            if self.backward is None:
+                raise ImplementationError(f"op {self.name!r} has no gradient")
+            # Better now than in the middle of the backward pass.
+            self.backward.choose_for(impl, args[0], self._variant_of(args))
+            return self.torch_op(*args, impl=impl)
+        function = self.choose(impl, *args)
+        return function(*args, inplace=True) if inplace else function(*args)
+
+    def _run(self, *args: Any, impl: str | None = None) -> Any:
+        return self.choose(impl, *args)(*args)
 
     def register(
         self,
         impl: str,
         devices: tuple[str, ...] = (),
         dtypes: tuple[torch.dtype, ...] = (),
-        differentiable: bool = True,
+        variants: tuple[str, ...] = (),
+        only_forced: tuple[str, ...] = (),
         missing: Callable[[], str | None] = lambda: None,
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        """Return a decorator that adds `impl`; `missing` says why it is not there, or None."""
+        """Return a decorator that adds `impl`.
+
+        only_forced: devices where it runs if asked for and is never chosen (an emulation).
+        missing() says why it is not there, or None.
+        """
 
         def add(function: Callable[..., Any]) -> Callable[..., Any]:
             self._implementations[impl] = Implementation(
-                function, devices, dtypes, differentiable, missing
+                function, devices, dtypes, variants, only_forced, missing
             )
             return function
 
@@ -75,18 +148,23 @@ class Op:
         return [
             name
             for name, implementation in reversed(self._implementations.items())
-            if implementation.why_not(device, dtype, False) is None
+            if implementation.why_not(device, dtype, "", True) is None
         ]
 
-    def choose(self, impl: str | None, *tensors: Tensor) -> Callable[..., Any]:
+    def choose(self, impl: str | None, *args: Any) -> Callable[..., Any]:
         """Return the function for these inputs, judged by the first one's device and dtype.
 
         Raises ImplementationError if `impl`, or GEN_FAST_IMPL, names one that cannot run.
         """
-        first = tensors[0]
-        gradient = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        return self.choose_for(impl, args[0], self._variant_of(args))
+
+    def _variant_of(self, args: tuple[Any, ...]) -> str:
+        return "" if self._variant is None else args[self._variant]
+
+    def choose_for(self, impl: str | None, first: Tensor, variant: str = "") -> Callable[..., Any]:
+        """`choose` for a first argument and a variant, such as the gradient's of another op."""
         forced = impl or os.environ.get("GEN_FAST_IMPL")
-        key = (first.device.type, first.dtype, gradient, forced)
+        key = (first.device.type, first.dtype, variant, forced)
         function = self._chosen.get(key)
         if function is None:
             name = self.chosen(*key)
@@ -95,7 +173,7 @@ class Op:
         return function
 
     def chosen(
-        self, device: str, dtype: torch.dtype, gradient: bool = False, forced: str | None = None
+        self, device: str, dtype: torch.dtype, variant: str = "", forced: str | None = None
     ) -> str:
         """Name of the implementation for such an input; `forced` lists the only ones allowed.
 
@@ -110,11 +188,16 @@ class Op:
                     f"{name!r} does not exist; there are {', '.join(self._implementations)}"
                 )
                 continue
-            reason = implementation.why_not(device, dtype, gradient)
+            reason = implementation.why_not(device, dtype, variant, forced is not None)
             if reason is None:
                 return name
             reasons.append(f"{name!r} {reason}")
         raise ImplementationError(f"op {self.name!r}: implementation {'; '.join(reasons)}")
+
+
+def needs_gradient(args: Iterable[Any]) -> bool:
+    """Whether any of `args` is a tensor that requires a gradient."""
+    return any(isinstance(x, Tensor) and x.requires_grad for x in args)
 
 
 def all_ops() -> dict[str, Op]:

@@ -1,4 +1,4 @@
-"""The compiled C++ ops (gen_fast._C), if this installation has them.
+"""The compiled ops, C++ (gen_fast._C) and CUDA (gen_fast._cuda), if this installation has them.
 
 torch is imported first, so that both use the one OpenMP runtime that torch brings.
 """
@@ -18,6 +18,12 @@ def module() -> Any:
     return importlib.import_module("gen_fast._C")
 
 
+@cache
+def cuda_module() -> Any:
+    """gen_fast._cuda. Raises ModuleNotFoundError where `cuda_missing` says why."""
+    return importlib.import_module("gen_fast._cuda")
+
+
 def missing() -> str | None:
     """Why the C++ ops cannot run here, or None."""
     if importlib.util.find_spec("gen_fast._C") is None:
@@ -25,15 +31,43 @@ def missing() -> str | None:
     return None
 
 
-# What every C++ op takes: arguments of Op.register.
+def cuda_missing() -> str | None:
+    """Why the CUDA ops cannot run here, or None."""
+    if importlib.util.find_spec("gen_fast._cuda") is None:
+        return "is not built; reinstall with GEN_FAST_BUILD=cuda where there is nvcc"
+    return None
+
+
+# What every C++ op and every CUDA op takes: arguments of Op.register.
 ON_CPU: dict[str, Any] = {
     "devices": ("cpu",),
     "dtypes": (torch.float32, torch.bfloat16),
-    "differentiable": False,
     "missing": missing,
+}
+ON_CUDA: dict[str, Any] = {
+    "devices": ("cuda",),
+    "dtypes": (torch.float32, torch.bfloat16, torch.float16),
+    "missing": cuda_missing,
 }
 
 
 def address(tensor: Tensor | None) -> int:
     """The address of the first element; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def cuda_dtype(tensor: Tensor) -> Any:
+    """The dtype as the CUDA ops name it."""
+    names = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+    return getattr(cuda_module().Dtype, names[tensor.dtype])
+
+
+def stream(tensor: Tensor) -> int:
+    """The current CUDA stream of the tensor's device."""
+    return int(torch.cuda.current_stream(tensor.device).cuda_stream)
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """`tensor` contiguous and starting at a multiple of 16 bytes, as the CUDA ops read it."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()

@@ -1,5 +1,5 @@
 """Token embedding from two tables: the frozen vocabulary and the trained special tokens."""
 
-from .op import OP, append
+from .op import BACKWARD, OP, append
 
-__all__ = ["OP", "append"]
+__all__ = ["BACKWARD", "OP", "append"]

@@ -1,13 +1,104 @@
-"""Choice of implementation for append."""
+"""Schemas, gradient and choice of implementation for append."""
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
-from gen_fast.ops import Op
+from gen_fast.ops import Op, gpu, native
 
 from . import reference
 
-OP = Op("append")
+BACKWARD = Op(
+    "append_backward",
+    "(Tensor grad, Tensor ids, int vocabulary, int special) -> Tensor",
+    lambda grad, ids, vocabulary, special: grad.new_empty(
+        special, grad.shape[1], dtype=torch.promote_types(grad.dtype, torch.float32)
+    ),
+)
+OP = Op(
+    "append",
+    "(Tensor table, Tensor? special, Tensor ids) -> Tensor",
+    lambda table, special, ids: table.new_empty(ids.shape[0], table.shape[1]),
+    BACKWARD,
+)
 OP.register("reference")(reference.append)
+BACKWARD.register("reference")(reference.append_backward)
+
+
+# Registered before Triton's, so chosen only when asked for: which of the two is ahead has not been
+# measured yet.
+@OP.register("cuda", **native.ON_CUDA)
+def _cuda(table: Tensor, special: Tensor | None, ids: Tensor) -> Tensor:
+    table, ids = native.aligned(table), ids.contiguous()
+    special = None if special is None else native.aligned(special.to(table.dtype))
+    out = table.new_empty(ids.shape[0], table.shape[1])
+    if out.numel():
+        native.cuda_module().append(
+            *map(native.address, (table, special, ids, out)),
+            *(len(ids), table.shape[0], 0 if special is None else special.shape[0]),
+            *(table.shape[1] * table.element_size(), native.stream(table)),
+        )
+    return out
+
+
+@OP.register("triton", **gpu.ON_GPU)
+def _triton(table: Tensor, special: Tensor | None, ids: Tensor) -> Tensor:
+    from . import triton_kernel
+
+    return triton_kernel.append(table, special, ids)
+
+
+@BACKWARD.register("triton", **gpu.ON_GPU)
+def _triton_backward(grad: Tensor, ids: Tensor, vocabulary: int, special: int) -> Tensor:
+    from . import triton_kernel
+
+    return triton_kernel.append_backward(grad, ids, vocabulary, special)
+
+
+@OP.register("cpu", **native.ON_CPU)
+def _cpu(table: Tensor, special: Tensor | None, ids: Tensor) -> Tensor:
+    table, ids = table.contiguous(), ids.contiguous()
+    special = None if special is None else special.to(table.dtype).contiguous()
+    out = table.new_empty(ids.shape[0], table.shape[1])
+    unknown = native.module().append(
+        *map(native.address, (table, special, ids, out)),
+        *(len(ids), table.shape[0], 0 if special is None else special.shape[0]),
+        table.shape[1] * table.element_size(),
+    )
+    if unknown >= 0:
+        raise IndexError(f"row {unknown}: no embedding for id {int(ids[unknown])}")
+    return out
+
+
+@BACKWARD.register("cpu", **native.ON_CPU)
+def _cpu_backward(grad: Tensor, ids: Tensor, vocabulary: int, special: int) -> Tensor:
+    grad, ids = grad.contiguous(), ids.contiguous()
+    out = grad.new_empty(special, grad.shape[1], dtype=torch.float32)
+    native.module().append_backward(
+        *(grad.dtype == torch.bfloat16, *map(native.address, (grad, ids, out))),
+        *(len(ids), vocabulary, special, grad.shape[1]),
+    )
+    return out
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    table, special, ids = inputs
+    ctx.vocabulary = table.shape[0]
+    ctx.special = None if special is None else (special.shape[0], special.dtype)
+    ctx.save_for_backward(ids)
+
+
+def _gradient(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None, None]:
+    if ctx.special is None or not ctx.needs_input_grad[1]:
+        return None, None, None
+    (ids,) = ctx.saved_tensors
+    count, dtype = ctx.special
+    total = BACKWARD.torch_op(grad, ids, ctx.vocabulary, count, impl=ctx.impl)
+    return None, total.to(dtype), None
+
+
+OP.differentiate(_save, _gradient)
 
 
 def append(
@@ -15,13 +106,12 @@ def append(
 ) -> Tensor:
     """Embed packed ids: [T, h] in the dtype of `table`.
 
-    table [V, h]: the backbone's frozen embedding rows. ids [T]: int64; id V + j means row j of
-    `special` [k, h], the trained special tokens, which are not part of any vocabulary and so can
-    never be produced by tokenising text.
+    table [V, h]: the backbone's embedding rows; frozen, they get no gradient. ids [T]: int64; id
+    V + j means row j of `special` [k, h], the trained special tokens, which are not part of any
+    vocabulary and so can never be produced by tokenising text. The gradient of `special` is
+    summed in float32, in a fixed order.
 
     Source: LLM2Vec-Gen, arXiv 2603.10913, §3 (special tokens appended to the query).
     """
-    result: Tensor = OP.choose(impl, table, *(() if special is None else (special,)))(
-        table, special, ids
-    )
+    result: Tensor = OP(table, special, ids, impl=impl)
     return result

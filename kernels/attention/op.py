@@ -1,18 +1,59 @@
-"""Choice of implementation for attention."""
+"""Schemas, gradient and choice of implementation for attention."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from gen_fast.ops import Op, native
+from gen_fast.errors import OpError
+from gen_fast.ops import Op, gpu, native
+from gen_fast.ops.layout import dense_rows
 
 from . import reference, sdpa
 
-OP = Op("attention")
+MASKS = ("causal", "bidirectional", "gem")
+
+_INPUTS = (
+    "Tensor q_offsets, Tensor k_offsets, Tensor? prefix_k, Tensor? prefix_v, int? window,"
+    " str variant, Tensor? blocks"
+)
+
+BACKWARD = Op(
+    "attention_backward",
+    f"(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_INPUTS})"
+    " -> (Tensor, Tensor, Tensor)",
+    lambda grad, q, k, v, *rest: tuple(x.new_empty(x.shape) for x in (q, k, v)),
+)
+OP = Op(
+    "attention",
+    f"(Tensor q, Tensor k, Tensor v, {_INPUTS}) -> (Tensor, Tensor)",
+    lambda q, *rest: (
+        q.new_empty(q.shape),
+        q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32)),
+    ),
+    BACKWARD,
+)
 OP.register("reference")(reference.attention)
-OP.register("sdpa", devices=("cpu",))(sdpa.attention)
+BACKWARD.register("reference")(reference.attention_backward)
+OP.register("sdpa", devices=("cpu",), variants=("causal",))(sdpa.attention)
+BACKWARD.register("sdpa", devices=("cpu",), variants=("causal",))(sdpa.attention_backward)
 
 
-@OP.register("cpu", **native.ON_CPU)
+@OP.register("triton", **gpu.ON_GPU)
+def _triton(*inputs: Any) -> tuple[Tensor, Tensor]:
+    from . import triton_kernel
+
+    return triton_kernel.attention(*inputs)
+
+
+@BACKWARD.register("triton", **gpu.ON_GPU)
+def _triton_backward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from . import triton_backward
+
+    return triton_backward.attention_backward(*inputs)
+
+
+@OP.register("cpu", **native.ON_CPU, variants=("causal",))
 def _cpu(
     q: Tensor,
     k: Tensor,
@@ -22,26 +63,40 @@ def _cpu(
     prefix_k: Tensor | None,
     prefix_v: Tensor | None,
     window: int | None,
-) -> Tensor:
+    mask: str,
+    blocks: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     heads, size = q.shape[1:]
-    q, k, v = _rows(q), _rows(k), _rows(v)
-    prefix_k = None if prefix_k is None else _rows(prefix_k)
-    prefix_v = None if prefix_v is None else _rows(prefix_v)
+    q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
+    prefix_k = None if prefix_k is None else dense_rows(prefix_k)
+    prefix_v = None if prefix_v is None else dense_rows(prefix_v)
     out = torch.empty(q.shape, dtype=q.dtype)
+    lse = torch.empty(q.shape[:2])
     native.module().attention(
         q.dtype == torch.bfloat16,
-        *map(native.address, (q, k, v, prefix_k, prefix_v, out, q_offsets, k_offsets)),
+        *map(native.address, (q, k, v, prefix_k, prefix_v, out, lse, q_offsets, k_offsets)),
         *(len(q_offsets) - 1, heads, k.shape[1], size),
         0 if prefix_k is None else prefix_k.shape[0],
         *(0 if x is None else x.stride(0) for x in (q, k, v, prefix_k, prefix_v)),
         window or 0,
     )
-    return out
+    return out, lse
 
 
-def _rows(x: Tensor) -> Tensor:
-    """`x` [T, N, D] with its heads side by side in memory, as the C++ op reads them."""
-    return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, q_offsets, k_offsets, prefix_k, prefix_v, ctx.window, ctx.mask, blocks = inputs
+    ctx.save_for_backward(q, k, v, *output, q_offsets, k_offsets, prefix_k, prefix_v, blocks)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _gradient(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    *tensors, blocks = ctx.saved_tensors
+    rest = (ctx.window, ctx.mask, blocks)
+    grads = BACKWARD.torch_op(grad.contiguous(), *tensors, *rest, impl=ctx.impl)
+    return *grads, *(None,) * 7
+
+
+OP.differentiate(_save, _gradient)
 
 
 def attention(
@@ -53,20 +108,40 @@ def attention(
     prefix_k: Tensor | None = None,
     prefix_v: Tensor | None = None,
     window: int | None = None,
+    mask: str = "causal",
+    blocks: Tensor | None = None,
     *,
     impl: str | None = None,
 ) -> Tensor:
-    """Causal attention of packed texts, each behind one shared prefix. Returns [Tq, H, D].
+    """Attention of packed texts, each behind one shared prefix. Returns [Tq, H, D].
 
     q [Tq, H, D]: queries of each text's *last* rows; k, v [Tk, KV, D]: all its own tokens, with H
     a multiple of KV (grouped-query attention). q_offsets, k_offsets [B + 1]: int32, rows
     offsets[i]:offsets[i+1] belong to text i; a text may have fewer queries than keys.
-    prefix_k, prefix_v [P, KV, D]: keys and values that stand before every text, all visible.
+    prefix_k, prefix_v [P, KV, D]: keys and values that stand before every text; they are frozen
+    and get no gradient.
     window: sliding window in tokens, counting the query itself; None for full attention.
+    mask: "causal"; "bidirectional", every key of prefix and text (LLM2Vec); or "gem", causal
+    except that blocks[i] = (first, after) of blocks [B, 2] int32 marks special tokens at own
+    positions first … after - 1, which do not see each other, and that tokens after them see
+    neither the prefix nor the text before them.
+    Raises OpError for a mask that does not exist or cannot be combined.
 
-    Source: Ainslie et al., arXiv 2305.13245 (grouped queries); Dao, arXiv 2307.08691 (varlen).
+    Source: Ainslie et al., arXiv 2305.13245 (grouped queries); Dao, arXiv 2307.08691 (varlen);
+    BehnamGhader et al., arXiv 2404.05961, §2.1 (bidirectional); GEM, arXiv 2506.04344 (mask).
     """
-    result: Tensor = OP.choose(impl, q, k, v)(
-        q, k, v, q_offsets, k_offsets, prefix_k, prefix_v, window
-    )
+    if mask != "causal":
+        _check_mask(mask, window, blocks)
+    result: Tensor = OP(
+        *(q, k, v, q_offsets, k_offsets, prefix_k, prefix_v, window, mask, blocks), impl=impl
+    )[0]
     return result
+
+
+def _check_mask(mask: str, window: int | None, blocks: Tensor | None) -> None:
+    if mask not in MASKS:
+        raise OpError(f"mask must be one of {', '.join(MASKS)}, not {mask!r}")
+    if window is not None and mask == "bidirectional":
+        raise OpError("a sliding window has no meaning in a bidirectional mask")
+    if (blocks is None) == (mask == "gem"):
+        raise OpError("`blocks` goes with the gem mask, and only with it")

@@ -1,5 +1,5 @@
-"""RMSNorm, alone or after a residual add."""
+"""RMSNorm, alone or after a residual add, with or without quantised rows."""
 
-from .op import OP, add_rms_norm, rms_norm
+from .op import BACKWARD, OP, QUANTIZED, add_rms_norm, add_rms_norm_quantized, rms_norm
 
-__all__ = ["OP", "add_rms_norm", "rms_norm"]
+__all__ = ["BACKWARD", "OP", "QUANTIZED", "add_rms_norm", "add_rms_norm_quantized", "rms_norm"]

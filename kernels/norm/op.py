@@ -1,43 +1,184 @@
-"""Choice of implementation for norm."""
+"""Schemas, gradient and choice of implementation for norm."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from gen_fast.ops import Op, native
+from gen_fast.ops import Op, gpu, native
+from gen_fast.ops.qlinear import fake_quantized
 
 from . import reference
 
-OP = Op("norm")
+BACKWARD = Op(
+    "norm_backward",
+    "(Tensor grad_normed, Tensor grad_total, Tensor total, Tensor weight, float eps) -> Tensor",
+    lambda grad_normed, grad_total, total, weight, eps: total.new_empty(total.shape),
+)
+OP = Op(
+    "norm",
+    "(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)",
+    lambda x, residual, weight, eps: (x.new_empty(x.shape), x.new_empty(x.shape)),
+    BACKWARD,
+)
+QUANTIZED = Op(
+    "norm_quantized",
+    "(Tensor x, Tensor residual, Tensor weight, float eps, str variant)"
+    " -> (Tensor, Tensor, Tensor)",
+    lambda x, residual, weight, eps, variant: (*fake_quantized(x, variant), x.new_empty(x.shape)),
+)
 OP.register("reference")(reference.add_rms_norm)
+BACKWARD.register("reference")(reference.add_rms_norm_backward)
+QUANTIZED.register("reference")(reference.add_rms_norm_quantized)
+
+
+# Registered before Triton's, so chosen only when asked for: which of the two is ahead has not been
+# measured yet.
+@OP.register("cuda", **native.ON_CUDA)
+def _cuda(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, inplace: bool = False
+) -> tuple[Tensor, Tensor]:
+    x, residual, weight = map(native.aligned, (x, residual, weight))
+    total = residual if inplace else torch.empty_like(residual)
+    out = torch.empty_like(total)
+    if out.numel():
+        compiled = native.cuda_module()
+        compiled.add_rms_norm(
+            *(native.cuda_dtype(x), compiled.Store.plain),
+            *map(native.address, (x, residual, weight, total, out, None)),
+            *(*out.shape, eps, native.stream(x)),
+        )
+    return out, total
+
+
+@QUANTIZED.register("cuda", **native.ON_CUDA)
+def _cuda_quantized(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, variant: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    x, residual, weight = map(native.aligned, (x, residual, weight))
+    total = torch.empty_like(residual)
+    out, scales = fake_quantized(x, variant)
+    if out.numel():
+        compiled = native.cuda_module()
+        compiled.add_rms_norm(
+            *(native.cuda_dtype(x), getattr(compiled.Store, variant)),
+            *map(native.address, (x, residual, weight, total, out, scales)),
+            *(*out.shape, eps, native.stream(x)),
+        )
+    return out, scales, total
+
+
+@OP.register("triton", **gpu.ON_GPU)
+def _triton(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, inplace: bool = False
+) -> tuple[Tensor, Tensor]:
+    from . import triton_kernel
+
+    return triton_kernel.add_rms_norm(x, residual, weight, eps, inplace=inplace)
+
+
+@BACKWARD.register("triton", **gpu.ON_GPU)
+def _triton_backward(
+    grad_normed: Tensor, grad_total: Tensor, total: Tensor, weight: Tensor, eps: float
+) -> Tensor:
+    from . import triton_kernel
+
+    return triton_kernel.add_rms_norm_backward(grad_normed, grad_total, total, weight, eps)
+
+
+@QUANTIZED.register("triton", **gpu.ON_GPU)
+def _triton_quantized(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, variant: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    from . import triton_kernel
+
+    return triton_kernel.add_rms_norm_quantized(x, residual, weight, eps, variant)
 
 
 @OP.register("cpu", **native.ON_CPU)
-def _cpu(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    x, weight, total = x.contiguous(), weight.contiguous(), residual.contiguous()
+def _cpu(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, inplace: bool = False
+) -> tuple[Tensor, Tensor]:
+    x, weight, residual = x.contiguous(), weight.contiguous(), residual.contiguous()
+    total = residual if inplace else torch.empty_like(residual)
     out = torch.empty_like(total)
     native.module().add_rms_norm(
         total.dtype == torch.bfloat16,
-        *map(native.address, (x, total, weight, out)),
+        *map(native.address, (x, residual, weight, total, out)),
         *(out.numel() // max(1, out.shape[-1]), out.shape[-1], eps),
     )
     return out, total
 
 
+@BACKWARD.register("cpu", **native.ON_CPU)
+def _cpu_backward(
+    grad_normed: Tensor, grad_total: Tensor, total: Tensor, weight: Tensor, eps: float
+) -> Tensor:
+    tensors = [x.contiguous() for x in (grad_normed, grad_total, total, weight)]
+    out = torch.empty_like(tensors[2])
+    native.module().add_rms_norm_backward(
+        out.dtype == torch.bfloat16,
+        *map(native.address, (*tensors, out)),
+        *(out.numel() // max(1, out.shape[-1]), out.shape[-1], eps),
+    )
+    return out
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, _, weight, ctx.eps = inputs
+    ctx.save_for_backward(output[1], weight)
+
+
+def _gradient(
+    ctx: Any, grad_normed: Tensor, grad_total: Tensor
+) -> tuple[Tensor, Tensor, None, None]:
+    total, weight = ctx.saved_tensors
+    grad = BACKWARD.torch_op(grad_normed, grad_total, total, weight, ctx.eps, impl=ctx.impl)
+    return grad, grad, None, None
+
+
+OP.differentiate(_save, _gradient)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm of the last dimension of `x` [T, h] with `weight` [h]. Same dtype as `x`.
 
+    torch's own, which is one fused kernel on every device: there is no residual to save.
     Source: Zhang & Sennrich, arXiv 1910.07467, eq. 4.
     """
     return reference.rms_norm(x, weight, eps)
 
 
 def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, impl: str | None = None
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    inplace: bool = False,
+    impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Add a block's output to the residual stream and normalise the sum for the next block.
 
-    x, residual [T, h], weight [h], one dtype. Returns (rms_norm(x + residual), x + residual);
-    without gradients the second may be `residual` itself, updated in place.
+    x, residual [T, h], weight [h], one dtype. Returns (rms_norm(x + residual), x + residual).
+    inplace: the sum may be written into `residual`. The weight is frozen: it gets no gradient.
     """
-    result: tuple[Tensor, Tensor] = OP.choose(impl, x, residual)(x, residual, weight, eps)
+    result: tuple[Tensor, Tensor] = OP(x, residual, weight, eps, impl=impl, inplace=inplace)
+    return result
+
+
+def add_rms_norm_quantized(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    dtype: str = "int8",
+    *,
+    impl: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`add_rms_norm` whose normed rows are quantised in the same pass. No gradient.
+
+    Returns (q [T, h], scale [T] float32, x + residual); see `qlinear.quantize_rows`.
+    """
+    result: tuple[Tensor, Tensor, Tensor] = QUANTIZED(x, residual, weight, eps, dtype, impl=impl)
     return result

@@ -1,35 +1,43 @@
-"""Pooling in plain torch, in float32 at least whatever the backbone's dtype."""
+"""Norm and mean of each text's rows in plain torch, in float32 at least."""
 
 import torch
 from torch import Tensor
 
-from gen_fast.ops.norm.reference import rms_norm
+from gen_fast.ops.norm.reference import rms_norm, rms_norm_backward
 
 
 def pool(
+    hidden: Tensor, offsets: Tensor, norm_weight: Tensor, eps: float, row_weights: Tensor | None
+) -> Tensor:
+    """Weighted mean [B, h] of the normed rows of each text. See `op.pool`."""
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    rows = rms_norm(hidden.to(dtype), norm_weight.to(dtype), eps)
+    text, shares = _shares(hidden, offsets, row_weights)
+    counts = offsets.diff()
+    mean = torch.zeros(len(counts), hidden.shape[1], dtype=dtype, device=hidden.device)
+    # The mean of no rows is NaN, as 0/0 is.
+    mean = mean + torch.where(counts > 0, 0.0, torch.nan)[:, None]
+    return mean.index_add(0, text, rows * shares[:, None])
+
+
+def pool_backward(
+    grad: Tensor,
     hidden: Tensor,
     offsets: Tensor,
     norm_weight: Tensor,
     eps: float,
-    row_weights: Tensor | None = None,
-    projection: Tensor | None = None,
-    bias: Tensor | None = None,
-    normalize: bool = False,
+    row_weights: Tensor | None,
 ) -> Tensor:
-    """Weighted mean of the normed rows of each segment, projected. See `op.pool`."""
+    """Gradient [R, h] of `hidden`."""
+    text, shares = _shares(hidden, offsets, row_weights)
+    return rms_norm_backward(grad[text] * shares[:, None], hidden, norm_weight, eps)
+
+
+def _shares(hidden: Tensor, offsets: Tensor, row_weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The text of each row [R], and its weight within that text [R]."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)
-    rows = rms_norm(hidden.to(dtype), norm_weight.to(dtype), eps)
     counts = offsets.diff()
-    segment = torch.repeat_interleave(
+    text = torch.repeat_interleave(
         torch.arange(len(counts), device=hidden.device), counts, output_size=hidden.shape[0]
     )
-    if row_weights is None:
-        row_weights = (1.0 / counts.to(dtype))[segment]
-    weighted = rows * row_weights.to(dtype).unsqueeze(-1)
-    mean = torch.zeros(len(counts), hidden.shape[1], dtype=dtype, device=hidden.device)
-    mean = mean.index_add(0, segment, weighted)
-    if projection is not None:
-        mean = torch.nn.functional.linear(
-            mean, projection.to(dtype), None if bias is None else bias.to(dtype)
-        )
-    return torch.nn.functional.normalize(mean, dim=-1) if normalize else mean
+    return text, (1.0 / counts.to(dtype))[text] if row_weights is None else row_weights.to(dtype)

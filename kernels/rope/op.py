@@ -1,29 +1,93 @@
-"""Choice of implementation for rope."""
+"""Schemas, gradient and choice of implementation for rope."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from gen_fast.ops import Op, native
+from gen_fast.ops import Op, gpu, native
+from gen_fast.ops.layout import dense_rows
 
 from . import reference
 
-OP = Op("rope")
+BACKWARD = Op(
+    "rope_backward",
+    "(Tensor grad, Tensor x, Tensor cos, Tensor sin, Tensor? norm, float eps) -> Tensor",
+    lambda grad, x, cos, sin, norm, eps: grad.new_empty(grad.shape),
+)
+OP = Op(
+    "rope",
+    "(Tensor x, Tensor cos, Tensor sin, Tensor? norm, float eps) -> Tensor",
+    lambda x, cos, sin, norm, eps: x.new_empty(x.shape),
+    BACKWARD,
+)
 OP.register("reference")(reference.rope)
+BACKWARD.register("reference")(reference.rope_backward)
+
+
+@OP.register("triton", **gpu.ON_GPU)
+def _triton(
+    x: Tensor, cos: Tensor, sin: Tensor, norm: Tensor | None, eps: float, *, inplace: bool = False
+) -> Tensor:
+    from . import triton_kernel
+
+    return triton_kernel.rope(x, cos, sin, norm, eps, inplace=inplace)
+
+
+@BACKWARD.register("triton", **gpu.ON_GPU)
+def _triton_backward(
+    grad: Tensor, x: Tensor, cos: Tensor, sin: Tensor, norm: Tensor | None, eps: float
+) -> Tensor:
+    from . import triton_kernel
+
+    return triton_kernel.rope_backward(grad, x, cos, sin, norm, eps)
 
 
 @OP.register("cpu", **native.ON_CPU)
-def _cpu(x: Tensor, cos: Tensor, sin: Tensor, norm: Tensor | None, eps: float) -> Tensor:
-    rows, heads, size = x.shape
-    if x.stride()[1:] != (size, 1):
-        x = x.contiguous()
-    cos, sin = cos.float().contiguous(), sin.float().contiguous()
+def _cpu(
+    x: Tensor, cos: Tensor, sin: Tensor, norm: Tensor | None, eps: float, *, inplace: bool = False
+) -> Tensor:
+    x = dense_rows(x)
+    out = x if inplace else x.new_empty(x.shape)
     norm = None if norm is None else norm.contiguous()
     native.module().rope(
         *(x.dtype == torch.bfloat16, native.address(x), x.stride(0)),
-        *map(native.address, (cos, sin, norm)),
-        *(rows, heads, size, eps),
+        *(native.address(out), out.stride(0)),
+        *map(native.address, (cos.float().contiguous(), sin.float().contiguous(), norm)),
+        *(*x.shape, eps),
     )
-    return x
+    return out
+
+
+@BACKWARD.register("cpu", **native.ON_CPU)
+def _cpu_backward(
+    grad: Tensor, x: Tensor, cos: Tensor, sin: Tensor, norm: Tensor | None, eps: float
+) -> Tensor:
+    grad, x = dense_rows(grad), dense_rows(x)
+    out = grad.new_empty(grad.shape)
+    norm = None if norm is None else norm.contiguous()
+    native.module().rope_backward(
+        *(grad.dtype == torch.bfloat16, native.address(grad), grad.stride(0)),
+        *(native.address(x), x.stride(0), native.address(out)),
+        *map(native.address, (cos.float().contiguous(), sin.float().contiguous(), norm)),
+        *(*grad.shape, eps),
+    )
+    return out
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, cos, sin, norm, ctx.eps = inputs
+    # A rotation's gradient needs no input; only the norm's does.
+    ctx.save_for_backward(x if norm is not None else None, cos, sin, norm)
+
+
+def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, cos, sin, norm = ctx.saved_tensors
+    x = grad if x is None else x
+    return BACKWARD.torch_op(grad, x, cos, sin, norm, ctx.eps, impl=ctx.impl), *(None,) * 4
+
+
+OP.differentiate(_save, _gradient)
 
 
 def rope(
@@ -33,17 +97,18 @@ def rope(
     norm: Tensor | None = None,
     eps: float = 1e-6,
     *,
+    inplace: bool = False,
     impl: str | None = None,
 ) -> Tensor:
     """Apply the optional per-head RMSNorm and the rotary embedding. Returns [T, N, D].
 
     x [T, N, D]: the query and key heads side by side, so that one pass serves both; any strides
     with a unit last one. cos, sin [T, D/2]: float32 (float64 if x is), of each row's position.
-    Without gradients the result may be `x` itself, rotated in place.
     norm [N, D]: a norm weight for each head (Qwen3: the query weight H times, then the key weight
-    KV times), or None.
+    KV times), or None; it is frozen and gets no gradient.
+    inplace: the result may be written into `x`.
 
     Source: Su et al., arXiv 2104.09864; Qwen3 technical report, arXiv 2505.09388, §2.
     """
-    result: Tensor = OP.choose(impl, x)(x, cos, sin, norm, eps)
+    result: Tensor = OP(x, cos, sin, norm, eps, impl=impl, inplace=inplace)
     return result

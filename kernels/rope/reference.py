@@ -3,9 +3,17 @@
 import torch
 from torch import Tensor
 
+from gen_fast.ops.norm.reference import rms_norm_backward
+
 
 def rope(
-    x: Tensor, cos: Tensor, sin: Tensor, norm: Tensor | None = None, eps: float = 1e-6
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    norm: Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    inplace: bool = False,
 ) -> Tensor:
     """Normalise each head of `x` if `norm` is given, then rotate. See `op.rope`."""
     if norm is not None:
@@ -13,3 +21,11 @@ def rope(
     cos, sin = cos.to(x.dtype).unsqueeze(1), sin.to(x.dtype).unsqueeze(1)
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def rope_backward(
+    grad: Tensor, x: Tensor, cos: Tensor, sin: Tensor, norm: Tensor | None, eps: float
+) -> Tensor:
+    """Gradient [T, N, D] of `x`."""
+    turned = rope(grad, cos, -sin)  # the transpose of a rotation is the rotation back
+    return turned if norm is None else rms_norm_backward(turned, x, norm, eps)

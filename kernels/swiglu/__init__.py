@@ -1,5 +1,5 @@
 """The gated activation of the feed-forward block."""
 
-from .op import OP, swiglu
+from .op import BACKWARD, OP, QUANTIZED, swiglu, swiglu_quantized
 
-__all__ = ["OP", "swiglu"]
+__all__ = ["BACKWARD", "OP", "QUANTIZED", "swiglu", "swiglu_quantized"]

@@ -1,14 +1,55 @@
-"""Choice of implementation for swiglu."""
+"""Schemas, gradient and choice of implementation for swiglu."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from gen_fast.ops import Op, native
+from gen_fast.ops import Op, gpu, native
+from gen_fast.ops.qlinear import fake_quantized
 
 from . import reference
 
-OP = Op("swiglu")
+
+def _fake(gate_up: Tensor) -> Tensor:
+    return gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
+
+
+BACKWARD = Op(
+    "swiglu_backward",
+    "(Tensor grad, Tensor gate_up) -> Tensor",
+    lambda grad, gate_up: torch.empty_like(gate_up, memory_format=torch.contiguous_format),
+)
+OP = Op("swiglu", "(Tensor gate_up) -> Tensor", _fake, BACKWARD)
+QUANTIZED = Op(
+    "swiglu_quantized",
+    "(Tensor gate_up, str variant) -> (Tensor, Tensor)",
+    lambda gate_up, variant: fake_quantized(_fake(gate_up), variant),
+)
 OP.register("reference")(reference.swiglu)
+BACKWARD.register("reference")(reference.swiglu_backward)
+QUANTIZED.register("reference")(reference.swiglu_quantized)
+
+
+@OP.register("triton", **gpu.ON_GPU)
+def _triton(gate_up: Tensor) -> Tensor:
+    from . import triton_kernel
+
+    return triton_kernel.swiglu(gate_up)
+
+
+@BACKWARD.register("triton", **gpu.ON_GPU)
+def _triton_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
+    from . import triton_kernel
+
+    return triton_kernel.swiglu_backward(grad, gate_up)
+
+
+@QUANTIZED.register("triton", **gpu.ON_GPU)
+def _triton_quantized(gate_up: Tensor, variant: str) -> tuple[Tensor, Tensor]:
+    from . import triton_kernel
+
+    return triton_kernel.swiglu_quantized(gate_up, variant)
 
 
 @OP.register("cpu", **native.ON_CPU)
@@ -22,10 +63,43 @@ def _cpu(gate_up: Tensor) -> Tensor:
     return out
 
 
+@BACKWARD.register("cpu", **native.ON_CPU)
+def _cpu_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
+    grad, gate_up = grad.contiguous(), gate_up.contiguous()
+    out = torch.empty_like(gate_up)
+    native.module().swiglu_backward(
+        *(out.dtype == torch.bfloat16, *map(native.address, (grad, gate_up, out))),
+        *grad.shape,
+    )
+    return out
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor]:
+    return (BACKWARD.torch_op(grad, *ctx.saved_tensors, impl=ctx.impl),)
+
+
+OP.differentiate(_save, _gradient)
+
+
 def swiglu(gate_up: Tensor, *, impl: str | None = None) -> Tensor:
     """silu(gate) · up for `gate_up` [T, 2f], gate first. Returns [T, f] in the same dtype.
 
     Source: Shazeer, arXiv 2002.05202, eq. 6.
     """
-    result: Tensor = OP.choose(impl, gate_up)(gate_up)
+    result: Tensor = OP(gate_up, impl=impl)
+    return result
+
+
+def swiglu_quantized(
+    gate_up: Tensor, dtype: str = "int8", *, impl: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """`swiglu` whose rows are quantised in the same pass, for the down projection. No gradient.
+
+    Returns what `qlinear.quantize_rows` would of the unrounded result: ([T, f], [T] float32).
+    """
+    result: tuple[Tensor, Tensor] = QUANTIZED(gate_up, dtype, impl=impl)
     return result

@@ -1,9 +1,11 @@
 import pytest
 import torch
+from torch.library import opcheck
 
-from gen_fast.ops.attention import OP, attention
+import gen_fast
+from gen_fast.ops.attention import BACKWARD, OP, attention
 from gen_fast.ops.attention.reference import attention as reference
-from gen_fast.testing import assert_no_worse
+from gen_fast.testing import assert_no_worse, check_gradients
 
 
 def offsets(counts):
@@ -22,47 +24,143 @@ def inputs(q_counts, k_counts, n_prefix, heads, kv_heads, size, dtype):
     return q, k, v, offsets(q_counts), offsets(k_counts), *prefix
 
 
-def check(arguments, impl, **options):
+def plain(*arguments, **options):
+    return reference(*arguments, **options)[0]
+
+
+def moved(x, device):
+    return x.to(device) if isinstance(x, torch.Tensor) else x
+
+
+def check(arguments, device, impl, **options):
+    arguments = [moved(x, device) for x in arguments]
+    options = {name: moved(x, device) for name, x in options.items()}
     wide = [x.double() if x is not None and x.is_floating_point() else x for x in arguments]
-    exact = reference(*wide, **options)
-    plain = reference(*arguments, **options)
     actual = attention(*arguments, **options, impl=impl)
-    assert_no_worse(actual, plain, exact)
+    assert_no_worse(actual, plain(*arguments, **options), plain(*wide, **options))
 
 
-@pytest.mark.parametrize("impl", OP.implementations("cpu"))
+def check_backward(arguments, device, impl, **options):
+    q, k, v, *rest = arguments
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    options = {name: moved(x, device) for name, x in options.items()}
+
+    def run(*leaves, impl):
+        return attention(*leaves, **options, impl=impl)
+
+    check_gradients(run, lambda *x: plain(*x, **options), (*leaves, *rest), impl, device)
+
+
+RAGGED = [1, 63, 64, 64, 5, 130]
+# (queries, keys) of each text: the trimmed last layer, some texts with no query, some empty.
+TRIMMED = ([10, 1, 0, 33, 0], [70, 1, 9, 33, 0])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("n_prefix", [0, 1, 37])
-@pytest.mark.parametrize("size", [64, 80, 96, 128])
-def test_ragged_texts(size, n_prefix, dtype, impl):
-    counts = [1, 63, 64, 64, 5, 130]
-    check(inputs(counts, counts, n_prefix, 6, 2, size, dtype), impl)
+@pytest.mark.parametrize("size", [64, 80, 96, 128, 256])
+def test_ragged_texts(size, n_prefix, dtype, device, impl):
+    check(inputs(RAGGED, RAGGED, n_prefix, 6, 2, size, dtype), device, impl)
 
 
-@pytest.mark.parametrize("impl", OP.implementations("cpu"))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n_prefix", [0, 1, 37])
+@pytest.mark.parametrize("size", [64, 80, 96, 128, 256])
+def test_gradient(size, n_prefix, dtype, device, grad_impl):
+    counts = [1, 63, 5, 70]
+    check_backward(inputs(counts, counts, n_prefix, 6, 2, size, dtype), device, grad_impl)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("n_prefix", [0, 37])
-def test_only_the_last_rows_are_queried(n_prefix, dtype, impl):
-    """The trimmed last layer: fewer queries than keys, some texts with none."""
-    check(inputs([10, 1, 0, 33], [70, 1, 9, 33], n_prefix, 9, 3, 64, dtype), impl)
+def test_only_the_last_rows_are_queried(n_prefix, dtype, device, impl):
+    check(inputs(*TRIMMED, n_prefix, 9, 3, 64, dtype), device, impl)
 
 
-@pytest.mark.parametrize("impl", OP.implementations("cpu"))
+@pytest.mark.parametrize("n_prefix", [0, 37])
+def test_gradient_where_only_the_last_rows_are_queried(n_prefix, device, grad_impl):
+    check_backward(inputs(*TRIMMED, n_prefix, 9, 3, 64, torch.float32), device, grad_impl)
+
+
 @pytest.mark.parametrize("window", [1, 8, 1000])
-def test_sliding_window(window, impl):
-    check(inputs([20, 5], [40, 5], 7, 4, 4, 64, torch.float32), impl, window=window)
+def test_sliding_window(window, device, impl):
+    arguments = inputs([20, 5, 90], [40, 5, 90], 7, 4, 4, 64, torch.float32)
+    check(arguments, device, impl, window=window)
 
 
-@pytest.mark.parametrize("impl", OP.implementations("cpu"))
-def test_no_texts_and_no_rows(impl):
-    assert attention(*inputs([], [], 0, 4, 2, 64, torch.float32), impl=impl).shape == (0, 4, 64)
-    empty = inputs([0, 2, 0], [0, 2, 0], 3, 4, 2, 64, torch.float32)
-    check(empty, impl)
+@pytest.mark.parametrize("window", [3, 8, 1000])  # with 1 the gradients of q and k are zero
+def test_gradient_with_a_sliding_window(window, device, grad_impl):
+    arguments = inputs([20, 5, 90], [40, 5, 90], 7, 4, 4, 64, torch.float32)
+    check_backward(arguments, device, grad_impl, window=window)
 
 
-@pytest.mark.parametrize("impl", OP.implementations("cpu"))
-def test_large_scores_stay_finite(impl):
-    arguments = list(inputs([50], [50], 20, 2, 1, 64, torch.float32))
+def implementations_of(mask):
+    return [name for name in OP.implementations("cpu") if name in ("reference", "triton")] + [
+        pytest.param("cuda", marks=pytest.mark.gpu, id=f"cuda-triton-{mask}")
+    ]
+
+
+MASKED = {
+    "bidirectional": {"mask": "bidirectional"},
+    # Blocks at the front, in the middle, at the end, of one token, and none at all.
+    "gem": {
+        "mask": "gem",
+        "blocks": torch.tensor([[0, 1], [20, 25], [0, 3], [60, 70], [9, 9]]).int(),
+    },
+}
+
+
+@pytest.mark.parametrize("where", implementations_of("both"))
+@pytest.mark.parametrize("n_prefix", [0, 37])
+@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize("mask", MASKED)
+def test_other_masks(mask, size, n_prefix, where):
+    device, impl = ("cuda", "triton") if where == "cuda" else ("cpu", where)
+    counts = [1, 63, 5, 70, 33]
+    check(inputs(counts, counts, n_prefix, 6, 2, size, torch.float32), device, impl, **MASKED[mask])
+    few = inputs([1, 7, 5, 0, 33], counts, n_prefix, 6, 2, size, torch.float32)
+    check_backward(few, device, impl, **MASKED[mask])
+
+
+def test_the_gem_mask_hides_what_it_should():
+    """prefix · specials · suffix, by changing what must not matter."""
+    q, k, v, starts, _, *prefix = inputs([12], [12], 4, 2, 1, 64, torch.float64)
+    options = {"mask": "gem", "blocks": torch.tensor([[5, 7]]).int(), "impl": "reference"}
+    before = attention(q, k, v, starts, starts, *prefix, **options)
+    k[:5], v[:5] = 0, 0  # the text before the block
+    prefix[0][:] = 0
+    after = attention(q, k, v, starts, starts, *prefix, **options)
+    torch.testing.assert_close(after[7:], before[7:])
+    assert not torch.isclose(after[5:7], before[5:7]).any(-1).all()
+    k[5] = 9  # a special token: its neighbour in the block does not see it, the suffix does
+    changed = attention(q, k, v, starts, starts, *prefix, **options)
+    torch.testing.assert_close(changed[6], after[6])
+    assert not torch.allclose(changed[7:], after[7:])
+
+
+def test_masks_that_make_no_sense_are_refused():
+    arguments = inputs([3], [3], 0, 2, 1, 64, torch.float32)
+    blocks = torch.tensor([[0, 1]]).int()
+    for options, message in (
+        ({"mask": "diagonal"}, "causal, bidirectional, gem, not 'diagonal'"),
+        ({"mask": "bidirectional", "window": 3}, "sliding window"),
+        ({"mask": "gem"}, "goes with the gem mask"),
+        ({"mask": "bidirectional", "blocks": blocks}, "goes with the gem mask"),
+    ):
+        with pytest.raises(gen_fast.OpError, match=message):
+            attention(*arguments, **options)
+    with pytest.raises(gen_fast.ImplementationError, match="does not compute 'bidirectional'"):
+        attention(*arguments, mask="bidirectional", impl="sdpa")
+
+
+def test_no_texts_and_no_rows(device, impl):
+    none = [moved(x, device) for x in inputs([], [], 0, 4, 2, 64, torch.float32)]
+    assert attention(*none, impl=impl).shape == (0, 4, 64)
+    check(inputs([0, 2, 0], [0, 2, 0], 3, 4, 2, 64, torch.float32), device, impl)
+
+
+def test_large_scores_stay_finite(device, impl):
+    arguments = [moved(x, device) for x in inputs([50], [50], 20, 2, 1, 64, torch.float32)]
     arguments[0] = arguments[0] * 100
     result = attention(*arguments, impl=impl)
     assert torch.isfinite(result).all()
@@ -80,12 +178,36 @@ def test_a_text_does_not_see_its_neighbours():
 def test_every_instruction_set(isa_level, size, dtype):
     counts = [1, 63, 64, 5, 130]
     for n_prefix in (0, 37):
-        check(inputs(counts, counts, n_prefix, 6, 2, size, dtype), "cpu")
-    check(inputs([10, 1, 0, 33], [70, 1, 9, 33], 5, 9, 3, size, dtype), "cpu", window=20)
+        check(inputs(counts, counts, n_prefix, 6, 2, size, dtype), "cpu", "cpu")
+    trimmed = inputs([10, 1, 0, 33], [70, 1, 9, 33], 5, 9, 3, size, dtype)
+    check(trimmed, "cpu", "cpu", window=20)
+
+
+def test_log_sum_exp(device, impl):
+    """Saved for the backward pass, and what makes partial results mergeable."""
+    arguments = [moved(x, device) for x in inputs(*TRIMMED, 37, 9, 3, 64, torch.float32)]
+    _, actual = OP.torch_op(*arguments, None, "causal", None, impl=impl)
+    torch.testing.assert_close(actual, reference(*arguments)[1], atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (14, 2), (32, 1), (200, 1)])
-def test_group_sizes(heads, kv_heads):
+def test_group_sizes(heads, kv_heads, device, impl):
     counts = [70, 3, 40]
-    for impl in OP.implementations("cpu"):
-        check(inputs(counts, counts, 9, heads, kv_heads, 64, torch.bfloat16), impl)
+    check(inputs(counts, counts, 9, heads, kv_heads, 64, torch.bfloat16), device, impl)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (14, 2), (200, 1)])
+def test_gradient_of_group_sizes(heads, kv_heads, device, grad_impl):
+    counts = [40, 3]
+    arguments = inputs(counts, counts, 9, heads, kv_heads, 64, torch.float32)
+    check_backward(arguments, device, grad_impl)
+
+
+def test_opcheck():
+    arguments = inputs([3, 2], [4, 2], 2, 4, 2, 8, torch.float32)
+    q, k, v, *rest = arguments
+    rest = (*rest, None, "causal", None)
+    trained = [x.detach().requires_grad_() for x in (q, k, v)]
+    opcheck(OP.torch_op, (*trained, *rest))
+    out, lse = OP.torch_op(q, k, v, *rest)
+    opcheck(BACKWARD.torch_op, (torch.randn_like(out), q, k, v, out, lse, *rest))

@@ -1,34 +1,77 @@
 import pytest
 import torch
+from torch.library import opcheck
 
-from gen_fast.ops.norm import OP, add_rms_norm, rms_norm
+from gen_fast.ops.norm import (
+    BACKWARD,
+    OP,
+    QUANTIZED,
+    add_rms_norm,
+    add_rms_norm_quantized,
+    rms_norm,
+)
 from gen_fast.ops.norm.reference import add_rms_norm as reference
-from gen_fast.testing import assert_no_worse
+from gen_fast.testing import assert_no_worse, check_gradients
 
 SHAPES = [(0, 48), (1, 1), (1, 63), (7, 576), (33, 1000)]
 
 
-@pytest.mark.parametrize("impl", OP.implementations("cpu"))
+@pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_add_rms_norm_matches_float64(shape, dtype, impl):
+def test_add_rms_norm_matches_float64(shape, dtype, inplace, device, impl):
     torch.manual_seed(0)
-    x, residual = torch.randn(2, *shape).to(dtype)
-    weight = torch.randn(shape[1]).to(dtype)
+    x, residual = torch.randn(2, *shape).to(device, dtype)
+    weight = torch.randn(shape[1]).to(device, dtype)
     exact = reference(x.double(), residual.double(), weight.double(), 1e-5)
     plain = reference(x, residual, weight, 1e-5)
-    # The sum may be written into its second argument.
-    actual = add_rms_norm(x, residual.clone(), weight, 1e-5, impl=impl)
+    kept = residual.clone()
+    actual = add_rms_norm(x, residual, weight, 1e-5, inplace=inplace, impl=impl)
     for a, p, e in zip(actual, plain, exact, strict=True):
         assert_no_worse(a, p, e)
+    assert inplace or torch.equal(residual, kept)
 
 
-@pytest.mark.parametrize("impl", OP.implementations("cpu"))
-def test_non_contiguous_input(impl):
-    x, residual = torch.randn(2, 10, 96)[:, :, ::2], torch.randn(10, 48)
-    expected = reference(x[0], residual, torch.ones(48), 1e-6)
-    actual = add_rms_norm(x[0], residual.clone(), torch.ones(48), 1e-6, impl=impl)
-    torch.testing.assert_close(actual, expected)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gradient(shape, dtype, device, grad_impl):
+    torch.manual_seed(0)
+    x, residual = (torch.randn(shape).to(dtype).requires_grad_() for _ in range(2))
+    weight = torch.randn(shape[1]).to(dtype)
+
+    def run(x, residual, weight, **options):
+        return add_rms_norm(x, residual, weight, 1e-5, **options)
+
+    def plain(x, residual, weight):
+        return reference(x, residual, weight, 1e-5)
+
+    check_gradients(run, plain, (x, residual, weight), grad_impl, device)
+
+
+def test_non_contiguous_input(device, impl):
+    x, residual = torch.randn(2, 10, 96, device=device)[:, :, ::2]
+    weight = torch.ones(48, device=device)
+    expected = reference(x, residual, weight, 1e-6)
+    for inplace in (False, True):
+        actual = add_rms_norm(x, residual, weight, 1e-6, inplace=inplace, impl=impl)
+        torch.testing.assert_close(actual, expected)
+        residual = residual.clone()
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+@pytest.mark.parametrize("quantizer", QUANTIZED.implementations("cpu"))
+def test_quantised_rows_are_those_of_the_unrounded_norm(quantizer, kind, with_carry):
+    torch.manual_seed(0)
+    x, residual = torch.randn(2, 5, 250).bfloat16()
+    weight = torch.randn(250).bfloat16()
+    q, scale, total = add_rms_norm_quantized(x, residual, weight, 1e-5, kind, impl=quantizer)
+    normed, expected = reference(x.double(), residual.double(), weight.double(), 1e-5)
+    assert_no_worse(total, x + residual, expected)
+    scale = scale.unsqueeze(-1)
+    restored = with_carry(q, normed / scale.where(scale > 0, 1.0)) * scale
+    step = scale * (0.51 if kind == "int8" else 16.1)
+    # The norm is that of the stored, rounded stream.
+    assert ((restored - normed).abs() <= step + 0.02 * normed.abs()).all()
 
 
 def test_rms_norm_of_a_constant_row_is_the_weight():
@@ -41,4 +84,14 @@ def test_rms_norm_of_a_constant_row_is_the_weight():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_instruction_set(isa_level, shape, dtype):
-    test_add_rms_norm_matches_float64(shape, dtype, "cpu")
+    test_add_rms_norm_matches_float64(shape, dtype, True, "cpu", "cpu")
+    test_gradient(shape, dtype, "cpu", "cpu")
+
+
+def test_opcheck():
+    x, residual = (torch.randn(3, 8, requires_grad=True) for _ in range(2))
+    weight = torch.randn(8)
+    opcheck(OP.torch_op, (x, residual, weight, 1e-5))
+    plain = (x.detach(), residual.detach())
+    opcheck(BACKWARD.torch_op, (*plain, torch.randn(3, 8), weight, 1e-5))
+    opcheck(QUANTIZED.torch_op, (*plain, weight, 1e-5, "int8"))

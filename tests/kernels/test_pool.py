@@ -1,30 +1,63 @@
 import pytest
 import torch
+from torch.library import opcheck
 
-from gen_fast.ops.pool import OP, pool
+from gen_fast.ops.pool import BACKWARD, OP, pool
 from gen_fast.ops.pool.reference import pool as reference
-from gen_fast.testing import assert_no_worse
+from gen_fast.testing import assert_no_worse, check_gradients
+
+OFFSETS = [0, 1, 11, 14, 15]
 
 
-@pytest.mark.parametrize("impl", OP.implementations("cpu"))
+def plain(hidden, offsets, norm, eps, weights=None, projection=None, bias=None, normalize=False):
+    mean = reference(hidden, offsets, norm, eps, weights)
+    if projection is not None:
+        mean = torch.nn.functional.linear(mean, *(x.to(mean.dtype) for x in (projection, bias)))
+    return torch.nn.functional.normalize(mean, dim=-1) if normalize else mean
+
+
+def inputs(dtype, weighted, projected, size=48):
+    torch.manual_seed(0)
+    hidden, norm = torch.randn(15, size).to(dtype), torch.randn(size).to(dtype)
+    weights = torch.rand(15) if weighted else None
+    projection, bias = (torch.randn(20, size), torch.randn(20)) if projected else (None, None)
+    return hidden, torch.tensor(OFFSETS).int(), norm, 1e-5, weights, projection, bias
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("projected", [False, True])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("normalize", [False, True])
-def test_matches_float64(normalize, weighted, projected, dtype, impl):
-    torch.manual_seed(0)
-    counts = torch.tensor([1, 10, 3, 1])
-    offsets = torch.cat((torch.zeros(1), counts.cumsum(0))).int()
-    hidden, norm = torch.randn(15, 48).to(dtype), torch.randn(48).to(dtype)
-    weights = torch.rand(15) if weighted else None
-    projection, bias = (torch.randn(20, 48), torch.randn(20)) if projected else (None, None)
-    options = (weights, projection, bias)
-    wide = [None if x is None else x.double() for x in options]
-    exact = reference(hidden.double(), offsets, norm.double(), 1e-5, *wide, normalize)
-    plain = reference(hidden, offsets, norm, 1e-5, *options, normalize)
-    actual = pool(hidden, offsets, norm, 1e-5, *options, normalize, impl=impl)
+def test_matches_float64(normalize, weighted, projected, dtype, device, impl):
+    def to(x, dtype=None):
+        if not isinstance(x, torch.Tensor):
+            return x
+        return x.to(device, dtype if x.is_floating_point() else None)
+
+    arguments = inputs(dtype, weighted, projected)
+    exact = plain(*(to(x, torch.float64) for x in arguments), normalize)
+    rounded = plain(*map(to, arguments), normalize)
+    actual = pool(*map(to, arguments), normalize, impl=impl)
     assert actual.dtype == torch.float32
-    assert_no_worse(actual, plain, exact)
+    assert_no_worse(actual, rounded, exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_gradient(normalize, weighted, dtype, device, grad_impl):
+    hidden, offsets, norm, eps, weights, projection, bias = inputs(dtype, weighted, True)
+    trained = (x.requires_grad_() for x in (hidden, projection, bias))
+    hidden, projection, bias = trained
+    arguments = (hidden, offsets, norm, eps, weights, projection, bias, normalize)
+    check_gradients(pool, plain, arguments, grad_impl, device)
+
+
+def test_a_text_without_rows_is_nan_and_harms_no_other(device, impl):
+    hidden, norm = torch.randn(3, 48, device=device), torch.ones(48, device=device)
+    offsets = torch.tensor([0, 2, 2, 3], device=device).int()
+    result = pool(hidden, offsets, norm, 1e-5, impl=impl)
+    assert result.isfinite().all(1).tolist() == [True, False, True]
 
 
 def test_mean_then_projection_equals_projection_then_mean():
@@ -34,3 +67,16 @@ def test_mean_then_projection_equals_projection_then_mean():
     collapsed = pool(hidden, offsets, torch.ones(16).double(), 1e-5, None, weight, bias)
     rows = torch.nn.functional.rms_norm(hidden, (16,), None, 1e-5) @ weight.T + bias
     torch.testing.assert_close(collapsed, torch.stack((rows[:3].mean(0), rows[3:].mean(0))))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_every_instruction_set(isa_level, weighted, dtype):
+    test_matches_float64(False, weighted, False, dtype, "cpu", "cpu")
+
+
+def test_opcheck():
+    for weighted in (False, True):
+        hidden, *rest = inputs(torch.float32, weighted, False)[:5]
+        opcheck(OP.torch_op, (hidden.requires_grad_(), *rest))
+        opcheck(BACKWARD.torch_op, (torch.randn(4, 48), hidden.detach(), *rest))

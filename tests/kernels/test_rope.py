@@ -1,9 +1,12 @@
 import pytest
 import torch
+from torch.library import opcheck
 
-from gen_fast.ops.rope import OP, rope
+from gen_fast.ops.rope import BACKWARD, OP, rope
 from gen_fast.ops.rope.reference import rope as reference
-from gen_fast.testing import assert_no_worse
+from gen_fast.testing import assert_no_worse, check_gradients
+
+SHAPES = [(0, 3, 64), (1, 1, 2), (9, 12, 64), (5, 4, 80)]
 
 
 def inputs(rows, heads, size, dtype, with_norm):
@@ -14,18 +17,26 @@ def inputs(rows, heads, size, dtype, with_norm):
     return fused[:, :heads], angles.cos(), angles.sin(), norm
 
 
-@pytest.mark.parametrize("impl", OP.implementations("cpu"))
+@pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("with_norm", [False, True])
-@pytest.mark.parametrize(
-    ("rows", "heads", "size"), [(0, 3, 64), (1, 1, 2), (9, 12, 64), (5, 4, 80)]
-)
-def test_matches_float64(rows, heads, size, with_norm, dtype, impl):
-    x, cos, sin, norm = inputs(rows, heads, size, dtype, with_norm)
-    wide = None if norm is None else norm.double()
-    exact = reference(x.double(), cos.double(), sin.double(), wide, 1e-6)
-    plain = reference(x, cos, sin, norm, 1e-6)
-    assert_no_worse(rope(x.clone(), cos, sin, norm, 1e-6, impl=impl), plain, exact)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_matches_float64(shape, with_norm, dtype, inplace, device, impl):
+    tensors = [None if t is None else t.to(device) for t in inputs(*shape, dtype, with_norm)]
+    exact = reference(*(None if t is None else t.double() for t in tensors), 1e-6)
+    plain = reference(*tensors, 1e-6)
+    kept = tensors[0].clone()
+    assert_no_worse(rope(*tensors, 1e-6, inplace=inplace, impl=impl), plain, exact)
+    assert inplace or torch.equal(tensors[0], kept)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("with_norm", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gradient(shape, with_norm, dtype, device, grad_impl):
+    x, *rest = inputs(*shape, dtype, with_norm)
+    x = x.detach().requires_grad_()
+    check_gradients(rope, reference, (x, *rest), grad_impl, device)
 
 
 def test_rotation_keeps_lengths_and_depends_on_relative_position_only():
@@ -42,6 +53,14 @@ def test_rotation_keeps_lengths_and_depends_on_relative_position_only():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("with_norm", [False, True])
-def test_every_instruction_set(isa_level, with_norm, dtype):
-    for rows, heads, size in ((1, 1, 2), (9, 12, 64), (5, 4, 80)):
-        test_matches_float64(rows, heads, size, with_norm, dtype, "cpu")
+@pytest.mark.parametrize("shape", SHAPES[1:])
+def test_every_instruction_set(isa_level, shape, with_norm, dtype):
+    test_matches_float64(shape, with_norm, dtype, True, "cpu", "cpu")
+    test_gradient(shape, with_norm, dtype, "cpu", "cpu")
+
+
+def test_opcheck():
+    for with_norm in (False, True):
+        x, cos, sin, norm = inputs(3, 2, 8, torch.float32, with_norm)
+        opcheck(OP.torch_op, (x.requires_grad_(), cos, sin, norm, 1e-6))
+        opcheck(BACKWARD.torch_op, (torch.randn(3, 2, 8), x.detach(), cos, sin, norm, 1e-6))

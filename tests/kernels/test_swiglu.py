@@ -1,36 +1,74 @@
 import pytest
 import torch
+from torch.library import opcheck
 
-from gen_fast.ops.swiglu import OP, swiglu
+from gen_fast.ops.swiglu import BACKWARD, OP, QUANTIZED, swiglu, swiglu_quantized
 from gen_fast.ops.swiglu.reference import swiglu as reference
-from gen_fast.testing import assert_no_worse
+from gen_fast.testing import assert_no_worse, check_gradients
+
+SHAPES = [(0, 8), (1, 2), (3, 126), (17, 3072)]
 
 
-@pytest.mark.parametrize("impl", OP.implementations("cpu"))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(0, 8), (1, 2), (3, 126), (17, 3072)])
-def test_matches_float64(shape, dtype, impl):
+@pytest.mark.parametrize("shape", SHAPES)
+def test_matches_float64(shape, dtype, device, impl):
     torch.manual_seed(0)
-    gate_up = (8 * torch.randn(shape)).to(dtype)
+    gate_up = (8 * torch.randn(shape)).to(device, dtype)
     assert_no_worse(swiglu(gate_up, impl=impl), reference(gate_up), reference(gate_up.double()))
 
 
-@pytest.mark.parametrize("impl", OP.implementations("cpu"))
-def test_extreme_gates_neither_overflow_nor_turn_nan(impl):
-    gate_up = torch.tensor([[-1e4, -88.0, 0.0, 88.0, 1e4, 1.0, 1.0, 1.0, 1.0, 1.0]])
-    expected = torch.tensor([[0.0, 0.0, 0.0, 88.0, 1e4]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gradient(shape, dtype, device, grad_impl):
+    torch.manual_seed(0)
+    gate_up = (3 * torch.randn(shape)).to(dtype).requires_grad_()
+    check_gradients(swiglu, reference, (gate_up,), grad_impl, device)
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+@pytest.mark.parametrize("quantizer", QUANTIZED.implementations("cpu"))
+def test_quantised_rows_are_those_of_the_unrounded_result(quantizer, kind, with_carry):
+    torch.manual_seed(0)
+    gate_up = (4 * torch.randn(5, 250)).bfloat16()
+    gate_up[2] = 0
+    q, scale = swiglu_quantized(gate_up, kind, impl=quantizer)
+    exact = reference(gate_up.double())
+    scale = scale.unsqueeze(-1)
+    restored = with_carry(q, exact / scale.where(scale > 0, 1.0)) * scale
+    step = scale * (0.51 if kind == "int8" else 16.1)
+    assert ((restored - exact).abs() <= step + 1e-6).all()
+    assert not q[2].float().any()
+
+
+def test_non_contiguous_input(device, impl):
+    gate_up = torch.randn(6, 80, device=device)[::2, 8:72]
+    torch.testing.assert_close(swiglu(gate_up, impl=impl), reference(gate_up))
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered")  # NumPy's, in Triton's interpreter
+def test_extreme_gates_neither_overflow_nor_turn_nan(device, impl):
+    gates = [-1e4, -88.0, 0.0, 88.0, 1e4]
+    gate_up = torch.tensor([gates * 8 + [1.0] * 40], device=device)
+    expected = torch.tensor([[0.0, 0.0, 0.0, 88.0, 1e4] * 8], device=device)
     torch.testing.assert_close(swiglu(gate_up, impl=impl), expected, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_instruction_set(isa_level, dtype):
-    for shape in ((3, 126), (17, 3072)):
-        test_matches_float64(shape, dtype, "cpu")
-    test_extreme_gates_neither_overflow_nor_turn_nan("cpu")
+    for shape in SHAPES[2:]:
+        test_matches_float64(shape, dtype, "cpu", "cpu")
+        test_gradient(shape, dtype, "cpu", "cpu")
+    test_extreme_gates_neither_overflow_nor_turn_nan("cpu", "cpu")
 
 
-@pytest.mark.parametrize("impl", OP.implementations("cpu"))
-def test_nan_goes_through(impl):
-    gate_up = torch.ones(1, 128)
+def test_nan_goes_through(device, impl):
+    gate_up = torch.ones(1, 128, device=device)
     gate_up[0, [3, 70]] = float("nan")
     assert swiglu(gate_up, impl=impl).isnan().nonzero()[:, 1].tolist() == [3, 6]
+
+
+def test_opcheck():
+    gate_up = torch.randn(3, 8, requires_grad=True)
+    opcheck(OP.torch_op, (gate_up,))
+    opcheck(BACKWARD.torch_op, (torch.randn(3, 4), gate_up.detach()))
+    opcheck(QUANTIZED.torch_op, (gate_up.detach(), "int8"))

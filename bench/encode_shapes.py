@@ -1,0 +1,195 @@
+"""Encoding speed at the sizes of larger models, with random weights: what a GPU is checked with.
+
+    python bench/encode_shapes.py [--shape qwen3-0.6b qwen3-8b] [--rounds N] [--json FILE]
+
+The peer is transformers' own model (SDPA) in length-sorted, left-padded batches of 32, which is
+what the reference package runs; both embed the same token ids with the same weights in bf16, so
+neither tokenises. Ratios are medians over interleaved rounds.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from measure import centred_cosine, interleaved, machine, median_ratio
+
+from gen_fast.backbone import Backbone
+from gen_fast.batching import PackedBatch, split_by_budget
+from gen_fast.budget import TokenBudget
+from gen_fast.device import matmul_peak
+from gen_fast.ops.pool import pool
+from gen_fast.weights import backbone_from_tensors
+
+SPECIAL, COMPRESSION, BATCH = 20, 10, 32
+
+# Qwen3's published configs; "tiny" checks this script where there is no GPU.
+SHAPES = {
+    "qwen3-0.6b": (1024, 3072, 28, 16, 8, 128, 151936),
+    "qwen3-8b": (4096, 12288, 36, 32, 8, 128, 151936),
+    "tiny": (64, 96, 2, 4, 2, 16, 500),
+}
+
+
+def make_models(shape: str, device: str) -> tuple[Backbone, torch.nn.Module]:
+    """Random bf16 weights in transformers' model, and the same in ours."""
+    from transformers import Qwen3Config, Qwen3Model
+
+    hidden, wide, layers, heads, kv_heads, head_dim, vocabulary = SHAPES[shape]
+    config = Qwen3Config(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=wide,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        attn_implementation="sdpa",
+        dtype="bfloat16",
+    )
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = Qwen3Model(config).to(torch.bfloat16).eval()
+    backbone = backbone_from_tensors(
+        {**config.to_dict(), "model_type": "qwen3"},
+        model.state_dict(),
+        dtype=torch.bfloat16,
+        device=device,
+    )
+    return backbone, model
+
+
+def workloads(shape: str, vocabulary: int) -> dict[str, list[np.ndarray]]:
+    """Token ids of each workload's texts."""
+    rng = np.random.default_rng(0)
+    count = {"qwen3-0.6b": 2048, "qwen3-8b": 512, "tiny": 40}[shape]
+    ragged = np.clip(rng.lognormal(np.log(128), 0.8, size=count), 16, 512).astype(int)
+    short = rng.integers(20, 45, size=count)
+    lengths = {"256 tokens": np.full(count, 256), "ragged 16-512": ragged, "short 20-44": short}
+    return {
+        name: [rng.integers(0, vocabulary, n) for n in chosen] for name, chosen in lengths.items()
+    }
+
+
+def ours(backbone: Backbone, special: torch.Tensor) -> Callable:
+    """Packed batches to the token budget, longest texts first."""
+    vocabulary = backbone.config.vocab_size
+    appended = np.arange(vocabulary, vocabulary + SPECIAL)
+    budget = TokenBudget(backbone)
+
+    @torch.inference_mode()
+    def run(texts: list[np.ndarray]) -> torch.Tensor:
+        order = np.argsort([-len(t) for t in texts], kind="stable")
+        sequences = [np.concatenate((texts[i], appended)) for i in order]
+        parts = []
+        for cut in split_by_budget([len(s) for s in sequences], budget.tokens):
+            chosen = sequences[cut]
+            needed = [COMPRESSION] * len(chosen)
+            batch = PackedBatch.pack(chosen, needed=needed, device=backbone.device)
+            hidden = backbone.forward(batch, special=special)
+            config = backbone.config
+            parts.append(pool(hidden, batch.row_offsets, backbone.final_norm, config.norm_eps))
+        return torch.cat(parts)[np.argsort(order)].cpu()
+
+    return run
+
+
+def theirs(model: torch.nn.Module, special: torch.Tensor) -> Callable:
+    """Length-sorted batches of 32, padded on the left."""
+    table, device = model.get_input_embeddings(), special.device
+
+    @torch.inference_mode()
+    def run(texts: list[np.ndarray]) -> torch.Tensor:
+        order = np.argsort([-len(t) for t in texts], kind="stable")
+        parts = []
+        for start in range(0, len(order), BATCH):
+            chosen = [texts[i] for i in order[start : start + BATCH]]
+            longest = max(map(len, chosen))
+            ids = torch.from_numpy(np.stack([np.pad(t, (longest - len(t), 0)) for t in chosen]))
+            lengths = torch.tensor([len(t) for t in chosen])
+            mask = torch.arange(longest) >= (longest - lengths).unsqueeze(1)
+            mask = torch.cat((mask, torch.ones(len(chosen), SPECIAL, dtype=torch.bool)), 1)
+            mask = mask.long().to(device)
+            rows = special.expand(len(chosen), -1, -1)
+            states = model(
+                inputs_embeds=torch.cat((table(ids.to(device)), rows), 1),
+                attention_mask=mask,
+                position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+                use_cache=False,
+            ).last_hidden_state
+            parts.append(states[:, -COMPRESSION:].float().mean(1))
+        return torch.cat(parts)[np.argsort(order)].cpu()
+
+    return run
+
+
+def measure_shape(shape: str, rounds: int, device: str) -> list[dict]:
+    backbone, model = make_models(shape, device)
+    special = backbone.embedding[:SPECIAL].clone()
+    runs = {"gen_fast": ours(backbone, special), "transformers": theirs(model, special)}
+    rows = []
+    peaks: list[float] = []
+    for name, texts in workloads(shape, backbone.config.vocab_size).items():
+        few = texts[:BATCH]
+        cosine = centred_cosine(*(run(few).numpy() for run in runs.values()))
+        for run in runs.values():  # every shape of the timed run compiled and allocated
+            run(texts)
+        seconds = interleaved(
+            {provider: partial(run, texts) for provider, run in runs.items()},
+            rounds,
+            lambda: peaks.append(matmul_peak(torch.bfloat16, device)),
+        )
+        peak = statistics.median(peaks)
+        tokens = sum(map(len, texts)) + SPECIAL * len(texts)
+        for provider, times in seconds.items():
+            median = statistics.median(times)
+            flops = 2 * backbone.config.non_embedding_parameters * tokens
+            rows.append(
+                {
+                    "shape": shape,
+                    "workload": name,
+                    "provider": provider,
+                    "seconds": times,
+                    "tokens_per_second": tokens / median,
+                    "mfu": flops / median / peak,
+                    "matmul_peak_tflops": peak / 1e12,
+                    "gen_fast_speedup": median_ratio(times, seconds["gen_fast"]),
+                    "centred_cosine_between": float(cosine.mean()),
+                    "texts": len(texts),
+                    "tokens": tokens,
+                }
+            )
+            print(
+                f"{shape:<11} {name:<14} {provider:<13} {rows[-1]['tokens_per_second']:10.0f} tok/s"
+                f" MFU {rows[-1]['mfu']:.2f} gen_fast is {rows[-1]['gen_fast_speedup']:.2f}x"
+                f" (cosine between them {rows[-1]['centred_cosine_between']:.4f})",
+                flush=True,
+            )
+    return rows
+
+
+def main() -> None:
+    """Measure the shapes and write the rows."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["qwen3-0.6b", "qwen3-8b"])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    rows = []
+    for shape in args.shape:
+        rows += measure_shape(shape, args.rounds, args.device)
+        if args.device == "cuda":
+            torch.cuda.empty_cache()
+    if args.json:
+        report = {"machine": machine(), "command": " ".join(sys.argv), "rows": rows}
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

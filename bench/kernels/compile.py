@@ -1,0 +1,219 @@
+"""Compile every Triton kernel to machine code, without a GPU, and report what it needs.
+
+    python bench/kernels/compile.py [--arch 80 90] [--json FILE] [--op NAME ...]
+
+Each op is called as the backbone calls it, on tensors without memory, and its launches are
+recorded instead of made. A row is a kernel with its registers, spilled bytes and shared memory.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from gen_fast.ops import gpu
+
+# Shared memory of a thread block in bytes, and the limit of registers of a thread.
+LIMITS = {80: 166_912, 90: 232_448}
+
+TYPES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float8_e4m3fn: "fp8e4nv",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.int8: "i8",
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """An op called once: every kernel that it launches is compiled."""
+
+    op: str
+    name: str
+    call: Callable[[], object]
+    since: int = 80  # the oldest architecture that has what it needs
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def cases() -> Iterator[Case]:
+    """Qwen3-0.6B's and 8B's sizes, and for attention every head size, mask and dtype."""
+    yield from row_cases(1024, 3072, 24)
+    yield from row_cases(4096, 12288, 40)
+    for size in (64, 80, 96, 128, 256):
+        yield from attention_cases(size, torch.bfloat16, "causal", prefix=size in (64, 128))
+    for mask in ("bidirectional", "gem"):
+        yield from attention_cases(128, torch.bfloat16, mask, prefix=True)
+    yield from attention_cases(128, torch.bfloat16, "causal", prefix=True, window=4096)
+    yield from attention_cases(128, torch.float32, "causal", prefix=True)
+
+
+def row_cases(hidden: int, wide: int, heads: int) -> Iterator[Case]:
+    """Every op but attention at one model's sizes."""
+    from gen_fast.ops.append import triton_kernel as append
+    from gen_fast.ops.distill import triton_kernel as distill
+    from gen_fast.ops.norm import triton_kernel as norm
+    from gen_fast.ops.pool import triton_kernel as pool
+    from gen_fast.ops.qlinear import triton_kernel as qlinear
+    from gen_fast.ops.rope import triton_kernel as rope
+    from gen_fast.ops.swiglu import triton_kernel as swiglu
+
+    x, w, gate_up = empty(4096, hidden), empty(hidden), empty(4096, 2 * wide)
+    qk, head_norm = empty(4096, heads, 128), empty(heads, 128)
+    cos = empty(4096, 64, dtype=torch.float32)
+    offsets, ids = empty(65, dtype=torch.int32), empty(4096, dtype=torch.int64)
+    table, logits = empty(151936, hidden), empty(4096, 151936)
+    losses = empty(4096, dtype=torch.float32)
+    grad, eps = empty(4096, wide), 1e-6
+    calls = {
+        ("append", "forward"): lambda: append.append(table, x, ids),
+        ("append", "backward"): lambda: append.append_backward(x, ids, 151936, 20),
+        ("norm", "forward"): lambda: norm.add_rms_norm(x, x, w, eps),
+        ("norm", "backward"): lambda: norm.add_rms_norm_backward(x, x, x, w, eps),
+        ("rope", "forward"): lambda: rope.rope(qk, cos, cos, None, eps),
+        ("rope", "forward with norm"): lambda: rope.rope(qk, cos, cos, head_norm, eps),
+        ("rope", "backward"): lambda: rope.rope_backward(qk, qk, cos, cos, head_norm, eps),
+        ("swiglu", "forward"): lambda: swiglu.swiglu(gate_up),
+        ("swiglu", "backward"): lambda: swiglu.swiglu_backward(grad, gate_up),
+        ("pool", "forward"): lambda: pool.pool(x, offsets, w, eps, None),
+        ("pool", "backward"): lambda: pool.pool_backward(x[:64], x, offsets, w, eps, None),
+        ("distill", "row loss"): lambda: distill.row_loss(logits, ids, losses),
+    }
+    for (op, name), call in calls.items():
+        yield Case(op, f"{name}, hidden {hidden}", call)
+    for kind, since in (("int8", 80), ("fp8", 90)):
+        quantized = {
+            "norm": lambda kind=kind: norm.add_rms_norm_quantized(x, x, w, eps, kind),
+            "swiglu": lambda kind=kind: swiglu.swiglu_quantized(gate_up, kind),
+            "qlinear": lambda kind=kind: qlinear.quantize_rows(x, kind),
+        }
+        for op, call in quantized.items():
+            yield Case(op, f"{kind}, hidden {hidden}", call, since)
+
+
+def attention_cases(
+    size: int, dtype: torch.dtype, mask: str, prefix: bool, window: int | None = None
+) -> Iterator[Case]:
+    from gen_fast.ops.attention import triton_backward, triton_kernel
+
+    q, k = empty(4096, 16, size, dtype=dtype), empty(4096, 8, size, dtype=dtype)
+    lse = empty(4096, 16, dtype=torch.float32)
+    offsets = empty(65, dtype=torch.int32)
+    blocks = empty(64, 2, dtype=torch.int32) if mask == "gem" else None
+    shared = (empty(100, 8, size, dtype=dtype),) * 2 if prefix else (None, None)
+    rest = (offsets, offsets, *shared, window, mask, blocks)
+    name = f"{mask}{' with prefix' * prefix}{' and window' * bool(window)}, {size}, {TYPES[dtype]}"
+    yield Case("attention", f"forward, {name}", lambda: triton_kernel.attention(q, k, k, *rest))
+    yield Case(
+        *("attention", f"backward, {name}"),
+        lambda: triton_backward.attention_backward(q, q, k, k, q, lse, *rest),
+    )
+
+
+def compile_case(case: int, architecture: int) -> list[dict]:
+    """Rows of the kernels that one case launches; `case` is its number, which pickles."""
+    chosen = list(cases())[case]
+    with gpu.recording(architecture) as launches:
+        chosen.call()
+    return [
+        {
+            "op": chosen.op,
+            "case": chosen.name,
+            "kernel": launch.kernel.__name__.strip("_"),
+            "sm": architecture,
+            **compile_launch(launch, architecture),
+        }
+        for launch in launches
+    ]
+
+
+def compile_launch(launch: gpu.Launch, architecture: int) -> dict:
+    """Machine code of one launch, specialised as Triton would at run time; its resources."""
+    constants = dict(launch.constants)
+    options = {k: constants.pop(k) for k in ("num_warps", "num_stages") if k in constants}
+    values = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False)) | constants
+    signature, constexprs, attributes = {}, {}, {}
+    for index, parameter in enumerate(launch.kernel.params):
+        value = values[parameter.name]
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            signature[parameter.name] = "constexpr"
+            constexprs[(index,)] = value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = f"*{TYPES[value.dtype]}"
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        else:
+            signature[parameter.name] = "i32" if isinstance(value, int) else "fp32"
+            if isinstance(value, int) and value % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(launch.kernel, signature, constexprs, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    return {**options, **constants_of(constants), **resources(compiled.asm["cubin"]),
+            "shared_bytes": compiled.metadata.shared}  # fmt: skip
+
+
+def constants_of(constants: dict) -> dict:
+    return {k: v for k, v in constants.items() if k.startswith("BLOCK")}
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers and spilled bytes of a thread, as NVIDIA's own tool (in the wheel) reads them."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(cubin)
+        text = subprocess.run(
+            [tool, "--dump-resource-usage", file], capture_output=True, text=True, check=True
+        ).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", text)
+    return {"registers": int(found[1]), "spilled_bytes": int(found[2]) + int(found[3])}
+
+
+def main() -> None:
+    """Compile, print a row a kernel, fail if one needs more than its architecture has."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--arch", type=int, nargs="+", choices=LIMITS, default=list(LIMITS))
+    parser.add_argument("--op", nargs="+", help="only these ops")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    jobs = [
+        (i, architecture)
+        for architecture in args.arch
+        for i, case in enumerate(cases())
+        if architecture >= case.since and (not args.op or case.op in args.op)
+    ]
+    rows = []
+    with ProcessPoolExecutor() as pool:
+        for found in pool.map(compile_case, *zip(*jobs, strict=True)):
+            for row in found:
+                print(
+                    f"{row['op']:<10} {row['case']:<50} {row['kernel']:<10} sm_{row['sm']}"
+                    f" {row['registers']:4d} registers {row['spilled_bytes']:5d} B spilled"
+                    f" {row['shared_bytes']:7d} B shared",
+                    flush=True,
+                )
+            rows += found
+    if args.json:
+        report = {"triton": triton.__version__, "command": " ".join(sys.argv), "rows": rows}
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    if any(row["shared_bytes"] > LIMITS[row["sm"]] for row in rows):
+        sys.exit("a kernel needs more shared memory than there is")
+
+
+if __name__ == "__main__":
+    main()

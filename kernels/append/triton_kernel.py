@@ -1,0 +1,92 @@
+"""Gather from two tables in Triton, and the sum of the special rows' gradients without atomics."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gen_fast.ops import gpu
+
+BLOCK_ROWS = 32
+BLOCK_COLUMNS = 128
+# Each special row's gradient is summed by this many programs, and their sums by torch: as many as
+# fill a GPU, and always the same order of additions.
+PARTS = 16
+
+
+@triton.jit
+def _forward(
+    table, special, ids, out, vocabulary, size, table_stride, special_stride,
+    HAS_SPECIAL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < size
+    token = tl.load(ids + row)
+    known = token < vocabulary
+    values = tl.load(table + token * table_stride + columns, mask=inside & known, other=0.0)
+    if HAS_SPECIAL:
+        at = special + (token - vocabulary) * special_stride + columns
+        values += tl.load(at, mask=inside & (token >= vocabulary), other=0.0).to(values.dtype)
+    tl.store(out + row * size + columns, values, mask=inside)
+
+
+@triton.jit
+def _backward(
+    grad, ids, out, rows, vocabulary, special, size, grad_stride,
+    PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0)
+    columns = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    part = tl.program_id(2)
+    total = tl.zeros([BLOCK_COLUMNS], tl.float32)
+    for start in range(part * BLOCK_ROWS, rows, PARTS * BLOCK_ROWS):
+        row = start + tl.arange(0, BLOCK_ROWS)
+        hit = tl.load(ids + row, mask=row < rows, other=-1) == vocabulary + token
+        # Rows of other tokens are masked: their gradients are not read.
+        values = tl.load(
+            grad + row.to(tl.int64)[:, None] * grad_stride + columns[None, :],
+            mask=hit[:, None] & (columns < size)[None, :],
+            other=0.0,
+        )
+        total += tl.sum(values.to(tl.float32), 0)
+    at = out + (part * special + token).to(tl.int64) * size + columns
+    tl.store(at, total, mask=columns < size)
+
+
+def append(table: Tensor, special: Tensor | None, ids: Tensor) -> Tensor:
+    """See `op.append`. An id beyond both tables gives a row of zeros: no host sync to refuse it."""
+    table = _dense(table)
+    special = None if special is None else _dense(special)
+    rows, size = ids.shape[0], table.shape[1]
+    out = table.new_empty(rows, size)
+    if out.numel():
+        block = gpu.power_of_two(size)
+        gpu.launch(
+            *(_forward, (rows,), table, special, ids.contiguous(), out, table.shape[0], size),
+            *(table.stride(0), 0 if special is None else special.stride(0)),
+            HAS_SPECIAL=special is not None,
+            BLOCK=block,
+            num_warps=gpu.row_warps(block),
+        )
+    return out
+
+
+def append_backward(grad: Tensor, ids: Tensor, vocabulary: int, special: int) -> Tensor:
+    """Gradient [k, h] of the special rows, float32."""
+    grad = _dense(grad)
+    rows, size = grad.shape
+    parts = grad.new_empty(PARTS, special, size, dtype=torch.float32)
+    if parts.numel():
+        gpu.launch(
+            *(_backward, (special, triton.cdiv(size, BLOCK_COLUMNS), PARTS)),
+            *(grad, ids.contiguous(), parts, rows, vocabulary, special, size, grad.stride(0)),
+            PARTS=PARTS,
+            BLOCK_ROWS=BLOCK_ROWS,
+            BLOCK_COLUMNS=BLOCK_COLUMNS,
+        )
+    return parts.sum(0)
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 else x.contiguous()

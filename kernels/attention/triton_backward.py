@@ -1,0 +1,252 @@
+"""Packed attention with a shared prefix in Triton, backward (Dao, arXiv 2307.08691, algorithm 2).
+
+Two kernels, no atomics, so the same bits every time. One goes over tiles of queries for the
+gradient of q, and stores delta = sum(out · grad) on the way; the other goes over tiles of a
+text's own keys for those of k and v, reading delta. The prefix is frozen: it gets no gradient.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gen_fast.ops import gpu
+from gen_fast.ops.gpu import Tile
+from gen_fast.ops.layout import dense_rows
+
+from .triton_kernel import LOG2_E, dot, load_rows, padded, seen_keys, text_of_tile, tile
+
+
+@triton.jit
+def _query_gradient(
+    to_q, q, grad, lse, delta, k, v, k_stride, v_stride, n_keys, begin, end, base, position,
+    kv_head, scale, window, first, after, MASK: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    D: tl.constexpr, D_PADDED: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Add what keys [begin, end) give to the gradient of one query tile."""
+    heads = tl.zeros([BLOCK_K], tl.int32) + kv_head
+    for block in range(begin, end, BLOCK_K):
+        keys = block + tl.arange(0, BLOCK_K)
+        k_tile = load_rows(k, keys, k_stride, heads, n_keys, D, D_PADDED)
+        v_tile = load_rows(v, keys, v_stride, heads, n_keys, D, D_PADDED)
+        scores = dot(q, tl.trans(k_tile)) * scale
+        seen = seen_keys(position, base + keys, window, first, after, MASK, HAS_WINDOW)
+        weights = tl.exp2(scores - lse[:, None])
+        weights = tl.where(seen & (keys < n_keys)[None, :], weights, 0.0)
+        to_weights = dot(grad, tl.trans(v_tile))
+        to_scores = weights * (to_weights - delta[:, None])
+        to_q += dot(to_scores.to(k_tile.dtype), k_tile)
+    return to_q
+
+
+@triton.jit
+def _queries(
+    grad, q, k, v, prefix_k, prefix_v, blocks, out, lse, delta, to_q, q_offsets, k_offsets,
+    n_texts, n_prefix, q_stride, k_stride, v_stride, prefix_k_stride, prefix_v_stride, heads,
+    scale, window,
+    MASK: tl.constexpr, HAS_PREFIX: tl.constexpr, HAS_WINDOW: tl.constexpr, GROUP: tl.constexpr,
+    D: tl.constexpr, D_PADDED: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    kv_head = tl.program_id(1)
+    text, tile = text_of_tile(tl.program_id(0), q_offsets, n_texts, GROUP, BLOCK_Q)
+    q_start = tl.load(q_offsets + text)
+    n_query = tl.load(q_offsets + text + 1) - q_start
+    k_start = tl.load(k_offsets + text).to(tl.int64)
+    n_key = tl.load(k_offsets + text + 1) - k_start.to(tl.int32)
+    if tile * BLOCK_Q >= n_query * GROUP:
+        return
+    first, after = 0, 0
+    if MASK == "gem":
+        first, after = tl.load(blocks + 2 * text), tl.load(blocks + 2 * text + 1)
+
+    row = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    query = row // GROUP
+    head = kv_head * GROUP + row % GROUP
+    position = n_key - n_query + query
+    q_rows = q_start + query
+    q_end = q_start + n_query
+    q_tile = load_rows(q, q_rows, q_stride, head, q_end, D, D_PADDED)
+    grad_tile = load_rows(grad, q_rows, heads * D, head, q_end, D, D_PADDED)
+    out_tile = load_rows(out, q_rows, heads * D, head, q_end, D, D_PADDED)
+    inside = query < n_query
+    at = q_rows.to(tl.int64) * heads + head
+    mass = tl.load(lse + at, mask=inside, other=0.0) * 1.4426950408889634
+    shift = tl.sum(grad_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
+    tl.store(delta + at, shift, mask=inside)
+    total = tl.zeros([BLOCK_Q, D_PADDED], tl.float32)
+
+    earliest = n_key - n_query + tile * BLOCK_Q // GROUP
+    latest = n_key - n_query + (tile * BLOCK_Q + BLOCK_Q - 1) // GROUP
+    oldest = -n_prefix
+    if HAS_WINDOW:
+        oldest = tl.maximum(earliest - window + 1, oldest)
+    if HAS_PREFIX:
+        total = _query_gradient(
+            total, q_tile, grad_tile, mass, shift, prefix_k, prefix_v, prefix_k_stride,
+            prefix_v_stride, n_prefix, (oldest + n_prefix) // BLOCK_K * BLOCK_K, n_prefix,
+            -n_prefix, position, kv_head, scale, window, first, after, MASK, HAS_WINDOW, D,
+            D_PADDED, BLOCK_K,
+        )  # fmt: skip
+    end = n_key
+    if MASK != "bidirectional":
+        end = tl.minimum(n_key, latest + 1)
+    total = _query_gradient(
+        total, q_tile, grad_tile, mass, shift, k + k_start * k_stride, v + k_start * v_stride,
+        k_stride, v_stride, n_key, tl.maximum(oldest, 0) // BLOCK_K * BLOCK_K, end, 0, position,
+        kv_head, scale, window, first, after, MASK, HAS_WINDOW, D, D_PADDED, BLOCK_K,
+    )  # fmt: skip
+    column = tl.arange(0, D_PADDED)
+    tl.store(
+        to_q + at[:, None] * D + column[None, :],
+        # Scores were in powers of two: scale · ln 2 is 1/√D.
+        (total * (scale * 0.6931471805599453)).to(to_q.dtype.element_ty),
+        mask=inside[:, None] & (column < D)[None, :],
+    )
+
+
+@triton.jit
+def _keys(
+    grad, q, k, v, blocks, lse, delta, to_k, to_v, q_offsets, k_offsets, n_texts, q_stride,
+    k_stride, v_stride, heads, scale, window,
+    MASK: tl.constexpr, HAS_WINDOW: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
+    D_PADDED: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    kv_head = tl.program_id(1)
+    text, tile = text_of_tile(tl.program_id(0), k_offsets, n_texts, 1, BLOCK_K)
+    q_start = tl.load(q_offsets + text)
+    n_query = tl.load(q_offsets + text + 1) - q_start
+    k_start = tl.load(k_offsets + text)
+    n_key = tl.load(k_offsets + text + 1) - k_start
+    if tile * BLOCK_K >= n_key:
+        return
+    first, after = 0, 0
+    if MASK == "gem":
+        first, after = tl.load(blocks + 2 * text), tl.load(blocks + 2 * text + 1)
+
+    key = tile * BLOCK_K + tl.arange(0, BLOCK_K)
+    k_rows = k_start + key
+    k_heads = tl.zeros([BLOCK_K], tl.int32) + kv_head
+    k_tile = load_rows(k, k_rows, k_stride, k_heads, k_start + n_key, D, D_PADDED)
+    v_tile = load_rows(v, k_rows, v_stride, k_heads, k_start + n_key, D, D_PADDED)
+    total_k = tl.zeros([BLOCK_K, D_PADDED], tl.float32)
+    total_v = tl.zeros([BLOCK_K, D_PADDED], tl.float32)
+
+    begin, end = 0, n_query * GROUP
+    if MASK != "bidirectional":
+        begin = tl.maximum(tile * BLOCK_K - (n_key - n_query), 0) * GROUP
+        if HAS_WINDOW:
+            latest = tl.minimum(tile * BLOCK_K + BLOCK_K, n_key) - 1 + window - 1
+            end = tl.minimum(end, (latest - (n_key - n_query) + 1) * GROUP)
+    for start in range(begin, end, BLOCK_Q):
+        row = start + tl.arange(0, BLOCK_Q)
+        query = row // GROUP
+        head = kv_head * GROUP + row % GROUP
+        q_rows = q_start + query
+        q_end = q_start + n_query
+        q_tile = load_rows(q, q_rows, q_stride, head, q_end, D, D_PADDED)
+        grad_tile = load_rows(grad, q_rows, heads * D, head, q_end, D, D_PADDED)
+        inside = query < n_query
+        at = q_rows.to(tl.int64) * heads + head
+        mass = tl.load(lse + at, mask=inside, other=0.0) * 1.4426950408889634
+        shift = tl.load(delta + at, mask=inside, other=0.0)
+        scores = dot(q_tile, tl.trans(k_tile)) * scale
+        position = n_key - n_query + query
+        seen = seen_keys(position, key, window, first, after, MASK, HAS_WINDOW)
+        weights = tl.where(seen & inside[:, None], tl.exp2(scores - mass[:, None]), 0.0)
+        total_v += dot(tl.trans(weights.to(grad_tile.dtype)), grad_tile)
+        to_weights = dot(grad_tile, tl.trans(v_tile))
+        to_scores = (weights * (to_weights - shift[:, None])).to(q_tile.dtype)
+        total_k += dot(tl.trans(to_scores), q_tile)
+
+    column = tl.arange(0, D_PADDED)
+    at = (k_rows.to(tl.int64) * (heads // GROUP) + kv_head)[:, None] * D + column[None, :]
+    mask = (key < n_key)[:, None] & (column < D)[None, :]
+    total_k *= scale * 0.6931471805599453
+    tl.store(to_k + at, total_k.to(to_k.dtype.element_ty), mask=mask)
+    tl.store(to_v + at, total_v.to(to_v.dtype.element_ty), mask=mask)
+
+
+# Best first; keys: padded head size. The accumulators take the registers: tiles are half those
+# of the forward pass.
+_TILES = {
+    80: {
+        64: (tile(32, 64, 4, 2), tile(64, 32, 4, 2)),
+        128: (tile(64, 64, 8, 1), tile(64, 32, 8, 2)),
+        256: (tile(32, 32, 8, 1), tile(16, 32, 4, 1)),
+    },
+    90: {
+        64: (tile(64, 64, 4, 3), tile(64, 128, 8, 2)),
+        128: (tile(64, 64, 8, 2), tile(32, 64, 4, 2)),
+        256: (tile(32, 32, 8, 2), tile(32, 64, 8, 1)),
+    },
+}
+_TILES_FLOAT32 = {
+    64: (tile(32, 32, 4, 1),),
+    128: (tile(16, 32, 4, 1),),
+    256: (tile(16, 16, 4, 1),),
+}
+
+
+def _tiles(q: Tensor) -> tuple[Tile, ...]:
+    size = padded(q.shape[2])
+    if q.dtype == torch.float32:
+        return _TILES_FLOAT32[size]
+    return _TILES[90 if gpu.architecture(q.device) >= 90 else 80][size]
+
+
+def attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q_offsets: Tensor,
+    k_offsets: Tensor,
+    prefix_k: Tensor | None,
+    prefix_v: Tensor | None,
+    window: int | None,
+    mask: str,
+    blocks: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v; `out` and `lse` are the results of the forward pass."""
+    grad, q, k, v = grad.contiguous(), dense_rows(q), dense_rows(k), dense_rows(v)
+    rows, heads, size = q.shape
+    texts, kv_heads = q_offsets.shape[0] - 1, k.shape[1]
+    to_q, to_k, to_v = (x.new_empty(x.shape) for x in (q, k, v))
+    if not rows:
+        return to_q, to_k.zero_(), to_v.zero_()
+    delta = torch.empty_like(lse)
+    has_prefix = prefix_k is not None and prefix_v is not None
+    prefix = [dense_rows(x) for x in (prefix_k, prefix_v) if x is not None] or [k, v]
+    group = heads // kv_heads
+    shared = {
+        "MASK": mask,
+        "HAS_WINDOW": window is not None,
+        "GROUP": group,
+        "D": size,
+        "D_PADDED": padded(size),
+    }
+    scale = LOG2_E * size**-0.5
+    gpu.launch_tiled(
+        _queries,
+        lambda constants: (rows * group // constants["BLOCK_Q"] + texts, kv_heads),
+        _tiles(q),
+        ("GROUP", "D"),
+        *(grad, q, k, v, *prefix, blocks, out, lse, delta, to_q, q_offsets, k_offsets, texts),
+        len(prefix[0]) if has_prefix else 0,
+        *(x.stride(0) for x in (q, k, v, *prefix)),
+        *(heads, scale, window or 0),
+        HAS_PREFIX=has_prefix,
+        **shared,
+    )
+    gpu.launch_tiled(
+        _keys,
+        lambda constants: (len(k) // constants["BLOCK_K"] + texts, kv_heads),
+        _tiles(q),
+        ("GROUP", "D"),
+        *(grad, q, k, v, blocks, lse, delta, to_k, to_v, q_offsets, k_offsets, texts),
+        *(*(x.stride(0) for x in (q, k, v)), heads, scale, window or 0),
+        **shared,
+    )
+    return to_q, to_k, to_v

@@ -1,0 +1,266 @@
+"""Packed attention with a shared prefix in Triton, forward (Dao, arXiv 2307.08691).
+
+A tile holds BLOCK_Q rows of one text and one key/value head. A row is a (position, query head)
+pair, the heads of the group side by side, so that short texts and few queries still fill a tile
+and keys are read once a group. Text i owns the tiles from rows(i)//BLOCK_Q + i on, where rows(i)
+counts the rows before it: enough for its own, increasing in i, and known without a host sync.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gen_fast.ops import gpu
+from gen_fast.ops.gpu import Tile
+from gen_fast.ops.layout import dense_rows
+
+LOG2_E = math.log2(math.e)
+
+# Triton's interpreter multiplies the bits of bfloat16 numbers (seen with 3.7.0): there, and only
+# there, products are of float32.
+_INTERPRETED = tl.constexpr(gpu.interpreted())
+
+
+@triton.jit
+def dot(a, b):
+    """Matrix product accumulated in float32; float32 operands are not rounded to TF32."""
+    if _INTERPRETED:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def text_of_tile(tile, offsets, n_texts, GROUP: tl.constexpr, BLOCK: tl.constexpr):
+    """The text that owns a tile, by bisection, and the tile's number within it."""
+    low = 0
+    high = n_texts
+    while high - low > 1:
+        middle = (low + high) // 2
+        first = tl.load(offsets + middle) * GROUP // BLOCK + middle
+        if first <= tile:
+            low = middle
+        else:
+            high = middle
+    return low, tile - (tl.load(offsets + low) * GROUP // BLOCK + low)
+
+
+@triton.jit
+def seen_keys(position, key, window, first, after, MASK: tl.constexpr, HAS_WINDOW: tl.constexpr):
+    """Which keys [C] the queries at `position` [R] may attend; the prefix has negative keys."""
+    at, to = position[:, None], key[None, :]
+    if MASK == "bidirectional":
+        return (to <= at) | (to > at)
+    seen = to <= at
+    if HAS_WINDOW:
+        seen = seen & (at - to < window)
+    if MASK == "gem":
+        seen = seen & ((at < after) | (to >= first))
+        seen = seen & ((at < first) | (at >= after) | (to < first) | (to == at))
+    return seen
+
+
+@triton.jit
+def load_rows(
+    x, row, stride, head, rows_end, D: tl.constexpr, D_PADDED: tl.constexpr
+):  # fmt: skip
+    """Tile [len(row), D_PADDED] of the heads `head` of rows `row`; 0 beyond rows_end and D."""
+    column = tl.arange(0, D_PADDED)
+    return tl.load(
+        x + row.to(tl.int64)[:, None] * stride + (head * D)[:, None] + column[None, :],
+        mask=(row < rows_end)[:, None] & (column < D)[None, :],
+        other=0.0,
+    )
+
+
+@triton.jit
+def _attend(
+    acc, mass, peak, q, k, v, k_stride, v_stride, n_keys, begin, end, base, position, kv_head,
+    scale, window, first, after, MASKED: tl.constexpr, MASK: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Online softmax of one query tile over keys [begin, end), placed from `base` on."""
+    heads = tl.zeros([BLOCK_K], tl.int32) + kv_head
+    for block in range(begin, end, BLOCK_K):
+        keys = block + tl.arange(0, BLOCK_K)
+        k_tile = load_rows(k, keys, k_stride, heads, n_keys, D, D_PADDED)
+        # [BLOCK_Q, BLOCK_K], in powers of two
+        scores = dot(q, tl.trans(k_tile)) * scale
+        if MASKED:
+            seen = seen_keys(position, base + keys, window, first, after, MASK, HAS_WINDOW)
+            scores = tl.where(seen & (keys < n_keys)[None, :], scores, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(scores, 1))
+        # A row that has seen nothing yet keeps peak -inf: shift by 0 instead of by -inf.
+        shift = tl.where(new_peak == float("-inf"), 0.0, new_peak) if MASKED else new_peak
+        weights = tl.exp2(scores - shift[:, None])
+        decay = tl.exp2(peak - shift)
+        v_tile = load_rows(v, keys, v_stride, heads, n_keys, D, D_PADDED)
+        acc = acc * decay[:, None]
+        acc += dot(weights.to(v_tile.dtype), v_tile)
+        mass = mass * decay + tl.sum(weights, 1)
+        peak = new_peak
+    return acc, mass, peak
+
+
+@triton.jit
+def _forward(
+    q, k, v, prefix_k, prefix_v, blocks, out, lse, q_offsets, k_offsets, n_texts, n_prefix,
+    q_stride, k_stride, v_stride, prefix_k_stride, prefix_v_stride, heads, scale, window,
+    MASK: tl.constexpr, HAS_PREFIX: tl.constexpr, HAS_WINDOW: tl.constexpr, GROUP: tl.constexpr,
+    D: tl.constexpr, D_PADDED: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    kv_head = tl.program_id(1)
+    text, tile = text_of_tile(tl.program_id(0), q_offsets, n_texts, GROUP, BLOCK_Q)
+    q_start = tl.load(q_offsets + text)
+    n_query = tl.load(q_offsets + text + 1) - q_start
+    k_start = tl.load(k_offsets + text).to(tl.int64)
+    n_key = tl.load(k_offsets + text + 1) - k_start.to(tl.int32)
+    if tile * BLOCK_Q >= n_query * GROUP:
+        return
+    first, after = 0, 0
+    if MASK == "gem":
+        first, after = tl.load(blocks + 2 * text), tl.load(blocks + 2 * text + 1)
+
+    row = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    query = row // GROUP
+    head = kv_head * GROUP + row % GROUP
+    position = n_key - n_query + query
+    q_rows = q_start + query
+    q_tile = load_rows(q, q_rows, q_stride, head, q_start + n_query, D, D_PADDED)
+    acc = tl.zeros([BLOCK_Q, D_PADDED], tl.float32)
+    mass = tl.zeros([BLOCK_Q], tl.float32)
+    peak = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+
+    earliest = n_key - n_query + tile * BLOCK_Q // GROUP
+    latest = n_key - n_query + (tile * BLOCK_Q + BLOCK_Q - 1) // GROUP
+    oldest = -n_prefix
+    if HAS_WINDOW:
+        oldest = tl.maximum(earliest - window + 1, oldest)
+    if HAS_PREFIX:
+        # Keys in [begin, full) are visible to every row of the tile, those in [full, end) to some.
+        begin = (oldest + n_prefix) // BLOCK_K * BLOCK_K
+        full = begin
+        if MASK != "gem" and not HAS_WINDOW:
+            full = n_prefix // BLOCK_K * BLOCK_K
+        acc, mass, peak = _attend(
+            acc, mass, peak, q_tile, prefix_k, prefix_v, prefix_k_stride, prefix_v_stride,
+            n_prefix, begin, full, -n_prefix, position, kv_head, scale, window, first, after,
+            False, MASK, HAS_WINDOW, D, D_PADDED, BLOCK_K,
+        )  # fmt: skip
+        acc, mass, peak = _attend(
+            acc, mass, peak, q_tile, prefix_k, prefix_v, prefix_k_stride, prefix_v_stride,
+            n_prefix, full, n_prefix, -n_prefix, position, kv_head, scale, window, first, after,
+            True, MASK, HAS_WINDOW, D, D_PADDED, BLOCK_K,
+        )  # fmt: skip
+    begin = tl.maximum(oldest, 0) // BLOCK_K * BLOCK_K
+    full = begin
+    end = n_key
+    if MASK == "bidirectional":
+        full = n_key // BLOCK_K * BLOCK_K
+    else:
+        end = tl.minimum(n_key, latest + 1)
+        if MASK == "causal" and not HAS_WINDOW:
+            full = (earliest + 1) // BLOCK_K * BLOCK_K
+    k += k_start * k_stride
+    v += k_start * v_stride
+    acc, mass, peak = _attend(
+        acc, mass, peak, q_tile, k, v, k_stride, v_stride, n_key, begin, full, 0, position,
+        kv_head, scale, window, first, after, False, MASK, HAS_WINDOW, D, D_PADDED, BLOCK_K,
+    )  # fmt: skip
+    acc, mass, peak = _attend(
+        acc, mass, peak, q_tile, k, v, k_stride, v_stride, n_key, full, end, 0, position,
+        kv_head, scale, window, first, after, True, MASK, HAS_WINDOW, D, D_PADDED, BLOCK_K,
+    )  # fmt: skip
+
+    column = tl.arange(0, D_PADDED)
+    inside = query < n_query
+    mass = tl.where(inside, mass, 1.0)  # rows beyond the text may have seen nothing
+    at = q_rows.to(tl.int64) * heads + head
+    tl.store(
+        out + at[:, None] * D + column[None, :],
+        (acc / mass[:, None]).to(out.dtype.element_ty),
+        mask=inside[:, None] & (column < D)[None, :],
+    )
+    tl.store(lse + at, (peak + tl.log2(mass)) * 0.6931471805599453, mask=inside)
+
+
+def tile(block_q: int, block_k: int, warps: int, stages: int) -> Tile:
+    """Rows of queries and keys that a program holds at a time, and how they are worked on."""
+    return Tile({"BLOCK_Q": block_q, "BLOCK_K": block_k}, warps, stages)
+
+
+# Best first. Keys: padded head size; from sm_90 on there is shared memory for deeper pipelines.
+_TILES = {
+    80: {
+        64: (tile(128, 64, 8, 3), tile(64, 64, 4, 3)),
+        128: (tile(128, 32, 8, 3), tile(64, 32, 4, 2)),
+        256: (tile(64, 32, 8, 2), tile(64, 64, 8, 1)),
+    },
+    90: {
+        64: (tile(128, 128, 8, 3), tile(128, 64, 4, 3)),
+        128: (tile(128, 64, 8, 3), tile(128, 128, 8, 2)),
+        256: (tile(64, 64, 8, 2), tile(128, 32, 8, 2)),
+    },
+}
+# Four bytes an element leave room for small tiles only, and there are no float32 tensor cores.
+_TILES_FLOAT32 = {
+    64: (tile(64, 32, 4, 2),),
+    128: (tile(32, 16, 4, 2),),
+    256: (tile(16, 16, 4, 2),),
+}
+
+
+def padded(size: int) -> int:
+    """The head size in the tiles: 64, 128 or 256, so that few shapes are compiled and tuned."""
+    return max(64, gpu.power_of_two(size))
+
+
+def _tiles(q: Tensor) -> tuple[Tile, ...]:
+    size = padded(q.shape[2])
+    if q.dtype == torch.float32:
+        return _TILES_FLOAT32[size]
+    return _TILES[90 if gpu.architecture(q.device) >= 90 else 80][size]
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_offsets: Tensor,
+    k_offsets: Tensor,
+    prefix_k: Tensor | None = None,
+    prefix_v: Tensor | None = None,
+    window: int | None = None,
+    mask: str = "causal",
+    blocks: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See `op.attention`; also returns the log-sum-exp [Tq, H] of the scores, float32."""
+    q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
+    rows, heads, size = q.shape
+    texts, kv_heads = q_offsets.shape[0] - 1, k.shape[1]
+    out = q.new_empty(rows, heads, size)
+    lse = q.new_empty(rows, heads, dtype=torch.float32)
+    if not rows:
+        return out, lse
+    has_prefix = prefix_k is not None and prefix_v is not None
+    prefix = [dense_rows(x) for x in (prefix_k, prefix_v) if x is not None] or [k, v]
+    group = heads // kv_heads
+    gpu.launch_tiled(
+        _forward,
+        lambda constants: (rows * group // constants["BLOCK_Q"] + texts, kv_heads),
+        _tiles(q),
+        ("GROUP", "D"),
+        *(q, k, v, *prefix, blocks, out, lse, q_offsets, k_offsets, texts),
+        len(prefix[0]) if has_prefix else 0,
+        *(x.stride(0) for x in (q, k, v, *prefix)),
+        *(heads, LOG2_E * size**-0.5, window or 0),
+        MASK=mask,
+        HAS_PREFIX=has_prefix,
+        HAS_WINDOW=window is not None,
+        GROUP=group,
+        D=size,
+        D_PADDED=padded(size),
+    )
+    return out, lse

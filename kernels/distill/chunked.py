@@ -1,0 +1,55 @@
+"""Cross-entropy against a large vocabulary, a chunk of rows at a time.
+
+The head is frozen, so the only gradient is that of the hidden rows: softmax minus one-hot, times
+the head. A chunk's logits become that difference in place and are multiplied at once; they never
+exist for more than one chunk. The head is read twice a chunk, so chunks are as large as the
+memory allows; they do not depend on the vocabulary.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .reference import alignment, alignment_gradient
+
+# (logits [n, V], targets [n], losses [n]): writes the loss of each row, and softmax - one-hot in
+# place of the logits.
+RowLoss = Callable[[Tensor, Tensor, Tensor], None]
+
+
+def chunk_rows(rows: int, vocabulary: int, element_size: int, memory: int) -> int:
+    """Rows of a chunk whose logits fit `memory` bytes: at least one, all chunks about equal."""
+    most = max(1, memory // (vocabulary * element_size))
+    return -(-rows // -(-rows // most))
+
+
+def distill(
+    row_loss: RowLoss,
+    hidden: Tensor,
+    head: Tensor,
+    targets: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    tokens: float,
+    texts: float,
+    kind: str,
+    memory: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `op.distill`."""
+    rows, vocabulary = hidden.shape[0], head.shape[0]
+    losses = hidden.new_zeros(rows, dtype=torch.float32)
+    to_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+    if rows:
+        size = chunk_rows(rows, vocabulary, hidden.element_size(), memory)
+        buffer = hidden.new_empty(size, vocabulary)
+        for start in range(0, rows, size):
+            chunk = slice(start, min(start + size, rows))
+            logits = torch.mm(hidden[chunk], head.T, out=buffer[: chunk.stop - start])
+            row_loss(logits, targets[chunk], losses[chunk])
+            # The scale belongs here: in float16 it would make small probabilities vanish.
+            target = to_hidden[chunk]
+            torch.addmm(target, logits, head, beta=0, alpha=1 / tokens, out=target)
+    aligned = alignment(student, teacher, kind) / texts
+    to_student = alignment_gradient(student, teacher, kind) / texts
+    return torch.stack((losses.sum() / tokens, aligned.float())), to_hidden, to_student

@@ -1,0 +1,47 @@
+"""Cross-entropy of rows of logits and its gradient in place, in Triton."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gen_fast.ops import gpu
+
+BLOCK = 4096
+
+
+@triton.jit
+def _row_loss(logits, targets, losses, vocabulary, stride, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * stride
+    target = tl.load(targets + row)
+    picked = tl.load(logits + target).to(tl.float32)
+    # Online: the largest logit so far, and the sum of exponentials relative to it.
+    peak = tl.full([BLOCK], float("-inf"), tl.float32)
+    mass = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, vocabulary, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = column < vocabulary
+        values = tl.load(logits + column, mask=inside, other=float("-inf")).to(tl.float32)
+        new_peak = tl.maximum(peak, values)
+        shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        mass = mass * tl.exp(peak - shift) + tl.exp(values - shift)
+        peak = new_peak
+    highest = tl.max(peak, 0)
+    lse = highest + tl.log(tl.sum(mass * tl.exp(peak - highest), 0))
+    tl.store(losses + row, lse - picked)
+    for start in range(0, vocabulary, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = column < vocabulary
+        values = tl.load(logits + column, mask=inside, other=float("-inf")).to(tl.float32)
+        result = tl.exp(values - lse) - tl.where(column == target, 1.0, 0.0)
+        tl.store(logits + column, result.to(logits.dtype.element_ty), mask=inside)
+
+
+def row_loss(logits: Tensor, targets: Tensor, losses: Tensor) -> None:
+    """See `chunked.RowLoss`."""
+    rows, vocabulary = logits.shape
+    gpu.launch(
+        *(_row_loss, (rows,), logits, targets, losses, vocabulary, logits.stride(0)),
+        BLOCK=BLOCK,
+        num_warps=8,
+    )

@@ -1,0 +1,129 @@
+"""Residual add + RMSNorm in Triton: a row a program, kept in registers between sum and scale."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gen_fast.ops import gpu
+from gen_fast.ops.qlinear.triton_kernel import LARGEST, empty_quantized, store_quantized
+
+
+@triton.jit
+def _add_and_scale(
+    x, residual, weight, total, size, x_stride, residual_stride, eps, BLOCK: tl.constexpr
+):  # fmt: skip
+    """The sum of one row, stored, and its norm in float32; also the row's columns and mask."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < size
+    added = tl.load(x + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    added += tl.load(residual + row * residual_stride + columns, mask=inside, other=0.0)
+    # As rounded: the norm is that of the stored stream.
+    rounded = added.to(total.dtype.element_ty)
+    tl.store(total + row * size + columns, rounded, mask=inside)
+    stream = rounded.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(stream * stream, 0) / size + eps)
+    weights = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    return stream * scale * weights, row * size + columns, inside
+
+
+@triton.jit
+def _forward(
+    x, residual, weight, total, out, size, x_stride, residual_stride, eps, BLOCK: tl.constexpr
+):  # fmt: skip
+    normed, at, inside = _add_and_scale(
+        x, residual, weight, total, size, x_stride, residual_stride, eps, BLOCK
+    )
+    tl.store(out + at, normed.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _quantized(
+    x, residual, weight, total, out, scales, size, x_stride, residual_stride, eps,
+    LARGEST: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    normed, at, inside = _add_and_scale(
+        x, residual, weight, total, size, x_stride, residual_stride, eps, BLOCK
+    )
+    store_quantized(normed, out + at, scales + tl.program_id(0), inside, LARGEST)
+
+
+@triton.jit
+def _backward(
+    grad_normed, grad_total, total, weight, out, size, grad_normed_stride, grad_total_stride,
+    total_stride, eps, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < size
+    stream = tl.load(total + row * total_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    upstream = tl.load(grad_normed + row * grad_normed_stride + columns, mask=inside, other=0.0)
+    upstream = upstream.to(tl.float32) * tl.load(weight + columns, mask=inside, other=0.0)
+    scale = tl.rsqrt(tl.sum(stream * stream, 0) / size + eps)
+    # d(s·r·w) with r = (mean(s²) + eps)^(-1/2): r·(g·w) - s·r³·mean(g·w·s)
+    shared = scale * scale * tl.sum(upstream * stream, 0) / size
+    result = scale * (upstream - stream * shared)
+    result += tl.load(grad_total + row * grad_total_stride + columns, mask=inside, other=0.0)
+    tl.store(out + row * size + columns, result.to(out.dtype.element_ty), mask=inside)
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, inplace: bool = False
+) -> tuple[Tensor, Tensor]:
+    """See `op.add_rms_norm`."""
+    x, residual, weight = _dense(x), _dense(residual), weight.contiguous()
+    rows, size = x.shape
+    total = residual if inplace and residual.is_contiguous() else torch.empty_like(x)
+    out = x.new_empty(rows, size)
+    if out.numel():
+        block = gpu.power_of_two(size)
+        gpu.launch(
+            *(_forward, (rows,), x, residual, weight, total, out, size),
+            *(x.stride(0), residual.stride(0), eps),
+            BLOCK=block,
+            num_warps=gpu.row_warps(block),
+        )
+    return out, total
+
+
+def add_rms_norm_quantized(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, variant: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `op.add_rms_norm_quantized`."""
+    x, residual, weight = _dense(x), _dense(residual), weight.contiguous()
+    rows, size = x.shape
+    total = x.new_empty(rows, size)
+    out, scales = empty_quantized(x, size, variant)
+    if out.numel():
+        block = gpu.power_of_two(size)
+        gpu.launch(
+            *(_quantized, (rows,), x, residual, weight, total, out, scales, size),
+            *(x.stride(0), residual.stride(0), eps),
+            LARGEST=LARGEST[variant],
+            BLOCK=block,
+            num_warps=gpu.row_warps(block),
+        )
+    return out, scales, total
+
+
+def add_rms_norm_backward(
+    grad_normed: Tensor, grad_total: Tensor, total: Tensor, weight: Tensor, eps: float
+) -> Tensor:
+    """Gradient [T, h] of x and of the residual."""
+    tensors = [_dense(x) for x in (grad_normed, grad_total, total)]
+    rows, size = total.shape
+    out = total.new_empty(rows, size)
+    if out.numel():
+        block = gpu.power_of_two(size)
+        gpu.launch(
+            *(_backward, (rows,), *tensors, weight.contiguous(), out, size),
+            *(*(x.stride(0) for x in tensors), eps),
+            BLOCK=block,
+            num_warps=gpu.row_warps(block),
+        )
+    return out
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 else x.contiguous()

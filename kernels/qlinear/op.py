@@ -1,0 +1,44 @@
+"""Schema and choice of implementation for qlinear: the row-quantising half."""
+
+import torch
+from torch import Tensor
+
+from gen_fast.errors import OpError
+from gen_fast.ops import Op, gpu
+
+from . import reference
+
+
+def fake_quantized(x: Tensor, variant: str) -> tuple[Tensor, Tensor]:
+    """Empty results of quantising rows of the shape of `x` [T, f]."""
+    dtype, _ = reference.FORMATS[variant]
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[0], dtype=torch.float32)
+
+
+OP = Op("quantize_rows", "(Tensor x, str variant) -> (Tensor, Tensor)", fake_quantized)
+OP.register("reference")(reference.quantize_rows)
+
+
+@OP.register("triton", **gpu.ON_GPU)
+def _triton(x: Tensor, variant: str) -> tuple[Tensor, Tensor]:
+    from . import triton_kernel
+
+    return triton_kernel.quantize_rows(x, variant)
+
+
+def quantize_rows(
+    x: Tensor, dtype: str = "int8", *, impl: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Quantise each row of `x` [T, f] symmetrically. Returns (q [T, f], scale [T] float32).
+
+    dtype "int8" gives torch.int8 in [-127, 127], rounded to nearest even; "fp8" gives
+    torch.float8_e4m3fn. scale = max|row| / 127 (448 for fp8), so x ≈ q · scale. No gradient.
+    Norm and swiglu do the same to their own result before it reaches memory.
+    Raises OpError for another dtype.
+
+    Source: Dettmers et al., arXiv 2208.07339, §2 (row-wise absmax).
+    """
+    if dtype not in reference.FORMATS:
+        raise OpError(f"rows quantise to {', '.join(reference.FORMATS)}, not to {dtype!r}")
+    result: tuple[Tensor, Tensor] = OP(x, dtype, impl=impl)
+    return result

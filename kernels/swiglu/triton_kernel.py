@@ -1,0 +1,94 @@
+"""SwiGLU in Triton: one pass over gate and up, forward, backward and with quantised rows."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gen_fast.ops import gpu
+from gen_fast.ops.qlinear.triton_kernel import LARGEST, empty_quantized, store_quantized
+
+BLOCK = 1024
+
+
+@triton.jit
+def _forward(gate_up, out, size, stride, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < size
+    gate = tl.load(gate_up + row * stride + columns, mask=inside).to(tl.float32)
+    up = tl.load(gate_up + row * stride + size + columns, mask=inside).to(tl.float32)
+    result = gate * tl.sigmoid(gate) * up
+    tl.store(out + row * size + columns, result.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _backward(grad, gate_up, out, size, grad_stride, stride, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < size
+    upstream = tl.load(grad + row * grad_stride + columns, mask=inside).to(tl.float32)
+    gate = tl.load(gate_up + row * stride + columns, mask=inside).to(tl.float32)
+    up = tl.load(gate_up + row * stride + size + columns, mask=inside).to(tl.float32)
+    share = tl.sigmoid(gate)
+    # silu'(g) = s·(1 + g·(1 - s)) with s = sigmoid(g)
+    to_gate = upstream * up * share * (1 + gate * (1 - share))
+    to_up = upstream * gate * share
+    start = out + row * 2 * size + columns
+    tl.store(start, to_gate.to(out.dtype.element_ty), mask=inside)
+    tl.store(start + size, to_up.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _quantized(
+    gate_up, out, scales, size, stride, LARGEST: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < size
+    gate = tl.load(gate_up + row * stride + columns, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * stride + size + columns, mask=inside, other=0.0).to(tl.float32)
+    result = gate * tl.sigmoid(gate) * up
+    store_quantized(result, out + row * size + columns, scales + row, inside, LARGEST)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """See `op.swiglu`."""
+    gate_up = _dense(gate_up)
+    rows, size = gate_up.shape[0], gate_up.shape[1] // 2
+    out = gate_up.new_empty(rows, size)
+    if out.numel():
+        grid = (rows, triton.cdiv(size, BLOCK))
+        gpu.launch(_forward, grid, gate_up, out, size, gate_up.stride(0), BLOCK=BLOCK)
+    return out
+
+
+def swiglu_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
+    """Gradient [T, 2f] of `gate_up`."""
+    grad, gate_up = _dense(grad), _dense(gate_up)
+    rows, size = grad.shape
+    out = gate_up.new_empty(gate_up.shape)
+    if out.numel():
+        strides = grad.stride(0), gate_up.stride(0)
+        grid = (rows, triton.cdiv(size, BLOCK))
+        gpu.launch(_backward, grid, grad, gate_up, out, size, *strides, BLOCK=BLOCK)
+    return out
+
+
+def swiglu_quantized(gate_up: Tensor, variant: str) -> tuple[Tensor, Tensor]:
+    """See `op.swiglu_quantized`."""
+    gate_up = _dense(gate_up)
+    rows, size = gate_up.shape[0], gate_up.shape[1] // 2
+    out, scales = empty_quantized(gate_up, size, variant)
+    if out.numel():
+        block = gpu.power_of_two(size)
+        gpu.launch(
+            *(_quantized, (rows,), gate_up, out, scales, size, gate_up.stride(0)),
+            LARGEST=LARGEST[variant],
+            BLOCK=block,
+            num_warps=gpu.row_warps(block),
+        )
+    return out, scales
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 else x.contiguous()

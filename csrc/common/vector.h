@@ -11,6 +11,7 @@ struct bf16 {
 
 constexpr int W = GEN_FAST_VECTOR_BYTES / 4;  // floats in a vector
 typedef float vf __attribute__((vector_size(GEN_FAST_VECTOR_BYTES)));
+typedef float v4 __attribute__((vector_size(16)));
 typedef int32_t vi __attribute__((vector_size(GEN_FAST_VECTOR_BYTES)));
 typedef uint32_t vu __attribute__((vector_size(GEN_FAST_VECTOR_BYTES)));
 typedef uint16_t vh __attribute__((vector_size(GEN_FAST_VECTOR_BYTES / 2)));
@@ -64,9 +65,10 @@ static inline void assign(bf16* p, float x) {
 }
 
 static inline float sum(vf v) {
-  float s = 0;
-  for (int i = 0; i < W; ++i) s += v[i];
-  return s;
+  v4 part[W / 4];
+  std::memcpy(part, &v, sizeof v);
+  for (int i = 1; i < W / 4; ++i) part[0] += part[i];
+  return (part[0][0] + part[0][1]) + (part[0][2] + part[0][3]);
 }
 
 static inline vf max(vf a, vf b) { return a > b ? a : b; }
@@ -74,9 +76,12 @@ static inline vf max(vf a, vf b) { return a > b ? a : b; }
 static inline vf min(vf a, vf b) { return a < b ? a : b; }
 
 static inline float max_of(vf v) {
-  float m = v[0];
-  for (int i = 1; i < W; ++i) m = v[i] > m ? v[i] : m;
-  return m;
+  v4 part[W / 4];
+  std::memcpy(part, &v, sizeof v);
+  for (int i = 1; i < W / 4; ++i) part[0] = part[0] > part[i] ? part[0] : part[i];
+  const float a = part[0][0] > part[0][1] ? part[0][0] : part[0][1];
+  const float b = part[0][2] > part[0][3] ? part[0][2] : part[0][3];
+  return a > b ? a : b;
 }
 
 // 1/x, relative error below 1e-7; the hardware's division is the slowest thing a vector can do.

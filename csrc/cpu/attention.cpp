@@ -77,14 +77,15 @@ static inline void tile(const typename Op::type* a, int64_t lda, const typename 
   }
 }
 
+// The first `count` columns of b, whole vectors of them.
 template <class Op, int M, bool accumulate>
 static inline void product(const typename Op::type* a, int64_t lda, const typename Op::type* b,
-                           int64_t columns, int64_t depth, float* c, int64_t ldc) {
+                           int64_t columns, int64_t count, int64_t depth, float* c, int64_t ldc) {
   int64_t j = 0;
-  for (; j + VECTORS * W <= columns; j += VECTORS * W) {
+  for (; j + VECTORS * W <= count; j += VECTORS * W) {
     tile<Op, M, VECTORS, accumulate>(a, lda, b + j * Op::pair, columns, depth, c + j, ldc);
   }
-  for (; j < columns; j += W) {
+  for (; j < count; j += W) {
     tile<Op, M, 1, accumulate>(a, lda, b + j * Op::pair, columns, depth, c + j, ldc);
   }
 }
@@ -180,29 +181,33 @@ static void pack_block(Workspace<PairOperand>& work, const bf16* k, int64_t k_st
 // first[i] … last[i] - 1 of the block.
 template <class Op, int M>
 static void attend(Workspace<Op>& work, int64_t row, const int* first, const int* last,
-                   float scale, int64_t keys) {
+                   float scale) {
   typedef typename Op::type T;
   const int64_t q_size = work.size + work.size % 2;
   float* scores = work.scores.data();
-  product<Op, M, false>(work.q.data() + row * q_size, q_size, work.keys.data(), KEYS,
+  // Keys that no row of the tile sees, in whole vectors, are left out: half of a diagonal block.
+  int furthest = 0;
+  for (int i = 0; i < M; ++i) furthest = last[i] > furthest ? last[i] : furthest;
+  const int seen = (furthest + W - 1) / W * W;
+  product<Op, M, false>(work.q.data() + row * q_size, q_size, work.keys.data(), KEYS, seen,
                         Op::pair == 2 ? q_size : work.size, scores, KEYS);
   for (int i = 0; i < M; ++i) {
     float* s = scores + i * KEYS;
     T* weight = work.weights.data() + i * KEYS;
     float* out = work.out.data() + (row + i) * work.padded;
     if (first[i] >= last[i]) {
-      for (int j = 0; j < KEYS; j += W) store(weight + j, vf{});
+      for (int j = 0; j < seen; j += W) store(weight + j, vf{});
       continue;
     }
     const float hidden = -1e30f;
     for (int j = 0; j < first[i]; ++j) s[j] = hidden;
-    for (int j = last[i]; j < KEYS; ++j) s[j] = hidden;
+    for (int j = last[i]; j < seen; ++j) s[j] = hidden;
     vf top = load(s);
-    for (int j = W; j < KEYS; j += W) top = max(top, load(s + j));
+    for (int j = W; j < seen; j += W) top = max(top, load(s + j));
     const float old_peak = work.peak[row + i];
     const float new_peak = std::fmax(old_peak, max_of(top) * scale);
     vf mass = {};
-    for (int j = 0; j < KEYS; j += W) {
+    for (int j = 0; j < seen; j += W) {
       vf w = exp2(load(s + j) * scale - new_peak);
       mass += w;
       store(weight + j, w);
@@ -215,20 +220,20 @@ static void attend(Workspace<Op>& work, int64_t row, const int* first, const int
     }
     work.mass[row + i] += sum(mass);
   }
-  product<Op, M, true>(work.weights.data(), KEYS, work.values.data(), work.padded,
-                       (keys + 1) / 2 * 2, work.out.data() + row * work.padded, work.padded);
+  product<Op, M, true>(work.weights.data(), KEYS, work.values.data(), work.padded, work.padded,
+                       (furthest + 1) / 2 * 2, work.out.data() + row * work.padded, work.padded);
 }
 
 template <class Op>
 static void attend_rows(Workspace<Op>& work, int64_t row, int64_t n, const int* first,
-                        const int* last, float scale, int64_t keys) {
+                        const int* last, float scale) {
   switch (n) {
-    case 6: return attend<Op, 6>(work, row, first, last, scale, keys);
-    case 5: return attend<Op, 5>(work, row, first, last, scale, keys);
-    case 4: return attend<Op, 4>(work, row, first, last, scale, keys);
-    case 3: return attend<Op, 3>(work, row, first, last, scale, keys);
-    case 2: return attend<Op, 2>(work, row, first, last, scale, keys);
-    case 1: return attend<Op, 1>(work, row, first, last, scale, keys);
+    case 6: return attend<Op, 6>(work, row, first, last, scale);
+    case 5: return attend<Op, 5>(work, row, first, last, scale);
+    case 4: return attend<Op, 4>(work, row, first, last, scale);
+    case 3: return attend<Op, 3>(work, row, first, last, scale);
+    case 2: return attend<Op, 2>(work, row, first, last, scale);
+    case 1: return attend<Op, 1>(work, row, first, last, scale);
   }
 }
 
@@ -266,7 +271,7 @@ static void attend_keys(Workspace<Op>& work, const Rows* runs, int64_t n_runs, i
           first[r] = window ? clamp_key(key - window + 1) : 0;
           any |= first[r] < last[r];
         }
-        if (any) attend_rows(work, row, n, first, last, scale, count);
+        if (any) attend_rows(work, row, n, first, last, scale);
       }
     }
   }

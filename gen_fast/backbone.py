@@ -7,13 +7,13 @@ heads, D head size, f feed-forward size, P prefix length, V vocabulary, L layers
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from gen_fast.batching import PackedBatch
+from gen_fast.linear import can_pack, linear, pack
 from gen_fast.ops.append import append
 from gen_fast.ops.attention import attention
 from gen_fast.ops.norm import add_rms_norm, rms_norm
@@ -145,14 +145,32 @@ class Backbone:
         tensors = [t for layer in self.layers for t in vars(layer).values() if t is not None]
         return sum(t.nbytes for t in [self.embedding, self.final_norm, *tensors])
 
+    def pack(self) -> None:
+        """Lay the weights out as this device multiplies them fastest, where that gains anything.
+
+        For inference only: packed weights have no gradients, and no views of parts.
+        """
+        if not can_pack(self.layers[0].qkv):
+            return
+        self.layers = tuple(
+            replace(
+                layer,
+                qkv=pack(layer.qkv),
+                out=pack(layer.out),
+                gate_up=pack(layer.gate_up),
+                down=pack(layer.down),
+            )
+            for layer in self.layers
+        )
+
     def forward(
         self, batch: PackedBatch, *, special: Tensor | None = None, prefix: PrefixKV | None = None
     ) -> Tensor:
         """Return the residual stream [R, h] at the needed rows, before the final norm.
 
         special [k, h]: embeddings of ids V, V + 1, … . prefix: keys and values before each text;
-        `batch.positions` must start at its length. The last layer computes queries, attention
-        output and feed-forward for the needed rows only.
+        `batch.positions` must start at its length. The last layer computes attention, its output
+        and feed-forward for the needed rows only.
         """
         stream, _ = self._run(batch, special, prefix, keep_kv=False)
         return stream
@@ -178,11 +196,11 @@ class Backbone:
         for i, layer in enumerate(self.layers):
             last = i == len(self.layers) - 1
             rows = batch.rows if last else None
-            q, k, v = self._qkv(layer, normed, cos, sin, rows)
+            q, k, v = self._qkv(layer, normed, cos, sin)
             if keep_kv:
                 kept.append((k.contiguous(), v.contiguous()))
             if rows is not None:
-                stream = stream[rows]
+                q, stream = q[rows], stream[rows]
                 if not len(rows):
                     return stream, kept
             prefix_k, prefix_v = (None, None) if prefix is None else prefix.layers[i]
@@ -206,26 +224,15 @@ class Backbone:
         raise AssertionError("a backbone has at least one layer")
 
     def _qkv(
-        self, layer: LayerWeights, normed: Tensor, cos: Tensor, sin: Tensor, rows: Tensor | None
+        self, layer: LayerWeights, normed: Tensor, cos: Tensor, sin: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated q [T, H, D] and k [T, KV, D], and v; q [R, H, D] of `rows` only, if given."""
+        """Rotated q [T, H, D] and k [T, KV, D], and v."""
         config = self.config
-        n_q, n_kv, eps = config.num_heads, config.num_kv_heads, config.norm_eps
-        heads = (-1, config.head_dim)
-        if rows is None:
-            fused = linear(normed, layer.qkv, layer.qkv_bias).unflatten(-1, heads)
-            qk, v = fused.split([n_q + n_kv, n_kv], dim=1)
-            qk = rope(qk, cos, sin, layer.qk_norm, eps, inplace=True)
-            q, k = qk.split([n_q, n_kv], dim=1)
-            return q, k, v
-        cut = config.q_size
-        bias, norm = layer.qkv_bias, layer.qk_norm
-        q = linear(normed[rows], layer.qkv[:cut], None if bias is None else bias[:cut])
-        q_norm, k_norm = (None, None) if norm is None else (norm[:n_q], norm[n_q:])
-        q = rope(q.unflatten(-1, heads), cos[rows], sin[rows], q_norm, eps, inplace=True)
-        kv = linear(normed, layer.qkv[cut:], None if bias is None else bias[cut:])
-        k, v = kv.unflatten(-1, heads).chunk(2, dim=1)
-        k = rope(k, cos, sin, k_norm, eps, inplace=True)
+        n_q, n_kv = config.num_heads, config.num_kv_heads
+        fused = linear(normed, layer.qkv, layer.qkv_bias).unflatten(-1, (-1, config.head_dim))
+        qk, v = fused.split([n_q + n_kv, n_kv], dim=1)
+        qk = rope(qk, cos, sin, layer.qk_norm, config.norm_eps, inplace=True)
+        q, k = qk.split([n_q, n_kv], dim=1)
         return q, k, v
 
     def _rotary_rows(self, positions: Tensor, prefix: PrefixKV | None) -> tuple[Tensor, Tensor]:

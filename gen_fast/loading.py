@@ -82,7 +82,11 @@ def load(
             check_embedding(directory, network.embedding)
             adapter = adapter.with_fingerprint(network.fingerprint)
     method = "llm2vec-gen" if adapter else method or DEFAULT_METHOD
-    generator = AnswerGenerator(network, source, tokenizer) if method == "hyde" else None
+    generator = None
+    if method == "hyde":
+        generator = AnswerGenerator(network, source, tokenizer)  # reads the weights as they are
+    else:
+        network.pack()
     logger.info("%s: %s on %s in %s", model, method, chosen_device, chosen_dtype)
     return Encoder(
         network,

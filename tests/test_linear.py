@@ -1,0 +1,41 @@
+import pytest
+import torch
+
+import gen_fast
+from gen_fast.linear import can_pack, linear, pack
+from gen_fast.testing import assert_no_worse
+from gen_fast.weights import load_backbone
+
+packing = pytest.mark.skipif(not can_pack(torch.zeros(1, 1)), reason="this torch has no oneDNN")
+
+
+@packing
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("rows", [0, 1, 33, 2049])
+def test_a_packed_weight_gives_the_product_of_the_plain_one(rows, biased, dtype):
+    torch.manual_seed(0)
+    x, weight = torch.randn(rows, 50).to(dtype), torch.randn(70, 50).to(dtype)
+    bias = torch.randn(70).to(dtype) if biased else None
+    exact = linear(x.double(), weight.double(), None if bias is None else bias.double())
+    with torch.no_grad():
+        assert_no_worse(linear(x, pack(weight), bias), linear(x, weight, bias), exact)
+
+
+@packing
+def test_asking_for_a_gradient_through_a_packed_weight_is_an_error():
+    x = torch.randn(2, 5, requires_grad=True)
+    with pytest.raises(gen_fast.OpError, match="without packing"):
+        linear(x, pack(torch.randn(3, 5)))
+
+
+@packing
+def test_an_encoder_packs_its_backbone_and_keeps_its_numbers(tiny_model):
+    texts = ["one text", "and another, longer one"]
+    packed = gen_fast.load(tiny_model, device="cpu", dtype="float32")
+    assert all(layer.qkv.is_mkldnn for layer in packed.backbone.layers)
+    plain = gen_fast.load(tiny_model, device="cpu", dtype="float32")
+    plain.backbone = load_backbone(tiny_model)
+    assert packed.backbone.nbytes == plain.backbone.nbytes
+    difference = abs(packed.encode(texts) - plain.encode(texts)).max()
+    assert difference <= 1e-5 * abs(plain.encode(texts)).max()

@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -48,7 +49,8 @@ class BuildExtensions(build_ext):
         kernels = [source for source in ext.sources if source.endswith(".cu")]
         if kernels:
             ext.sources = [source for source in ext.sources if source not in kernels]
-            ext.extra_objects = [self._compile_kernel(source) for source in kernels]
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                ext.extra_objects = list(pool.map(self._compile_kernel, kernels))
             ext.library_dirs.append(cuda_library_folder())
         super().build_extension(ext)
 
@@ -56,7 +58,7 @@ class BuildExtensions(build_ext):
         target = Path(self.build_temp) / Path(source).with_suffix(".cu.o")
         target.parent.mkdir(parents=True, exist_ok=True)
         command = [nvcc(), "-c", source, "-o", str(target), "-std=c++20", "-O3", "-Icsrc"]
-        command += [*ARCHITECTURES, "--threads", "0", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+        command += [*ARCHITECTURES, "-Xcompiler", "-fPIC,-fvisibility=hidden"]
         if subprocess.run(command, check=False).returncode:
             raise CompileError(f"nvcc could not compile {source}")
         return str(target)

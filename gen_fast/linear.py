@@ -15,7 +15,7 @@ _ROWS = 2048
 
 
 def can_pack(weight: Tensor) -> bool:
-    """Whether `pack` makes products with `weight` [out, in] faster: on a CPU, if torch has oneDNN."""
+    """Whether `pack` makes products with `weight` faster: on a CPU, if torch has oneDNN."""
     return (
         weight.device.type == "cpu"
         and weight.dtype in (torch.float32, torch.bfloat16)

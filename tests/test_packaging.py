@@ -34,17 +34,19 @@ CHECK = f"""
 import importlib, json, sys
 import gen_fast
 files = [importlib.import_module(f"gen_fast.ops.{{op}}").__file__ for op in {OP_NAMES}]
-try:
-    compiled = importlib.import_module("gen_fast._C").__file__
-except ModuleNotFoundError:
-    compiled = None
+def compiled(name):
+    try:
+        return importlib.import_module(name).__file__
+    except ModuleNotFoundError:
+        return None
 # As for someone who works in a checkout: its kernels/ must not pass for Hugging Face's package.
 sys.path.insert(0, sys.argv[2])
 from transformers import LlamaForCausalLM
 from transformers.integrations import hub_kernels
 vector = gen_fast.load(sys.argv[1], device="cpu", dtype="float32").encode({TEXT!r})
 print(json.dumps({{
-    "files": [gen_fast.__file__, *files], "compiled": compiled, "vector": vector.tolist(),
+    "files": [gen_fast.__file__, *files], "vector": vector.tolist(),
+    "compiled": [compiled("gen_fast._C"), compiled("gen_fast._cuda")],
 }}))
 """
 
@@ -163,16 +165,19 @@ class Environment:
         options = ["--no-deps", "--no-cache-dir"]
         return run(*pip, "install", *options, *what, cwd=self.elsewhere, env=env)
 
-    def check(self, model: Path, tree: Path, home: Path, expected: np.ndarray) -> Path | None:
-        """Use the package, which must lie in `home`; return the path of the compiled module."""
+    def check(self, model: Path, tree: Path, home: Path, expected: np.ndarray) -> list[bool]:
+        """Use the package, which must lie in `home`; return whether it has C++ and CUDA ops.
+
+        The CUDA module is imported too: it must not need a GPU for that.
+        """
         printed = done(self.python, "-c", CHECK, model, tree, cwd=self.elsewhere)
         facts = json.loads(printed.splitlines()[-1])
-        for file in facts["files"]:
+        for file in [*facts["files"], *filter(None, facts["compiled"])]:
             assert Path(file).is_relative_to(home), file
         np.testing.assert_allclose(facts["vector"], expected, rtol=1e-4, atol=1e-5)
         version = done(self.path / "bin" / "gen-fast", "--version", cwd=self.elsewhere)
         assert version == f"gen-fast {gen_fast.__version__}\n"
-        return Path(facts["compiled"]) if facts["compiled"] else None
+        return [file is not None for file in facts["compiled"]]
 
 
 @pytest.fixture
@@ -185,6 +190,12 @@ def can_compile() -> bool:
     compiler = os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++"
     header = Path(sysconfig.get_path("include")) / "Python.h"
     return shutil.which(compiler.split()[0]) is not None and header.is_file()
+
+
+def can_build(build: str) -> list[bool]:
+    """Whether GEN_FAST_BUILD=`build` should give C++ ops, and CUDA ops, on this machine."""
+    compiler = build == "auto" and can_compile()
+    return [compiler, compiler and shutil.which("nvcc") is not None]
 
 
 @pytest.mark.parametrize("build", ["auto", "none"])
@@ -210,9 +221,7 @@ def test_install(
     }
     installed = environment.install(*kinds[kind], env={"GEN_FAST_BUILD": build})
     assert installed.returncode == 0, installed.stdout
-    compiled = environment.check(tiny_model, tree, home, expected)
-    assert (compiled is not None) == (build == "auto" and can_compile())
-    assert compiled is None or compiled.is_relative_to(home)
+    assert environment.check(tiny_model, tree, home, expected) == can_build(build)
 
 
 def test_without_a_working_compiler_auto_installs_python_only(
@@ -220,14 +229,14 @@ def test_without_a_working_compiler_auto_installs_python_only(
 ) -> None:
     installed = environment.install(sdist, env={"GEN_FAST_BUILD": "auto", **BROKEN_COMPILER})
     assert installed.returncode == 0, installed.stdout
-    assert environment.check(tiny_model, tree, environment.path, expected) is None
+    assert environment.check(tiny_model, tree, environment.path, expected) == [False, False]
 
 
 @pytest.mark.parametrize(
     ("build", "message"),
     [
         ("cpu", rf"error: command .*{FALSE}"),
-        ("bogus", "GEN_FAST_BUILD must be auto, cpu or none, not 'bogus'"),
+        ("bogus", "GEN_FAST_BUILD must be auto, cpu, cuda or none, not 'bogus'"),
     ],
 )
 def test_builds_that_must_fail(
@@ -257,7 +266,7 @@ def test_wheel_contents(wheels: dict[str, tuple[Path, str]], tree: Path) -> None
         top = {name.split("/", 1)[0] for name in names}
         assert top == {"gen_fast", f"gen_fast-{gen_fast.__version__}.dist-info"}
         compiled = [name for name in names if name.endswith((".so", ".pyd"))]
-        assert len(compiled) == (build == "auto" and can_compile())
+        assert len(compiled) == sum(can_build(build))
         assert path.name.endswith("-py3-none-any.whl") == (not compiled)
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import gen_fast
 from gen_fast.sources import resolve
 from gen_fast.testing import edit_config, save_tiny_model
-from gen_fast.weights import load_backbone, parse_config
+from gen_fast.weights import backbone_from_tensors, load_backbone, parse_config
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -39,6 +39,16 @@ def test_shards_give_the_same_backbone(tmp_path):
     for a, b in zip(whole.layers, shards.layers, strict=True):
         assert torch.equal(a.qkv, b.qkv)
         assert torch.equal(a.down, b.down)
+
+
+def test_tensors_in_memory_give_the_same_backbone(model):
+    made = backbone_from_tensors(
+        json.loads((model / "config.json").read_text()),
+        load_file(model / "model.safetensors"),
+        dtype=torch.float32,
+        device="cpu",
+    )
+    assert made.fingerprint == load_backbone(model).fingerprint
 
 
 def test_fingerprint_survives_bfloat16_storage_and_tells_weights_apart(model):

@@ -25,18 +25,47 @@ CASES = {
 
 # The reference loops over texts: it is an oracle, and nothing that anyone would run.
 IMPLEMENTATIONS = [name for name in OP.implementations(DEVICE) if name != "reference"]
+# FlashAttention as torch has it, and FlexAttention with a mask of documents. Neither knows a prefix.
+PEERS = ["flash-attention", "flex-attention"] if DEVICE == "cuda" else []
 
 
-@pytest.mark.parametrize("provider", IMPLEMENTATIONS)
+def flash_attention(q, k, v, offsets, lengths):
+    longest = max(lengths)
+    return torch.ops.aten._flash_attention_forward(
+        *(q, k, v, offsets, offsets, longest, longest), 0.0, True, False
+    )[0]
+
+
+def flex_attention(offsets, total):
+    from torch.nn.attention import flex_attention as flex
+
+    text = torch.searchsorted(offsets, torch.arange(total, device=DEVICE), right=True)
+
+    def seen(_batch, _head, query, key):
+        return (key <= query) & (text[query] == text[key])
+
+    mask = flex.create_block_mask(seen, None, None, total, total, device=DEVICE)
+    compiled = torch.compile(flex.flex_attention, dynamic=False)
+
+    def run(q, k, v, *_):
+        heads_first = [x.transpose(0, 1).unsqueeze(0) for x in (q, k, v)]
+        return compiled(*heads_first, block_mask=mask, enable_gqa=True)[0].transpose(0, 1)
+
+    return run
+
+
+@pytest.mark.parametrize("provider", IMPLEMENTATIONS + PEERS)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", DTYPES if DEVICE == "cpu" else ["bf16"])
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
 def bench_attention(measure, size, case, dtype, mode, provider):
     trained = mode != "forward"
-    if trained and provider not in OP.backward.implementations(DEVICE):
-        pytest.skip("has no backward pass")
     lengths, n_prefix = CASES[case]
+    if provider in PEERS and n_prefix:
+        pytest.skip("has no shared prefix")
+    if trained and provider not in [*OP.backward.implementations(DEVICE), *PEERS]:
+        pytest.skip("has no backward pass")
     n_q, n_kv = size.heads, size.kv_heads
     fused = random(sum(lengths), n_q + 2 * n_kv, size.head_dim, dtype=dtype)
     q, k, v = (x.requires_grad_(trained) for x in fused.split([n_q, n_kv, n_kv], dim=1))
@@ -45,8 +74,13 @@ def bench_attention(measure, size, case, dtype, mode, provider):
     pairs = sum(n * (n + 1) // 2 + n * n_prefix for n in lengths)
 
     def run(q, k, v, offsets, prefix):
+        if provider == "flash-attention":
+            return flash_attention(q, k, v, offsets, lengths)
         shared = prefix.unbind() if n_prefix else (None, None)
         return attention(q, k, v, offsets, offsets, *shared, impl=provider)
+
+    if provider == "flex-attention":
+        run = flex_attention(offsets, sum(lengths))  # its mask is made once a batch
 
     def plain(q, k, v, offsets, prefix):
         shared = prefix.unbind() if n_prefix else (None, None)

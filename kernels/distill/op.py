@@ -12,6 +12,10 @@ from . import chunked, reference
 
 ALIGNMENTS = ("mse", "cosine")
 
+# Bytes of logits at a time. A CPU computes as fast on few rows as on many; a GPU must read the head
+# for enough of them (1,700 rows of Qwen3's vocabulary in bfloat16) to be bound by arithmetic.
+CPU_MEMORY, GPU_MEMORY = 16 << 20, 512 << 20
+
 OP = Op(
     "distill",
     "(Tensor hidden, Tensor head, Tensor targets, Tensor student, Tensor teacher, float tokens,"
@@ -72,7 +76,7 @@ def distill(
     tokens: float | None = None,
     texts: float | None = None,
     alignment: str = "mse",
-    memory: int = 64 << 20,
+    memory: int | None = None,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The two losses of LLM2Vec-Gen as scalars: (reconstruction, alignment).
@@ -83,7 +87,8 @@ def distill(
     tokens, texts: what the sums over rows and texts are divided by; N and B by default. With the
     counts of the whole batch, sums over its parts (micro-batches, ranks) are exact means.
     alignment: "mse", the mean over texts and dimensions, or "cosine", the mean of 1 - cosine.
-    memory: bytes for logits; all N · V of them are never stored, except by the reference.
+    memory: bytes for logits, by default 16 MiB on a CPU and 512 MiB on a GPU; all N · V of them are
+    never stored, except by the reference.
     Gradients reach `hidden` and `student`. Raises OpError for shapes that do not fit.
 
     Source: LLM2Vec-Gen, arXiv 2603.10913, §3; the chunks after Liger-Kernel, arXiv 2410.10989.
@@ -100,6 +105,8 @@ def distill(
             f"hidden {list(hidden.shape)}, head {list(head.shape)} and targets"
             f" {list(targets.shape)} do not fit together"
         )
+    if memory is None:
+        memory = GPU_MEMORY if hidden.is_cuda else CPU_MEMORY
     losses = OP(
         *(hidden, head, targets, student, teacher),
         float(max(1, hidden.shape[0]) if tokens is None else tokens),

@@ -117,12 +117,12 @@ PYBIND11_MODULE(_C, m) {
     gen_fast::cross_entropy(dtype(bf16), at<void>(logits), at<int64_t>(targets),
                             at<float>(losses), rows, vocabulary);
   });
-  m.def("attention", [](bool bf16, Address q, Address k, Address v, Address prefix_k,
-                        Address prefix_v, Address out, Address lse, Address q_offsets,
-                        Address k_offsets,
+  m.def("attention", [](bool bf16, Address q, Address k, Address v, int64_t q_stride,
+                        int64_t k_stride, int64_t v_stride, Address prefix_k, Address prefix_v,
+                        int64_t prefix_k_stride, int64_t prefix_v_stride, int64_t prefix,
+                        Address out, Address lse, Address q_offsets, Address k_offsets,
                         int64_t texts, int64_t heads, int64_t kv_heads, int64_t size,
-                        int64_t prefix, int64_t q_stride, int64_t k_stride, int64_t v_stride,
-                        int64_t prefix_k_stride, int64_t prefix_v_stride, int64_t window) {
+                        int64_t window) {
     py::gil_scoped_release release;
     gen_fast::AttentionArguments a;
     a.q = at<void>(q), a.k = at<void>(k), a.v = at<void>(v), a.out = at<void>(out);

@@ -25,7 +25,7 @@ CASES = {
 
 # The reference loops over texts: it is an oracle, and nothing that anyone would run.
 IMPLEMENTATIONS = [name for name in OP.implementations(DEVICE) if name != "reference"]
-# FlashAttention as torch has it, and FlexAttention with a mask of documents. Neither knows a prefix.
+# FlashAttention as torch has it, and FlexAttention masked by text. Neither knows a prefix.
 PEERS = ["flash-attention", "flex-attention"] if DEVICE == "cuda" else []
 
 

@@ -14,8 +14,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("file", type=Path)
     parser.add_argument("--plot", type=Path)
+    parser.add_argument("--rows", type=Path, help="the rows alone, without each round's time")
     args = parser.parse_args()
-    rows = [b["extra_info"] for b in json.loads(args.file.read_text())["benchmarks"]]
+    report = json.loads(args.file.read_text())
+    rows = [b["extra_info"] for b in report["benchmarks"]]
+    if args.rows:
+        cpu = report["machine_info"]["cpu"].get("brand_raw", "unknown")
+        made = {"cpu": cpu, "commit": report["commit_info"]["id"], "date": report["datetime"]}
+        args.rows.write_text(json.dumps({**made, "rows": rows}, indent=1) + "\n")
     cases = defaultdict(dict)
     for row in rows:
         key = tuple(row[name] for name in ("op", "size", "case", "dtype", "mode"))

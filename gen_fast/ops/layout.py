@@ -8,4 +8,5 @@ def dense_rows(x: Tensor) -> Tensor:
 
     Views of a fused projection pass as they are.
     """
-    return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()
+    _, heads_apart, apart = x.stride()
+    return x if apart == 1 and heads_apart == x.size(2) else x.contiguous()

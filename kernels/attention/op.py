@@ -66,19 +66,22 @@ def _cpu(
     mask: str,
     blocks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    heads, size = q.shape[1:]
     q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
-    prefix_k = None if prefix_k is None else dense_rows(prefix_k)
-    prefix_v = None if prefix_v is None else dense_rows(prefix_v)
-    out = torch.empty(q.shape, dtype=q.dtype)
-    lse = torch.empty(q.shape[:2])
+    rows, heads, size = q.shape
+    prefix = (0, 0, 0, 0, 0)  # addresses, strides, length
+    if prefix_k is not None and prefix_v is not None:
+        prefix_k, prefix_v = dense_rows(prefix_k), dense_rows(prefix_v)
+        prefix = (
+            *(prefix_k.data_ptr(), prefix_v.data_ptr()),
+            *(prefix_k.stride(0), prefix_v.stride(0), prefix_k.size(0)),
+        )
+    out = q.new_empty(rows, heads, size)
+    lse = torch.empty(rows, heads)
     native.module().attention(
         q.dtype == torch.bfloat16,
-        *map(native.address, (q, k, v, prefix_k, prefix_v, out, lse, q_offsets, k_offsets)),
-        *(len(q_offsets) - 1, heads, k.shape[1], size),
-        0 if prefix_k is None else prefix_k.shape[0],
-        *(0 if x is None else x.stride(0) for x in (q, k, v, prefix_k, prefix_v)),
-        window or 0,
+        *(q.data_ptr(), k.data_ptr(), v.data_ptr(), q.stride(0), k.stride(0), v.stride(0)),
+        *(*prefix, out.data_ptr(), lse.data_ptr(), q_offsets.data_ptr(), k_offsets.data_ptr()),
+        *(q_offsets.size(0) - 1, heads, k.size(1), size, window or 0),
     )
     return out, lse
 

@@ -110,8 +110,9 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     """max |actual - expected| / max |expected|, in float64; 0 for empty tensors."""
     if not expected.numel():
         return 0.0
-    difference = (actual.double() - expected.double()).abs().max()
-    return float(difference / expected.double().abs().max().clamp(min=1e-30))
+    actual, expected = actual.detach().double(), expected.detach().double()
+    difference = (actual - expected).abs().max()
+    return float(difference / expected.abs().max().clamp(min=1e-30))
 
 
 def assert_no_worse(actual: Tensor, reference: Tensor, exact: Tensor) -> None:

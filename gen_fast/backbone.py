@@ -145,6 +145,11 @@ class Backbone:
         tensors = [t for layer in self.layers for t in vars(layer).values() if t is not None]
         return sum(t.nbytes for t in [self.embedding, self.final_norm, *tensors])
 
+    @property
+    def packed(self) -> bool:
+        """Whether `pack` has changed the weights' layout."""
+        return bool(self.layers[0].qkv.is_mkldnn)
+
     def pack(self) -> None:
         """Lay the weights out as this device multiplies them fastest, where that gains anything.
 
@@ -167,6 +172,8 @@ class Backbone:
         self, batch: PackedBatch, *, special: Tensor | None = None, prefix: PrefixKV | None = None
     ) -> Tensor:
         """Return the residual stream [R, h] at the needed rows, before the final norm.
+
+        Rows that are filler (see PackedBatch.pack) hold anything.
 
         special [k, h]: embeddings of ids V, V + 1, … . prefix: keys and values before each text;
         `batch.positions` must start at its length. The last layer computes attention, its output

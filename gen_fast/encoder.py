@@ -257,6 +257,7 @@ class Encoder:
                 [window.ids[i][skip:] for i in members],
                 needed=window.needed[members].tolist(),
                 prefix_length=skip,
+                filler=self.backbone.packed,
                 device=self.device,
             )
             try:
@@ -269,7 +270,7 @@ class Encoder:
 
     def _run(self, batch: PackedBatch, needed: list[int], prefix: PrefixKV | None) -> Tensor:
         backbone = self.backbone
-        hidden = backbone.forward(batch, special=self._special, prefix=prefix)
+        hidden = backbone.forward(batch, special=self._special, prefix=prefix)[: sum(needed)]
         weights = methods.row_weights(needed, self.method)
         projection, bias = self._projection or (None, None)
         return pool(

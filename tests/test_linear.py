@@ -1,7 +1,9 @@
+import numpy as np
 import pytest
 import torch
 
 import gen_fast
+from gen_fast.batching import PackedBatch, rounded_up
 from gen_fast.linear import can_pack, linear, pack
 from gen_fast.testing import assert_no_worse
 from gen_fast.weights import load_backbone
@@ -39,3 +41,19 @@ def test_an_encoder_packs_its_backbone_and_keeps_its_numbers(tiny_model):
     assert packed.backbone.nbytes == plain.backbone.nbytes
     difference = abs(packed.encode(texts) - plain.encode(texts)).max()
     assert difference <= 1e-5 * abs(plain.encode(texts)).max()
+
+
+def test_filler_makes_few_numbers_of_rows_and_changes_no_result(tiny_model):
+    assert len({rounded_up(n) for n in range(1024, 2049)}) == 33
+    assert max(rounded_up(n) / n for n in range(1, 5000)) < 1.04
+    backbone = load_backbone(tiny_model)
+    sequences = [np.arange(3, 3 + n) for n in (50, 1, 61)]
+    for needed in (None, [2, 1, 0]):
+        plain, filled = (
+            PackedBatch.pack(sequences, needed=needed, filler=filler) for filler in (False, True)
+        )
+        assert len(filled.ids) == 112
+        with torch.no_grad():
+            expected = backbone.forward(plain)
+            actual = backbone.forward(filled)[: len(expected)]
+        torch.testing.assert_close(actual, expected)

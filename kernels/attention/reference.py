@@ -50,12 +50,16 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """softmax(q·kᵀ/√D)·v for each text, and the log-sum-exp of the scores. See `op.attention`."""
     wide = torch.promote_types(q.dtype, torch.float32)
-    outputs, masses = [q[:0]], [q[:0, :, 0].to(wide)]
+    # Rows beyond the offsets are filler.
+    end = int(q_offsets[-1])
+    outputs, masses = [], []
     for _, _, scores, values in _each_text(
         q, k, v, q_offsets, k_offsets, prefix_k, prefix_v, window, mask, blocks
     ):
         outputs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), values))
         masses.append(scores.to(wide).logsumexp(-1).T)
+    outputs.append(torch.zeros_like(q[end:]))
+    masses.append(torch.zeros_like(q[end:, :, 0], dtype=wide))
     return torch.cat(outputs), torch.cat(masses)
 
 

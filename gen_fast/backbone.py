@@ -157,16 +157,12 @@ class Backbone:
         """
         if not can_pack(self.layers[0].qkv):
             return
-        self.layers = tuple(
-            replace(
-                layer,
-                qkv=pack(layer.qkv),
-                out=pack(layer.out),
-                gate_up=pack(layer.gate_up),
-                down=pack(layer.down),
-            )
-            for layer in self.layers
-        )
+        # One layer at a time, so that the model is never in memory twice.
+        layers, self.layers = list(self.layers), ()
+        for i in range(len(layers)):
+            names = ("qkv", "out", "gate_up", "down")
+            layers[i] = replace(layers[i], **{n: pack(getattr(layers[i], n)) for n in names})
+        self.layers = tuple(layers)
 
     def forward(
         self, batch: PackedBatch, *, special: Tensor | None = None, prefix: PrefixKV | None = None

@@ -50,27 +50,32 @@ class PackedBatch:
             raise ValueError("a text cannot have more needed rows than tokens")
         row_offsets = np.concatenate(([0], counts.cumsum()))
         rows = None
-        if (counts != lengths).any():
+        if filler or (counts != lengths).any():
             starts = np.repeat(offsets[1:] - counts - row_offsets[:-1], counts)
-            rows = torch.from_numpy(np.arange(row_offsets[-1]) + starts).to(device)
+            rows = np.arange(row_offsets[-1]) + starts
         ids = np.concatenate(sequences) if len(sequences) else np.empty(0)
         if filler:
-            extra = rounded_up(len(ids)) - len(ids)
-            ids, positions = (np.concatenate((x, np.zeros(extra))) for x in (ids, positions))
-            wanted = torch.arange(int(offsets[-1])) if rows is None else rows.cpu()
-            more = wanted.new_zeros(rounded_up(len(wanted)) - len(wanted))
-            rows = torch.cat((wanted, more)).to(device)
+            ids, positions, rows = map(_with_filler, (ids, positions, rows))
+
+        def tensor(values: np.ndarray, dtype: type) -> Tensor:
+            return torch.from_numpy(values.astype(dtype)).to(device)
+
         return cls(
-            ids=torch.from_numpy(ids.astype(np.int64)).to(device),
-            offsets=torch.from_numpy(offsets.astype(np.int32)).to(device),
-            positions=torch.from_numpy(positions.astype(np.int64)).to(device),
-            row_offsets=torch.from_numpy(row_offsets.astype(np.int32)).to(device),
-            rows=rows,
+            ids=tensor(ids, np.int64),
+            offsets=tensor(offsets, np.int32),
+            positions=tensor(positions, np.int64),
+            row_offsets=tensor(row_offsets, np.int32),
+            rows=None if rows is None else tensor(rows, np.int64),
         )
 
 
+def _with_filler(values: np.ndarray) -> np.ndarray:
+    """`values` [n] followed by zeros, `rounded_up(n)` in all."""
+    return np.pad(values, (0, rounded_up(len(values)) - len(values)))
+
+
 def rounded_up(rows: int) -> int:
-    """The next of 16 to 32 evenly spaced numbers in each power of two: 3% more rows on average."""
+    """The next of 32 evenly spaced numbers in each power of two: at most 1/32 more rows."""
     step = 1 << max(0, rows.bit_length() - 6)
     return -(-rows // step) * step
 

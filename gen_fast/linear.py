@@ -10,17 +10,18 @@ from torch.nn.functional import linear as plain_linear
 
 from gen_fast.errors import OpError
 
-# The batch that the layout is chosen for; measured to serve 1 to 8,000 rows.
+# The batch that the layout is chosen for: a full one on a CPU (budget.py).
 _ROWS = 2048
 
 
 def can_pack(weight: Tensor) -> bool:
-    """Whether `pack` makes products with `weight` faster: on a CPU, if torch has oneDNN."""
-    return (
-        weight.device.type == "cpu"
-        and weight.dtype in (torch.float32, torch.bfloat16)
-        and torch.backends.mkldnn.is_available()
-    )
+    """Whether oneDNN can multiply by such a weight here: on a CPU made for its dtype."""
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if weight.dtype == torch.bfloat16:
+        # Elsewhere the packed product is an error, and the plain one slow but right.
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return weight.dtype == torch.float32
 
 
 def pack(weight: Tensor) -> Tensor:

@@ -10,3 +10,8 @@ def dense_rows(x: Tensor) -> Tensor:
     """
     _, heads_apart, apart = x.stride()
     return x if apart == 1 and heads_apart == x.size(2) else x.contiguous()
+
+
+def adjacent(x: Tensor) -> Tensor:
+    """`x` [T, f] with the elements of a row side by side; rows may lie apart. Rarely copies."""
+    return x if x.stride(1) == 1 else x.contiguous()

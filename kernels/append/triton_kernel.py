@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gen_fast.ops import gpu
+from gen_fast.ops.layout import adjacent
 
 BLOCK_ROWS = 32
 BLOCK_COLUMNS = 128
@@ -56,8 +57,8 @@ def _backward(
 
 def append(table: Tensor, special: Tensor | None, ids: Tensor) -> Tensor:
     """See `op.append`. An id beyond both tables gives a row of zeros: no host sync to refuse it."""
-    table = _dense(table)
-    special = None if special is None else _dense(special)
+    table = adjacent(table)
+    special = None if special is None else adjacent(special)
     rows, size = ids.shape[0], table.shape[1]
     out = table.new_empty(rows, size)
     if out.numel():
@@ -74,7 +75,7 @@ def append(table: Tensor, special: Tensor | None, ids: Tensor) -> Tensor:
 
 def append_backward(grad: Tensor, ids: Tensor, vocabulary: int, special: int) -> Tensor:
     """Gradient [k, h] of the special rows, float32."""
-    grad = _dense(grad)
+    grad = adjacent(grad)
     rows, size = grad.shape
     parts = grad.new_empty(PARTS, special, size, dtype=torch.float32)
     if parts.numel():
@@ -86,7 +87,3 @@ def append_backward(grad: Tensor, ids: Tensor, vocabulary: int, special: int) ->
             BLOCK_COLUMNS=BLOCK_COLUMNS,
         )
     return parts.sum(0)
-
-
-def _dense(x: Tensor) -> Tensor:
-    return x if x.stride(1) == 1 else x.contiguous()

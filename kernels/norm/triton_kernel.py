@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gen_fast.ops import gpu
+from gen_fast.ops.layout import adjacent
 from gen_fast.ops.qlinear.triton_kernel import LARGEST, empty_quantized, store_quantized
 
 
@@ -72,7 +73,7 @@ def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, inplace: bool = False
 ) -> tuple[Tensor, Tensor]:
     """See `op.add_rms_norm`."""
-    x, residual, weight = _dense(x), _dense(residual), weight.contiguous()
+    x, residual, weight = adjacent(x), adjacent(residual), weight.contiguous()
     rows, size = x.shape
     total = residual if inplace and residual.is_contiguous() else torch.empty_like(x)
     out = x.new_empty(rows, size)
@@ -91,7 +92,7 @@ def add_rms_norm_quantized(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, variant: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `op.add_rms_norm_quantized`."""
-    x, residual, weight = _dense(x), _dense(residual), weight.contiguous()
+    x, residual, weight = adjacent(x), adjacent(residual), weight.contiguous()
     rows, size = x.shape
     total = x.new_empty(rows, size)
     out, scales = empty_quantized(x, size, variant)
@@ -111,7 +112,7 @@ def add_rms_norm_backward(
     grad_normed: Tensor, grad_total: Tensor, total: Tensor, weight: Tensor, eps: float
 ) -> Tensor:
     """Gradient [T, h] of x and of the residual."""
-    tensors = [_dense(x) for x in (grad_normed, grad_total, total)]
+    tensors = [adjacent(x) for x in (grad_normed, grad_total, total)]
     rows, size = total.shape
     out = total.new_empty(rows, size)
     if out.numel():
@@ -123,7 +124,3 @@ def add_rms_norm_backward(
             num_warps=gpu.row_warps(block),
         )
     return out
-
-
-def _dense(x: Tensor) -> Tensor:
-    return x if x.stride(1) == 1 else x.contiguous()

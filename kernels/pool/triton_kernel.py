@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gen_fast.ops import gpu
+from gen_fast.ops.layout import adjacent
 
 
 @triton.jit
@@ -61,7 +62,7 @@ def pool(
     hidden: Tensor, offsets: Tensor, norm_weight: Tensor, eps: float, row_weights: Tensor | None
 ) -> Tensor:
     """See `op.pool`."""
-    hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
+    hidden = adjacent(hidden)
     texts, size = offsets.shape[0] - 1, hidden.shape[1]
     out = hidden.new_empty(texts, size, dtype=torch.float32)
     if out.numel():
@@ -85,7 +86,7 @@ def pool_backward(
     row_weights: Tensor | None,
 ) -> Tensor:
     """Gradient [R, h] of `hidden`."""
-    hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
+    hidden = adjacent(hidden)
     out = hidden.new_empty(hidden.shape)
     texts, size = grad.shape
     if out.numel() and texts:

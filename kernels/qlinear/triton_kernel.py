@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gen_fast.ops import gpu
+from gen_fast.ops.layout import adjacent
 
 from .reference import FORMATS
 
@@ -42,7 +43,7 @@ def empty_quantized(like: Tensor, size: int, variant: str) -> tuple[Tensor, Tens
 
 def quantize_rows(x: Tensor, variant: str) -> tuple[Tensor, Tensor]:
     """See `op.quantize_rows`."""
-    x = x if x.stride(1) == 1 else x.contiguous()
+    x = adjacent(x)
     out, scales = empty_quantized(x, x.shape[1], variant)
     if out.numel():
         block = gpu.power_of_two(x.shape[1])

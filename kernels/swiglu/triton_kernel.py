@@ -5,6 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gen_fast.ops import gpu
+from gen_fast.ops.layout import adjacent
 from gen_fast.ops.qlinear.triton_kernel import LARGEST, empty_quantized, store_quantized
 
 BLOCK = 1024
@@ -53,7 +54,7 @@ def _quantized(
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """See `op.swiglu`."""
-    gate_up = _dense(gate_up)
+    gate_up = adjacent(gate_up)
     rows, size = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(rows, size)
     if out.numel():
@@ -64,7 +65,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 def swiglu_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
     """Gradient [T, 2f] of `gate_up`."""
-    grad, gate_up = _dense(grad), _dense(gate_up)
+    grad, gate_up = adjacent(grad), adjacent(gate_up)
     rows, size = grad.shape
     out = gate_up.new_empty(gate_up.shape)
     if out.numel():
@@ -76,7 +77,7 @@ def swiglu_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
 
 def swiglu_quantized(gate_up: Tensor, variant: str) -> tuple[Tensor, Tensor]:
     """See `op.swiglu_quantized`."""
-    gate_up = _dense(gate_up)
+    gate_up = adjacent(gate_up)
     rows, size = gate_up.shape[0], gate_up.shape[1] // 2
     out, scales = empty_quantized(gate_up, size, variant)
     if out.numel():
@@ -88,7 +89,3 @@ def swiglu_quantized(gate_up: Tensor, variant: str) -> tuple[Tensor, Tensor]:
             num_warps=gpu.row_warps(block),
         )
     return out, scales
-
-
-def _dense(x: Tensor) -> Tensor:
-    return x if x.stride(1) == 1 else x.contiguous()

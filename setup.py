@@ -114,8 +114,12 @@ setup(
     packages=[
         *find_packages(include=["gen_fast", "gen_fast.*"]),
         *(f"gen_fast.ops.{op}" for op in OPS),
+        "gen_fast.training",
     ],
-    package_dir={f"gen_fast.ops.{op}": f"kernels/{op}" for op in OPS},
+    package_dir={
+        **{f"gen_fast.ops.{op}": f"kernels/{op}" for op in OPS},
+        "gen_fast.training": "training",
+    },
     package_data={"gen_fast": ["py.typed"]},
     ext_modules=[] if BUILD == "none" else extensions(),
     cmdclass={"build_ext": BuildExtensions},

@@ -139,3 +139,79 @@ def transformers_sdpa(
         return torch.cat(parts)[np.argsort(order)].numpy()
 
     return run
+
+
+class ReferenceTraining:
+    """llm2vec-gen 0.1.3's own model and loss, stepped as its scripts/train.py configures it.
+
+    Separate encoder and decoder, trainable tokens through PEFT, full logits, left padding, and
+    gradient checkpointing unless told otherwise. Starts from `adapter`'s weights. The teacher's
+    vectors are given, as in gen_fast.
+    """
+
+    def __init__(
+        self, backbone: Path, adapter: Adapter, dtype: torch.dtype, checkpointing: bool = True
+    ) -> None:
+        from llm2vec_gen.models import EncoderDecoderModel, ProjectionModel
+        from peft import TrainableTokensConfig, get_peft_model
+        from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(backbone)
+        k, h = adapter.special.shape
+        encoder = AutoModel.from_pretrained(backbone, dtype=dtype)
+        self.first_special = encoder.config.vocab_size
+        encoder.resize_token_embeddings(self.first_special + k, mean_resizing=False)
+        indices = list(range(self.first_special, self.first_special + k))
+        encoder = get_peft_model(encoder, TrainableTokensConfig(token_indices=indices))
+        encoder.config.num_special_tokens = k
+        decoder = AutoModelForCausalLM.from_pretrained(backbone, dtype=dtype)
+        decoder.requires_grad_(False)
+        self.reconstruction = ProjectionModel(h, h, dtype=dtype)
+        self.alignment = ProjectionModel(h, adapter.dimension, dtype=dtype)
+        (self.tokens,) = (p for n, p in encoder.named_parameters() if "trainable_tokens_delta" in n)
+        with torch.no_grad():
+            self.tokens.copy_(adapter.special)
+            for layer, (weight, bias) in (
+                (self.reconstruction.projection, adapter.reconstruction),
+                (self.alignment.projection, adapter.alignment),
+            ):
+                layer.weight.copy_(weight)
+                layer.bias.copy_(bias)
+        self.model = EncoderDecoderModel(
+            encoder,
+            decoder,
+            f"last_{adapter.n_compression}_tokens",
+            self.reconstruction,
+            self.alignment,
+        ).train()
+        if checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.k, self.pad, self.dtype = k, tokenizer.eos_token_id, dtype
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=5e-4, weight_decay=0.0)
+
+    def losses(self, examples: list) -> tuple[torch.Tensor, torch.Tensor]:
+        """Reconstruction and alignment loss of a batch, as its trainer computes them."""
+        specials = np.arange(self.first_special, self.first_special + self.k)
+        queries, query_mask = self._padded([np.concatenate((e.query, specials)) for e in examples])
+        answers, answer_mask = self._padded([e.answer for e in examples])
+        labels = torch.where(answer_mask.bool(), answers, -100)
+        states, outputs = self.model(queries, query_mask, answers, answer_mask, labels)
+        vectors = torch.from_numpy(np.stack([e.vector for e in examples])).to(self.dtype)
+        return outputs["loss"], torch.nn.functional.mse_loss(states.mean(dim=1), vectors)
+
+    def step(self, examples: list) -> None:
+        """One update."""
+        self.optimizer.zero_grad()
+        sum(self.losses(examples)).backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+
+    def _padded(self, rows: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+        width = max(len(row) for row in rows)
+        ids = np.full((len(rows), width), self.pad, dtype=np.int64)
+        mask = np.zeros((len(rows), width), dtype=np.int64)
+        for i, row in enumerate(rows):
+            ids[i, width - len(row) :] = row
+            mask[i, width - len(row) :] = 1
+        return torch.from_numpy(ids), torch.from_numpy(mask)

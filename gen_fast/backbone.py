@@ -6,13 +6,15 @@ heads, D head size, f feed-forward size, P prefix length, V vocabulary, L layers
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from gen_fast.batching import PackedBatch
+from gen_fast.kvcache import KVCache
 from gen_fast.linear import can_pack, linear, pack
 from gen_fast.ops.append import append
 from gen_fast.ops.attention import attention
@@ -165,34 +167,57 @@ class Backbone:
         self.layers = tuple(layers)
 
     def forward(
-        self, batch: PackedBatch, *, special: Tensor | None = None, prefix: PrefixKV | None = None
+        self,
+        batch: PackedBatch,
+        *,
+        special: Tensor | None = None,
+        prefix: PrefixKV | None = None,
+        cache: KVCache | None = None,
     ) -> Tensor:
         """Return the residual stream [R, h] at the needed rows, before the final norm.
 
         Rows that are filler (see PackedBatch.pack) hold anything.
 
-        special [k, h]: embeddings of ids V, V + 1, … . prefix: keys and values before each text;
-        `batch.positions` must start at its length. The last layer computes attention, its output
-        and feed-forward for the needed rows only.
+        special [k, h]: embeddings of ids V, V + 1, … . prefix: keys and values before each text.
+        cache: the texts' own tokens so far, if they were begun in an earlier pass; the batch's are
+        added. `batch.positions` must count both. The last layer computes attention, its output
+        and feed-forward for the needed rows only. Gradients reach `special`, nothing else.
         """
-        stream, _ = self._run(batch, special, prefix, keep_kv=False)
+        stream, _ = self._run(batch, special, prefix, cache, keep_kv=False)
         return stream
+
+    def new_cache(self, capacities: Sequence[int] | np.ndarray) -> KVCache:
+        """An empty cache for texts of at most `capacities[i]` tokens each."""
+        return KVCache(self.config, capacities, dtype=self.dtype, device=self.device)
 
     def prefill(self, ids: tuple[int, ...]) -> PrefixKV:
         """Run a prefix once and keep every layer's keys and values."""
         batch = PackedBatch.pack(
             [torch.tensor(ids, dtype=torch.int64).numpy()], needed=[0], device=self.device
         )
-        _, kv = self._run(batch, None, None, keep_kv=True)
+        _, kv = self._run(batch, None, None, None, keep_kv=True)
         return PrefixKV(tuple(ids), tuple(kv))
 
     def _run(
-        self, batch: PackedBatch, special: Tensor | None, prefix: PrefixKV | None, keep_kv: bool
+        self,
+        batch: PackedBatch,
+        special: Tensor | None,
+        prefix: PrefixKV | None,
+        cache: KVCache | None,
+        keep_kv: bool,
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         config = self.config
         eps = config.norm_eps
-        cos, sin = self._rotary_rows(batch.positions, prefix)
         kept: list[tuple[Tensor, Tensor]] = []
+        offsets, row_offsets, k_offsets = batch.offsets, batch.row_offsets, batch.offsets
+        # T bounds the length of every text without asking the device for the maximum.
+        longest = len(batch.positions)
+        if cache is not None:
+            place = cache.place(batch)
+            offsets, row_offsets, k_offsets = place.q_offsets, place.row_offsets, place.k_offsets
+            longest = int(cache.lengths.max(initial=0))
+        longest += 0 if prefix is None else len(prefix)
+        cos, sin = self._rotary_rows(batch.positions, longest)
 
         stream = append(self.embedding, special, batch.ids)  # [T, h]
         normed = rms_norm(stream, self.layers[0].attention_norm, eps)
@@ -202,6 +227,8 @@ class Backbone:
             q, k, v = self._qkv(layer, normed, cos, sin)
             if keep_kv:
                 kept.append((k.contiguous(), v.contiguous()))
+            if cache is not None:
+                k, v = cache.extend(i, place.rows, k, v)
             if rows is not None:
                 q, stream = q[rows], stream[rows]
                 if not len(rows):
@@ -211,8 +238,8 @@ class Backbone:
                 q,
                 k,
                 v,
-                batch.row_offsets if last else batch.offsets,
-                batch.offsets,
+                row_offsets if last else offsets,
+                k_offsets,
                 prefix_k,
                 prefix_v,
                 config.windows[i],
@@ -238,10 +265,8 @@ class Backbone:
         q, k = qk.split([n_q, n_kv], dim=1)
         return q, k, v
 
-    def _rotary_rows(self, positions: Tensor, prefix: PrefixKV | None) -> tuple[Tensor, Tensor]:
-        """Cosines and sines [T, D/2] of the rows' positions, float32, from a growing table."""
-        # T plus P bounds every position without asking the device for the maximum.
-        needed = len(positions) + (0 if prefix is None else len(prefix))
+    def _rotary_rows(self, positions: Tensor, needed: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [T, D/2] of positions below `needed`, float32, from a growing table."""
         if self._rotary is None or self._rotary[0].shape[0] < needed:
             size = 1 << max(needed - 1, 511).bit_length()
             dtype = torch.promote_types(self.dtype, torch.float32)

@@ -32,19 +32,20 @@ class PackedBatch:
         sequences: Sequence[np.ndarray],
         *,
         needed: Sequence[int] | None = None,
-        prefix_length: int = 0,
+        prefix_length: int | np.ndarray = 0,
         filler: bool = False,
         device: torch.device | str = "cpu",
     ) -> "PackedBatch":
         """Pack 1-D id arrays. `needed[i]` is how many last rows of text i the caller wants.
 
+        prefix_length: tokens that stand before each text, the same number for all or [B].
         filler: add rows of no text until their number is one of a few: oneDNN prepares, and
         keeps, each of its products once for every number of rows that it meets.
         Raises ValueError if a text needs more rows than it has.
         """
         lengths = np.array([len(s) for s in sequences], dtype=np.int64)
         offsets = np.concatenate(([0], lengths.cumsum()))
-        positions = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths) + prefix_length
+        positions = np.arange(offsets[-1]) - np.repeat(offsets[:-1] - prefix_length, lengths)
         counts = lengths if needed is None else np.asarray(needed, dtype=np.int64)
         if (counts > lengths).any() or (counts < 0).any():
             raise ValueError("a text cannot have more needed rows than tokens")

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import gen_fast.cli_options as options
+from gen_fast import cli_training
 from gen_fast.cli_errors import EPILOG, FAILURE, Commands, fail
 from gen_fast.errors import GenFastError, InputError, TextError
 from gen_fast.version import __version__
@@ -244,7 +245,7 @@ def info(
     from gen_fast.ops import all_ops
     from gen_fast.sources import cache_directory
 
-    where = _checked_device(device)
+    where = options.checked_device(device)
     computed_in = resolve_dtype(dtype, where)
     facts: dict[str, Any] = {
         "gen_fast": __version__,
@@ -286,6 +287,10 @@ def demo() -> None:
     importlib.import_module("gen_fast.demo").run()
 
 
+app.command()(cli_training.generate)
+app.command()(cli_training.teach)
+
+
 # ---------------------------------------------------------------------- shared by the commands
 
 
@@ -306,23 +311,11 @@ def _load(
         model or DEFAULT_MODEL,
         method=method and str(method),
         backbone=backbone,
-        device=_checked_device(device),
+        device=options.checked_device(device),
         dtype=str(dtype),
         max_length=max_length,
         deterministic=deterministic,
     )
-
-
-def _checked_device(name: str | None) -> Any:
-    """The torch.device to use; exits if this machine does not have it."""
-    import torch
-
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        fail(f"--device {name}: {str(error).splitlines()[0]}")
-    return device
 
 
 def _embed(encoder: "Encoder", texts: list[str], source: str, **settings: Any) -> "np.ndarray":

@@ -1,9 +1,11 @@
 """Options that several commands of `gen-fast` take, and the values they may have."""
 
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from gen_fast.cli_errors import fail
 
 
 class Method(StrEnum):
@@ -59,3 +61,15 @@ DeterministicOption = Annotated[
 ]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no warnings.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def checked_device(name: str | None) -> Any:
+    """The torch.device to use; exits if this machine does not have it."""
+    import torch
+
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        fail(f"--device {name}: {str(error).splitlines()[0]}")
+    return device

@@ -63,3 +63,15 @@ class OpError(GenFastError, ValueError):
 
 class ImplementationError(GenFastError, RuntimeError):
     """A forced implementation of an op does not exist or cannot run here."""
+
+
+class ConfigError(GenFastError, ValueError):
+    """A training configuration has an unknown key or a value that has no meaning."""
+
+
+class CheckpointError(GenFastError, RuntimeError):
+    """A training checkpoint cannot be written or read, or belongs to another run."""
+
+
+class NonFiniteLossError(GenFastError, ArithmeticError):
+    """The training loss stayed NaN or infinite."""

@@ -82,11 +82,8 @@ def load(
             check_embedding(directory, network.embedding)
             adapter = adapter.with_fingerprint(network.fingerprint)
     method = "llm2vec-gen" if adapter else method or DEFAULT_METHOD
-    generator = None
-    if method == "hyde":
-        generator = AnswerGenerator(network, source, tokenizer)  # reads the weights as they are
-    else:
-        network.pack()
+    network.pack()
+    generator = AnswerGenerator(network, source, tokenizer) if method == "hyde" else None
     logger.info("%s: %s on %s in %s", model, method, chosen_device, chosen_dtype)
     return Encoder(
         network,
@@ -98,6 +95,24 @@ def load(
         deterministic=deterministic,
         name=str(model),
     )
+
+
+def load_generator(
+    model: str | Path = DEFAULT_MODEL,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype = "auto",
+    revision: str | None = None,
+    **options: Any,
+) -> AnswerGenerator:
+    """Load a backbone to write answers with. `options` are those of AnswerGenerator."""
+    chosen_device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    source = resolve(model, revision)
+    network = load_backbone(
+        source, dtype=resolve_dtype(dtype, chosen_device), device=chosen_device
+    )
+    network.pack()
+    return AnswerGenerator(network, source, load_tokenizer(source), **options)
 
 
 def _adapter_in(directory: Path) -> Adapter | None:

@@ -120,7 +120,8 @@ class OwnTokens:
     def __call__(self, texts: Sequence[str], first_row: int) -> Sequences:
         """See Layout. Raises TextError for a text without a token of its own."""
         if self._generator is not None:
-            texts = self._generator.answers([self._prompt + text for text in texts])
+            prompted = [self._prompt + text for text in texts]
+            texts = [answer.text for answer in self._generator.answers(prompted)]
         ids, shared = self._text(texts)
         own = np.array([len(row) for row in ids], dtype=np.int64) - shared
         _refuse_empty(own, self._method, first_row)

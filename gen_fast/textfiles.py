@@ -21,6 +21,7 @@ from gen_fast.errors import InputError, TextError
 from gen_fast.tokenizing import check_texts
 
 STDIN = "-"
+DATASETS = "datasets:"
 TEXT_SUFFIXES = {
     ".txt": "txt",
     ".jsonl": "jsonl",
@@ -49,9 +50,11 @@ def read_texts(
     file_format: str | None = None,
     text_column: str | None = None,
     id_column: str | None = None,
+    split: str = "train",
 ) -> Texts:
-    """Read the texts of a file, or of stdin if `source` is "-".
+    """Read the texts of a file, of stdin if `source` is "-", or of a Hub dataset "datasets:NAME".
 
+    split: of a dataset.
     file_format: txt, jsonl, csv or parquet; None goes by the suffix, and is txt for stdin (which
     may be txt or jsonl). An empty line of a txt file is an empty text.
     text_column: None takes "text", else the only string column. id_column: strings or integers;
@@ -65,6 +68,8 @@ def read_texts(
         raise InputError(f"{name}: txt has no columns, so {text_column or id_column!r} is missing")
     if name == "stdin" and file_format not in ("txt", "jsonl"):
         raise InputError(f"stdin: {file_format} cannot be read from stdin, only txt and jsonl")
+    if name.startswith(DATASETS):
+        source = f"{source}:{split}"
     if file_format not in _READERS:
         raise InputError(f"{name}: format {file_format!r} is not one of {', '.join(_READERS)}")
     ids: list[str] = []
@@ -87,6 +92,8 @@ def read_texts(
 def _format_of(source: str | Path) -> str:
     if str(source) == STDIN:
         return "txt"
+    if str(source).startswith(DATASETS):
+        return "dataset"
     suffix = Path(source).suffix.lower()
     if suffix not in TEXT_SUFFIXES:
         raise InputError(
@@ -223,6 +230,24 @@ def _read_parquet(
         yield from _batch_rows(name, batches, text_column, id_column)
 
 
+def _read_dataset(
+    source: str | Path, name: str, text_column: str | None, id_column: str | None
+) -> Iterator[_Row]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise InputError(f"{name}: needs the package datasets: pip install datasets") from error
+    path, split = str(source).removeprefix(DATASETS).rsplit(":", 1)
+    try:
+        loaded = datasets.load_dataset(path, split=split)
+    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+        raise InputError(f"{name}, split {split}: {error}") from error
+    table = loaded.data.table
+    text_column = _checked_columns(name, table.schema, text_column, id_column)
+    columns = [text_column] + ([id_column] if id_column else [])
+    yield from _batch_rows(name, table.select(columns).to_batches(), text_column, id_column)
+
+
 def _batch_rows(name: str, batches: Any, text_column: str, id_column: str | None) -> Iterator[_Row]:
     row = 0
     for batch in batches:
@@ -294,4 +319,5 @@ _READERS: Mapping[str, Any] = {
     "jsonl": _read_jsonl,
     "csv": _read_csv,
     "parquet": _read_parquet,
+    "dataset": _read_dataset,
 }

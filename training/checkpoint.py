@@ -1,0 +1,148 @@
+"""Checkpoints of a run: written whole or not at all, and enough to go on to the same bits."""
+
+import json
+import logging
+import os
+import random
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from gen_fast.adapter import Adapter
+from gen_fast.errors import AdapterError, CheckpointError, WeightsError
+from gen_fast.weights import read_json
+
+logger = logging.getLogger(__name__)
+
+FORMAT = "gen_fast.checkpoint/1"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The state of a run after `step` steps.
+
+    adapter: the trained tensors. optimizer: tensors by "<parameter>.<name>". identity: settings
+    and data that must agree. counters: whatever else the loop counts.
+    """
+
+    step: int
+    adapter: Adapter
+    optimizer: Mapping[str, Tensor]
+    identity: Mapping[str, Any]
+    counters: Mapping[str, Any]
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
+    """Write folder/step-00000100 and remove all but the newest `keep`.
+
+    Everything lies under a temporary name and on the disk before it gets its own, so a crash or a
+    full disk leaves the earlier checkpoints as they were. Raises CheckpointError.
+    """
+    final = folder / f"step-{checkpoint.step:08d}"
+    temporary = folder / f".{final.name}.tmp"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        checkpoint.adapter.save(temporary / "adapter")
+        tensors = {name: tensor.contiguous() for name, tensor in checkpoint.optimizer.items()}
+        save_file({**tensors, **_random_state()}, temporary / "optimizer.safetensors")
+        state = {
+            "format": FORMAT,
+            "step": checkpoint.step,
+            "identity": dict(checkpoint.identity),
+            "counters": dict(checkpoint.counters),
+            "python_random": random.getstate(),
+            "numpy_random": [
+                x.tolist() if isinstance(x, np.ndarray) else x for x in np.random.get_state()
+            ],
+        }
+        (temporary / "state.json").write_text(json.dumps(state) + "\n")
+        for path in sorted(temporary.rglob("*")):
+            _sync(path)
+        _sync(temporary)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(temporary, final)
+        _sync(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        last = latest_checkpoint(folder)
+        raise CheckpointError(
+            f"cannot write checkpoint {final}: {error}; "
+            + (f"{last} is intact: free some space and run again" if last else "there is none yet")
+        ) from error
+    for old in _checkpoints(folder)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint in `folder`; None if there is none."""
+    found = _checkpoints(folder)
+    return found[-1] if found else None
+
+
+def load_checkpoint(path: Path, identity: Mapping[str, Any]) -> Checkpoint:
+    """Read a checkpoint and put the random generators where they were.
+
+    Raises CheckpointError if it is damaged, or belongs to other settings, data or backbone.
+    """
+    try:
+        state = read_json(path / "state.json")
+        adapter = Adapter.load(path / "adapter")
+        tensors = load_file(path / "optimizer.safetensors")
+        kept = state["identity"]
+        step, counters = int(state["step"]), state["counters"]
+        known = state["format"]
+    except (AdapterError, WeightsError, SafetensorError, OSError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}; delete it to use the one before") from error
+    if known != FORMAT:
+        raise CheckpointError(f"{path} has format {known!r}, expected {FORMAT!r}")
+    for key in sorted({*kept, *identity}):
+        if kept.get(key) != identity.get(key):
+            raise CheckpointError(
+                f"{path} was trained with {key} = {kept.get(key)!r}, this run has "
+                f"{identity.get(key)!r}: use the same settings, or another out directory"
+            )
+    _set_random_state(state, tensors)
+    optimizer = {name: t for name, t in tensors.items() if not name.startswith("random.")}
+    return Checkpoint(step, adapter, optimizer, kept, counters)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted(path for path in found if re.fullmatch(r"step-\d+", path.name))
+
+
+def _random_state() -> dict[str, Tensor]:
+    state = {"random.cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state |= {f"random.cuda.{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
+    return state
+
+
+def _set_random_state(state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    torch.set_rng_state(tensors["random.cpu"])
+    cuda = [tensors[name] for name in sorted(tensors) if name.startswith("random.cuda.")]
+    if len(cuda) == (torch.cuda.device_count() if torch.cuda.is_available() else 0) and cuda:
+        torch.cuda.set_rng_state_all(cuda)
+    version, internal, gauss = state["python_random"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, position, has_gauss, cached = state["numpy_random"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

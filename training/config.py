@@ -1,0 +1,193 @@
+"""One training run's settings: a YAML file, overridden by flags."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
+
+import yaml
+
+from gen_fast.adapter import DEFAULT_PROMPTS
+from gen_fast.errors import ConfigError
+
+# Where a run lies and how it reports does not change what it computes.
+_NOT_PART_OF_THE_RUN = {
+    *("out", "answers", "teacher", "checkpoint_every", "keep_checkpoints", "log_every"),
+    *("validate_every", "report_to", "steps", "prompts", "backbone", "device"),
+}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of a run; the defaults are those of LLM2Vec-Gen (arXiv 2603.10913, §4).
+
+    answers: jsonl files of {"id", "query", "answer"} and perhaps {"negative_query",
+    "negative_answer"}. teacher: parquet of their vectors, as `gen-fast teach` writes it. out: a
+    directory. n_thought, n_compression: special tokens. prompt: put before every query.
+    max_length: tokens of a query with its special tokens. max_answer_tokens: with its end.
+    answer_end: what is put after an answer; None is the tokenizer's end of text.
+    *_weight: of a loss; 0 leaves it out. alignment: "mse" or "cosine". repeat_weight: a second
+    pass over repeat_prompt + answer, aligned to the same teacher vector.
+    negative_weight: alignment of negative queries to their answers. margin_weight, margin: hinge
+    on squared distances to other texts. contrastive_weight, contrastive_scale: InfoNCE of queries
+    against repeated answers and negatives.
+    batch_size: texts a step, all ranks together. micro_batch_tokens: of reconstruction at a time;
+    None fits the device. learning_rate rises over warmup_steps and falls to 0 at schedule_steps;
+    the run stops at `steps`. max_skipped: steps in a row with a NaN loss that are survived.
+    validation_rows: held out, chosen by a hash of their ids.
+    report_to: "tensorboard", "wandb"; curves and metrics.jsonl are always written.
+    """
+
+    answers: tuple[str, ...] = ()
+    teacher: str = ""
+    out: str = ""
+    backbone: str = "smollm2-135m"
+    backbone_revision: str | None = None
+    n_thought: int = 0
+    n_compression: int = 10
+    prompt: str = ""
+    max_length: int = 512
+    max_answer_tokens: int = 512
+    answer_end: str | None = None
+    reconstruction_weight: float = 1.0
+    alignment_weight: float = 1.0
+    alignment: str = "mse"
+    repeat_weight: float = 0.0
+    repeat_prompt: str = "Repeat this text word by word. "
+    negative_weight: float = 0.0
+    margin_weight: float = 0.0
+    margin: float = 0.0
+    contrastive_weight: float = 0.0
+    contrastive_scale: float = 20.0
+    batch_size: int = 32
+    micro_batch_tokens: int | None = None
+    learning_rate: float = 5e-4
+    weight_decay: float = 0.0
+    warmup_steps: int = 100
+    schedule_steps: int = 20_000
+    steps: int = 5_000
+    max_grad_norm: float = 1.0
+    max_skipped: int = 10
+    seed: int = 0
+    dtype: str = "auto"
+    device: str | None = None
+    validation_rows: int = 256
+    validate_every: int = 500
+    checkpoint_every: int = 100
+    keep_checkpoints: int = 2
+    log_every: int = 10
+    report_to: tuple[str, ...] = ("tensorboard",)
+    prompts: Mapping[str, str] = field(default_factory=lambda: dict(DEFAULT_PROMPTS))
+
+    def __post_init__(self) -> None:
+        for name in ("answers", "teacher", "out"):
+            if not getattr(self, name):
+                raise ConfigError(f"{name} must be given")
+        positive = ("n_compression", "batch_size", "schedule_steps", "steps", "keep_checkpoints")
+        positive += ("max_length", "max_answer_tokens", "checkpoint_every", "log_every")
+        positive += ("validate_every", "learning_rate", "max_grad_norm")
+        for name in positive:
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} must be positive, not {getattr(self, name)}")
+        for item in fields(self):
+            if item.name.endswith("_weight") and getattr(self, item.name) < 0:
+                raise ConfigError(f"{item.name} must not be negative")
+        if self.alignment not in ("mse", "cosine"):
+            raise ConfigError(f"alignment must be mse or cosine, not {self.alignment!r}")
+        if not self.reconstruction_weight and not self.alignment_weight:
+            raise ConfigError("reconstruction_weight and alignment_weight are both 0")
+        if self.n_special >= self.max_length:
+            raise ConfigError(f"{self.n_special} special tokens leave no room in {self.max_length}")
+        if self.n_thought < 0:
+            raise ConfigError(f"n_thought must not be negative, not {self.n_thought}")
+
+    @property
+    def n_special(self) -> int:
+        """Thought and compression tokens together."""
+        return self.n_thought + self.n_compression
+
+    @property
+    def needs_negatives(self) -> bool:
+        """Whether a loss over negative queries and answers is on."""
+        return bool(self.negative_weight or self.margin_weight or self.contrastive_weight)
+
+    @property
+    def needs_repeats(self) -> bool:
+        """Whether answers are embedded behind the repeat prompt."""
+        return bool(self.repeat_weight or self.contrastive_weight)
+
+    def identity(self) -> dict[str, Any]:
+        """What must agree when a run is continued from a checkpoint."""
+        values = json.loads(json.dumps(asdict(self)))
+        return {k: v for k, v in values.items() if k not in _NOT_PART_OF_THE_RUN}
+
+
+def read_config(path: str | Path | None, overrides: Mapping[str, Any]) -> TrainConfig:
+    """Read a YAML file of TrainConfig's fields; `overrides` win. Raises ConfigError."""
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path} is not YAML: {error}") from error
+        if not isinstance(loaded, dict):
+            raise ConfigError(f"{path} holds no settings")
+        values = loaded
+    values |= overrides
+    types = get_type_hints(TrainConfig)
+    unknown = sorted(set(values) - set(types))
+    if unknown:
+        raise ConfigError(f"unknown setting {unknown[0]!r}; there are {', '.join(types)}")
+    return TrainConfig(**{name: _typed(name, value, types[name]) for name, value in values.items()})
+
+
+def parse_flags(flags: Sequence[str]) -> dict[str, Any]:
+    """Turn ["--batch-size", "8", "--prompt=x"] into settings. Raises ConfigError."""
+    found: dict[str, Any] = {}
+    rest = list(flags)
+    while rest:
+        flag, has_value, value = rest.pop(0).partition("=")
+        if not flag.startswith("--"):
+            raise ConfigError(f"expected a flag such as --batch-size, got {flag!r}")
+        if not has_value:
+            if not rest:
+                raise ConfigError(f"{flag} needs a value")
+            value = rest.pop(0)
+        name = flag.removeprefix("--").replace("-", "_")
+        # Several files: --answers a.jsonl --answers b.jsonl
+        found[name] = [*found[name], value] if name in ("answers", "report_to") and name in found else (
+            [value] if name in ("answers", "report_to") else value
+        )
+    return found
+
+
+def _typed(name: str, value: Any, kind: Any) -> Any:
+    """`value`, from YAML or a flag, as the field's type. Raises ConfigError."""
+    options = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    if value is None or value == "null":
+        if type(None) in options:
+            return None
+        raise ConfigError(f"{name} must be given")
+    kind = options[0]
+    if get_origin(kind) is tuple:
+        values = [value] if isinstance(value, str) else value
+        if not isinstance(values, list | tuple) or not all(isinstance(x, str) for x in values):
+            raise ConfigError(f"{name} must be a list of strings, not {value!r}")
+        return tuple(x for x in values if x)
+    if get_origin(kind) is not None:
+        if not isinstance(value, dict):
+            raise ConfigError(f"{name} must be a mapping, not {value!r}")
+        return {str(k): str(v) for k, v in value.items()}
+    try:
+        if isinstance(value, bool):
+            raise ValueError
+        made = kind(value)
+        if kind is int and float(value) != made:
+            raise ValueError
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{name} must be {kind.__name__}, not {value!r}") from error
+    return made

@@ -1,0 +1,237 @@
+"""Queries, answers and teacher vectors, in the order in which a run sees them."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gen_fast.embeddingfiles import read_embeddings
+from gen_fast.errors import ConfigError, InputError
+from gen_fast.tokenizing import TextTokenizer, without_special_tokens
+from gen_fast.training.config import TrainConfig
+from gen_fast.training.records import Rejections
+
+logger = logging.getLogger(__name__)
+
+NEGATIVE_SUFFIX = "#negative"  # of a row's id, in a file of teacher vectors
+
+
+@dataclass(frozen=True)
+class Row:
+    """A query with its answer; a negative query with its own answer, if there is one."""
+
+    id: str
+    query: str
+    answer: str
+    negative_query: str | None = None
+    negative_answer: str | None = None
+
+
+def read_rows(paths: Sequence[str | Path], rejections: Rejections) -> list[Row]:
+    """Read answer files. Rows without an answer, or seen before, are left out and counted.
+
+    Raises InputError naming file and line for a row that is malformed.
+    """
+    rows: list[Row] = []
+    seen: set[str] = set()
+    for path in paths:
+        for place, record in _records(Path(path)):
+            row = _row(place, record)
+            if not row.query.strip() or not row.answer.strip():
+                rejections.add(row.id, "empty query or answer")
+            elif row.id in seen:
+                rejections.add(row.id, "duplicate id")
+            else:
+                seen.add(row.id)
+                rows.append(row)
+    if not rows:
+        raise InputError(f"{', '.join(map(str, paths))}: no usable row")
+    return rows
+
+
+def _records(path: Path) -> list[tuple[str, Any]]:
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    found = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                found.append((f"{path}, line {number}", json.loads(line)))
+            except ValueError as error:
+                raise InputError(f"{path}, line {number}: not valid JSON: {error}") from error
+    return found
+
+
+def _row(place: str, record: Any) -> Row:
+    if not isinstance(record, dict):
+        raise InputError(f"{place}: expected an object with id, query and answer")
+    values = {name: record.get(name) for name in ("id", "query", "answer")}
+    for name, value in values.items():
+        if not isinstance(value, str):
+            raise InputError(f"{place}: expected a string as {name}, got {value!r:.60}")
+    negative = [record.get(f"negative_{name}") for name in ("query", "answer")]
+    for value in negative:
+        if value is not None and not isinstance(value, str):
+            raise InputError(f"{place}: expected a string as negative, got {value!r:.60}")
+    if (negative[0] is None) != (negative[1] is None):
+        raise InputError(f"{place}: a negative query goes with a negative answer")
+    return Row(values["id"], values["query"], values["answer"], *negative)
+
+
+def teacher_texts(rows: Sequence[Row]) -> tuple[list[str], list[str]]:
+    """Ids and texts that a teacher embeds: every answer, and every negative answer."""
+    ids = [row.id for row in rows]
+    texts = [row.answer.strip() for row in rows]
+    for row in rows:
+        if row.negative_answer is not None:
+            ids.append(row.id + NEGATIVE_SUFFIX)
+            texts.append(row.negative_answer.strip())
+    return ids, texts
+
+
+@dataclass(frozen=True)
+class Example:
+    """A row as token ids: query (with prompt), answer (with its end), repeated answer, negatives.
+
+    vector, negative_vector [d]: the teacher's.
+    """
+
+    query: np.ndarray
+    answer: np.ndarray
+    vector: np.ndarray
+    repeat: np.ndarray | None = None
+    negative_query: np.ndarray | None = None
+    negative_repeat: np.ndarray | None = None
+    negative_vector: np.ndarray | None = None
+
+
+class TrainingData:
+    """Rows with their teacher vectors, split into training and validation.
+
+    train, validation: rows; `examples` tokenises some of them. dimension: of the teacher.
+    """
+
+    def __init__(self, config: TrainConfig, tokenizer: Any, rejections: Rejections) -> None:
+        self._config = config
+        rows = read_rows(config.answers, rejections)
+        if config.needs_negatives:
+            without = [row for row in rows if row.negative_query is None]
+            for row in without:
+                rejections.add(row.id, "no negative query")
+            rows = [row for row in rows if row.negative_query is not None]
+            if not rows:
+                raise ConfigError("negatives are asked for, and no row has a negative_query")
+        self._vectors = _teacher_vectors(config.teacher, rows)
+        self.dimension = len(next(iter(self._vectors.values())))
+        held = _smallest_hashes(rows, config.validation_rows)
+        self.validation = [row for row in rows if row.id in held]
+        self.train = [row for row in rows if row.id not in held]
+        if not self.train:
+            raise ConfigError(
+                f"{len(rows)} rows, of which {config.validation_rows} for validation: none is left"
+            )
+        self._core = without_special_tokens(tokenizer)
+        room = config.max_length - config.n_special
+        self._query = TextTokenizer(self._core, config.prompt, room)
+        self._repeat = TextTokenizer(self._core, config.repeat_prompt, room)
+        self._answer = TextTokenizer(
+            self._core, "", config.max_answer_tokens, add_special_tokens=False
+        )
+        self._end_text, self._end_ids = _answer_end(config.answer_end, tokenizer)
+
+    def fingerprint(self) -> str:
+        """A hash of all rows and vectors: a run is continued with the same data only."""
+        digest = hashlib.sha256()
+        for row in (*self.train, *self.validation):
+            digest.update(repr(row).encode())
+            digest.update(self._vectors[row.id].tobytes())
+        return digest.hexdigest()
+
+    def step_rows(self, step: int) -> list[Row]:
+        """The rows of training step `step`, counted from 0: epochs of seeded permutations."""
+        n, size = len(self.train), self._config.batch_size
+        positions = np.arange(step * size, (step + 1) * size)
+        found = []
+        for epoch in np.unique(positions // n):
+            order = np.random.default_rng([self._config.seed, int(epoch)]).permutation(n)
+            found += [self.train[i] for i in order[positions[positions // n == epoch] % n]]
+        return found
+
+    def examples(self, rows: Sequence[Row]) -> list[Example]:
+        """Tokenise rows."""
+        config = self._config
+        columns: dict[str, list[Any]] = {
+            "query": self._query([row.query.strip() for row in rows])[0],
+            "answer": self._answers([row.answer for row in rows]),
+            "vector": [self._vectors[row.id] for row in rows],
+        }
+        if config.needs_repeats:
+            columns["repeat"] = self._repeat([row.answer.strip() for row in rows])[0]
+        if config.needs_negatives:
+            negatives = [((row.negative_query or ""), (row.negative_answer or "")) for row in rows]
+            columns["negative_query"] = self._query([query.strip() for query, _ in negatives])[0]
+            columns["negative_repeat"] = self._repeat([text.strip() for _, text in negatives])[0]
+            columns["negative_vector"] = [self._vectors[row.id + NEGATIVE_SUFFIX] for row in rows]
+        names = list(columns)
+        return [
+            Example(**dict(zip(names, values, strict=True)))
+            for values in zip(*columns.values(), strict=True)
+        ]
+
+    def _answers(self, answers: Sequence[str]) -> list[np.ndarray]:
+        ids, _ = self._answer([answer.strip() + self._end_text for answer in answers])
+        room = self._config.max_answer_tokens - len(self._end_ids)
+        return [np.concatenate((row[:room], self._end_ids)) for row in ids]
+
+
+def _answer_end(literal: str | None, tokenizer: Any) -> tuple[str, np.ndarray]:
+    """Text and ids that end an answer; one of them is empty."""
+    if literal is None:
+        if tokenizer.eos_token_id is None:
+            raise ConfigError("the tokenizer has no end of text: give answer_end")
+        return "", np.array([tokenizer.eos_token_id], dtype=np.int32)
+    known = tokenizer.get_added_vocab().get(literal)
+    return ("", np.array([known], dtype=np.int32)) if known is not None else (
+        literal,
+        np.empty(0, dtype=np.int32),
+    )
+
+
+def _teacher_vectors(path: str, rows: Sequence[Row]) -> dict[str, np.ndarray]:
+    """The vector of every answer, by id. Raises InputError if one is missing or of another text."""
+    made = read_embeddings(path)
+    where = {identifier: i for i, identifier in enumerate(made.ids)}
+    ids, texts = teacher_texts(rows)
+    for identifier, text in zip(ids, texts, strict=True):
+        if identifier not in where:
+            raise InputError(f"{path} has no vector for row {identifier!r}: run gen-fast teach")
+        if made.texts is not None and made.texts[where[identifier]] != text:
+            raise InputError(
+                f"{path} was made for another answer of row {identifier!r}: run gen-fast teach"
+            )
+    return {identifier: made.vectors[where[identifier]] for identifier in ids}
+
+
+def _smallest_hashes(rows: Sequence[Row], count: int) -> set[str]:
+    order = sorted(rows, key=lambda row: hashlib.sha256(row.id.encode()).digest())
+    return {row.id for row in order[:count]}
+
+
+def share_of_rank(examples: Sequence[Example], rank: int, ranks: int) -> list[Example]:
+    """This rank's examples of a global batch: dealt by length, so that ranks have equal work."""
+    def work(example: Example) -> int:
+        return len(example.query) + 2 * len(example.answer)
+
+    order = sorted(range(len(examples)), key=lambda i: work(examples[i]), reverse=True)
+    rounds = np.arange(len(order)) // ranks
+    seats = np.arange(len(order)) % ranks
+    # Back and forth, as teams are picked: or the first rank would get the longest of each round.
+    dealt = np.where(rounds % 2 == 0, seats, ranks - 1 - seats)
+    return [examples[i] for i, seat in zip(order, dealt, strict=True) if seat == rank]

@@ -1,0 +1,95 @@
+"""Append-only jsonl files that survive being killed, and rows that were turned away."""
+
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from gen_fast.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+
+class RecordFile:
+    """A jsonl file that grows by whole batches. What is in it when it is opened is kept.
+
+    settings: what the rows depend on; kept in `<name>.settings.json` beside the file, and compared
+    when the file is opened again. Raises InputError if they differ, or if the file is damaged.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._check_settings(json.loads(json.dumps(settings)))
+        self.rows = read_records(path)
+
+    def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Write rows and wait until they are on the disk."""
+        rows = [dict(row) for row in rows]
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        with self.path.open("ab") as file:
+            file.write(text.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        self.rows += rows
+
+    def _check_settings(self, settings: dict[str, Any]) -> None:
+        path = self.path.with_name(f"{self.path.name}.settings.json")
+        if not path.exists() or not self.path.exists():
+            path.write_text(json.dumps(settings, indent=2) + "\n")
+            return
+        kept = json.loads(path.read_text())
+        for key in sorted({*kept, *settings}):
+            if kept.get(key) != settings.get(key):
+                raise InputError(
+                    f"{self.path} was begun with {key} = {kept.get(key)!r}, now it is "
+                    f"{settings.get(key)!r}: give another --out, or delete it"
+                )
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The rows of a jsonl file, after cutting off a last line that was not written to its end.
+
+    None if there is no file. Raises InputError naming a line that is not JSON.
+    """
+    if not path.exists():
+        return []
+    content = path.read_bytes()
+    end = content.rfind(b"\n") + 1
+    if end < len(content):
+        logger.warning("%s: the last line was cut off by a crash and is made again", path)
+        with path.open("r+b") as file:
+            file.truncate(end)
+    rows = []
+    for number, line in enumerate(content[:end].splitlines(), 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise InputError(f"{path}, line {number}: not valid JSON: {error}") from error
+    return rows
+
+
+class Rejections:
+    """Rows that were left out, counted by reason and listed in a jsonl file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.counts: Counter[str] = Counter()
+        self._rows: list[dict[str, str]] = []
+
+    def add(self, identifier: str, reason: str) -> None:
+        """Leave out the row called `identifier`."""
+        self.counts[reason] += 1
+        self._rows.append({"id": identifier, "reason": reason})
+
+    def write(self) -> None:
+        """Write the list, if there is anything in it, and log the counts."""
+        if not self._rows:
+            return
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self._rows)
+        self.path.write_text(text)
+        counts = ", ".join(f"{count} {reason}" for reason, count in self.counts.items())
+        logger.warning("%d rows left out (%s): see %s", len(self._rows), counts, self.path)

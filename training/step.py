@@ -1,0 +1,261 @@
+"""One training step: losses and gradients of a batch, exact whatever its parts.
+
+The special tokens of all texts are run once. Reconstruction, which needs most of the memory, goes
+over parts of the batch; each leaves its gradient at the soft prompts, and one pass takes the sum
+back through the special tokens.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gen_fast.batching import split_by_budget
+from gen_fast.ops.distill import distill
+from gen_fast.training import losses
+from gen_fast.training.config import TrainConfig
+from gen_fast.training.data import Example
+from gen_fast.training.student import Student
+
+# Tokens of reconstruction at a time. Their activations are kept for the backward pass: about 350
+# kB a token for SmolLM2-135M in bfloat16.
+CPU_TOKENS, GPU_TOKENS = 1024, 16384
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Mean losses of a global batch; those that are off are 0. total is their weighted sum."""
+
+    total: float = 0.0
+    reconstruction: float = 0.0
+    alignment: float = 0.0
+    repeat: float = 0.0
+    negative: float = 0.0
+    margin: float = 0.0
+    contrastive: float = 0.0
+
+
+@dataclass(frozen=True)
+class Work:
+    """Tokens that a step ran: queries forward only, the others forward and back."""
+
+    queries: int
+    specials: int
+    answers: int
+    predicted: int
+
+    @property
+    def tokens(self) -> int:
+        """All tokens that were run."""
+        return self.queries + self.specials + self.answers
+
+    def flops(self, student: Student) -> float:
+        """Floating-point operations of the products with frozen weights.
+
+        2 for each weight and token forward, as many for the gradient of the input; the head twice
+        for each predicted token (logits, gradient).
+        """
+        weights = student.backbone.config.non_embedding_parameters
+        head = student.head.numel()
+        return 2.0 * (
+            weights * (self.queries + 2 * self.specials + 2 * self.answers)
+            + 2 * head * self.predicted
+        )
+
+
+class World:
+    """The ranks of a run; a single process is a world of one."""
+
+    def __init__(self) -> None:
+        there = dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank() if there else 0
+        self.size = dist.get_world_size() if there else 1
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum of `values` over the ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def gather(self, values: Tensor, counts: Sequence[int]) -> Tensor:
+        """Rows of all ranks [sum(counts), d], in rank order; this rank's has `counts[rank]`."""
+        if self.size == 1:
+            return values
+        widest = max(counts)
+        padded = values.new_zeros(widest, *values.shape[1:])
+        padded[: len(values)] = values
+        parts = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+    def counts(self, own: int) -> list[int]:
+        """`own` of every rank."""
+        if self.size == 1:
+            return [own]
+        values = torch.zeros(self.size, dtype=torch.int64, device=self._device())
+        values[self.rank] = own
+        return [int(count) for count in self.sum(values)]
+
+    def _device(self) -> str:
+        return "cuda" if dist.get_backend() == "nccl" else "cpu"
+
+
+def accumulate(
+    student: Student, examples: Sequence[Example], config: TrainConfig, world: World
+) -> tuple[Losses, Work]:
+    """Put the gradients of a global batch's mean loss into the student's parameters.
+
+    examples: this rank's, at least one. Gradients and losses are summed over the ranks, each
+    divided by the counts of the whole batch, so they are those of one process.
+    """
+    student.zero_grad()
+    n = len(examples)
+    counts = world.counts(n)
+    tokens = sum(world.counts(sum(len(example.answer) for example in examples)))
+    groups = _groups(examples, config)
+    soft, embeddings = student.encode([ids for group in groups.values() for ids in group])
+    soft_leaf, leaf = (x.detach().requires_grad_() for x in (soft, embeddings))
+    embedded = dict(zip(groups, leaf.split(n), strict=True))
+    values = {item.name: leaf.new_zeros(()) for item in fields(Losses)}
+
+    teacher = _vectors(examples, "vector", leaf)
+    for part, states, targets in _reconstructions(student, soft_leaf, examples, config):
+        recon, aligned = distill(
+            *(states, student.head, targets, embedded["query"][part], teacher[part]),
+            tokens=tokens,
+            texts=sum(counts),
+            alignment=config.alignment,
+        )
+        weighted = config.reconstruction_weight * recon + config.alignment_weight * aligned
+        weighted.backward()
+        values["reconstruction"] += recon.detach()
+        values["alignment"] += aligned.detach()
+    for name, weight, group, vectors in (
+        ("repeat", config.repeat_weight, "repeat", "vector"),
+        ("negative", config.negative_weight, "negative_query", "negative_vector"),
+    ):
+        if weight:
+            wanted = _vectors(examples, vectors, leaf)
+            aligned = alignment_loss(embedded[group], wanted, config) / sum(counts)
+            (weight * aligned).backward()
+            values[name] += aligned.detach()
+    if config.margin_weight or config.contrastive_weight:
+        _whole_batch(leaf, embedded, config, world, counts, values)
+
+    # One pass takes everything that has reached the soft prompts and the embeddings further back.
+    ends = [(soft, soft_leaf.grad), (embeddings, leaf.grad)]
+    reached = [(end, grad) for end, grad in ends if grad is not None]
+    torch.autograd.backward(*map(list, zip(*reached, strict=True)))
+
+    weights = {item.name: getattr(config, f"{item.name}_weight", 0.0) for item in fields(Losses)}
+    values["total"] = sum((weights[name] * value for name, value in values.items()), leaf.new_zeros(()))
+    predicted = sum(len(e.answer) for e in examples) if config.reconstruction_weight else 0
+    work = Work(
+        queries=sum(len(ids) for group in groups.values() for ids in group),
+        specials=len(student.special) * n * len(groups),
+        answers=predicted + n * (student.n_compression - 1) if predicted else 0,
+        predicted=predicted,
+    )
+    return _sum_over_ranks(student, torch.stack(list(values.values())), world), work
+
+
+def _groups(examples: Sequence[Example], config: TrainConfig) -> dict[str, list[np.ndarray]]:
+    """The texts whose embeddings the losses need, by kind."""
+    names = ["query"]
+    names += ["repeat"] if config.needs_repeats else []
+    names += ["negative_query"] if config.negative_weight or config.margin_weight else []
+    names += ["negative_repeat"] if config.contrastive_weight else []
+    return {name: [getattr(example, name) for example in examples] for name in names}
+
+
+def _reconstructions(
+    student: Student, soft: Tensor, examples: Sequence[Example], config: TrainConfig
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Yield (part of the batch, states [N, h], targets [N]), as much at a time as memory allows.
+
+    Without reconstruction loss it is the whole batch, with N = 0.
+    """
+    if not config.reconstruction_weight:
+        none = student.head.new_empty(0, student.head.shape[1])
+        yield slice(0, len(examples)), none, torch.empty(0, dtype=torch.int64, device=none.device)
+        return
+    c = student.n_compression
+    default = CPU_TOKENS if student.backbone.device.type == "cpu" else GPU_TOKENS
+    lengths = [len(example.answer) + c - 1 for example in examples]
+    for part in split_by_budget(lengths, config.micro_batch_tokens or default):
+        answers = [example.answer for example in examples[part]]
+        states = student.answer_states(soft[part.start * c : part.stop * c], answers)
+        targets = torch.from_numpy(np.concatenate(answers).astype(np.int64)).to(states.device)
+        yield part, states, targets
+
+
+def reconstruction_loss(
+    student: Student, soft: Tensor, examples: Sequence[Example], config: TrainConfig
+) -> float:
+    """Cross-entropy summed over the answers' tokens, without gradient."""
+    total = 0.0
+    nothing = student.head.new_empty(0, 1)
+    for _, states, targets in _reconstructions(student, soft, examples, config):
+        total += float(distill(states, student.head, targets, nothing, nothing, tokens=1)[0])
+    return total
+
+
+def alignment_loss(student: Tensor, teacher: Tensor, config: TrainConfig) -> Tensor:
+    """Sum over texts of the alignment loss alone; student, teacher [B, d]."""
+    none = student.new_empty(0, 1)
+    no_targets = torch.empty(0, dtype=torch.int64, device=student.device)
+    return distill(none, none, no_targets, student, teacher, texts=1, alignment=config.alignment)[1]
+
+
+def _vectors(examples: Sequence[Example], name: str, like: Tensor) -> Tensor:
+    return torch.from_numpy(np.stack([getattr(e, name) for e in examples])).to(like)
+
+
+def _whole_batch(
+    leaf: Tensor,
+    embedded: dict[str, Tensor],
+    config: TrainConfig,
+    world: World,
+    counts: list[int],
+    values: dict[str, Tensor],
+) -> None:
+    """Add the gradients of losses between texts, which may be on different ranks, to `leaf`."""
+    everyone = {
+        name: world.gather(rows.detach(), counts).requires_grad_() for name, rows in embedded.items()
+    }
+    total = leaf.new_zeros(())
+    if config.margin_weight:
+        loss = losses.margin(everyone["query"], everyone["negative_query"], config.margin)
+        total = total + config.margin_weight * loss
+        values["margin"] += loss.detach() / world.size
+    if config.contrastive_weight:
+        loss = losses.contrastive(
+            *(everyone[name] for name in ("query", "repeat", "negative_repeat")),
+            config.contrastive_scale,
+        )
+        total = total + config.contrastive_weight * loss
+        values["contrastive"] += loss.detach() / world.size
+    total.backward()
+    first = sum(counts[: world.rank])
+    own = slice(first, first + counts[world.rank])
+    grads = [
+        torch.zeros_like(rows[own]) if rows.grad is None else rows.grad[own]
+        for rows in everyone.values()
+    ]
+    gradient = torch.cat(grads)
+    leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
+
+
+def _sum_over_ranks(student: Student, values: Tensor, world: World) -> Losses:
+    """Sum gradients and losses over the ranks, in one message."""
+    parameters = list(student.parameters())
+    grads = [p.new_zeros(p.shape) if p.grad is None else p.grad for p in parameters]
+    flat = world.sum(torch.cat([*(grad.flatten() for grad in grads), values.to(grads[0])]))
+    start = 0
+    for parameter in parameters:
+        parameter.grad = flat[start : start + parameter.numel()].view_as(parameter)
+        start += parameter.numel()
+    return Losses(*flat[start:].tolist())

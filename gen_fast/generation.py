@@ -90,7 +90,7 @@ class Decoder:
                 device=backbone.device,
             )
             hidden = backbone.forward(batch, special=special, prefix=prefix, cache=cache)
-            chosen = self._next(hidden, sampling, generator)[: len(rows)]
+            chosen = self._next(hidden, len(rows), sampling, generator)
             ended = np.isin(chosen, self._end_ids)
             for text in cache.active[ended]:
                 reasons[text] = "stop"
@@ -104,11 +104,12 @@ class Decoder:
         return [(np.array(ids, dtype=np.int64), why) for ids, why in zip(written, reasons, strict=True)]
 
     def _next(
-        self, hidden: Tensor, sampling: Sampling, generator: torch.Generator | None
+        self, hidden: Tensor, count: int, sampling: Sampling, generator: torch.Generator | None
     ) -> np.ndarray:
+        """The next token of the first `count` rows; the others are filler."""
         backbone = self.backbone
         states = rms_norm(hidden, backbone.final_norm, backbone.config.norm_eps)
-        logits = linear(states, self._head)
+        logits = linear(states, self._head)[:count]
         if sampling.temperature == 0:
             return logits.argmax(-1).cpu().numpy()
         probabilities = (logits.float() / sampling.temperature).softmax(-1)

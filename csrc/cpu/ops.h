@@ -70,4 +70,14 @@ struct AttentionArguments {
 // Causal packed attention; see kernels/attention/README.md.
 void attention(Dtype dtype, const AttentionArguments& arguments);
 
+// Gradient of the output, given, and of q, k and v, made; rows as dense as those of out.
+struct AttentionGradients {
+  const void* out;
+  void *q, *k, *v;
+};
+
+// q, k and v get the gradients of rows that belong to a text with queries; others are untouched.
+void attention_backward(Dtype dtype, const AttentionArguments& arguments,
+                        const AttentionGradients& gradients);
+
 }  // namespace gen_fast

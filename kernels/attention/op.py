@@ -54,7 +54,26 @@ def _triton_backward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @OP.register("cpu", **native.ON_CPU, variants=("causal",))
-def _cpu(
+def _cpu(q: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
+    out = q.new_empty(q.shape)
+    lse = torch.empty(q.shape[:2])
+    _run_cpu(q, *inputs[:-2], out, lse, (0, 0, 0, 0))
+    return out, lse
+
+
+@BACKWARD.register("cpu", **native.ON_CPU, variants=("causal",))
+def _cpu_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *inputs: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    # Keys without queries, and filler, have no gradient.
+    made = tuple(x.new_zeros(x.shape) for x in (q, k, v))
+    grad = grad.contiguous()
+    addresses = (grad.data_ptr(), *(x.data_ptr() for x in made))
+    _run_cpu(q, k, v, *inputs[:-2], out.contiguous(), lse.contiguous(), addresses)
+    return made
+
+
+def _run_cpu(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -63,11 +82,12 @@ def _cpu(
     prefix_k: Tensor | None,
     prefix_v: Tensor | None,
     window: int | None,
-    mask: str,
-    blocks: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+    out: Tensor,
+    lse: Tensor,
+    gradients: tuple[int, int, int, int],
+) -> None:
     q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
-    rows, heads, size = q.shape
+    _, heads, size = q.shape
     prefix = (0, 0, 0, 0, 0)  # addresses, strides, length
     if prefix_k is not None and prefix_v is not None:
         prefix_k, prefix_v = dense_rows(prefix_k), dense_rows(prefix_v)
@@ -75,15 +95,12 @@ def _cpu(
             *(prefix_k.data_ptr(), prefix_v.data_ptr()),
             *(prefix_k.stride(0), prefix_v.stride(0), prefix_k.size(0)),
         )
-    out = q.new_empty(rows, heads, size)
-    lse = torch.empty(rows, heads)
     native.module().attention(
         q.dtype == torch.bfloat16,
         *(q.data_ptr(), k.data_ptr(), v.data_ptr(), q.stride(0), k.stride(0), v.stride(0)),
         *(*prefix, out.data_ptr(), lse.data_ptr(), q_offsets.data_ptr(), k_offsets.data_ptr()),
-        *(q_offsets.size(0) - 1, heads, k.size(1), size, window or 0),
+        *(q_offsets.size(0) - 1, heads, k.size(1), size, window or 0, *gradients),
     )
-    return out, lse
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -1,0 +1,83 @@
+// Small matrix products in registers, for attention. Included once for each instruction set, after
+// vector.h.
+
+namespace gen_fast::GEN_FAST_ISA {
+
+constexpr int ROWS = 6;  // rows of a register tile
+// ROWS × VECTORS accumulators and a few operands fill the 32 registers of AVX-512, 16 otherwise.
+constexpr int VECTORS = W == 16 ? 4 : 2;
+
+// How the operands of a product are stored: float, or pairs of bfloat16 for the dot instruction.
+struct FloatOperand {
+  typedef float type;
+  static constexpr int pair = 1;
+  static inline vf splat_at(const float* p) { return splat(*p); }
+  static inline vf multiply_add(vf c, vf a, const float* b) { return c + a * load(b); }
+};
+
+#if defined(GEN_FAST_BF16_DOT)
+struct PairOperand {
+  typedef bf16 type;
+  static constexpr int pair = 2;
+  static inline vf splat_at(const bf16* p) {
+    int32_t two;
+    std::memcpy(&two, p, 4);
+    return (vf)_mm512_set1_epi32(two);
+  }
+  static inline vf multiply_add(vf c, vf a, const bf16* b) {
+    return (vf)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)_mm512_loadu_si512(b));
+  }
+};
+#endif
+
+// c [M, N · W] (+)= a [M, depth] · b, b stored as [depth / pair][columns][pair]. Element (i, k) of a
+// is at i · lda + k · step: step 1 for rows, or the width of a matrix stored as b is, to take its
+// transpose (then lda is pair).
+template <class Op, int M, int N, bool accumulate, int step = 1>
+static inline void tile(const typename Op::type* a, int64_t lda, const typename Op::type* b,
+                        int64_t columns, int64_t depth, float* c, int64_t ldc) {
+  vf acc[M][N];
+  for (int i = 0; i < M; ++i) {
+    for (int j = 0; j < N; ++j) acc[i][j] = accumulate ? load(c + i * ldc + j * W) : vf{};
+  }
+  for (int64_t k = 0; k < depth; k += Op::pair) {
+    const typename Op::type* row = b + k * columns;
+    for (int i = 0; i < M; ++i) {
+      const vf left = Op::splat_at(a + i * lda + k * step);
+      for (int j = 0; j < N; ++j) {
+        acc[i][j] = Op::multiply_add(acc[i][j], left, row + j * W * Op::pair);
+      }
+    }
+  }
+  for (int i = 0; i < M; ++i) {
+    for (int j = 0; j < N; ++j) store(c + i * ldc + j * W, acc[i][j]);
+  }
+}
+
+// The first `count` columns of b, whole vectors of them.
+template <class Op, int M, bool accumulate, int step = 1>
+static inline void product(const typename Op::type* a, int64_t lda, const typename Op::type* b,
+                           int64_t columns, int64_t count, int64_t depth, float* c, int64_t ldc) {
+  int64_t j = 0;
+  for (; j + VECTORS * W <= count; j += VECTORS * W) {
+    tile<Op, M, VECTORS, accumulate, step>(a, lda, b + j * Op::pair, columns, depth, c + j, ldc);
+  }
+  for (; j < count; j += W) {
+    tile<Op, M, 1, accumulate, step>(a, lda, b + j * Op::pair, columns, depth, c + j, ldc);
+  }
+}
+
+template <class Out, class In>
+static inline void copy_row(Out* to, const In* from, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) assign(to + i, to_float(from[i]));
+}
+
+static inline void copy_row(bf16* to, const bf16* from, int64_t n) {
+  std::memcpy(to, from, n * sizeof(bf16));
+}
+
+static inline void copy_row(float* to, const float* from, int64_t n) {
+  std::memcpy(to, from, n * sizeof(float));
+}
+
+}  // namespace gen_fast::GEN_FAST_ISA

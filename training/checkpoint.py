@@ -106,7 +106,8 @@ def load_checkpoint(path: Path, identity: Mapping[str, Any]) -> Checkpoint:
         raise CheckpointError(f"{path} is damaged: {error}; delete it to use the one before") from error
     if known != FORMAT:
         raise CheckpointError(f"{path} has format {known!r}, expected {FORMAT!r}")
-    for key in sorted({*kept, *identity}):
+    # The hash of the data last: what else differs says more.
+    for key in sorted({*kept, *identity}, key=lambda key: (key == "data", key)):
         if kept.get(key) != identity.get(key):
             raise CheckpointError(
                 f"{path} was trained with {key} = {kept.get(key)!r}, this run has "

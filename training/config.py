@@ -15,7 +15,8 @@ from gen_fast.errors import ConfigError
 # Where a run lies and how it reports does not change what it computes.
 _NOT_PART_OF_THE_RUN = {
     *("out", "answers", "teacher", "checkpoint_every", "keep_checkpoints", "log_every"),
-    *("validate_every", "report_to", "steps", "prompts", "backbone", "device"),
+    # A backbone is told by its fingerprint, not by where it lies.
+    *("validate_every", "report_to", "steps", "prompts", "backbone", "device", "max_skipped"),
 }
 
 

@@ -140,7 +140,8 @@ class TrainingData:
         self._core = without_special_tokens(tokenizer)
         room = config.max_length - config.n_special
         self._query = TextTokenizer(self._core, config.prompt, room)
-        self._repeat = TextTokenizer(self._core, config.repeat_prompt, room)
+        if config.needs_repeats or config.needs_negatives:
+            self._repeat = TextTokenizer(self._core, config.repeat_prompt, room)
         self._answer = TextTokenizer(
             self._core, "", config.max_answer_tokens, add_special_tokens=False
         )

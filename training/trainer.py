@@ -175,6 +175,7 @@ def _train(config: TrainConfig, show_progress_bar: bool | None) -> Path:
         **config.identity(),
         "dtype": str(backbone.dtype),
         "backbone": backbone.fingerprint,
+        "teacher_dimension": data.dimension,
         "data": data.fingerprint(),
     }
     found = latest_checkpoint(out / "checkpoints")

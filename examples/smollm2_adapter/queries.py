@@ -1,7 +1,8 @@
-"""Writes the queries that the shipped SmolLM2 adapter was trained on: `python queries.py OUT.jsonl`.
+"""Writes what the shipped SmolLM2 adapter is trained on: `python queries.py FOLDER`.
 
-Questions about words and meanings of WordNet 3.0, whose licence allows any use. A tenth of the
-synsets, chosen by a hash of their ids, is held out for evaluation (bench/retrieval.py).
+queries.jsonl: questions about words and meanings of WordNet 3.0, whose licence allows any use, to be
+answered by the model. repeats.jsonl: rows that ask to repeat an entry, already answered by it. A
+tenth of the synsets, chosen by a hash of their ids, is held out for evaluation (bench/retrieval.py).
 """
 
 import hashlib
@@ -13,7 +14,7 @@ from pathlib import Path
 from gen_fast.corpora import Synset, wordnet
 
 SEED = 0
-WORD_QUESTIONS, NAME_QUESTIONS, SUMMARIES = 8000, 4000, 2000
+WORD_QUESTIONS, NAME_QUESTIONS, SUMMARIES, REPEATS = 8000, 4000, 2000, 5000
 ABOUT_A_WORD = (
     "What does {word} mean?",
     "What is {word}?",
@@ -36,23 +37,44 @@ def held_out(synset: Synset) -> bool:
     return hashlib.sha256(synset.id.encode()).digest()[0] % 10 == 0
 
 
+def query(number: int, synset: Synset, rng: random.Random) -> str:
+    """The `number`-th question, about `synset`."""
+    if number < WORD_QUESTIONS:
+        return rng.choice(ABOUT_A_WORD).format(word=rng.choice(synset.words))
+    if number < WORD_QUESTIONS + NAME_QUESTIONS:
+        return rng.choice(ABOUT_A_MEANING).format(definition=synset.definition)
+    passage = f"{', '.join(synset.words)}: {'; '.join((synset.definition, *synset.examples))}"
+    return rng.choice(SUMMARISE).format(passage=passage)
+
+
+def entry(number: int, synset: Synset) -> str:
+    """The words of a synset, its definition, or both."""
+    words = ", ".join(synset.words)
+    return (words, synset.definition, f"{words}: {synset.definition}")[number % 3]
+
+
 def main() -> None:
-    """Draw synsets, write a question about each."""
-    rng = random.Random(SEED)
+    """Draw synsets; write a question about each, and repetitions of others."""
+    folder, rng = Path(sys.argv[1]), random.Random(SEED)
     synsets = [synset for synset in wordnet() if not held_out(synset)]
     rng.shuffle(synsets)
-    rows = []
-    for i, synset in enumerate(synsets[: WORD_QUESTIONS + NAME_QUESTIONS + SUMMARIES]):
-        if i < WORD_QUESTIONS:
-            text = rng.choice(ABOUT_A_WORD).format(word=rng.choice(synset.words))
-        elif i < WORD_QUESTIONS + NAME_QUESTIONS:
-            text = rng.choice(ABOUT_A_MEANING).format(definition=synset.definition)
-        else:
-            passage = f"{', '.join(synset.words)}: {'; '.join((synset.definition, *synset.examples))}"
-            text = rng.choice(SUMMARISE).format(passage=passage)
-        rows.append({"id": synset.id, "text": text})
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    Path(sys.argv[1]).write_text("".join(lines), encoding="utf-8")
+    asked = WORD_QUESTIONS + NAME_QUESTIONS + SUMMARIES
+    queries = [
+        {"id": synset.id, "text": query(i, synset, rng)} for i, synset in enumerate(synsets[:asked])
+    ]
+    repeats = []
+    for i, synset in enumerate(synsets[asked : asked + REPEATS]):
+        text = entry(i, synset)
+        repeats.append(
+            {
+                "id": f"repeat-{synset.id}",
+                "query": f"Repeat this text word by word. {text}",
+                "answer": text,
+            }
+        )
+    for name, rows in (("queries", queries), ("repeats", repeats)):
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 if __name__ == "__main__":

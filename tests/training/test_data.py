@@ -1,0 +1,158 @@
+"""Rows, teacher vectors and the order in which a run sees them."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import write_answers, write_teacher
+
+import gen_fast
+from gen_fast.tokenizing import load_tokenizer
+from gen_fast.training.data import Example, TrainingData, read_rows, share_of_rank
+from gen_fast.training.records import RecordFile, Rejections, read_records
+
+
+def load(config):
+    rejections = Rejections(Path(config.answers[0]).with_name("rejected.jsonl"))
+    return TrainingData(config, load_tokenizer(config.backbone), rejections), rejections
+
+
+def test_every_row_comes_once_an_epoch(make_config):
+    config = make_config(batch_size=5)
+    data, _ = load(config)
+    assert len(data.train) == 32
+    assert not {row.id for row in data.train} & {row.id for row in data.validation}
+    seen = Counter(row.id for step in range(32) for row in data.step_rows(step))
+    assert set(seen.values()) == {5}
+    first = [row.id for row in data.step_rows(0)]
+    assert first == [row.id for row in load(config)[0].step_rows(0)]
+    assert first != [row.id for row in load(make_config(batch_size=5, seed=1))[0].step_rows(0)]
+
+
+def test_examples_are_prompt_query_and_answer_with_its_end(make_config):
+    config = make_config(prompt="Say: ", max_answer_tokens=9, max_length=20)
+    data, _ = load(config)
+    tokenizer = load_tokenizer(config.backbone)
+    rows = data.train[:10]
+    for row, example in zip(rows, data.examples(rows), strict=True):
+        assert example.query.tolist() == tokenizer(f"Say: {row.query}").input_ids[:17]
+        answer = tokenizer(row.answer).input_ids[:8]
+        assert example.answer.tolist() == [*answer, tokenizer.eos_token_id]
+
+
+def test_special_tokens_in_text_are_text(make_config):
+    config = make_config()
+    data, _ = load(config)
+    row = data.train[0]
+    rows = [type(row)(row.id, "<|im_end|>", "a <|im_start|>")]
+    example = data.examples(rows)[0]
+    tokenizer = load_tokenizer(config.backbone)
+    assert tokenizer.eos_token_id not in example.query
+    assert (example.answer == tokenizer.eos_token_id).sum() == 1
+
+
+def test_rows_that_are_left_out_are_counted(make_config, tmp_path):
+    config = make_config()
+    path = Path(config.answers[0])
+    extra = [
+        {"id": "empty", "query": "x", "answer": " "},
+        {"id": "r1", "query": "again", "answer": "again"},
+        {"id": "blank", "query": "", "answer": "y"},
+    ]
+    with path.open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in extra)
+    data, rejections = load(config)
+    assert len(data.train) + len(data.validation) == 40
+    assert rejections.counts == {"empty query or answer": 2, "duplicate id": 1}
+    rejections.write()
+    listed = read_records(tmp_path / "rejected.jsonl")
+    assert [row["id"] for row in listed] == ["empty", "r1", "blank"]
+
+
+@pytest.mark.parametrize(("line", "message"), [
+    ('{"id": "x", "query": "y"', "line 41: not valid JSON"),
+    ('{"id": "x", "query": "y"}', "line 41: expected a string as answer, got None"),
+    ('{"id": 3, "query": "y", "answer": "z"}', "line 41: expected a string as id, got 3"),
+    ("[]", "line 41: expected an object"),
+    ('{"id": "x", "query": "y", "answer": "z", "negative_query": "n"}', "goes with a negative"),
+])  # fmt: skip
+def test_malformed_rows_are_named(make_config, line, message):
+    config = make_config()
+    with Path(config.answers[0]).open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(gen_fast.InputError, match=message):
+        load(config)
+
+
+def test_missing_files(make_config, tmp_path):
+    for settings in ({"answers": ("nothing.jsonl",)}, {"teacher": "nothing.parquet"}):
+        with pytest.raises(gen_fast.InputError, match="nothing"):
+            load(make_config(**settings))
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    with pytest.raises(gen_fast.InputError, match="no usable row"):
+        read_rows([empty], Rejections(tmp_path / "no"))
+
+
+def test_a_teacher_of_other_answers_is_refused(make_config, tmp_path):
+    config = make_config()
+    path = Path(config.answers[0])
+    rows = read_records(path)
+    rows[3]["answer"] = "another answer"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(gen_fast.InputError, match="another answer of row 'r3'"):
+        load(config)
+    rows[3]["id"] = "new"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(gen_fast.InputError, match="no vector for row 'new'"):
+        load(config)
+
+
+def test_negatives_that_are_missing(make_config):
+    with pytest.raises(gen_fast.ConfigError, match="no row has a negative_query"):
+        load(make_config(margin_weight=1.0))
+
+
+def test_nothing_left_to_train_on(make_config):
+    with pytest.raises(gen_fast.ConfigError, match="none is left"):
+        load(make_config(validation_rows=40))
+
+
+def test_a_teacher_of_another_size_does_not_fit_the_checkpoint(make_config):
+    from gen_fast.training.trainer import train
+
+    config = make_config(steps=2)
+    train(config, show_progress_bar=False)
+    write_answers(Path(config.answers[0]))
+    write_teacher(Path(config.teacher), Path(config.answers[0]), dimension=8)
+    with pytest.raises(gen_fast.CheckpointError, match="teacher_dimension = 16, this run has 8"):
+        from gen_fast.training.trainer import train as again
+
+        again(config, show_progress_bar=False)
+
+
+def test_ranks_share_a_batch_evenly():
+    rng = np.random.default_rng(0)
+    batch = [
+        Example(np.zeros(rng.integers(1, 400)), np.zeros(rng.integers(1, 400)), np.zeros(2))
+        for _ in range(64)
+    ]
+    shares = [share_of_rank(batch, rank, 4) for rank in range(4)]
+    assert sorted(id(e) for share in shares for e in share) == sorted(map(id, batch))
+    work = [sum(len(e.query) + 2 * len(e.answer) for e in share) for share in shares]
+    assert max(work) < 1.1 * min(work)
+
+
+def test_a_torn_last_line_is_cut_off(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    RecordFile(path, {"a": 1}).append([{"id": "x"}, {"id": "y"}])
+    with path.open("a") as file:
+        file.write('{"id": "z')
+    again = RecordFile(path, {"a": 1})
+    assert [row["id"] for row in again.rows] == ["x", "y"]
+    again.append([{"id": "z"}])
+    assert len(read_records(path)) == 3
+    with pytest.raises(gen_fast.InputError, match="begun with a = 1, now it is 2"):
+        RecordFile(path, {"a": 2})

@@ -1,0 +1,220 @@
+"""Losses and gradients: of the whole computation, of the reference package, of any split."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import linear, mse_loss
+
+from gen_fast.batching import PackedBatch
+from gen_fast.ops.norm import rms_norm
+from gen_fast.sources import resolve
+from gen_fast.testing import relative_error
+from gen_fast.tokenizing import load_tokenizer
+from gen_fast.training import losses
+from gen_fast.training.config import TrainConfig
+from gen_fast.training.data import Example, TrainingData
+from gen_fast.training.records import Rejections
+from gen_fast.training.step import World, accumulate
+from gen_fast.training.student import Student
+from gen_fast.weights import load_backbone, load_head
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
+import peers
+
+
+def setup(config, dtype=torch.float32):
+    source = resolve(config.backbone)
+    backbone = load_backbone(source, dtype=dtype)
+    data = TrainingData(config, load_tokenizer(source), Rejections(Path(config.out)))
+    return Student(backbone, load_head(source, backbone), data.dimension, config), data
+
+
+def gradients(student):
+    return {name: p.grad.clone() for name, p in student.named_parameters()}
+
+
+def full_backpropagation(student, examples):
+    """The losses with everything run under autograd, and transformers' way of computing them."""
+    backbone, k = student.backbone, len(student.special)
+    vocabulary, c = backbone.config.vocab_size, student.n_compression
+    special = student.special
+    queries = [np.concatenate((e.query, np.arange(vocabulary, vocabulary + k))) for e in examples]
+    batch = PackedBatch.pack(queries, needed=[c] * len(queries))
+    # A gradient for every row of the input, as if the text's own embeddings were trained too.
+    stream = backbone.forward(batch, special=special)
+    states = rms_norm(stream, backbone.final_norm, backbone.config.norm_eps)
+    soft = linear(states, student.reconstruction.weight, student.reconstruction.bias)
+    embeddings = linear(soft, student.alignment.weight, student.alignment.bias)
+    embeddings = embeddings.view(len(examples), c, -1).mean(1)
+    vectors = torch.from_numpy(np.stack([e.vector for e in examples]))
+    logits, targets = [], []
+    for i, example in enumerate(examples):
+        ids = np.concatenate((np.arange(vocabulary, vocabulary + c), example.answer))
+        rows = PackedBatch.pack([ids])
+        out = backbone.forward(rows, special=soft[i * c : (i + 1) * c])
+        out = rms_norm(out, backbone.final_norm, backbone.config.norm_eps)
+        logits.append(linear(out, student.head)[c - 1 : -1])
+        targets.append(torch.from_numpy(example.answer.astype(np.int64)))
+    recon = torch.nn.functional.cross_entropy(torch.cat(logits), torch.cat(targets))
+    return recon, mse_loss(embeddings, vectors)
+
+
+@pytest.mark.parametrize("n_thought", [0, 4])
+def test_frozen_queries_give_the_gradients_of_full_backpropagation(make_config, n_thought):
+    config = make_config(n_thought=n_thought, micro_batch_tokens=30)
+    student, data = setup(config)
+    examples = data.examples(data.step_rows(0))
+    found, _ = accumulate(student, examples, config, World())
+    split = gradients(student)
+    student.zero_grad()
+    recon, aligned = full_backpropagation(student, examples)
+    (recon + aligned).backward()
+    for name, whole in gradients(student).items():
+        assert relative_error(split[name], whole) <= 1e-5, name
+    assert found.reconstruction == pytest.approx(float(recon), rel=1e-5)
+    assert found.alignment == pytest.approx(float(aligned), rel=1e-5)
+
+
+def check_against_reference(config, student, examples, bound):
+    peer = peers.ReferenceTraining(
+        resolve(config.backbone), student.to_adapter(config), torch.float32
+    )
+    recon, aligned = peer.losses(examples)
+    (recon + aligned).backward()
+    found, _ = accumulate(student, examples, config, World())
+    assert found.reconstruction == pytest.approx(float(recon.detach()), rel=bound)
+    assert found.alignment == pytest.approx(float(aligned.detach()), rel=bound)
+    theirs = {
+        "special": peer.tokens.grad,
+        "reconstruction.weight": peer.reconstruction.projection.weight.grad,
+        "reconstruction.bias": peer.reconstruction.projection.bias.grad,
+        "alignment.weight": peer.alignment.projection.weight.grad,
+        "alignment.bias": peer.alignment.projection.bias.grad,
+    }
+    for name, own in gradients(student).items():
+        cosine = torch.nn.functional.cosine_similarity(
+            own.double().flatten(), theirs[name].double().flatten(), dim=0
+        )
+        assert cosine >= 0.99999, (name, float(cosine))
+
+
+def test_losses_and_gradients_are_those_of_the_reference_package(make_config):
+    config = make_config(answer_end="<|end_of_text|>")
+    student, data = setup(config)
+    check_against_reference(config, student, data.examples(data.step_rows(0)), 1e-5)
+
+
+def test_reference_package_with_real_weights(make_config, smollm2):
+    config = make_config(
+        backbone=str(smollm2), n_compression=10, answer_end="<|end_of_text|>", batch_size=3
+    )
+    student, data = setup(config)
+    check_against_reference(config, student, data.examples(data.step_rows(0)), 1e-5)
+
+
+def test_token_ids_are_those_of_the_reference_package(make_config, smollm2):
+    from llm2vec_gen.dataset import CustomCollator
+    from llm2vec_gen.dataset.base_dataset import DataSample
+
+    config = make_config(
+        backbone=str(smollm2), n_compression=10, answer_end="<|end_of_text|>", max_length=18
+    )
+    tokenizer = load_tokenizer(smollm2)
+    data = TrainingData(config, tokenizer, Rejections(Path(config.out)))
+    rows = data.step_rows(0)
+    tokens = [f"<question{i}>" for i in range(10)]
+    tokenizer.add_special_tokens({"additional_special_tokens": tokens})
+    tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.eos_token
+    collate = CustomCollator(tokenizer, tokens, padding="longest", max_length=18)
+    samples = [DataSample(i, row.query, row.answer) for i, row in enumerate(rows)]
+    theirs = collate(samples)
+    for i, example in enumerate(data.examples(rows)):
+        mask = theirs["query_attention_mask"][i].bool()
+        assert theirs["query_input_ids"][i][mask][:-10].tolist() == example.query.tolist()
+        mask = theirs["answer_attention_mask"][i].bool()
+        assert theirs["answer_input_ids"][i][mask].tolist() == example.answer.tolist()[:18]
+
+
+@pytest.mark.parametrize("weights", [
+    {"repeat_weight": 0.5},
+    {"negative_weight": 0.5},
+    {"negative_weight": 0.5, "margin_weight": 0.5, "margin": 3.0},
+    {"contrastive_weight": 0.5, "repeat_weight": 0.1},
+    {"reconstruction_weight": 0.0, "repeat_weight": 0.5},
+    {"alignment_weight": 0.0},
+    {"alignment": "cosine"},
+])  # fmt: skip
+def test_every_loss_falls_along_its_gradient(make_config, weights):
+    """The gradient is that of the reported total: a central difference along it agrees."""
+    config = make_config(negatives=True, n_thought=1, **weights)
+    student, data = setup(config)
+    examples = data.examples(data.step_rows(0))
+    accumulate(student, examples, config, World())
+    grads = gradients(student)
+    norm = torch.stack([g.square().sum() for g in grads.values()]).sum().sqrt()
+    totals = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            for name, parameter in student.named_parameters():
+                parameter += (sign if sign > 0 else -2) * 1e-2 * grads[name] / norm
+        totals.append(accumulate(student, examples, config, World())[0].total)
+    assert (totals[0] - totals[1]) / 2e-2 == pytest.approx(float(norm), rel=2e-2)
+
+
+def test_losses_between_texts_are_those_of_the_reference_package():
+    from llm2vec_gen import losses as theirs
+
+    torch.manual_seed(0)
+    a, b, c = torch.randn(3, 5, 8).unbind()
+    assert losses.margin(a, b, 4.0) == pytest.approx(theirs.compute_margin_loss(a, b, 4.0))
+    expected = theirs.compute_contrastive_loss(a, b, c, scale=20.0, function="cosine")
+    assert losses.contrastive(a, b, c, 20.0) == pytest.approx(expected, rel=1e-6)
+
+
+def test_parts_of_a_batch_give_what_the_whole_gives(make_config):
+    config = make_config(negatives=True, repeat_weight=1.0, negative_weight=1.0)
+    student, data = setup(config)
+    examples = data.examples(data.step_rows(0))
+    whole, _ = accumulate(student, examples, config, World())
+    expected = gradients(student)
+    parts = make_config(
+        negatives=True, repeat_weight=1.0, negative_weight=1.0, micro_batch_tokens=1
+    )
+    found, _ = accumulate(student, examples, parts, World())
+    assert found.total == pytest.approx(whole.total, rel=1e-6)
+    for name, gradient in gradients(student).items():
+        assert relative_error(gradient, expected[name]) <= 1e-5
+
+
+def test_special_tokens_start_like_the_embedding_table(make_config):
+    config = make_config(n_compression=400)
+    student, _ = setup(config)
+    table = student.backbone.embedding
+    special = student.special.detach()
+    assert relative_error(special.mean(0), table.mean(0)) < 0.3
+    assert relative_error(special.std(0), table.std(0)) < 0.3
+
+
+def test_empty_query_is_its_special_tokens(make_config):
+    config = make_config()
+    student, _ = setup(config)
+    empty = Example(np.empty(0, np.int64), np.array([5, 2]), np.ones(16, np.float32))
+    found, _ = accumulate(student, [empty], config, World())
+    assert np.isfinite(found.total)
+
+
+def test_bfloat16_is_close_to_float32(make_config, smollm2):
+    config = make_config(backbone=str(smollm2), n_compression=10, batch_size=3)
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        student, data = setup(config, dtype)
+        found[dtype] = accumulate(student, data.examples(data.step_rows(0)), config, World())[0]
+    assert found[torch.bfloat16].total == pytest.approx(found[torch.float32].total, rel=2e-2)
+
+
+def test_config_of_another_kind_is_refused():
+    with pytest.raises(ValueError, match="must be given"):
+        TrainConfig()

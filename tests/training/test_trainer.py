@@ -1,0 +1,250 @@
+"""Whole runs: curves fall, ranks agree, and a run that was killed ends with the same bytes."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+import gen_fast
+from gen_fast.testing import save_tiny_model
+from gen_fast.training.checkpoint import latest_checkpoint
+from gen_fast.training.config import TrainConfig
+from gen_fast.training.records import read_records
+from gen_fast.training.trainer import _plain, train
+
+SCRIPT = Path(__file__).parents[2] / "training" / "train.py"
+
+
+def losses(config):
+    rows = read_records(Path(config.out) / "metrics.jsonl")
+    return {row["step"]: row["loss/total"] for row in rows if "loss/total" in row}
+
+
+def adapter_bytes(config):
+    return (Path(config.out) / "adapter" / "adapter.safetensors").read_bytes()
+
+
+def start(config, tmp_path, ranks=1, **environment):
+    path = tmp_path / f"{Path(config.out).name}.yaml"
+    path.write_text(yaml.safe_dump(_plain(config)))
+    command = [sys.executable]
+    if ranks > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.Popen(
+        [*command, str(SCRIPT), str(path)], env=environment, stderr=subprocess.PIPE, text=True
+    )
+
+
+def run(config, tmp_path, ranks=1):
+    process = start(config, tmp_path, ranks)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+
+
+def test_a_run_learns_and_leaves_a_usable_adapter(make_config):
+    # Every row in every batch: a random model learns by heart, if anything.
+    config = make_config(
+        steps=30, batch_size=32, repeat_weight=0.1, report_to=("tensorboard",), log_every=5
+    )
+    folder = train(config, show_progress_bar=False)
+    rows = read_records(Path(config.out) / "metrics.jsonl")
+    curve = {row["step"]: row for row in rows if "loss/total" in row}
+    assert list(curve) == [1, *range(5, 31, 5)]
+    for name in ("reconstruction", "alignment", "repeat"):
+        assert curve[30][f"loss/{name}"] < 0.99 * curve[1][f"loss/{name}"], name
+    encoder = gen_fast.load(folder, dtype="float32", device="cpu")
+    assert encoder.encode_query(["the cat"]).shape == (1, 16)
+    assert (folder / "curves.png").stat().st_size > 10_000
+    assert "30 steps of 6 texts" in (folder / "README.md").read_text()
+    assert list((Path(config.out) / "tensorboard").iterdir())
+    validations = [row for row in rows if "validation/mrr" in row]
+    assert [row["step"] for row in validations] == list(range(3, 31, 3))
+    assert 0 < validations[-1]["validation/mrr"] <= 1
+
+
+def test_the_embedding_in_training_is_that_of_the_encoder(make_config):
+    from test_step import setup
+
+    config = make_config(n_thought=2)
+    folder = train(config, show_progress_bar=False)
+    student, data = setup(config)
+    encoder = gen_fast.load(folder, dtype="float32", device="cpu")
+    student.load_adapter(encoder.adapter)
+    rows = data.validation
+    _, expected = student.encode([example.query for example in data.examples(rows)])
+    actual = encoder.encode([row.query for row in rows])
+    np.testing.assert_allclose(actual, expected.detach().numpy(), atol=1e-5)
+
+
+def test_stopped_and_continued_gives_the_same_bytes(make_config):
+    whole = make_config("whole", steps=6)
+    train(whole, show_progress_bar=False)
+    train(make_config("parts", steps=4), show_progress_bar=False)
+    parts = make_config("parts", steps=6)
+    train(parts, show_progress_bar=False)
+    assert adapter_bytes(parts) == adapter_bytes(whole)
+    assert losses(parts) == losses(whole)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_and_continued_gives_the_same_bytes(make_config, tmp_path, ranks):
+    settings = {"steps": 60, "schedule_steps": 60, "checkpoint_every": 3, "validation_rows": 2}
+    whole = make_config("whole", **settings)
+    run(whole, tmp_path, ranks)
+    killed = make_config("killed", **settings)
+    folder = Path(killed.out) / "checkpoints"
+    process = start(killed, tmp_path, ranks)
+    while (latest_checkpoint(folder) or Path("step-0")).name < "step-00000009":
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    if ranks == 1:
+        process.kill()
+    else:  # the ranks too, not torchrun alone
+        children = subprocess.run(
+            ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
+        )
+        for child in (process.pid, *map(int, children.stdout.split())):
+            os.kill(child, signal.SIGKILL)
+    process.communicate()
+    assert not (Path(killed.out) / "adapter").exists()
+    run(killed, tmp_path, ranks)
+    assert adapter_bytes(killed) == adapter_bytes(whole)
+    assert losses(killed) == losses(whole)
+
+
+def test_two_processes_have_the_losses_of_one(make_config, tmp_path):
+    settings = {"repeat_weight": 0.2, "margin_weight": 0.2, "margin": 3.0, "negatives": True}
+    settings |= {"contrastive_weight": 0.2, "batch_size": 7}
+    one, two = make_config("one", **settings), make_config("two", **settings)
+    run(one, tmp_path)
+    run(two, tmp_path, ranks=2)
+    expected, actual = losses(one), losses(two)
+    assert len(expected) == 6
+    for step, value in expected.items():
+        assert actual[step] == pytest.approx(value, rel=1e-5)
+
+
+def test_a_checkpoint_of_other_settings_is_refused(make_config, tmp_path):
+    train(make_config(steps=2), show_progress_bar=False)
+    with pytest.raises(gen_fast.CheckpointError, match=r"learning_rate = 0.01, this run has 0.5"):
+        train(make_config(learning_rate=0.5), show_progress_bar=False)
+    other = tmp_path / "other"
+    save_tiny_model(other, "llama-tied", seed=1)
+    with pytest.raises(gen_fast.CheckpointError, match="trained with backbone"):
+        train(make_config(backbone=str(other)), show_progress_bar=False)
+    config = make_config()
+    answers = Path(config.answers[0])
+    answers.write_text("".join(answers.read_text().splitlines(True)[:-1]))
+    with pytest.raises(gen_fast.CheckpointError, match="trained with data"):
+        train(config, show_progress_bar=False)
+
+
+def test_a_damaged_checkpoint_is_named(make_config):
+    config = make_config(steps=2)
+    train(config, show_progress_bar=False)
+    folder = latest_checkpoint(Path(config.out) / "checkpoints")
+    (folder / "optimizer.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(gen_fast.CheckpointError, match="step-00000002 is damaged"):
+        train(make_config(), show_progress_bar=False)
+
+
+def test_only_the_newest_checkpoints_are_kept(make_config):
+    config = make_config(keep_checkpoints=2)
+    train(config, show_progress_bar=False)
+    names = sorted(path.name for path in (Path(config.out) / "checkpoints").iterdir())
+    assert names == ["step-00000004", "step-00000006"]
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(make_config):
+    config = make_config(steps=2)
+    train(config, show_progress_bar=False)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
+    try:
+        with pytest.raises(gen_fast.CheckpointError, match="step-00000002 is intact"):
+            train(make_config(steps=6), show_progress_bar=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    train(make_config(steps=6), show_progress_bar=False)
+    whole = make_config("whole")
+    train(whole, show_progress_bar=False)
+    assert adapter_bytes(config) == adapter_bytes(whole)
+
+
+def test_a_loss_that_is_not_finite_is_skipped_then_refused(make_config, tmp_path, caplog):
+    from safetensors.torch import load_file, save_file
+
+    broken = tmp_path / "broken"
+    save_tiny_model(broken, "llama-tied")
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.norm.weight"][:] = torch.inf
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    config = make_config(backbone=str(broken), max_skipped=2, checkpoint_every=1)
+    with pytest.raises(gen_fast.NonFiniteLossError, match="3 steps in a row"):
+        train(config, show_progress_bar=False)
+    assert sum("the step is skipped" in record.message for record in caplog.records) == 3
+    # What was reached before is there.
+    assert latest_checkpoint(Path(config.out) / "checkpoints").name == "step-00000002"
+
+
+def test_too_many_processes_for_the_batch(make_config, tmp_path):
+    process = start(make_config(batch_size=1), tmp_path, ranks=2)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode
+    assert "batch_size 1 is less than 2 processes" in errors
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("learning_rate: fast", "learning_rate must be float"),
+    ("steps: 1.5", "steps must be int"),
+    ("steps: true", "steps must be int"),
+    ("stepz: 3", "unknown setting 'stepz'"),
+    ("[1, 2]", "holds no settings"),
+    ("a: [", "is not YAML"),
+    ("answers: 3", "answers must be a list of strings"),
+    ("answers: x\nteacher: t\nout: o\nn_compression: 0", "n_compression must be positive"),
+    ("answers: x\nteacher: t\nout: o\nalignment: l1", "mse or cosine"),
+    ("answers: x\nteacher: t\nout: o\nmax_length: 10", "10 special tokens leave no room"),
+    ("answers: x\nteacher: t\nout: o\nmargin_weight: -1", "margin_weight must not be negative"),
+    ("teacher: t", "answers must be given"),
+])  # fmt: skip
+def test_settings_that_make_no_sense(tmp_path, text, message):
+    from gen_fast.training.config import read_config
+
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(gen_fast.ConfigError, match=message):
+        read_config(path, {})
+
+
+def test_flags_override_the_file(tmp_path):
+    from gen_fast.training.config import parse_flags, read_config
+
+    path = tmp_path / "config.yaml"
+    path.write_text("answers: a.jsonl\nteacher: t\nout: o\nsteps: 7\nmicro_batch_tokens: 9\n")
+    flags = ["--steps", "5", "--answers=b.jsonl", "--answers", "c.jsonl", "--prompt", "x: "]
+    flags += ["--micro-batch-tokens", "null", "--report-to="]
+    config = read_config(path, parse_flags(flags))
+    assert config == TrainConfig(
+        answers=("b.jsonl", "c.jsonl"), teacher="t", out="o", steps=5, prompt="x: ", report_to=()
+    )
+    for wrong in (["steps", "5"], ["--steps"]):
+        with pytest.raises(gen_fast.ConfigError):
+            parse_flags(wrong)
+
+
+def test_metrics_are_json(make_config):
+    config = make_config(steps=2)
+    train(config, show_progress_bar=False)
+    for line in (Path(config.out) / "metrics.jsonl").read_text().splitlines():
+        json.loads(line)

@@ -48,7 +48,9 @@ def main() -> None:
     if args.peak_memory_of:
         print(_peak_memory(args))
         return
-    rows = [row for case in args.case for dtype in args.dtype for row in _compare(args, case, dtype)]
+    rows = [
+        row for case in args.case for dtype in args.dtype for row in _compare(args, case, dtype)
+    ]
     report = {"machine": machine(), "command": " ".join(sys.argv), "rows": rows}
     if args.plots:
         import plots

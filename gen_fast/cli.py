@@ -289,6 +289,9 @@ def demo() -> None:
 
 app.command()(cli_training.generate)
 app.command()(cli_training.teach)
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
+    cli_training.train
+)
 
 
 # ---------------------------------------------------------------------- shared by the commands

@@ -48,7 +48,7 @@ def generate(
     from gen_fast.generation import Sampling
     from gen_fast.loading import DEFAULT_MODEL, load_generator
     from gen_fast.textfiles import read_texts
-    from gen_fast.training.answers import Shard, generate_answers, write_own_queries
+    from gen_fast.training.answers import generate_answers, write_own_queries
 
     if (source is None) == (self_queries is None):
         fail("give a file of queries or --self-queries N")
@@ -88,7 +88,9 @@ def _shard(text: str) -> "Shard":
 
 
 def teach(
-    answers: Annotated[list[Path], typer.Argument(help="What generate wrote, one file or several.")],
+    answers: Annotated[
+        list[Path], typer.Argument(help="What generate wrote, one file or several.")
+    ],
     teacher: Annotated[
         str, typer.Option(help="minilm, a sentence-transformers model, or with --method any model.")
     ] = "minilm",
@@ -120,3 +122,92 @@ def teach(
     )
     if not quiet:
         typer.echo(f"{count} vectors in {target}", err=True)
+
+
+def train(
+    context: typer.Context,
+    source: Annotated[
+        str | None,
+        typer.Argument(metavar="[QUERIES]", help="txt, jsonl, csv, parquet, -, or datasets:NAME."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Directory for everything that is made.")] = Path("run"),
+    config: Annotated[
+        Path | None, typer.Option(help="YAML of training settings; --learning-rate 1e-3 … too.")
+    ] = None,
+    model: options.ModelOption = None,
+    teacher: Annotated[
+        str, typer.Option(help="minilm, a sentence-transformers model, or with a method any model.")
+    ] = "minilm",
+    teacher_method: Annotated[
+        options.Method | None, typer.Option(help="How a language model embeds as teacher.")
+    ] = None,
+    device: options.DeviceOption = None,
+    dtype: options.DtypeOption = options.Dtype.auto,
+    self_queries: Annotated[
+        int | None, typer.Option(min=1, help="Let the model write this many queries itself.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 500,
+    answer_batch: Annotated[int, typer.Option(min=1, help="Answers at a time.")] = 64,
+    text_column: options.TextColumnOption = None,
+    id_column: options.IdColumnOption = None,
+    file_format: options.FormatOption = None,
+    split: SplitOption = "train",
+    quiet: options.QuietOption = False,
+) -> None:
+    """Make an adapter from queries: generate answers, teach, train, evaluate.
+
+    Run again after an interruption to go on. Training settings are also taken as flags; on several
+    GPUs run the stages one by one, the last with torchrun and training/train.py.
+    """
+    from gen_fast.loading import DEFAULT_MODEL, load_generator
+    from gen_fast.textfiles import read_texts
+    from gen_fast.training.answers import write_own_queries
+    from gen_fast.training.config import parse_flags, read_config
+    from gen_fast.training.recipe import run_recipe
+
+    if (source is None) == (self_queries is None):
+        fail("give a file of queries or --self-queries N")
+    logging.getLogger("gen_fast").setLevel(logging.ERROR if quiet else logging.WARNING)
+    where = options.checked_device(device)
+    name = model or DEFAULT_MODEL
+    settings = read_config(
+        config,
+        {
+            **parse_flags(context.args),
+            "answers": [str(out / "answers.jsonl")],
+            "teacher": str(out / "teacher.parquet"),
+            "out": str(out),
+            "backbone": name,
+            "device": str(where),
+            "dtype": str(dtype),
+        },
+    )
+    if source is not None:
+        queries = read_texts(
+            source,
+            file_format=file_format,
+            text_column=text_column,
+            id_column=id_column,
+            split=split,
+        )
+    generator = load_generator(
+        name,
+        device=where,
+        dtype=str(dtype),
+        max_new_tokens=max_new_tokens,
+        batch_size=answer_batch,
+    )
+    if self_queries is not None:
+        own = out / "queries.jsonl"
+        queries = write_own_queries(self_queries, own, generator, show_progress_bar=not quiet)
+    figures = run_recipe(
+        queries,
+        settings,
+        generator,
+        teacher,
+        teacher_method=teacher_method and str(teacher_method),
+        show_progress_bar=None if not quiet else False,
+    )
+    for key, value in figures.items():
+        if key != "examples":
+            typer.echo(f"{key}: {value}")

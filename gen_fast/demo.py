@@ -10,10 +10,9 @@ from gen_fast.corpora import trivia
 from gen_fast.device import matmul_peak
 from gen_fast.encoder import Encoder
 from gen_fast.loading import DEFAULT_MODEL, load
+from gen_fast.reading import Reader
 from gen_fast.search import nearest
 
-# The best of the training-free methods on this corpus.
-METHOD = "echo"
 TOPICS = (
     "artandliterature",
     "computers",
@@ -38,19 +37,22 @@ def run() -> None:
     entries = [entry for entry in trivia() if entry.topic in TOPICS]
     texts = [f"{entry.question} {entry.answers[0]}" for entry in entries]
     write(f"Loading {DEFAULT_MODEL} (the first time converts it, about 20 s) …\n")
-    encoder = load(DEFAULT_MODEL, method=METHOD)
+    encoder = load(DEFAULT_MODEL)
     write(
-        f"Embedding {len(texts):,} trivia questions with method {METHOD!r} on "
-        f"{encoder.device} in {str(encoder.backbone.dtype).removeprefix('torch.')} …\n"
+        f"Embedding {len(texts):,} trivia questions with its adapter on {encoder.device} in "
+        f"{str(encoder.backbone.dtype).removeprefix('torch.')} …\n"
     )
     sys.stdout.flush()
     start = time.perf_counter()
-    corpus = np.asarray(encoder.encode(texts))
+    corpus = np.asarray(encoder.encode_document(texts))
     seconds = time.perf_counter() - start
-    queries = np.asarray(encoder.encode(QUERIES))
+    queries = np.asarray(encoder.encode_query(QUERIES))
+    reader = Reader(encoder)
+    readings = reader.read(reader.soft_prompts(QUERIES, encoder.prompts["query"]), 24)
 
-    for query, scores, rows in zip(QUERIES, *nearest(corpus, queries, 3), strict=True):
-        write(f"\n{query}\n")
+    found = zip(QUERIES, readings, *nearest(corpus, queries, 3), strict=True)
+    for query, reading, scores, rows in found:
+        write(f"\n{query}\n  its embedding reads: {' '.join(reading.text.split())} …\n")
         for score, row in zip(scores, rows, strict=True):
             write(f"  {score:.3f}  {texts[row]}\n")
     write("\n" + speed(encoder, texts, seconds) + "\n")
@@ -58,7 +60,7 @@ def run() -> None:
 
 def speed(encoder: Encoder, texts: list[str], seconds: float) -> str:
     """Texts and tokens a second, and the share of the device's matmul peak."""
-    total, computed = encoder.count_tokens(texts)
+    total, computed = encoder.count_tokens(texts, prompt_name="document")
     flops = 2 * encoder.backbone.config.non_embedding_parameters * computed / seconds
     peak = matmul_peak(encoder.backbone.dtype, encoder.device)
     return (

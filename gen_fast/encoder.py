@@ -4,6 +4,7 @@ import logging
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -38,6 +39,7 @@ class Encoder:
 
     prompts: the instructions selectable by `prompt_name`. max_length: tokens of prompt, text and
     special tokens together; longer texts lose their tail (counted and logged once a call).
+    source: the backbone's directory, which also has the language-model head.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class Encoder:
         max_length: int | None = None,
         deterministic: bool = False,
         name: str = "",
+        source: Path | None = None,
     ) -> None:
         self.backbone = backbone
         self.tokenizer = tokenizer
@@ -58,6 +61,7 @@ class Encoder:
         self.method = method
         self.adapter = adapter
         self.name = name
+        self.source = source
         self.deterministic = deterministic
         default_length = min(adapter.max_length if adapter else 512, backbone.config.max_positions)
         self.max_length = default_length if max_length is None else max_length

@@ -68,7 +68,7 @@ class Decoder:
         prefix: PrefixKV | None = None,
         generator: torch.Generator | None = None,
     ) -> list[tuple[np.ndarray, FinishReason]]:
-        """Continue each sequence of ids [n_i] by at most `max_new_tokens`: new ids and why it ended.
+        """Continue each sequence of ids [n_i] by at most `max_new_tokens`: new ids, why it ended.
 
         special [k, h]: embeddings of ids V, V + 1, …, such as the soft prompts of an embedding.
         prefix: keys and values before each sequence.
@@ -101,7 +101,9 @@ class Decoder:
             if not len(chosen) or step + 1 == max_new_tokens:
                 break
             rows = list(chosen[:, None])
-        return [(np.array(ids, dtype=np.int64), why) for ids, why in zip(written, reasons, strict=True)]
+        return [
+            (np.array(ids, dtype=np.int64), why) for ids, why in zip(written, reasons, strict=True)
+        ]
 
     def _next(
         self, hidden: Tensor, count: int, sampling: Sampling, generator: torch.Generator | None
@@ -165,7 +167,7 @@ class AnswerGenerator:
         return found
 
     def plan(self, questions: Sequence[str]) -> list[list[int]]:
-        """Positions of the questions in batches, shortest first: the same for the same questions."""
+        """Positions of the questions in batches, shortest first; the same for the same ones."""
         lengths = [len(self._chat_ids(question)) for question in questions]
         order = sorted(range(len(lengths)), key=lengths.__getitem__)
         size = self.batch_size
@@ -241,7 +243,7 @@ def _common_prefix(rows: Sequence[np.ndarray]) -> int:
 
 
 def end_token_ids(directory: str | Path, tokenizer: Any) -> list[int]:
-    """Tokens that end a text: the tokenizer's, and those of generation_config.json if there is one."""
+    """Tokens that end a text: the tokenizer's, and generation_config.json's if there is one."""
     ids = [tokenizer.eos_token_id]
     path = Path(directory) / "generation_config.json"
     if path.is_file():

@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_MODEL = "smollm2-135m"
 DEFAULT_METHOD = "mean"
+# Adapters that come with the package, by the name of their backbone.
+SHIPPED_ADAPTERS = {"smollm2-135m": Path(__file__).parent / "adapters" / "smollm2-135m"}
 
 
 def load(
@@ -46,7 +48,8 @@ def load(
 
     model: "smollm2-135m", a Hub id, a .gguf file, or a directory that holds an adapter of ours, a
     published llm2vec-gen checkpoint or a plain backbone. A plain backbone is embedded by a
-    training-free `method`: "mean" (default), "weighted-mean", "last-token", "echo" or "hyde".
+    training-free `method`: "mean" (default), "weighted-mean", "last-token", "echo" or "hyde";
+    "smollm2-135m" by the adapter that is shipped for it, unless such a method is given.
     backbone: where an adapter's backbone lies, if not under the name it records.
     device: None takes CUDA if there is one. dtype: "auto" is bfloat16 where the device computes
     with it natively, else float32; or "float32", "bfloat16", "float16", or a torch.dtype.
@@ -59,7 +62,8 @@ def load(
     """
     chosen_device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     chosen_dtype = resolve_dtype(dtype, chosen_device)
-    directory = resolve(model, revision)
+    shipped = SHIPPED_ADAPTERS.get(str(model)) if method in (None, "llm2vec-gen") else None
+    directory = shipped or resolve(model, revision)
     adapter = _adapter_in(directory)
     if adapter is None:
         if backbone is not None:
@@ -94,6 +98,7 @@ def load(
         max_length=max_length,
         deterministic=deterministic,
         name=str(model),
+        source=source,
     )
 
 
@@ -108,9 +113,7 @@ def load_generator(
     """Load a backbone to write answers with. `options` are those of AnswerGenerator."""
     chosen_device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     source = resolve(model, revision)
-    network = load_backbone(
-        source, dtype=resolve_dtype(dtype, chosen_device), device=chosen_device
-    )
+    network = load_backbone(source, dtype=resolve_dtype(dtype, chosen_device), device=chosen_device)
     network.pack()
     return AnswerGenerator(network, source, load_tokenizer(source), **options)
 

@@ -79,9 +79,7 @@ def test_a_cache_continues_where_it_was_left(family):
     rest = [ids[len(ids) // 2 :] for ids in texts]
     actual = backbone.forward(PackedBatch.pack(rest, prefix_length=cache.lengths), cache=cache)
     ends = np.cumsum([len(ids) for ids in texts])
-    expected = [
-        whole[end - len(ids) : end] for end, ids in zip(ends, rest, strict=True)
-    ]
+    expected = [whole[end - len(ids) : end] for end, ids in zip(ends, rest, strict=True)]
     assert relative_error(actual, torch.cat(expected)) <= 1e-5
     with pytest.raises(ValueError, match="room"):
         backbone.forward(PackedBatch.pack([np.arange(9)] * 3), cache=cache)

@@ -1,1 +1,1 @@
-"""Training of LLM2Vec-Gen adapters: generate answers, embed them with a teacher, train, evaluate."""
+"""LLM2Vec-Gen adapters: generate answers, embed them with a teacher, train, evaluate."""

@@ -83,7 +83,9 @@ def generate_answers(
     settings = {**generator.settings, "queries_sha256": _digest([*ids, *texts])}
     file = RecordFile(shard.path(out), settings)
     done = {row["id"] for row in file.rows}
-    with tqdm(total=len(ids), initial=len(done), unit="answer", disable=not show_progress_bar) as bar:
+    with tqdm(
+        total=len(ids), initial=len(done), unit="answer", disable=not show_progress_bar
+    ) as bar:
         for number, members in enumerate(generator.plan(texts)):
             missing = [i for i in members if ids[i] not in done]
             if not missing:

@@ -103,7 +103,9 @@ def load_checkpoint(path: Path, identity: Mapping[str, Any]) -> Checkpoint:
         step, counters = int(state["step"]), state["counters"]
         known = state["format"]
     except (AdapterError, WeightsError, SafetensorError, OSError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}; delete it to use the one before") from error
+        raise CheckpointError(
+            f"{path} is damaged: {error}; delete it to use the one before"
+        ) from error
     if known != FORMAT:
         raise CheckpointError(f"{path} has format {known!r}, expected {FORMAT!r}")
     # The hash of the data last: what else differs says more.

@@ -86,7 +86,13 @@ class TrainConfig:
         for name in ("answers", "teacher", "out"):
             if not getattr(self, name):
                 raise ConfigError(f"{name} must be given")
-        positive = ("n_compression", "batch_size", "schedule_steps", "steps", "keep_checkpoints")
+        positive: tuple[str, ...] = (
+            "n_compression",
+            "batch_size",
+            "schedule_steps",
+            "steps",
+            "keep_checkpoints",
+        )
         positive += ("max_length", "max_answer_tokens", "checkpoint_every", "log_every")
         positive += ("validate_every", "learning_rate", "max_grad_norm")
         for name in positive:
@@ -160,8 +166,10 @@ def parse_flags(flags: Sequence[str]) -> dict[str, Any]:
             value = rest.pop(0)
         name = flag.removeprefix("--").replace("-", "_")
         # Several files: --answers a.jsonl --answers b.jsonl
-        found[name] = [*found[name], value] if name in ("answers", "report_to") and name in found else (
-            [value] if name in ("answers", "report_to") else value
+        found[name] = (
+            [*found[name], value]
+            if name in ("answers", "report_to") and name in found
+            else ([value] if name in ("answers", "report_to") else value)
         )
     return found
 

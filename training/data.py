@@ -72,7 +72,7 @@ def _records(path: Path) -> list[tuple[str, Any]]:
 def _row(place: str, record: Any) -> Row:
     if not isinstance(record, dict):
         raise InputError(f"{place}: expected an object with id, query and answer")
-    values = {name: record.get(name) for name in ("id", "query", "answer")}
+    values: dict[str, Any] = {name: record.get(name) for name in ("id", "query", "answer")}
     for name, value in values.items():
         if not isinstance(value, str):
             raise InputError(f"{place}: expected a string as {name}, got {value!r:.60}")
@@ -82,7 +82,7 @@ def _row(place: str, record: Any) -> Row:
             raise InputError(f"{place}: expected a string as negative, got {value!r:.60}")
     if (negative[0] is None) != (negative[1] is None):
         raise InputError(f"{place}: a negative query goes with a negative answer")
-    return Row(values["id"], values["query"], values["answer"], *negative)
+    return Row(**values, negative_query=negative[0], negative_answer=negative[1])
 
 
 def teacher_texts(rows: Sequence[Row]) -> tuple[list[str], list[str]]:
@@ -199,9 +199,13 @@ def _answer_end(literal: str | None, tokenizer: Any) -> tuple[str, np.ndarray]:
             raise ConfigError("the tokenizer has no end of text: give answer_end")
         return "", np.array([tokenizer.eos_token_id], dtype=np.int32)
     known = tokenizer.get_added_vocab().get(literal)
-    return ("", np.array([known], dtype=np.int32)) if known is not None else (
-        literal,
-        np.empty(0, dtype=np.int32),
+    return (
+        ("", np.array([known], dtype=np.int32))
+        if known is not None
+        else (
+            literal,
+            np.empty(0, dtype=np.int32),
+        )
     )
 
 
@@ -227,6 +231,7 @@ def _smallest_hashes(rows: Sequence[Row], count: int) -> set[str]:
 
 def share_of_rank(examples: Sequence[Example], rank: int, ranks: int) -> list[Example]:
     """This rank's examples of a global batch: dealt by length, so that ranks have equal work."""
+
     def work(example: Example) -> int:
         return len(example.query) + 2 * len(example.answer)
 

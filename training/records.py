@@ -28,13 +28,13 @@ class RecordFile:
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write rows and wait until they are on the disk."""
-        rows = [dict(row) for row in rows]
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        fresh = [dict(row) for row in rows]
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in fresh)
         with self.path.open("ab") as file:
             file.write(text.encode())
             file.flush()
             os.fsync(file.fileno())
-        self.rows += rows
+        self.rows += fresh
 
     def _check_settings(self, settings: dict[str, Any]) -> None:
         path = self.path.with_name(f"{self.path.name}.settings.json")

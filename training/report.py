@@ -22,7 +22,9 @@ METRICS = "metrics.jsonl"
 class Report:
     """Writes a run's figures. Only rank 0 has one that does anything."""
 
-    def __init__(self, config: TrainConfig, first_step: int, active: bool, bar: bool | None) -> None:
+    def __init__(
+        self, config: TrainConfig, first_step: int, active: bool, bar: bool | None
+    ) -> None:
         self._path = Path(config.out) / METRICS
         self._active = active
         self._writers: list[Any] = []

@@ -148,10 +148,12 @@ def accumulate(
     # One pass takes everything that has reached the soft prompts and the embeddings further back.
     ends = [(soft, soft_leaf.grad), (embeddings, leaf.grad)]
     reached = [(end, grad) for end, grad in ends if grad is not None]
-    torch.autograd.backward(*map(list, zip(*reached, strict=True)))
+    torch.autograd.backward([end for end, _ in reached], [grad for _, grad in reached])
 
     weights = {item.name: getattr(config, f"{item.name}_weight", 0.0) for item in fields(Losses)}
-    values["total"] = sum((weights[name] * value for name, value in values.items()), leaf.new_zeros(()))
+    values["total"] = sum(
+        (weights[name] * value for name, value in values.items()), leaf.new_zeros(())
+    )
     predicted = sum(len(e.answer) for e in examples) if config.reconstruction_weight else 0
     work = Work(
         queries=sum(len(ids) for group in groups.values() for ids in group),
@@ -224,7 +226,8 @@ def _whole_batch(
 ) -> None:
     """Add the gradients of losses between texts, which may be on different ranks, to `leaf`."""
     everyone = {
-        name: world.gather(rows.detach(), counts).requires_grad_() for name, rows in embedded.items()
+        name: world.gather(rows.detach(), counts).requires_grad_()
+        for name, rows in embedded.items()
     }
     total = leaf.new_zeros(())
     if config.margin_weight:
@@ -232,10 +235,8 @@ def _whole_batch(
         total = total + config.margin_weight * loss
         values["margin"] += loss.detach() / world.size
     if config.contrastive_weight:
-        loss = losses.contrastive(
-            *(everyone[name] for name in ("query", "repeat", "negative_repeat")),
-            config.contrastive_scale,
-        )
+        query, repeat, negative = (everyone[x] for x in ("query", "repeat", "negative_repeat"))
+        loss = losses.contrastive(query, repeat, negative, config.contrastive_scale)
         total = total + config.contrastive_weight * loss
         values["contrastive"] += loss.detach() / world.size
     total.backward()

@@ -91,9 +91,7 @@ class Student(nn.Module):
             np.concatenate((np.arange(vocabulary + i * c, vocabulary + (i + 1) * c), ids[:-1]))
             for i, ids in enumerate(answers)
         ]
-        batch = PackedBatch.pack(
-            rows, needed=[len(ids) for ids in answers], device=backbone.device
-        )
+        batch = PackedBatch.pack(rows, needed=[len(ids) for ids in answers], device=backbone.device)
         return self._final_norm(backbone.forward(batch, special=soft))
 
     def _final_norm(self, stream: Tensor) -> Tensor:
@@ -130,17 +128,22 @@ class Student(nn.Module):
 
 def _like_rows_of(table: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """Draw `count` rows from N(mean, covariance) of the rows of `table` [V, h]: float32."""
-    rows = table.detach().cpu().double()
-    mean = rows.mean(0)
-    centred = rows - mean
-    values, vectors = torch.linalg.eigh(centred.T @ centred / len(rows))
-    noise = torch.randn(count, len(mean), generator=generator, dtype=torch.float64)
-    return (mean + (noise * values.clamp(min=0).sqrt()) @ vectors.T).float()
+    size = table.shape[1]
+    mean = torch.zeros(size, dtype=torch.float64)
+    squares = torch.zeros(size, size, dtype=torch.float64)
+    for rows in table.detach().split(4096):  # a table in float64 may take gigabytes
+        wide = rows.cpu().double()
+        mean += wide.sum(0) / len(table)
+        squares += wide.T @ wide / len(table)
+    values, vectors = torch.linalg.eigh(squares - mean.outer(mean))
+    noise = torch.randn(count, size, generator=generator, dtype=torch.float64)
+    drawn: Tensor = mean + (noise * values.clamp(min=0).sqrt()) @ vectors.T
+    return drawn.float()
 
 
 def _linear(inputs: int, outputs: int, generator: torch.Generator) -> nn.Linear:
     """nn.Linear with its usual initialisation, drawn from `generator`."""
-    layer = nn.Linear(inputs, outputs)
+    layer: nn.Linear = nn.utils.skip_init(nn.Linear, inputs, outputs)  # no draws of its own
     bound = inputs**-0.5
     with torch.no_grad():
         for parameter in (layer.weight, layer.bias):

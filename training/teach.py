@@ -40,7 +40,7 @@ def teach(
     ids, texts = teacher_texts(read_rows(answers, rejections))
     rejections.write()
     if method is None:
-        embed, name = _sentence_transformer(teacher, device, dtype, show_progress_bar)
+        embed, name = sentence_transformer(teacher, device, dtype, show_progress_bar)
     else:
         embed, name = _own(teacher, method, device, dtype, show_progress_bar)
     vectors = embed(texts).astype(np.float32)
@@ -55,9 +55,13 @@ def teach(
     return len(ids)
 
 
-def _sentence_transformer(
+def sentence_transformer(
     teacher: str, device: str | None, dtype: str, show_progress_bar: bool | None
 ) -> tuple[Embed, str]:
+    """Load "minilm", a directory or a Hub id; return a function texts -> [n, d], and its name.
+
+    Raises ModelNotFoundError.
+    """
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError as error:
@@ -73,8 +77,8 @@ def _sentence_transformer(
         )
     except (OSError, ValueError) as error:
         raise ModelNotFoundError(
-            f"{teacher!r} is not a sentence-transformers model ({error}); for a language model give "
-            "a method, such as mean"
+            f"{teacher!r} is not a sentence-transformers model ({error}); for a language model "
+            "give a method, such as mean"
         ) from error
 
     def embed(texts: Sequence[str]) -> np.ndarray:

@@ -123,10 +123,8 @@ class Stepper:
     def checkpoint(self, identity: dict[str, Any]) -> Checkpoint:
         """The state to go on from."""
         counters = {"skipped": self.skipped, "skipped_in_a_row": self._skipped_in_a_row}
-        return Checkpoint(
-            *(self.taken, self.student.to_adapter(self.config)),
-            *(self.optimizer_tensors(), identity, counters),
-        )
+        adapter = self.student.to_adapter(self.config)
+        return Checkpoint(self.taken, adapter, self.optimizer_tensors(), identity, counters)
 
 
 @contextmanager
@@ -240,8 +238,8 @@ def _finish(config: TrainConfig, stepper: Stepper) -> None:
     card = (folder / "README.md").read_text()
     card += f"""
 Trained for {stepper.taken} steps of {config.batch_size} texts with gen_fast; settings in
-`training.yaml`. On {config.validation_rows} held-out queries (cosine, top-1 and mean reciprocal rank
-against the teacher's vectors of their answers):
+`training.yaml`. On {config.validation_rows} held-out queries (cosine, top-1 and mean reciprocal
+rank against the teacher's vectors of their answers):
 
 {figures}
 

@@ -1,8 +1,8 @@
 """Writes what the shipped SmolLM2 adapter is trained on: `python queries.py FOLDER`.
 
-queries.jsonl: questions about words and meanings of WordNet 3.0, whose licence allows any use, to be
-answered by the model. repeats.jsonl: rows that ask to repeat an entry, already answered by it. A
-tenth of the synsets, chosen by a hash of their ids, is held out for evaluation (bench/retrieval.py).
+queries.jsonl: questions about words and meanings of WordNet 3.0, whose licence allows any use, to
+be answered by the model. repeats.jsonl: rows that ask to repeat an entry, already answered by it. A
+tenth of the synsets, chosen by a hash of their ids, is for evaluation only (bench/retrieval.py).
 """
 
 import hashlib

@@ -57,7 +57,7 @@ def _triton_backward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _cpu(q: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
     out = q.new_empty(q.shape)
     lse = torch.empty(q.shape[:2])
-    _run_cpu(q, *inputs[:-2], out, lse, (0, 0, 0, 0))
+    _run_cpu((q, *inputs), out, lse, (0, 0, 0, 0))
     return out, lse
 
 
@@ -66,26 +66,18 @@ def _cpu_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *inputs: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     # Keys without queries, and filler, have no gradient.
-    made = tuple(x.new_zeros(x.shape) for x in (q, k, v))
-    grad = grad.contiguous()
-    addresses = (grad.data_ptr(), *(x.data_ptr() for x in made))
-    _run_cpu(q, k, v, *inputs[:-2], out.contiguous(), lse.contiguous(), addresses)
-    return made
+    to_q, to_k, to_v = (x.new_zeros(x.shape) for x in (q, k, v))
+    grad, out, lse = grad.contiguous(), out.contiguous(), lse.contiguous()
+    addresses = (grad.data_ptr(), to_q.data_ptr(), to_k.data_ptr(), to_v.data_ptr())
+    _run_cpu((q, k, v, *inputs), out, lse, addresses)
+    return to_q, to_k, to_v
 
 
 def _run_cpu(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_offsets: Tensor,
-    k_offsets: Tensor,
-    prefix_k: Tensor | None,
-    prefix_v: Tensor | None,
-    window: int | None,
-    out: Tensor,
-    lse: Tensor,
-    gradients: tuple[int, int, int, int],
+    inputs: tuple[Any, ...], out: Tensor, lse: Tensor, gradients: tuple[int, int, int, int]
 ) -> None:
+    """Fill `out` and `lse`; or, given the addresses of all gradients, those of q, k and v."""
+    q, k, v, q_offsets, k_offsets, prefix_k, prefix_v, window, _, _ = inputs
     q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
     _, heads, size = q.shape
     prefix = (0, 0, 0, 0, 0)  # addresses, strides, length

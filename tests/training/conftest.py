@@ -10,7 +10,7 @@ from gen_fast.training.config import TrainConfig
 from gen_fast.training.data import read_rows, teacher_texts
 from gen_fast.training.records import Rejections
 
-WORDS = "the cat in a hat sat on that mat and then the dog ran there".split()
+WORDS = ["the", "cat", "in", "a", "hat", "sat", "on", "that", "mat", "and", "then", "dog"]
 DIMENSION = 16
 
 

@@ -12,6 +12,7 @@ import gen_fast
 from gen_fast.tokenizing import load_tokenizer
 from gen_fast.training.data import Example, TrainingData, read_rows, share_of_rank
 from gen_fast.training.records import RecordFile, Rejections, read_records
+from gen_fast.training.trainer import train
 
 
 def load(config):
@@ -121,16 +122,12 @@ def test_nothing_left_to_train_on(make_config):
 
 
 def test_a_teacher_of_another_size_does_not_fit_the_checkpoint(make_config):
-    from gen_fast.training.trainer import train
-
     config = make_config(steps=2)
     train(config, show_progress_bar=False)
     write_answers(Path(config.answers[0]))
     write_teacher(Path(config.teacher), Path(config.answers[0]), dimension=8)
     with pytest.raises(gen_fast.CheckpointError, match="teacher_dimension = 16, this run has 8"):
-        from gen_fast.training.trainer import train as again
-
-        again(config, show_progress_bar=False)
+        train(config, show_progress_bar=False)
 
 
 def test_ranks_share_a_batch_evenly():

@@ -195,8 +195,8 @@ def test_special_tokens_start_like_the_embedding_table(make_config):
     student, _ = setup(config)
     table = student.backbone.embedding
     special = student.special.detach()
-    assert relative_error(special.mean(0), table.mean(0)) < 0.3
-    assert relative_error(special.std(0), table.std(0)) < 0.3
+    assert ((special.mean(0) - table.mean(0)).abs() / table.std(0)).max() < 0.2
+    assert ((special.std(0) - table.std(0)).abs() / table.std(0)).max() < 0.2
 
 
 def test_empty_query_is_its_special_tokens(make_config):
@@ -213,7 +213,7 @@ def test_bfloat16_is_close_to_float32(make_config, smollm2):
     for dtype in (torch.float32, torch.bfloat16):
         student, data = setup(config, dtype)
         found[dtype] = accumulate(student, data.examples(data.step_rows(0)), config, World())[0]
-    assert found[torch.bfloat16].total == pytest.approx(found[torch.float32].total, rel=2e-2)
+    assert found[torch.bfloat16].total == pytest.approx(found[torch.float32].total, rel=5e-2)
 
 
 def test_config_of_another_kind_is_refused():

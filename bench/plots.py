@@ -32,3 +32,37 @@ def encode_scaling(report: dict, folder: Path) -> None:
     figure.tight_layout()
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / "encode_scaling.png", dpi=120)
+
+
+def train_scaling(report: dict, folder: Path) -> None:
+    """Seconds a training step against query length, answer length and batch."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    labels = {"query": "query tokens", "answer": "answer tokens", "batch": "texts a step"}
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.8), sharey=True)
+    for panel, (axis, label) in zip(axes, labels.items(), strict=True):
+        points = [p for p in report["scaling"] if p["axis"] == axis]
+        for provider in dict.fromkeys(p["provider"] for p in points):
+            line = [p for p in points if p["provider"] == provider]
+            panel.plot(
+                [p["value"] for p in line],
+                [p["seconds"] for p in line],
+                "o-" if provider == "gen_fast" else "s--",
+                label=f"{provider} {line[0]['dtype']}",
+            )
+        panel.set(xlabel=label, ylim=(0, None))
+        panel.grid(alpha=0.3)
+    axes[0].set_ylabel("seconds a step")
+    axes[0].legend()
+    machine = report["machine"]
+    figure.suptitle(
+        "SmolLM2-135M, batch 8, 128 query and 192 answer tokens unless varied; "
+        f"{machine['cpu']}, {machine['threads']} threads, {machine['commit']}",
+        fontsize=10,
+    )
+    figure.tight_layout()
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(folder / "train_scaling.png", dpi=120)

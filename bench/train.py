@@ -148,15 +148,15 @@ def _scaling(args: argparse.Namespace) -> list[dict]:
     made = {name: _provider(name, DTYPES[dtype_name])[0] for name in PROVIDERS[:2]}
     points = []
     for axis, values in (
-        ("query", (16, 64, 128, 256)),
-        ("answer", (32, 96, 192, 384)),
-        ("batch", (2, 4, 8, 16)),
+        ("query", (16, 128, 256)),
+        ("answer", (32, 192, 384)),
+        ("batch", (2, 8, 16)),
     ):
         for value in values:
             batch = make_batch("equal", **{axis: value})
             seconds = interleaved(
                 {name: lambda step=step, b=batch: step(b) for name, step in made.items()},
-                *(2, lambda: None),
+                *(1, lambda: None),
             )
             points += [
                 {

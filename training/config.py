@@ -18,6 +18,12 @@ _NOT_PART_OF_THE_RUN = {
     # A backbone is told by its fingerprint, not by where it lies.
     *("validate_every", "report_to", "steps", "prompts", "backbone", "device", "max_skipped"),
 }
+_POSITIVE = (
+    *("n_compression", "max_length", "max_answer_tokens", "batch_size", "start_rows"),
+    *("learning_rate", "schedule_steps", "steps", "max_grad_norm"),
+    *("validate_every", "checkpoint_every", "keep_checkpoints", "log_every"),
+)
+_LISTS = ("answers", "report_to")  # a flag may come several times
 
 
 @dataclass(frozen=True)
@@ -35,8 +41,12 @@ class TrainConfig:
     on squared distances to other texts. contrastive_weight, contrastive_scale: InfoNCE of queries
     against repeated answers and negatives.
     batch_size: texts a step, all ranks together. micro_batch_tokens: of reconstruction at a time;
-    None fits the device. learning_rate rises over warmup_steps and falls to 0 at schedule_steps;
-    the run stops at `steps`. max_skipped: steps in a row with a NaN loss that are survived.
+    None fits the device. start: "fitted" (see fitting.py) over start_rows, or "random" as in the
+    paper.
+    learning_rate: of the special tokens; reconstruction_learning_rate, alignment_learning_rate: of
+    the projections, None the same. They rise over warmup_steps and fall to 0 at schedule_steps; the
+    run stops at `steps`. refit_rows: rows that the alignment is fitted to once more when the run is
+    done; 0 leaves it as trained. max_skipped: steps in a row with a NaN loss that are survived.
     validation_rows: held out, chosen by a hash of their ids.
     report_to: "tensorboard", "wandb"; curves and metrics.jsonl are always written.
     """
@@ -64,7 +74,12 @@ class TrainConfig:
     contrastive_scale: float = 20.0
     batch_size: int = 32
     micro_batch_tokens: int | None = None
+    start: str = "fitted"
+    start_rows: int = 2048
+    refit_rows: int = 0
     learning_rate: float = 5e-4
+    reconstruction_learning_rate: float | None = None
+    alignment_learning_rate: float | None = None
     weight_decay: float = 0.0
     warmup_steps: int = 100
     schedule_steps: int = 20_000
@@ -86,16 +101,7 @@ class TrainConfig:
         for name in ("answers", "teacher", "out"):
             if not getattr(self, name):
                 raise ConfigError(f"{name} must be given")
-        positive: tuple[str, ...] = (
-            "n_compression",
-            "batch_size",
-            "schedule_steps",
-            "steps",
-            "keep_checkpoints",
-        )
-        positive += ("max_length", "max_answer_tokens", "checkpoint_every", "log_every")
-        positive += ("validate_every", "learning_rate", "max_grad_norm")
-        for name in positive:
+        for name in _POSITIVE:
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be positive, not {getattr(self, name)}")
         for item in fields(self):
@@ -103,6 +109,8 @@ class TrainConfig:
                 raise ConfigError(f"{item.name} must not be negative")
         if self.alignment not in ("mse", "cosine"):
             raise ConfigError(f"alignment must be mse or cosine, not {self.alignment!r}")
+        if self.start not in ("fitted", "random"):
+            raise ConfigError(f"start must be fitted or random, not {self.start!r}")
         if not self.reconstruction_weight and not self.alignment_weight:
             raise ConfigError("reconstruction_weight and alignment_weight are both 0")
         if self.n_special >= self.max_length:
@@ -165,12 +173,10 @@ def parse_flags(flags: Sequence[str]) -> dict[str, Any]:
                 raise ConfigError(f"{flag} needs a value")
             value = rest.pop(0)
         name = flag.removeprefix("--").replace("-", "_")
-        # Several files: --answers a.jsonl --answers b.jsonl
-        found[name] = (
-            [*found[name], value]
-            if name in ("answers", "report_to") and name in found
-            else ([value] if name in ("answers", "report_to") else value)
-        )
+        if name in _LISTS:  # --answers a.jsonl --answers b.jsonl
+            found[name] = [*found.get(name, []), value]
+        else:
+            found[name] = value
     return found
 
 

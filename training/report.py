@@ -97,6 +97,13 @@ def _writer(name: str, config: TrainConfig) -> list[Any]:
     return [lambda step, figures: run.log(dict(figures), step=step)]
 
 
+def append_record(folder: Path, step: int, name: str, figures: Mapping[str, float]) -> None:
+    """Add the figures of something that is not a step, as "<name>/<figure>"."""
+    row = {"step": step, **{f"{name}/{key}": value for key, value in figures.items()}}
+    with (folder / METRICS).open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
 def draw_curves(folder: Path, target: Path) -> None:
     """Plot losses and validation figures of metrics.jsonl to a PNG."""
     import matplotlib
@@ -128,7 +135,8 @@ def draw_curves(folder: Path, target: Path) -> None:
 
 
 def summary(folder: Path) -> Sequence[tuple[str, float]]:
-    """The last validation figures of a run."""
-    rows = [row for row in read_records(folder / METRICS) if "validation/cosine" in row]
+    """The last validation figures of a run, after refitting if it was asked for."""
+    kinds = ("validation/", "refit/")
+    rows = [r for r in read_records(folder / METRICS) if any(f"{k}cosine" in r for k in kinds)]
     last = rows[-1] if rows else {}
-    return [(name, value) for name, value in last.items() if name.startswith("validation/")]
+    return [(name, value) for name, value in last.items() if name.startswith(kinds)]

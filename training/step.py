@@ -10,7 +10,6 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from gen_fast.batching import split_by_budget
@@ -19,6 +18,7 @@ from gen_fast.training import losses
 from gen_fast.training.config import TrainConfig
 from gen_fast.training.data import Example
 from gen_fast.training.student import Student
+from gen_fast.training.world import World
 
 # Tokens of reconstruction at a time. Their activations are kept for the backward pass: about 350
 # kB a token for SmolLM2-135M in bfloat16.
@@ -64,43 +64,6 @@ class Work:
             weights * (self.queries + 2 * self.specials + 2 * self.answers)
             + 2 * head * self.predicted
         )
-
-
-class World:
-    """The ranks of a run; a single process is a world of one."""
-
-    def __init__(self) -> None:
-        there = dist.is_available() and dist.is_initialized()
-        self.rank = dist.get_rank() if there else 0
-        self.size = dist.get_world_size() if there else 1
-
-    def sum(self, values: Tensor) -> Tensor:
-        """Sum of `values` over the ranks, in place."""
-        if self.size > 1:
-            dist.all_reduce(values)
-        return values
-
-    def gather(self, values: Tensor, counts: Sequence[int]) -> Tensor:
-        """Rows of all ranks [sum(counts), d], in rank order; this rank's has `counts[rank]`."""
-        if self.size == 1:
-            return values
-        widest = max(counts)
-        padded = values.new_zeros(widest, *values.shape[1:])
-        padded[: len(values)] = values
-        parts = [torch.empty_like(padded) for _ in counts]
-        dist.all_gather(parts, padded)
-        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
-
-    def counts(self, own: int) -> list[int]:
-        """`own` of every rank."""
-        if self.size == 1:
-            return [own]
-        values = torch.zeros(self.size, dtype=torch.int64, device=self._device())
-        values[self.rank] = own
-        return [int(count) for count in self.sum(values)]
-
-    def _device(self) -> str:
-        return "cuda" if dist.get_backend() == "nccl" else "cpu"
 
 
 def accumulate(

@@ -3,14 +3,11 @@
 import logging
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import yaml
 from torch import Tensor
 
@@ -27,11 +24,13 @@ from gen_fast.training.checkpoint import (
 )
 from gen_fast.training.config import TrainConfig
 from gen_fast.training.data import Example, TrainingData, share_of_rank
+from gen_fast.training.fitting import fit_alignment, scale_reconstruction
 from gen_fast.training.records import Rejections
-from gen_fast.training.report import Report, draw_curves, summary
-from gen_fast.training.step import Losses, Work, World, accumulate
+from gen_fast.training.report import Report, append_record, draw_curves, summary
+from gen_fast.training.step import Losses, Work, accumulate
 from gen_fast.training.student import Student
 from gen_fast.training.validation import validate
+from gen_fast.training.world import World, distributed
 from gen_fast.weights import load_backbone, load_head
 
 logger = logging.getLogger(__name__)
@@ -50,8 +49,19 @@ class Stepper:
         self.config = config
         self.world = World()
         self.student = Student(backbone, head, dimension, config)
+        student = self.student
+        self._rates = (
+            config.learning_rate,
+            config.reconstruction_learning_rate or config.learning_rate,
+            config.alignment_learning_rate or config.learning_rate,
+        )
+        groups = ([student.special], student.reconstruction, student.alignment)
         self.optimizer = torch.optim.AdamW(
-            self.student.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+            [
+                {"params": group if isinstance(group, list) else list(group.parameters())}
+                for group in groups
+            ],
+            weight_decay=config.weight_decay,
         )
         self.taken = 0
         self.skipped = 0
@@ -59,13 +69,13 @@ class Stepper:
         self.work = Work(0, 0, 0, 0)
         self.gradient_norm = 0.0
 
-    def learning_rate(self) -> float:
-        """Of the next update."""
+    def schedule(self) -> float:
+        """What the learning rates are multiplied by in the next update."""
         config, number = self.config, self.taken + 1
         if number <= config.warmup_steps:
-            return config.learning_rate * number / config.warmup_steps
+            return number / config.warmup_steps
         left = config.schedule_steps - self.taken
-        return config.learning_rate * max(0.0, left / (config.schedule_steps - config.warmup_steps))
+        return max(0.0, left / (config.schedule_steps - config.warmup_steps))
 
     def step(self, examples: list[Example]) -> Losses:
         """One update from this rank's share of a global batch. Raises NonFiniteLossError."""
@@ -74,8 +84,8 @@ class Stepper:
         self.gradient_norm = float(norm)
         finite = bool(torch.isfinite(norm + losses.total))
         if finite:
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.learning_rate()
+            for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+                group["lr"] = rate * self.schedule()
             self.optimizer.step()
         self._count_skipped(finite, losses)
         self.taken += 1
@@ -127,23 +137,6 @@ class Stepper:
         return Checkpoint(self.taken, adapter, self.optimizer_tensors(), identity, counters)
 
 
-@contextmanager
-def distributed() -> Iterator[None]:
-    """Join the process group that torchrun describes in the environment, if it does."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield
-        return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl")
-    else:
-        dist.init_process_group("gloo")
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
 def train(config: TrainConfig, *, show_progress_bar: bool | None = None) -> Path:
     """Train an adapter; return its directory, <out>/adapter.
 
@@ -180,6 +173,11 @@ def _train(config: TrainConfig, show_progress_bar: bool | None) -> Path:
     if found is not None:
         stepper.restore(load_checkpoint(found, identity))
         logger.warning("going on from %s", found)
+    elif config.start == "fitted":
+        # The tokens of few texts tell the size of their states.
+        scale_reconstruction(stepper.student, data.examples(data.train[:64]))
+        fit_alignment(stepper.student, data.examples(data.train[: config.start_rows]))
+        world.copy_from_first(stepper.student.parameters())
     if world.rank == 0:
         rejections.write()
         (out / "config.yaml").write_text(yaml.safe_dump(_plain(config), sort_keys=False))
@@ -189,7 +187,7 @@ def _train(config: TrainConfig, show_progress_bar: bool | None) -> Path:
     finally:
         report.close()
     if world.rank == 0:
-        _finish(config, stepper)
+        _finish(config, stepper, data)
     return out / "adapter"
 
 
@@ -206,7 +204,7 @@ def _loop(
         start = time.perf_counter()
         rows = data.step_rows(stepper.taken)
         own = share_of_rank(data.examples(rows), world.rank, world.size)
-        rate = stepper.learning_rate()
+        rate = config.learning_rate * stepper.schedule()
         losses = stepper.step(own)
         seconds = time.perf_counter() - start
         figures = {f"loss/{name}": value for name, value in asdict(losses).items()}
@@ -228,9 +226,14 @@ def _loop(
             save_checkpoint(Path(config.out) / "checkpoints", checkpoint, config.keep_checkpoints)
 
 
-def _finish(config: TrainConfig, stepper: Stepper) -> None:
+def _finish(config: TrainConfig, stepper: Stepper, data: TrainingData) -> None:
     """Write the adapter, its curves and its model card."""
     out = Path(config.out)
+    if config.refit_rows:
+        fit_alignment(stepper.student, data.examples(data.train[: config.refit_rows]))
+        if data.validation:
+            found = validate(stepper.student, data.examples(data.validation), config)
+            append_record(out, stepper.taken, "refit", found.as_dict())
     folder = out / "adapter"
     stepper.student.to_adapter(config).save(folder)
     draw_curves(out, folder / "curves.png")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import write_answers, write_teacher
+from tiny_data import write_answers, write_teacher
 
 import gen_fast
 from gen_fast.tokenizing import load_tokenizer

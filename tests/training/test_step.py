@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny_data import setup
 from torch.nn.functional import linear, mse_loss
 
 from gen_fast.batching import PackedBatch
@@ -17,19 +18,11 @@ from gen_fast.training import losses
 from gen_fast.training.config import TrainConfig
 from gen_fast.training.data import Example, TrainingData
 from gen_fast.training.records import Rejections
-from gen_fast.training.step import World, accumulate
-from gen_fast.training.student import Student
-from gen_fast.weights import load_backbone, load_head
+from gen_fast.training.step import accumulate
+from gen_fast.training.world import World
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 import peers
-
-
-def setup(config, dtype=torch.float32):
-    source = resolve(config.backbone)
-    backbone = load_backbone(source, dtype=dtype)
-    data = TrainingData(config, load_tokenizer(source), Rejections(Path(config.out)))
-    return Student(backbone, load_head(source, backbone), data.dimension, config), data
 
 
 def gradients(student):

@@ -73,7 +73,7 @@ def test_a_run_learns_and_leaves_a_usable_adapter(make_config):
 
 
 def test_the_embedding_in_training_is_that_of_the_encoder(make_config):
-    from test_step import setup
+    from tiny_data import setup
 
     config = make_config(n_thought=2)
     folder = train(config, show_progress_bar=False)

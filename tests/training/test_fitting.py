@@ -1,0 +1,33 @@
+"""Projections in closed form."""
+
+import torch
+from tiny_data import setup
+
+from gen_fast.training.fitting import RIDGE, _features, fit_alignment, scale_reconstruction
+
+
+def test_soft_prompts_get_the_size_of_token_embeddings(make_config):
+    student, data = setup(make_config())
+    examples = data.examples(data.train)
+    scale_reconstruction(student, examples)
+    soft, _ = _features(student, examples)
+    ratio = soft.square().mean().sqrt() / student.backbone.embedding.square().mean().sqrt()
+    torch.testing.assert_close(ratio, torch.ones(()), rtol=1e-5, atol=0)
+
+
+def test_no_other_linear_map_is_better(make_config):
+    """The gradient of ridge regression's own objective vanishes at the fitted alignment."""
+    student, data = setup(make_config(repeat_weight=1.0))
+    examples = data.examples(data.train)
+    fit_alignment(student, examples)
+    soft, vectors = _features(student, examples)
+    assert len(soft) == 2 * len(examples)  # queries and repeated answers
+    features = soft.double().mean(1)
+    weight = student.alignment.weight.detach().double().requires_grad_()
+    bias = student.alignment.bias.detach().double().requires_grad_()
+    error = features @ weight.T + bias - vectors.double()
+    variance = features.var(0, unbiased=False).mean()
+    loss = error.square().sum(1).mean() + RIDGE * variance * weight.square().sum()
+    gradients = torch.autograd.grad(loss, (weight, bias))
+    size = (vectors.double().T @ features).abs().max() / len(features)
+    assert all(gradient.abs().max() < 1e-4 * size for gradient in gradients)

@@ -1,0 +1,46 @@
+"""Rows, teacher vectors and a student for the tests of training."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from gen_fast.embeddingfiles import Embeddings, write_embeddings
+from gen_fast.sources import resolve
+from gen_fast.tokenizing import load_tokenizer
+from gen_fast.training.data import TrainingData, read_rows, teacher_texts
+from gen_fast.training.records import Rejections
+from gen_fast.training.student import Student
+from gen_fast.weights import load_backbone, load_head
+
+WORDS = ["the", "cat", "in", "a", "hat", "sat", "on", "that", "mat", "and", "then", "dog"]
+DIMENSION = 16
+
+
+def write_answers(path, count=40, negatives=False):
+    rng = np.random.default_rng(0)
+
+    def text(most):
+        return " ".join(rng.choice(WORDS, rng.integers(1, most)))
+
+    rows = []
+    for i in range(count):
+        row = {"id": f"r{i}", "query": text(12), "answer": text(20), "finish_reason": "stop"}
+        if negatives:
+            row |= {"negative_query": text(12), "negative_answer": text(20)}
+        rows.append(row)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_teacher(path, answers, dimension=DIMENSION):
+    ids, texts = teacher_texts(read_rows([answers], Rejections(path.with_suffix(".no"))))
+    vectors = np.random.default_rng(1).normal(size=(len(ids), dimension)).astype(np.float32)
+    write_embeddings(path, Embeddings(ids, vectors, texts))
+
+
+def setup(config, dtype=torch.float32):
+    source = resolve(config.backbone)
+    backbone = load_backbone(source, dtype=dtype)
+    data = TrainingData(config, load_tokenizer(source), Rejections(Path(config.out)))
+    return Student(backbone, load_head(source, backbone), data.dimension, config), data

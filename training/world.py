@@ -1,0 +1,69 @@
+"""The processes of a run, as torchrun starts them."""
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@contextmanager
+def distributed() -> Iterator[None]:
+    """Join the process group that torchrun describes in the environment, if it does."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl")
+    else:
+        dist.init_process_group("gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+class World:
+    """The ranks of a run; a single process is a world of one."""
+
+    def __init__(self) -> None:
+        there = dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank() if there else 0
+        self.size = dist.get_world_size() if there else 1
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum of `values` over the ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def copy_from_first(self, tensors: Iterable[Tensor]) -> None:
+        """Give every rank the values that the first has."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor.detach(), 0)
+
+    def gather(self, values: Tensor, counts: Sequence[int]) -> Tensor:
+        """Rows of all ranks [sum(counts), d], in rank order; this rank's has `counts[rank]`."""
+        if self.size == 1:
+            return values
+        widest = max(counts)
+        padded = values.new_zeros(widest, *values.shape[1:])
+        padded[: len(values)] = values
+        parts = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+    def counts(self, own: int) -> list[int]:
+        """`own` of every rank."""
+        if self.size == 1:
+            return [own]
+        values = torch.zeros(self.size, dtype=torch.int64, device=self._device())
+        values[self.rank] = own
+        return [int(count) for count in self.sum(values)]
+
+    def _device(self) -> str:
+        return "cuda" if dist.get_backend() == "nccl" else "cpu"

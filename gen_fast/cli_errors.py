@@ -9,6 +9,7 @@ from typer.core import TyperGroup
 
 from gen_fast.errors import (
     AdapterError,
+    ConfigError,
     GenFastError,
     ImplementationError,
     InputError,
@@ -27,6 +28,7 @@ _EXIT_CODES: tuple[tuple[type[GenFastError], int], ...] = (
     (TextError, BAD_INPUT),
     (NonFiniteError, NON_FINITE),
     (PromptError, USAGE),
+    (ConfigError, USAGE),
     (ImplementationError, USAGE),
     (ModelNotFoundError, BAD_MODEL),
     (UnsupportedModelError, BAD_MODEL),

@@ -155,6 +155,11 @@ class TrainingData:
             digest.update(self._vectors[row.id].tobytes())
         return digest.hexdigest()
 
+    def sample(self, count: int) -> list[Row]:
+        """`count` training rows, or all, drawn by the seed: files may be sorted."""
+        order = np.random.default_rng([self._config.seed, 0]).permutation(len(self.train))
+        return [self.train[i] for i in order[:count]]
+
     def step_rows(self, step: int) -> list[Row]:
         """The rows of training step `step`, counted from 0: epochs of seeded permutations."""
         n, size = len(self.train), self._config.batch_size

@@ -90,6 +90,7 @@ class Rejections:
         if not self._rows:
             return
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self._rows)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(text)
         counts = ", ".join(f"{count} {reason}" for reason, count in self.counts.items())
         logger.warning("%d rows left out (%s): see %s", len(self._rows), counts, self.path)

@@ -175,8 +175,8 @@ def _train(config: TrainConfig, show_progress_bar: bool | None) -> Path:
         logger.warning("going on from %s", found)
     elif config.start == "fitted":
         # The tokens of few texts tell the size of their states.
-        scale_reconstruction(stepper.student, data.examples(data.train[:64]))
-        fit_alignment(stepper.student, data.examples(data.train[: config.start_rows]))
+        scale_reconstruction(stepper.student, data.examples(data.sample(64)))
+        fit_alignment(stepper.student, data.examples(data.sample(config.start_rows)))
         world.copy_from_first(stepper.student.parameters())
     if world.rank == 0:
         rejections.write()
@@ -230,7 +230,7 @@ def _finish(config: TrainConfig, stepper: Stepper, data: TrainingData) -> None:
     """Write the adapter, its curves and its model card."""
     out = Path(config.out)
     if config.refit_rows:
-        fit_alignment(stepper.student, data.examples(data.train[: config.refit_rows]))
+        fit_alignment(stepper.student, data.examples(data.sample(config.refit_rows)))
         if data.validation:
             found = validate(stepper.student, data.examples(data.validation), config)
             append_record(out, stepper.taken, "refit", found.as_dict())

@@ -1,0 +1,81 @@
+"""gen-fast generate, teach and train, as a user meets them."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+import gen_fast
+from gen_fast.cli import app
+from gen_fast.training.records import read_records
+
+WORDS = ["cat", "hat", "mat", "dog", "end", "in", "a", "then", "there", "that"]
+QUERIES = [f"what is the {word}" for word in WORDS]
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+@pytest.fixture
+def queries(tmp_path):
+    path = tmp_path / "queries.txt"
+    path.write_text("\n".join([*QUERIES, "", QUERIES[0]]) + "\n")
+    return path
+
+
+def recipe(queries, model, out, *more):
+    return run(
+        *("train", queries, "--out", out, "--model", model, "--device", "cpu"),
+        *("--dtype", "float32", "--teacher", model, "--teacher-method", "mean"),
+        *("--max-new-tokens", 6, "--steps", 4, "--schedule-steps", 4, "--n-compression", 2),
+        *("--batch-size", 3, "--validation-rows", 2, "--report-to=", "--quiet", *more),
+    )
+
+
+def test_the_whole_recipe_and_again(queries, tiny_model, tmp_path):
+    out = tmp_path / "run"
+    done = recipe(queries, tiny_model, out)
+    assert done.exit_code == 0, done.stderr
+    assert "mrr: " in done.stdout
+    found = json.loads((out / "evaluation.json").read_text())
+    assert [sorted(example) for example in found["examples"]] == [
+        ["answer", "decoded", "query"]
+    ] * 2
+    assert len(read_records(out / "answers.jsonl")) == 10
+    assert len(read_records(out / "answers.rejected.jsonl")) == 2
+    encoder = gen_fast.load(out / "adapter", dtype="float32", device="cpu")
+    assert encoder.encode("the cat").shape == (48,)
+    before = (out / "adapter" / "adapter.safetensors").read_bytes()
+    assert recipe(queries, tiny_model, out).exit_code == 0
+    assert (out / "adapter" / "adapter.safetensors").read_bytes() == before
+    other = recipe(queries, tiny_model, out, "--learning-rate", "0.5")
+    assert other.exit_code != 0
+    assert "learning_rate" in other.stderr
+
+
+def test_stages_one_by_one(queries, tiny_model, tmp_path):
+    answers = tmp_path / "a.jsonl"
+    options = ("--model", tiny_model, "--device", "cpu", "--max-new-tokens", 5, "--quiet")
+    assert run("generate", queries, "--out", answers, *options).exit_code == 0
+    taught = run("teach", answers, "--teacher", tiny_model, "--method", "mean", "--device", "cpu")
+    assert taught.exit_code == 0, taught.stderr
+    assert (tmp_path / "a.teacher.parquet").exists()
+    other = run("generate", queries, "--out", answers, *options, "--temperature", 0.5)
+    assert other.exit_code == 3
+    assert "temperature" in other.stderr
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (("generate",), "give a file of queries or --self-queries"),
+    (("generate", "q.txt", "--self-queries", 3), "give a file of queries or --self-queries"),
+    (("generate", "q.txt", "--out", "a.txt"), "does not end in .jsonl"),
+    (("generate", "q.txt", "--shard", "4/4"), "is not I/N"),
+    (("teach", "a.jsonl", "--out", "t.npy"), "does not end in .parquet"),
+    (("train",), "give a file of queries or --self-queries"),
+    (("train", "q.txt", "--stepz", "3"), "unknown setting 'stepz'"),
+])  # fmt: skip
+def test_wrong_usage(arguments, message):
+    done = run(*arguments)
+    assert done.exit_code == 2
+    assert message in done.stderr

@@ -1,4 +1,4 @@
-"""Projections fitted to the frozen backbone in closed form, before training and after it.
+"""The alignment fitted to the frozen backbone in closed form, before training and after it.
 
 The backbone's states at untrained special tokens already tell much about an answer. Ridge
 regression finds the best linear map to the teacher's vectors at once; gradient descent needs
@@ -17,15 +17,6 @@ from gen_fast.training.student import Student
 # Ridge, as a share of the features' mean variance: what held-out rows liked best of 1e-4 … 1e-1.
 RIDGE = 1e-2
 BATCH = 64
-
-
-@torch.no_grad()
-def scale_reconstruction(student: Student, examples: Sequence[Example]) -> None:
-    """Give soft prompts, on average over `examples`, the size of token embeddings."""
-    soft, _ = _features(student, examples)
-    ratio = _rms(student.backbone.embedding) / _rms(soft)
-    student.reconstruction.weight.mul_(ratio)
-    student.reconstruction.bias.mul_(ratio)
 
 
 @torch.no_grad()
@@ -55,7 +46,3 @@ def _features(student: Student, examples: Sequence[Example]) -> tuple[Tensor, Te
         soft.append(prompts.unflatten(0, (len(texts), student.n_compression)))
         vectors.append(torch.from_numpy(np.stack([vector for _, vector in texts])))
     return torch.cat(soft), torch.cat(vectors).to(soft[0].device)
-
-
-def _rms(x: Tensor) -> Tensor:
-    return x.float().square().mean().sqrt()

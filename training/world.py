@@ -22,6 +22,8 @@ def distributed() -> Iterator[None]:
         dist.init_process_group("gloo")
     try:
         yield
+        # Together: a rank that leaves while another still works may be aborted in its threads.
+        dist.barrier()
     finally:
         dist.destroy_process_group()
 

@@ -194,7 +194,10 @@ def test_a_loss_that_is_not_finite_is_skipped_then_refused(make_config, tmp_path
     tensors = load_file(broken / "model.safetensors")
     tensors["model.norm.weight"][:] = torch.inf
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
-    config = make_config(backbone=str(broken), max_skipped=2, checkpoint_every=1)
+    with pytest.raises(gen_fast.NonFiniteLossError, match="the backbone's states"):
+        train(make_config(backbone=str(broken)), show_progress_bar=False)
+    settings = {"max_skipped": 2, "checkpoint_every": 1, "start": "random"}
+    config = make_config("random", backbone=str(broken), **settings)
     with pytest.raises(gen_fast.NonFiniteLossError, match="3 steps in a row"):
         train(config, show_progress_bar=False)
     assert sum("the step is skipped" in record.message for record in caplog.records) == 3

@@ -124,11 +124,12 @@ class Adapter:
         """Write adapter.safetensors, config.json and README.md (a model card)."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        save_file(
-            {name: t.contiguous() for name, t in self.tensors().items()},
-            directory / "adapter.safetensors",
-            metadata={"format": FORMAT},
-        )
+        path = directory / "adapter.safetensors"
+        path.touch()
+        mode = path.stat().st_mode
+        tensors = {name: t.contiguous() for name, t in self.tensors().items()}
+        save_file(tensors, path, metadata={"format": FORMAT})
+        path.chmod(mode)  # safetensors makes files that only their owner may read
         config = {
             "format": FORMAT,
             "method": "llm2vec-gen",
@@ -137,7 +138,7 @@ class Adapter:
                 "revision": self.backbone_revision,
                 "fingerprint": dict(self.fingerprint),
             },
-            "sha256": _sha256(directory / "adapter.safetensors"),
+            "sha256": _sha256(path),
             "n_thought": self.n_special - self.n_compression,
             "n_compression": self.n_compression,
             "dimension": self.dimension,

@@ -1,4 +1,4 @@
-"""The commands of `gen-fast` that make an adapter: generate and teach."""
+"""The commands of `gen-fast` that make an adapter: generate, teach and train."""
 
 import logging
 import re
@@ -142,7 +142,9 @@ def train(
         options.Method | None, typer.Option(help="How a language model embeds as teacher.")
     ] = None,
     device: options.DeviceOption = None,
-    dtype: options.DtypeOption = options.Dtype.auto,
+    dtype: Annotated[
+        options.Dtype | None, typer.Option(help="What the backbone computes in.  [default: auto]")
+    ] = None,
     self_queries: Annotated[
         int | None, typer.Option(min=1, help="Let the model write this many queries itself.")
     ] = None,
@@ -156,10 +158,11 @@ def train(
 ) -> None:
     """Make an adapter from queries: generate answers, teach, train, evaluate.
 
-    Run again after an interruption to go on. Training settings are also taken as flags; on several
-    GPUs run the stages one by one, the last with torchrun and training/train.py.
+    Answers, teacher's vectors and adapter go to --out, whatever --config says of them. Run again
+    after an interruption to go on. Training settings are also taken as flags; on several GPUs run
+    the stages one by one, the last with torchrun and training/train.py.
     """
-    from gen_fast.loading import DEFAULT_MODEL, load_generator
+    from gen_fast.loading import load_generator
     from gen_fast.textfiles import read_texts
     from gen_fast.training.answers import write_own_queries
     from gen_fast.training.config import parse_flags, read_config
@@ -168,20 +171,19 @@ def train(
     if (source is None) == (self_queries is None):
         fail("give a file of queries or --self-queries N")
     logging.getLogger("gen_fast").setLevel(logging.ERROR if quiet else logging.WARNING)
-    where = options.checked_device(device)
-    name = model or DEFAULT_MODEL
-    settings = read_config(
-        config,
-        {
-            **parse_flags(context.args),
-            "answers": [str(out / "answers.jsonl")],
-            "teacher": str(out / "teacher.parquet"),
-            "out": str(out),
-            "backbone": name,
-            "device": str(where),
-            "dtype": str(dtype),
-        },
-    )
+    shown = False if quiet else None
+    given = {
+        "backbone": model,
+        "device": device and str(options.checked_device(device)),
+        "dtype": dtype and str(dtype),
+    }
+    made = {
+        "answers": [str(out / "answers.jsonl")],
+        "teacher": str(out / "teacher.parquet"),
+        "out": str(out),
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    settings = read_config(config, {**parse_flags(context.args), **given, **made})
     if source is not None:
         queries = read_texts(
             source,
@@ -191,22 +193,23 @@ def train(
             split=split,
         )
     generator = load_generator(
-        name,
-        device=where,
-        dtype=str(dtype),
+        settings.backbone,
+        device=options.checked_device(settings.device),
+        dtype=settings.dtype,
+        revision=settings.backbone_revision,
         max_new_tokens=max_new_tokens,
         batch_size=answer_batch,
     )
     if self_queries is not None:
         own = out / "queries.jsonl"
-        queries = write_own_queries(self_queries, own, generator, show_progress_bar=not quiet)
+        queries = write_own_queries(self_queries, own, generator, show_progress_bar=shown)
     figures = run_recipe(
         queries,
         settings,
         generator,
         teacher,
         teacher_method=teacher_method and str(teacher_method),
-        show_progress_bar=None if not quiet else False,
+        show_progress_bar=shown,
     )
     for key, value in figures.items():
         if key != "examples":

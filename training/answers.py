@@ -68,7 +68,7 @@ def generate_answers(
     generator: AnswerGenerator,
     *,
     shard: Shard = Shard(),
-    show_progress_bar: bool = True,
+    show_progress_bar: bool | None = None,
 ) -> Path:
     """Write {"id", "query", "answer", "finish_reason"} a line to `out`; return the file's path.
 
@@ -84,7 +84,7 @@ def generate_answers(
     file = RecordFile(shard.path(out), settings)
     done = {row["id"] for row in file.rows}
     with tqdm(
-        total=len(ids), initial=len(done), unit="answer", disable=not show_progress_bar
+        total=len(ids), initial=len(done), unit="answer", disable=_hidden(show_progress_bar)
     ) as bar:
         for number, members in enumerate(generator.plan(texts)):
             missing = [i for i in members if ids[i] not in done]
@@ -107,7 +107,7 @@ def generate_answers(
 
 
 def write_own_queries(
-    count: int, out: Path, generator: AnswerGenerator, *, show_progress_bar: bool = True
+    count: int, out: Path, generator: AnswerGenerator, *, show_progress_bar: bool | None = None
 ) -> Texts:
     """Let the model write `count` different queries; keep them in `out`, {"id", "text"} a line.
 
@@ -119,7 +119,9 @@ def write_own_queries(
     seen = set(texts)
     # Numbers of batches go on where the file ends, so that a resumed run draws what is missing.
     number = 1 + max((row["batch"] for row in file.rows), default=-1)
-    with tqdm(total=count, initial=len(texts), unit="query", disable=not show_progress_bar) as bar:
+    with tqdm(
+        total=count, initial=len(texts), unit="query", disable=_hidden(show_progress_bar)
+    ) as bar:
         while len(texts) < count:
             if number * generator.batch_size > 4 * count + 10 * generator.batch_size:
                 raise InputError(
@@ -141,6 +143,11 @@ def write_own_queries(
             bar.update(len(fresh))
             number += 1
     return Texts([f"own-{i}" for i in range(count)], texts[:count])
+
+
+def _hidden(show_progress_bar: bool | None) -> bool | None:
+    """What tqdm calls `disable`: None follows the terminal."""
+    return None if show_progress_bar is None else not show_progress_bar
 
 
 def _digest(values: Sequence[str]) -> str:

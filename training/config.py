@@ -28,7 +28,8 @@ _LISTS = ("answers", "report_to")  # a flag may come several times
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings of a run; the defaults are those of LLM2Vec-Gen (arXiv 2603.10913, §4).
+    """Settings of a run; the defaults are those of LLM2Vec-Gen (arXiv 2603.10913, §4), but for
+    `start`.
 
     answers: jsonl files of {"id", "query", "answer"} and perhaps {"negative_query",
     "negative_answer"}. teacher: parquet of their vectors, as `gen-fast teach` writes it. out: a

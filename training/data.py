@@ -1,7 +1,6 @@
 """Queries, answers and teacher vectors, in the order in which a run sees them."""
 
 import hashlib
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from gen_fast.embeddingfiles import read_embeddings
 from gen_fast.errors import ConfigError, InputError
 from gen_fast.tokenizing import TextTokenizer, without_special_tokens
 from gen_fast.training.config import TrainConfig
-from gen_fast.training.records import Rejections
+from gen_fast.training.records import Rejections, placed_records
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +39,7 @@ def read_rows(paths: Sequence[str | Path], rejections: Rejections) -> list[Row]:
     rows: list[Row] = []
     seen: set[str] = set()
     for path in paths:
-        for place, record in _records(Path(path)):
+        for place, record in placed_records(Path(path)):
             row = _row(place, record)
             if not row.query.strip() or not row.answer.strip():
                 rejections.add(row.id, "empty query or answer")
@@ -52,21 +51,6 @@ def read_rows(paths: Sequence[str | Path], rejections: Rejections) -> list[Row]:
     if not rows:
         raise InputError(f"{', '.join(map(str, paths))}: no usable row")
     return rows
-
-
-def _records(path: Path) -> list[tuple[str, Any]]:
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    found = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                found.append((f"{path}, line {number}", json.loads(line)))
-            except ValueError as error:
-                raise InputError(f"{path}, line {number}: not valid JSON: {error}") from error
-    return found
 
 
 def _row(place: str, record: Any) -> Row:
@@ -152,7 +136,8 @@ class TrainingData:
         digest = hashlib.sha256()
         for row in (*self.train, *self.validation):
             digest.update(repr(row).encode())
-            digest.update(self._vectors[row.id].tobytes())
+        for vector in self._vectors.values():
+            digest.update(vector.tobytes())
         return digest.hexdigest()
 
     def sample(self, count: int) -> list[Row]:
@@ -204,14 +189,9 @@ def _answer_end(literal: str | None, tokenizer: Any) -> tuple[str, np.ndarray]:
             raise ConfigError("the tokenizer has no end of text: give answer_end")
         return "", np.array([tokenizer.eos_token_id], dtype=np.int32)
     known = tokenizer.get_added_vocab().get(literal)
-    return (
-        ("", np.array([known], dtype=np.int32))
-        if known is not None
-        else (
-            literal,
-            np.empty(0, dtype=np.int32),
-        )
-    )
+    if known is None:
+        return literal, np.empty(0, dtype=np.int32)
+    return "", np.array([known], dtype=np.int32)
 
 
 def _teacher_vectors(path: str, rows: Sequence[Row]) -> dict[str, np.ndarray]:

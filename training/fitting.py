@@ -15,7 +15,8 @@ from gen_fast.errors import NonFiniteLossError
 from gen_fast.training.data import Example
 from gen_fast.training.student import Student
 
-# Ridge, as a share of the features' mean variance: what held-out rows liked best of 1e-4 … 1e-1.
+# Ridge, as a share of the features' mean variance. Of 1e-4 … 1e-1, on SmolLM2 with MiniLM's
+# vectors, less overfits and more ranks worse.
 RIDGE = 1e-2
 BATCH = 64
 

@@ -40,14 +40,15 @@ def run_recipe(
     stopped. Raises as the stages do.
     """
     out = Path(config.out)
-    shown = bool(show_progress_bar)
-    generate_answers(queries, Path(config.answers[0]), generator, show_progress_bar=shown)
+    answers = Path(config.answers[0])
+    generate_answers(queries, answers, generator, show_progress_bar=show_progress_bar)
     if not Path(config.teacher).exists():
         teach(
             config.answers,
             Path(config.teacher),
             teacher,
             method=teacher_method,
+            device=config.device,
             show_progress_bar=show_progress_bar,
         )
     folder = train(config, show_progress_bar=show_progress_bar)

@@ -24,6 +24,7 @@ class RecordFile:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         self._check_settings(json.loads(json.dumps(settings)))
+        cut_torn_line(path)
         self.rows = read_records(path)
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -39,7 +40,7 @@ class RecordFile:
     def _check_settings(self, settings: dict[str, Any]) -> None:
         path = self.path.with_name(f"{self.path.name}.settings.json")
         if not path.exists() or not self.path.exists():
-            path.write_text(json.dumps(settings, indent=2) + "\n")
+            write_whole(path, json.dumps(settings, indent=2) + "\n")
             return
         kept = json.loads(path.read_text())
         for key in sorted({*kept, *settings}):
@@ -50,26 +51,45 @@ class RecordFile:
                 )
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """The rows of a jsonl file, after cutting off a last line that was not written to its end.
-
-    None if there is no file. Raises InputError naming a line that is not JSON.
-    """
-    if not path.exists():
-        return []
-    content = path.read_bytes()
+def cut_torn_line(path: Path) -> None:
+    """Remove the last line of a file if a crash kept it from being written to its end."""
+    content = path.read_bytes() if path.exists() else b""
     end = content.rfind(b"\n") + 1
     if end < len(content):
         logger.warning("%s: the last line was cut off by a crash and is made again", path)
         with path.open("r+b") as file:
             file.truncate(end)
-    rows = []
-    for number, line in enumerate(content[:end].splitlines(), 1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            raise InputError(f"{path}, line {number}: not valid JSON: {error}") from error
-    return rows
+
+
+def placed_records(path: Path) -> list[tuple[str, Any]]:
+    """The values of a jsonl file with their places, "FILE, line 3". Empty lines are passed over.
+
+    Raises InputError naming the file, or the line that is not JSON.
+    """
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    found = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                found.append((f"{path}, line {number}", json.loads(line)))
+            except ValueError as error:
+                raise InputError(f"{path}, line {number}: not valid JSON: {error}") from error
+    return found
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The rows of a jsonl file; empty if there is no file. Raises InputError."""
+    return [row for _, row in placed_records(path)] if path.exists() else []
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is there whole or, after a crash, as it was."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
 
 
 class Rejections:
@@ -91,6 +111,6 @@ class Rejections:
             return
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self._rows)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(text)
+        write_whole(self.path, text)
         counts = ", ".join(f"{count} {reason}" for reason, count in self.counts.items())
         logger.warning("%d rows left out (%s): see %s", len(self._rows), counts, self.path)

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from gen_fast.errors import ConfigError
 from gen_fast.training.config import TrainConfig
-from gen_fast.training.records import read_records
+from gen_fast.training.records import cut_torn_line, read_records, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +39,9 @@ class Report:
         if not active:
             return
         # What was written after the checkpoint that the run goes on from is written again.
+        cut_torn_line(self._path)
         kept = [row for row in read_records(self._path) if row["step"] <= first_step]
-        self._path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        write_whole(self._path, "".join(json.dumps(row) + "\n" for row in kept))
         for name in config.report_to:
             self._writers += _writer(name, config)
 
@@ -74,10 +75,9 @@ class Report:
 
 def _writer(name: str, config: TrainConfig) -> list[Any]:
     """A function (step, figures) -> None; none if the package is not installed, which is logged."""
-    module = {"tensorboard": "tensorboard", "wandb": "wandb"}.get(name)
-    if module is None:
+    if name not in ("tensorboard", "wandb"):
         raise ConfigError(f"report_to {name!r} is not tensorboard or wandb")
-    if importlib.util.find_spec(module) is None:
+    if importlib.util.find_spec(name) is None:
         logger.warning("%s is not installed: its log is not written (pip install %s)", name, name)
         return []
     if name == "tensorboard":

@@ -5,7 +5,7 @@ over parts of the batch; each leaves its gradient at the soft prompts, and one p
 back through the special tokens.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -20,8 +20,9 @@ from gen_fast.training.data import Example
 from gen_fast.training.student import Student
 from gen_fast.training.world import World
 
-# Tokens of reconstruction at a time. Their activations are kept for the backward pass: about 350
-# kB a token for SmolLM2-135M in bfloat16.
+# Tokens of reconstruction at a time. Their activations are kept for the backward pass: a layer
+# saves the stream twice, q, k, v, attention's output, gate and up, 345 kB a token for SmolLM2-135M
+# in bfloat16 by that count.
 CPU_TOKENS, GPU_TOKENS = 1024, 16384
 
 
@@ -85,7 +86,10 @@ def accumulate(
     values = {item.name: leaf.new_zeros(()) for item in fields(Losses)}
 
     teacher = _vectors(examples, "vector", leaf)
-    for part, states, targets in _reconstructions(student, soft_leaf, examples, config):
+    reconstructions: Iterable[tuple[slice, Tensor, Tensor]] = ()
+    if config.reconstruction_weight:
+        reconstructions = _reconstructions(student, soft_leaf, examples, config)
+    for part, states, targets in reconstructions:
         recon, aligned = distill(
             *(states, student.head, targets, embedded["query"][part], teacher[part]),
             tokens=tokens,
@@ -96,7 +100,9 @@ def accumulate(
         weighted.backward()
         values["reconstruction"] += recon.detach()
         values["alignment"] += aligned.detach()
+    alone = 0.0 if config.reconstruction_weight else config.alignment_weight
     for name, weight, group, vectors in (
+        ("alignment", alone, "query", "vector"),
         ("repeat", config.repeat_weight, "repeat", "vector"),
         ("negative", config.negative_weight, "negative_query", "negative_vector"),
     ):
@@ -139,14 +145,7 @@ def _groups(examples: Sequence[Example], config: TrainConfig) -> dict[str, list[
 def _reconstructions(
     student: Student, soft: Tensor, examples: Sequence[Example], config: TrainConfig
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Yield (part of the batch, states [N, h], targets [N]), as much at a time as memory allows.
-
-    Without reconstruction loss it is the whole batch, with N = 0.
-    """
-    if not config.reconstruction_weight:
-        none = student.head.new_empty(0, student.head.shape[1])
-        yield slice(0, len(examples)), none, torch.empty(0, dtype=torch.int64, device=none.device)
-        return
+    """Yield (part of the batch, states [N, h], targets [N]), as much at a time as memory allows."""
     c = student.n_compression
     default = CPU_TOKENS if student.backbone.device.type == "cpu" else GPU_TOKENS
     lengths = [len(example.answer) + c - 1 for example in examples]

@@ -63,6 +63,21 @@ def test_the_whole_recipe_and_again(queries, talking_model, tmp_path):
     assert "learning_rate" in other.stderr
 
 
+def test_settings_of_the_file_hold_unless_overridden(queries, talking_model, tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text(f"backbone: {talking_model}\ndtype: float32\ndevice: cpu\nstart: random\n")
+    done = run(
+        *("train", queries, "--out", tmp_path / "run", "--config", config, "--report-to="),
+        *("--teacher", talking_model, "--teacher-method", "mean", "--max-new-tokens", 6, "--quiet"),
+        *("--steps", 1, "--n-compression", 2, "--batch-size", 3, "--validation-rows", 0),
+    )
+    assert done.exit_code == 0, done.stderr
+    made = (tmp_path / "run" / "config.yaml").read_text()
+    assert f"backbone: {talking_model}\n" in made
+    assert "dtype: float32\n" in made
+    assert "start: random\n" in made
+
+
 def test_stages_one_by_one(queries, talking_model, tmp_path):
     answers = tmp_path / "a.jsonl"
     options = ("--model", talking_model, "--device", "cpu", "--max-new-tokens", 5, "--quiet")

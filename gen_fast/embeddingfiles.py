@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from gen_fast.errors import InputError
-from gen_fast.textfiles import named_errors
+from gen_fast.rowfiles import named_errors
 
 STDOUT = "-"
 EMBEDDING_SUFFIXES = (".npy", ".parquet", ".safetensors")

@@ -2,7 +2,6 @@
 
 import json
 import os
-import secrets
 import stat
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ import pyarrow.parquet
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from gen_fast.durable import replacing
 from gen_fast.errors import InputError
 from gen_fast.rowfiles import named_errors
 
@@ -96,8 +96,7 @@ def write_embeddings(target: str | Path, embeddings: Embeddings) -> None:
         sys.stdout.buffer.flush()
         return
     target = Path(target)
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-    try:
+    with replacing(target) as temporary:
         with temporary.open("xb") as file:
             mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
             if target.suffix == ".npy":
@@ -107,9 +106,6 @@ def write_embeddings(target: str | Path, embeddings: Embeddings) -> None:
         if target.suffix == ".safetensors":
             _save_safetensors(temporary, embeddings)
             temporary.chmod(mode)  # safetensors makes files that only their owner may read
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _header(

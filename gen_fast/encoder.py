@@ -2,10 +2,11 @@
 
 import logging
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -21,17 +22,37 @@ from gen_fast.errors import NonFiniteError, PromptError
 from gen_fast.generation import AnswerGenerator
 from gen_fast.methods import Layout, Sequences
 from gen_fast.ops.pool import pool
+from gen_fast.precision import sign_bits
 from gen_fast.prefix import PrefixCache
 from gen_fast.tokenizing import check_texts, without_special_tokens
 
 logger = logging.getLogger(__name__)
 
-Precision = Literal["float32", "binary", "ubinary"]
+T = TypeVar("T")
 
 # Texts are sorted by length within a window. Large enough that equal lengths meet, small enough
 # that the window's ids take a few megabytes.
 WINDOW_TEXTS = 4096
 WINDOW_CHARACTERS = 1 << 23
+
+
+@dataclass(frozen=True)
+class EncodedBlock:
+    """embeddings [n, d] float32; truncated: how many of the n texts lost their tail."""
+
+    embeddings: np.ndarray
+    truncated: int
+
+
+@dataclass(frozen=True)
+class _Window:
+    """Texts of a block from row `start` on, laid out; truncated: texts of all blocks so far."""
+
+    sequences: Sequences
+    start: int
+    block_size: int
+    truncated: int
+    is_last: bool
 
 
 class Encoder:
@@ -103,7 +124,7 @@ class Encoder:
         prompt: str | None = None,
         prompt_name: str | None = None,
         normalize_embeddings: bool = False,
-        precision: Precision = "float32",
+        precision: Literal["float32", "binary", "ubinary"] = "float32",
         truncate_dim: int | None = None,
         show_progress_bar: bool | None = None,
         convert_to_tensor: bool = False,
@@ -125,35 +146,70 @@ class Encoder:
         single = isinstance(texts, str)
         rows = [texts] if isinstance(texts, str) else _as_list(texts)
         check_texts(rows)
-        dimension = self.dimension if truncate_dim is None else truncate_dim
-        if not 1 <= dimension <= self.dimension:
-            raise ValueError(f"truncate_dim {truncate_dim} is outside 1…{self.dimension}")
         if precision not in ("float32", "binary", "ubinary"):
             raise ValueError(f"precision {precision!r} is not float32, binary or ubinary")
 
-        layout = self._layout(self._prompt(prompt, prompt_name))
-        output = np.empty((len(rows), dimension), dtype=np.float32)
         if show_progress_bar is None:
             show_progress_bar = sys.stderr.isatty() and not single
-        with (
-            tqdm(total=len(rows), unit="text", disable=not show_progress_bar) as bar,
-            torch.inference_mode(),
-        ):
-            for indices, embeddings in self._embed(rows, layout):
-                part = embeddings[:, :dimension]
-                if normalize_embeddings:
-                    part = torch.nn.functional.normalize(part, dim=-1)
-                output[indices] = part.cpu().numpy()
-                _check_finite(output, indices)
-                bar.update(len(indices))
-        if layout.truncated:
+        with tqdm(total=len(rows), unit="text", disable=not show_progress_bar) as bar:
+            (block,) = self.encode_blocks(
+                [rows],
+                prompt=prompt,
+                prompt_name=prompt_name,
+                normalize_embeddings=normalize_embeddings,
+                truncate_dim=truncate_dim,
+                on_progress=bar.update,
+            )
+        if block.truncated:
             logger.warning(
                 "%d of %d texts were longer than max_length=%d tokens and lost their tail",
-                *(layout.truncated, len(rows), self.max_length),
+                *(block.truncated, len(rows), self.max_length),
             )
-        result = output if precision == "float32" else _signs(output, precision)
+        result = block.embeddings
+        if precision != "float32":
+            result = sign_bits(result)
+        if precision == "binary":
+            result = (result.astype(np.int16) - 128).astype(np.int8)
         result = result[0] if single else result
         return torch.from_numpy(result) if convert_to_tensor else result
+
+    def encode_blocks(
+        self,
+        blocks: Iterable[Sequence[str]],
+        *,
+        prompt: str | None = None,
+        prompt_name: str | None = None,
+        normalize_embeddings: bool = False,
+        truncate_dim: int | None = None,
+        on_progress: Callable[[int], object] = lambda texts: None,
+    ) -> Iterator["EncodedBlock"]:
+        """Embed blocks of texts, each to the bits that `encode` gives it alone.
+
+        The next texts are drawn from `blocks` and tokenised in a thread while others are run.
+        on_progress is called with the number of texts of every batch that is done.
+        Rows in errors, which are those of `encode`, are counted within a block.
+        """
+        dimension = self.dimension if truncate_dim is None else truncate_dim
+        if not 1 <= dimension <= self.dimension:
+            raise ValueError(f"truncate_dim {truncate_dim} is outside 1…{self.dimension}")
+        layout = self._layout(self._prompt(prompt, prompt_name))
+        output = np.empty((0, dimension), dtype=np.float32)
+        truncated = 0
+        for window in _ahead(_windows(blocks, layout)):
+            if window.start == 0:
+                output = np.empty((window.block_size, dimension), dtype=np.float32)
+            with torch.inference_mode():
+                for members, embeddings in self._embed_window(window.sequences, layout.prompt_ids):
+                    part = embeddings[:, :dimension]
+                    if normalize_embeddings:
+                        part = torch.nn.functional.normalize(part, dim=-1)
+                    indices = members + window.start
+                    output[indices] = part.cpu().numpy()
+                    _check_finite(output, indices)
+                    on_progress(len(indices))
+            if window.is_last:
+                yield EncodedBlock(output, window.truncated - truncated)
+                truncated = window.truncated
 
     def encode_query(self, texts: str | Iterable[str], **options: Any) -> np.ndarray | Tensor:
         """`encode` with the prompt named "query"."""
@@ -216,28 +272,13 @@ class Encoder:
             self._rust_tokenizer, prompt, self.max_length, self.method, self._generator
         )
 
-    def _embed(self, texts: Sequence[str], layout: Layout) -> Iterator[tuple[np.ndarray, Tensor]]:
-        """Yield (input positions [n], embeddings [n, d] float32) until every text is done.
-
-        The next window is laid out in the background while this one is run.
-        """
-        bounds = list(_window_bounds(texts))
-
-        def lay_out(bound: slice) -> Sequences:
-            return layout(texts[bound], bound.start)
-
-        with ThreadPoolExecutor(1, "gen_fast-tokenize") as executor:
-            pending = [executor.submit(lay_out, bound) for bound in bounds[:1]]
-            for i, bound in enumerate(bounds):
-                window = pending.pop().result()
-                pending += [executor.submit(lay_out, after) for after in bounds[i + 1 : i + 2]]
-                for members, embeddings in self._embed_window(window, layout.prompt_ids):
-                    yield members + bound.start, embeddings
-
     def _embed_window(
         self, window: Sequences, prompt_ids: np.ndarray
     ) -> Iterator[tuple[np.ndarray, Tensor]]:
-        """Run one window, grouped by how much of the prompt's prefix a text shares."""
+        """Yield (positions in the window [n], embeddings [n, d] float32) until all are run.
+
+        Texts are grouped by how much of the prompt's prefix they share.
+        """
         lengths = np.array([len(row) for row in window.ids])
         longest_first = np.argsort(-lengths, kind="stable")
         for shared in np.unique(window.shared):
@@ -308,6 +349,24 @@ def _window_bounds(texts: Sequence[str]) -> Iterator[slice]:
         yield slice(start, len(texts))
 
 
+def _windows(blocks: Iterable[Sequence[str]], layout: Layout) -> Iterator["_Window"]:
+    for rows in blocks:
+        check_texts(rows)
+        bounds = list(_window_bounds(rows)) or [slice(0, 0)]
+        for bound in bounds:
+            sequences = layout(rows[bound], bound.start)
+            yield _Window(sequences, bound.start, len(rows), layout.truncated, bound is bounds[-1])
+
+
+def _ahead(items: Iterator[T]) -> Iterator[T]:
+    """Draw each item in a thread while the one before it is used."""
+    with ThreadPoolExecutor(1, "gen_fast-tokenize") as executor:
+        pending = executor.submit(next, items, None)
+        while (item := pending.result()) is not None:
+            pending = executor.submit(next, items, None)
+            yield item
+
+
 def _check_finite(output: np.ndarray, indices: np.ndarray) -> None:
     bad = indices[~np.isfinite(output[indices]).all(axis=1)]
     if len(bad):
@@ -318,8 +377,3 @@ def _check_finite(output: np.ndarray, indices: np.ndarray) -> None:
             + "; float16 overflows on some models: use bfloat16 or float32",
             rows,
         )
-
-
-def _signs(embeddings: np.ndarray, precision: Precision) -> np.ndarray:
-    bits = np.packbits(embeddings > 0, axis=-1)
-    return bits if precision == "ubinary" else (bits.astype(np.int16) - 128).astype(np.int8)

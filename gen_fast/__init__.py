@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         GenFastError,
         ImplementationError,
         InputError,
+        JobError,
         ModelNotFoundError,
         NonFiniteError,
         NonFiniteLossError,
@@ -31,13 +32,19 @@ if TYPE_CHECKING:
         UnsupportedModelError,
         WeightsError,
     )
+    from gen_fast.jobs.index import build_index
+    from gen_fast.jobs.job import embed_corpus
+    from gen_fast.jobs.search import open_index
     from gen_fast.loading import encode, load
 
 # Where each public name lives; resolved on first use, so that importing stays cheap.
 _HOME = {
     "Adapter": "adapter",
     "Encoder": "encoder",
+    "embed_corpus": "jobs.job",
     "encode": "loading",
+    "build_index": "jobs.index",
+    "open_index": "jobs.search",
     "load": "loading",
     "AdapterError": "errors",
     "BackboneMismatchError": "errors",
@@ -46,6 +53,7 @@ _HOME = {
     "GenFastError": "errors",
     "ImplementationError": "errors",
     "InputError": "errors",
+    "JobError": "errors",
     "ModelNotFoundError": "errors",
     "NonFiniteError": "errors",
     "NonFiniteLossError": "errors",
@@ -61,6 +69,9 @@ _HOME = {
 __all__ = [  # noqa: RUF022 - what people look for first stands first
     "load",
     "encode",
+    "embed_corpus",
+    "build_index",
+    "open_index",
     "Encoder",
     "Adapter",
     "__version__",
@@ -76,6 +87,7 @@ __all__ = [  # noqa: RUF022 - what people look for first stands first
     "AdapterError",
     "BackboneMismatchError",
     "PrefixCacheError",
+    "JobError",
     "ConfigError",
     "CheckpointError",
     "NonFiniteLossError",

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from gen_fast.durable import file_sha256
 from gen_fast.errors import AdapterError, BackboneMismatchError
 from gen_fast.weights import read_json
 
@@ -120,6 +121,14 @@ class Adapter:
         """A copy that records the backbone it was checked against."""
         return replace(self, fingerprint=dict(fingerprint))
 
+    def weights_hash(self) -> str:
+        """Tells one set of special tokens and projections from another."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.tensors().items()):
+            digest.update(f"{name}{tuple(tensor.shape)}{self.n_compression}".encode())
+            digest.update(tensor.detach().float().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
     def save(self, directory: str | Path) -> None:
         """Write adapter.safetensors, config.json and README.md (a model card)."""
         directory = Path(directory)
@@ -138,7 +147,7 @@ class Adapter:
                 "revision": self.backbone_revision,
                 "fingerprint": dict(self.fingerprint),
             },
-            "sha256": _sha256(path),
+            "sha256": file_sha256(path),
             "n_thought": self.n_special - self.n_compression,
             "n_compression": self.n_compression,
             "dimension": self.dimension,
@@ -166,7 +175,7 @@ class Adapter:
             raise AdapterError(f"{path} is not a safetensors file, or damaged: {error}") from error
         if "sha256" not in config:
             raise AdapterError(f"{directory}/config.json lacks 'sha256'")
-        if _sha256(path) != config["sha256"]:
+        if file_sha256(path) != config["sha256"]:
             raise AdapterError(f"{path} is damaged: its sha256 is not the one in config.json")
         return cls._build(config, tensors, path)
 
@@ -202,11 +211,6 @@ class Adapter:
                 f"{adapter.dimension}, its config says {expected[1]} and {expected[0]}"
             )
         return adapter
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _model_card(adapter: Adapter) -> str:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import gen_fast.cli_options as options
-from gen_fast import cli_training
+from gen_fast import cli_jobs, cli_training
 from gen_fast.cli_errors import EPILOG, FAILURE, Commands, fail
 from gen_fast.errors import GenFastError, InputError, TextError
 from gen_fast.version import __version__
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from gen_fast.encoder import Encoder
+    from gen_fast.search import Match
 
 app = typer.Typer(
     cls=Commands,
@@ -67,18 +68,14 @@ def encode(
     device: options.DeviceOption = None,
     dtype: options.DtypeOption = options.Dtype.auto,
     prompt: options.PromptOption = None,
-    prompt_name: Annotated[
-        str | None, typer.Option(help="One of the model's prompts: query, document, …")
-    ] = None,
-    normalize: Annotated[bool, typer.Option("--normalize", help="To L2 norm 1.")] = False,
+    prompt_name: options.PromptNameOption = None,
+    normalize: options.NormalizeOption = False,
     text_column: options.TextColumnOption = None,
     id_column: options.IdColumnOption = None,
     file_format: options.FormatOption = None,
     max_length: options.MaxLengthOption = None,
     deterministic: options.DeterministicOption = False,
-    truncate_dim: Annotated[
-        int | None, typer.Option(min=1, help="Keep the first dimensions only.")
-    ] = None,
+    truncate_dim: options.TruncateDimOption = None,
     quiet: options.QuietOption = False,
 ) -> None:
     """Embed the texts of a file, in its order."""
@@ -89,6 +86,7 @@ def encode(
         check_embedding_file,
         write_embeddings,
     )
+    from gen_fast.sources import lasting_name
     from gen_fast.textfiles import read_texts
 
     if prompt is not None and prompt_name is not None:
@@ -116,14 +114,14 @@ def encode(
         show_progress_bar=False if quiet else None,
     )
     metadata = EmbeddingMetadata(
-        model=_lasting(encoder.name),
+        model=lasting_name(encoder.name),
         method=encoder.method,
         prompt=encoder.prompts[prompt_name] if prompt_name else prompt or "",
         normalized=normalize,
         dimension=vectors.shape[1],
         model_dimension=encoder.dimension,
         dtype=str(encoder.backbone.dtype).removeprefix("torch."),
-        backbone=_lasting(backbone) if backbone else "",
+        backbone=lasting_name(backbone) if backbone else "",
         fingerprint=encoder.backbone.fingerprint,
     )
     write_embeddings(out, Embeddings(texts.ids, vectors, texts.texts, metadata))
@@ -134,7 +132,7 @@ def encode(
 @app.command()
 def search(
     embeddings: Annotated[
-        str, typer.Argument(help="What encode wrote: .npy, .parquet, .safetensors.")
+        str, typer.Argument(help="What encode wrote, or an index that index made.")
     ],
     query: Annotated[list[str] | None, typer.Argument(help="Texts to search for.")] = None,
     queries: Annotated[
@@ -172,7 +170,7 @@ def search(
 
     The results of several queries are separated by an empty line. --json prints an object a query.
     """
-    from gen_fast.embeddingfiles import read_embeddings
+    from gen_fast.embeddingfiles import EMBEDDING_SUFFIXES, read_embeddings
     from gen_fast.search import check_same_model, is_normalized
     from gen_fast.search import search as search_embeddings
     from gen_fast.textfiles import read_texts
@@ -181,6 +179,13 @@ def search(
         fail("give queries as arguments or with --queries FILE")
     if prompt is not None and prompt_name is not None:
         fail("give --prompt or --prompt-name, not both")
+    if Path(embeddings).is_file() and Path(embeddings).suffix not in EMBEDDING_SUFFIXES:
+        if any((texts, model, method, backbone, center, max_length)):
+            fail("an index has its own texts and model: only queries, prompt, -k and device")
+        asked = query or read_texts(queries or "-", text_column=query_column).texts
+        hits = cli_jobs.search_index(embeddings, asked, k, prompt, prompt_name, device)
+        _print_hits(asked, hits, as_json)
+        return
     corpus = read_embeddings(embeddings)
     if texts is not None:
         read = read_texts(
@@ -216,17 +221,7 @@ def search(
         truncate_dim=corpus.vectors.shape[1],
         show_progress_bar=False,
     )
-    found = search_embeddings(corpus, vectors, k, center=center)
-    for number, (text, matches) in enumerate(zip(wanted, found, strict=True)):
-        if as_json:
-            results = [asdict(match) for match in matches]
-            _print(json.dumps({"query": text, "results": results}, ensure_ascii=False))
-            continue
-        if number:
-            _print("")
-        for match in matches:
-            line = (f"{match.score:.4f}", match.id, match.text or "")
-            _print("\t".join(" ".join(field.split()) for field in line))
+    _print_hits(wanted, search_embeddings(corpus, vectors, k, center=center), as_json)
 
 
 @app.command()
@@ -287,6 +282,9 @@ def demo() -> None:
     importlib.import_module("gen_fast.demo").run()
 
 
+app.command()(cli_jobs.embed)
+app.command()(cli_jobs.verify)
+app.command()(cli_jobs.index)
 app.command()(cli_training.generate)
 app.command()(cli_training.teach)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
@@ -339,9 +337,17 @@ def _embed(encoder: "Encoder", texts: list[str], source: str, **settings: Any) -
     return vectors
 
 
-def _lasting(model: str) -> str:
-    """A model's name that is still right in another working directory."""
-    return str(Path(model).resolve()) if Path(model).exists() else model
+def _print_hits(queries: list[str], found: "list[list[Match]]", as_json: bool) -> None:
+    for number, (text, matches) in enumerate(zip(queries, found, strict=True)):
+        if as_json:
+            results = [asdict(match) for match in matches]
+            _print(json.dumps({"query": text, "results": results}, ensure_ascii=False))
+            continue
+        if number:
+            _print("")
+        for match in matches:
+            line = (f"{match.score:.4f}", match.id, match.text or "")
+            _print("\t".join(" ".join(field.split()) for field in line))
 
 
 def _print(line: str) -> None:
@@ -352,3 +358,7 @@ def _print(line: str) -> None:
 def main() -> None:
     """Run the command line: the entry point `gen-fast`."""
     app(prog_name="gen-fast")
+
+
+if __name__ == "__main__":
+    main()

@@ -59,6 +59,14 @@ IdColumnOption = Annotated[str | None, typer.Option(help="Default: number the ro
 DeterministicOption = Annotated[
     bool, typer.Option("--deterministic", help="Same bits whatever else is encoded; slower.")
 ]
+PromptNameOption = Annotated[
+    str | None, typer.Option(help="One of the model's prompts: query, document, …")
+]
+NormalizeOption = Annotated[bool, typer.Option("--normalize", help="To L2 norm 1.")]
+TruncateDimOption = Annotated[
+    int | None, typer.Option(min=1, help="Keep the first dimensions only.")
+]
+SplitOption = Annotated[str, typer.Option(help="Of a dataset given as datasets:NAME.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no warnings.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 

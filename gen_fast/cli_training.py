@@ -13,8 +13,6 @@ from gen_fast.cli_errors import fail
 if TYPE_CHECKING:
     from gen_fast.training.answers import Shard
 
-SplitOption = Annotated[str, typer.Option(help="Of a dataset given as datasets:NAME.")]
-
 
 def generate(
     source: Annotated[
@@ -41,7 +39,7 @@ def generate(
     text_column: options.TextColumnOption = None,
     id_column: options.IdColumnOption = None,
     file_format: options.FormatOption = None,
-    split: SplitOption = "train",
+    split: options.SplitOption = "train",
     quiet: options.QuietOption = False,
 ) -> None:
     """Let the model answer queries: a row each, continued where it stopped."""
@@ -153,7 +151,7 @@ def train(
     text_column: options.TextColumnOption = None,
     id_column: options.IdColumnOption = None,
     file_format: options.FormatOption = None,
-    split: SplitOption = "train",
+    split: options.SplitOption = "train",
     quiet: options.QuietOption = False,
 ) -> None:
     """Make an adapter from queries: generate answers, teach, train, evaluate.

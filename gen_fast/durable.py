@@ -1,5 +1,6 @@
 """Files that are there whole, or as they were, whenever the machine stops."""
 
+import hashlib
 import os
 import secrets
 from collections.abc import Iterator
@@ -28,6 +29,12 @@ def write_whole(path: Path, text: str) -> None:
     """Write a text file that is there whole or, after a crash, as it was."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync(path: Path) -> None:

@@ -69,6 +69,10 @@ class ConfigError(GenFastError, ValueError):
     """A training configuration has an unknown key or a value that has no meaning."""
 
 
+class JobError(GenFastError, RuntimeError):
+    """A corpus job does not match its plan, is damaged, or could not be finished."""
+
+
 class CheckpointError(GenFastError, RuntimeError):
     """A training checkpoint cannot be written or read, or belongs to another run."""
 

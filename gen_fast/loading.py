@@ -1,5 +1,6 @@
 """`load` and the one-line `encode`: from a model name to an Encoder."""
 
+import hashlib
 import logging
 from collections.abc import Sequence
 from functools import lru_cache
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gen_fast.adapter import FORMAT, Adapter
+from gen_fast.adapter import DEFAULT_PROMPTS, FORMAT, Adapter
 from gen_fast.checkpoints import (
     check_embedding,
     is_reference_checkpoint,
@@ -23,7 +24,7 @@ from gen_fast.generation import AnswerGenerator
 from gen_fast.methods import TRAINING_FREE
 from gen_fast.sources import resolve
 from gen_fast.tokenizing import load_tokenizer
-from gen_fast.weights import load_backbone, read_json
+from gen_fast.weights import load_backbone, read_fingerprint, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -62,22 +63,7 @@ def load(
     """
     chosen_device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     chosen_dtype = resolve_dtype(dtype, chosen_device)
-    shipped = SHIPPED_ADAPTERS.get(str(model)) if method in (None, "llm2vec-gen") else None
-    directory = shipped or resolve(model, revision)
-    adapter = _adapter_in(directory)
-    if adapter is None:
-        if backbone is not None:
-            raise AdapterError(f"{directory} holds no adapter, so backbone= has no meaning")
-        source = directory
-    else:
-        if method not in (None, "llm2vec-gen"):
-            raise UnsupportedModelError(
-                f"{directory} is an llm2vec-gen adapter; for method {method!r} load its backbone"
-            )
-        source = resolve(backbone or adapter.backbone, adapter.backbone_revision)
-    if method is not None and adapter is None and method not in TRAINING_FREE:
-        raise UnsupportedModelError(f"method {method!r} is not one of {', '.join(TRAINING_FREE)}")
-
+    directory, source, adapter = _locate(model, method, backbone, revision)
     network = load_backbone(source, dtype=chosen_dtype, device=chosen_device)
     tokenizer = load_tokenizer(source)
     if adapter is not None:
@@ -100,6 +86,57 @@ def load(
         name=str(model),
         source=source,
     )
+
+
+def identify(
+    model: str | Path = DEFAULT_MODEL,
+    *,
+    method: str | None = None,
+    backbone: str | Path | None = None,
+    revision: str | None = None,
+) -> dict[str, Any]:
+    """What decides the embeddings that `load` with these options would give, from files alone.
+
+    Method, dimension, prompts and fingerprints, as JSON: of the backbone, the tokenizer and the
+    adapter (None without one). Raises as `load` does.
+    """
+    _, source, adapter = _locate(model, method, backbone, revision)
+    fingerprint = read_fingerprint(source)
+    if adapter is not None:
+        adapter.check_backbone(fingerprint)
+    tokenizer = load_tokenizer(source).backend_tokenizer.to_str()
+    return {
+        "method": "llm2vec-gen" if adapter else method or DEFAULT_METHOD,
+        "dimension": adapter.dimension if adapter else fingerprint["hidden_size"],
+        "prompts": dict(adapter.prompts if adapter else dict.fromkeys(DEFAULT_PROMPTS, "")),
+        "backbone": fingerprint,
+        "tokenizer": hashlib.sha256(tokenizer.encode()).hexdigest()[:16],
+        "adapter": adapter.weights_hash() if adapter else None,
+        "max_length": adapter.max_length if adapter else None,
+    }
+
+
+def _locate(
+    model: str | Path, method: str | None, backbone: str | Path | None, revision: str | None
+) -> tuple[Path, Path, Adapter | None]:
+    """The directory of `model`, that of its backbone, and the adapter in the first, if any."""
+    shipped = SHIPPED_ADAPTERS.get(str(model)) if method in (None, "llm2vec-gen") else None
+    directory = shipped or resolve(model, revision)
+    adapter = _adapter_in(directory)
+    if adapter is None:
+        if backbone is not None:
+            raise AdapterError(f"{directory} holds no adapter, so backbone= has no meaning")
+        if method is not None and method not in TRAINING_FREE:
+            raise UnsupportedModelError(
+                f"method {method!r} is not one of {', '.join(TRAINING_FREE)}"
+            )
+        return directory, directory, None
+    if method not in (None, "llm2vec-gen"):
+        raise UnsupportedModelError(
+            f"{directory} is an llm2vec-gen adapter; for method {method!r} load its backbone"
+        )
+    source = resolve(backbone or adapter.backbone, adapter.backbone_revision)
+    return directory, source, adapter
 
 
 def load_generator(

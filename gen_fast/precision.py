@@ -39,10 +39,10 @@ def to_float32(
     values: np.ndarray, scales: np.ndarray | None, precision: Precision, dimension: int
 ) -> np.ndarray:
     """Embeddings [n, dimension] float32 from what to_precision gave; bits become -1 and 1."""
+    if precision == "ubinary":
+        values = np.unpackbits(values, axis=-1, count=dimension)
+    floats: np.ndarray = values.astype(np.float32, copy=False)
     if precision == "int8":
         assert scales is not None
-        return values.astype(np.float32) * scales[:, None]
-    if precision == "ubinary":
-        bits = np.unpackbits(values, axis=-1, count=dimension)
-        return bits.astype(np.float32) * 2 - 1
-    return values.astype(np.float32, copy=False)
+        floats = floats * scales[:, None]
+    return floats * 2 - 1 if precision == "ubinary" else floats

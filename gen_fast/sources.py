@@ -1,6 +1,5 @@
 """Where a model lies: a known name, directory, GGUF file or Hub id, made a local directory."""
 
-import hashlib
 import importlib.util
 import json
 import logging
@@ -10,6 +9,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from gen_fast.durable import file_sha256
 from gen_fast.errors import ModelNotFoundError, UnsupportedModelError
 from gen_fast.weights import FAMILIES
 
@@ -35,6 +35,11 @@ def cache_directory() -> Path:
     if chosen:
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gen_fast"
+
+
+def lasting_name(model: str | Path) -> str:
+    """A model's name that is still right in another working directory."""
+    return str(Path(model).resolve()) if Path(model).exists() else str(model)
 
 
 def resolve(model: str | Path, revision: str | None = None) -> Path:
@@ -86,9 +91,7 @@ def _download(repository: str, revision: str | None) -> Path:
 
 def _convert_gguf(path: Path) -> Path:
     """Convert a GGUF file to a float32 safetensors directory, once; keyed by the file's sha256."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return _cached(f"gguf-{digest[:32]}", lambda target: _write_converted(path, target))
+    return _cached(f"gguf-{file_sha256(path)[:32]}", lambda target: _write_converted(path, target))
 
 
 def _cached(key: str, write: Callable[[Path], None]) -> Path:

@@ -49,7 +49,7 @@ def read_texts(
             raise InputError(f"{where}: {row.problem}")
         if text_column is None:
             strings = [name for name, value in row.values.items() if isinstance(value, str)]
-            text_column = _only_column(where, list(row.values), strings, id_column)
+            text_column = only_column(where, list(row.values), strings, id_column)
         for column in filter(None, (text_column, id_column)):
             if column not in row.values:
                 raise _missing(where, column, list(row.values))
@@ -73,7 +73,7 @@ def checked_columns(file: RowFile, text_column: str | None, id_column: str | Non
     if file.columns is None:
         return text_column
     if text_column is None:
-        text_column = _only_column(file.name, file.columns, file.text_columns(), id_column)
+        text_column = only_column(file.name, file.columns, file.text_columns(), id_column)
     for column in filter(None, (text_column, id_column)):
         if column not in file.columns:
             raise _missing(file.name, column, file.columns)
@@ -101,13 +101,15 @@ def text_problem(value: object) -> str | None:
 
 
 def id_problem(value: object) -> str | None:
-    """What keeps a value from being an id: it is neither a string nor an integer."""
-    if isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool)):
+    """What keeps a value from being an id, which is a string or an integer."""
+    if isinstance(value, int) and not isinstance(value, bool):
         return None
+    if isinstance(value, str):
+        return text_problem(value)
     return f"expected a string or an integer as id, got {value!r:.60}"
 
 
-def _only_column(
+def only_column(
     where: str, columns: Sequence[str], strings: Sequence[str], id_column: str | None
 ) -> str:
     """The column called "text", else the only one that holds strings."""

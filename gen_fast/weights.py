@@ -205,6 +205,19 @@ def load_backbone(
         return _build(config, open_tensors(directory, stack), dtype, device)
 
 
+def read_fingerprint(directory: str | Path) -> dict[str, str | int | float]:
+    """The fingerprint that a directory's backbone would have, without loading its layers.
+
+    Raises as `load_backbone` does.
+    """
+    directory = Path(directory)
+    config = parse_config(read_json(directory / "config.json"))
+    with ExitStack() as stack:
+        files = open_tensors(directory, stack)
+        embedding = files.get("embed_tokens.weight", (config.vocab_size, config.hidden_size))
+        return backbone_fingerprint(config, embedding, files)
+
+
 def backbone_from_tensors(
     config: Mapping[str, Any],
     tensors: Mapping[str, Tensor],

@@ -1,0 +1,1 @@
+"""Corpus jobs: embed what does not fit in memory, on one machine or many, and search it."""

@@ -1,0 +1,44 @@
+"""Which process works on which part: locks that the system releases when a process ends."""
+
+import errno
+import fcntl
+import os
+from pathlib import Path
+
+from gen_fast.errors import JobError
+
+CLAIMS = "_claims"
+
+
+class Claims:
+    """One byte of a file a part, locked by the process that works on it.
+
+    POSIX record locks: they hold between machines where the file system passes them on (NFS does),
+    end with the process, however it ends, and never bind the process that has them. Where they
+    fail to exclude, a part is made twice, to the same bytes.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / CLAIMS
+        self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+
+    def take(self, part: int) -> bool:
+        """Claim a part; False if another process has it. Raises JobError without lock support."""
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, part)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                return False
+            raise JobError(
+                f"{self._path}: this file system has no record locks ({error.strerror}), which "
+                "several processes need to share a job"
+            ) from error
+        return True
+
+    def release(self, part: int) -> None:
+        """Give a part back, finished or not."""
+        fcntl.lockf(self._file, fcntl.LOCK_UN, 1, part)
+
+    def close(self) -> None:
+        """Give everything back."""
+        os.close(self._file)

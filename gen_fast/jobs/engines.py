@@ -1,0 +1,233 @@
+"""Ways to run the workers of a job: processes of this machine, torchrun, a Ray cluster."""
+
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.rendezvous import rendezvous
+from tqdm import tqdm
+
+from gen_fast.errors import JobError
+from gen_fast.jobs.parts import PartStore
+from gen_fast.jobs.plan import Part, Plan
+from gen_fast.jobs.worker import DEFAULT_STALL_TIMEOUT, Worker, load_encoder
+
+_POLL_SECONDS = 0.2
+_PLANNING = timedelta(days=1)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Where a job runs: "local" or "ray", and the devices, one a process."""
+
+    name: str
+    devices: tuple[str, ...]
+
+    @classmethod
+    def choose(cls, devices: str | int | Sequence[str] | None, name: str) -> "Engine":
+        """Read `devices` as embed_corpus takes it. Raises JobError."""
+        if name not in ("local", "ray"):
+            raise JobError(f"engine {name!r} is not local or ray")
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        every = tuple(f"cuda:{i}" for i in range(gpus)) or ("cpu",)
+        if devices is None:
+            return cls(name, ("cuda" if gpus else "cpu",) if name == "local" else every[:1])
+        if devices == "all":
+            return cls(name, every)
+        if isinstance(devices, int) or (isinstance(devices, str) and devices.isdigit()):
+            count = int(devices)
+            if count < 1 or (gpus and count > gpus and name == "local"):
+                raise JobError(f"{count} devices are asked for, and there are {max(gpus, 1)}")
+            return cls(name, every[:count] if gpus and name == "local" else (every[0],) * count)
+        names = devices.split(",") if isinstance(devices, str) else list(devices)
+        for device in names:
+            try:
+                torch.device(device)
+            except RuntimeError as error:
+                raise JobError(f"device {device!r}: {str(error).splitlines()[0]}") from error
+        return cls(name, tuple(names))
+
+
+def run_local(
+    folder: Path,
+    plan: Plan,
+    engine: Engine,
+    strict: bool,
+    stall_timeout: float | None,
+    shown: bool,
+) -> None:
+    """Run a process a device until all parts are there.
+
+    The parts of a process that ends go to the others. Raises JobError if all have ended and parts
+    are missing.
+    """
+    count = len(engine.devices)
+    environment = dict(os.environ)
+    if "cpu" in engine.devices:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        environment["OMP_NUM_THREADS"] = str(max(1, (cores or 1) // count))
+    command = [sys.executable, "-m", "gen_fast.jobs.worker", str(folder)]
+    command += ["--count", str(count), *(["--strict"] if strict else [])]
+    command += ["--stall-timeout", str(stall_timeout or DEFAULT_STALL_TIMEOUT)]
+    workers = [
+        # stdin is a pipe that closes when this process ends, and they with it.
+        subprocess.Popen(
+            [*command, "--device", device, "--index", str(index)],
+            env=environment,
+            stdin=subprocess.PIPE,
+        )
+        for index, device in enumerate(engine.devices)
+    ]
+    try:
+        with _progress(folder, plan, shown) as refresh:
+            while any(worker.poll() is None for worker in workers):
+                refresh()
+                time.sleep(_POLL_SECONDS)
+                if strict and any(worker.poll() for worker in workers):
+                    break
+            refresh()
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+    _check_complete(folder, plan, [f"worker {i}: {_ending(w)}" for i, w in enumerate(workers)])
+
+
+def _ending(worker: "subprocess.Popen[bytes]") -> str:
+    code = worker.returncode
+    return f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+
+
+def _check_complete(folder: Path, plan: Plan, endings: Sequence[str]) -> None:
+    missing = len(plan.parts) - sum(1 for _ in PartStore(folder, plan).finished())
+    if missing:
+        raise JobError(
+            f"{folder}: {missing} of {len(plan.parts)} parts are missing, the others are intact "
+            f"({', '.join(endings)}); run again to go on"
+        )
+
+
+@contextmanager
+def _progress(folder: Path, plan: Plan, shown: bool) -> Iterator[Any]:
+    """A bar over the finished parts, and a function that looks at them again."""
+    store = PartStore(folder, plan)
+    left = list(plan.parts)
+    with tqdm(total=plan.rows, unit="text", disable=not shown) as bar:
+
+        def refresh() -> None:
+            finished = [part for part in left if store.record(part) is not None]
+            bar.update(sum(part.rows for part in finished))
+            left[:] = [part for part in left if part not in finished]
+
+        refresh()
+        bar.initial = bar.n  # the rate is that of this run
+        yield refresh if shown else lambda: None
+
+
+def torchrun_ranks() -> tuple[int, int, AbstractContextManager[None]]:
+    """This process' rank, their number, and a context in which the first goes ahead.
+
+    An error of the first rank in that context is an error of all.
+    """
+    store, rank, count = next(rendezvous("env://"))
+    store.set_timeout(_PLANNING)
+
+    @contextmanager
+    def first_ahead() -> Iterator[None]:
+        key = "gen_fast.plan"
+        if rank:
+            answer = store.get(key).decode()
+            if answer:
+                raise JobError(f"rank 0 could not plan the job: {answer}")
+            yield
+            return
+        try:
+            yield
+        except BaseException as error:
+            store.set(key, str(error) or type(error).__name__)
+            raise
+        store.set(key, "")
+
+    return rank, count, first_ahead()
+
+
+# ---------------------------------------------------------------------- Ray
+
+
+class _RayWorker:
+    """An actor that makes the parts it is given."""
+
+    def __init__(self, folder: str, device: str, strict: bool, stall_timeout: float) -> None:
+        self._plan = Plan.load(Path(folder))
+        encoder = load_encoder(self._plan.settings, device)
+        self._worker = Worker(
+            Path(folder), self._plan, encoder, strict=strict, stall_timeout=stall_timeout
+        )
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        self._worker.make([self._plan.parts[number] for number in batch["part"]])
+        return batch
+
+
+def run_ray(
+    folder: Path,
+    plan: Plan,
+    engine: Engine,
+    strict: bool,
+    stall_timeout: float | None,
+    shown: bool,
+) -> None:
+    """Run the missing parts through Ray Data on a pool of actors, one a device.
+
+    `folder` must be the same storage on every node. An actor that ends is started again, its part
+    tried again, three times. Raises JobError.
+    """
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise JobError("engine ray needs Ray: pip install 'gen-fast[ray]'") from error
+    store = PartStore(folder, plan)
+    missing: list[Part] = [part for part in plan.parts if store.record(part) is None]
+    if not missing:
+        return
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR)
+    on_gpu = engine.devices[0].startswith("cuda")
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    # A block a part. No other stage: on a small cluster the actors take every CPU there is.
+    rows = ray.data.from_items(
+        [{"part": part.number} for part in missing], override_num_blocks=len(missing)
+    )
+    count = min(len(engine.devices), len(missing))
+    done = rows.map_batches(
+        _RayWorker,
+        fn_constructor_kwargs={
+            "folder": str(folder.resolve()),
+            "device": "cuda" if on_gpu else "cpu",
+            "strict": strict,
+            "stall_timeout": stall_timeout or DEFAULT_STALL_TIMEOUT,
+        },
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=count),
+        num_gpus=1 if on_gpu else 0,
+        num_cpus=1,
+        ray_remote_args_fn=lambda: {"max_restarts": 3, "max_task_retries": 3},
+    )
+    try:
+        with _progress(folder, plan, shown) as refresh:
+            for _ in done.iter_batches(batch_size=1):
+                refresh()
+    except ray.exceptions.RayError as error:
+        _check_complete(folder, plan, [str(error).strip().splitlines()[-1]])
+    _check_complete(folder, plan, ["Ray"])

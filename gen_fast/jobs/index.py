@@ -1,0 +1,429 @@
+"""FAISS indexes over the embeddings of a finished job: chosen, trained, filled part by part.
+
+An index is FILE, what FAISS writes, and FILE.json beside it, which says what it was made of. The
+parts are added in their order, so that the number of vectors in FILE tells which are in it: an
+interrupted build goes on from there, and a job that has grown has its new parts added.
+"""
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import faiss
+import numpy as np
+from tqdm import tqdm
+
+from gen_fast.durable import replacing, write_whole
+from gen_fast.errors import JobError
+from gen_fast.jobs.parts import PartStore
+from gen_fast.jobs.plan import Part, Plan
+from gen_fast.precision import sign_bits
+
+logger = logging.getLogger(__name__)
+
+FORMAT = "gen_fast.jobs.index/1"
+Kind = Literal["flat", "hnsw", "int8", "binary", "ivfpq", "ondisk"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+# Below this, reading every vector for a query takes less than a few milliseconds a core.
+FLAT_ROWS = 200_000
+# Building the graph takes hours beyond.
+HNSW_ROWS = 20_000_000
+_HNSW_LINKS = 32
+_TRAINING_ROWS_A_LIST = 64
+_RECALL_QUERIES = 200
+_RECALL_TARGET = 0.95
+_SAVE_SECONDS = 60.0
+_SEED = 0
+
+
+@dataclass(frozen=True)
+class IndexInfo:
+    """What an index was made of and how it is searched.
+
+    folder: the job's, as it lay. reason: why this kind. probes: inverted lists (IVF) or graph
+    candidates (HNSW) a query looks at. candidates: neighbours the first pass finds for each that
+    is wanted, scored again by the stored embeddings; 1 takes the scores of FAISS.
+    center: of a binary index, what is subtracted before signs are taken: the mean of a sample,
+    since the embeddings of a language model share a large one; empty where signs are stored.
+    recall: share of the ten exact neighbours found among ten, by cosine; None if not measured.
+    """
+
+    kind: Kind
+    reason: str
+    folder: str
+    settings: str
+    dimension: int
+    rows: int = 0
+    probes: int = 0
+    candidates: int = 1
+    recall: float | None = None
+    center: Sequence[float] = ()
+    format: str = FORMAT
+
+    def save(self, path: Path) -> None:
+        """Write FILE.json."""
+        write_whole(info_path(path), json.dumps(asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> "IndexInfo":
+        """Read FILE.json. Raises JobError."""
+        source = info_path(path)
+        try:
+            values = json.loads(source.read_text(encoding="utf-8"))
+            if values.get("format") != FORMAT:
+                raise JobError(f"{source} has format {values.get('format')!r}, expected {FORMAT!r}")
+            return cls(**values)
+        except FileNotFoundError as error:
+            raise JobError(f"{path} is no index of gen-fast: there is no {source.name}") from error
+        except (ValueError, TypeError, AttributeError) as error:
+            raise JobError(f"{source} is damaged: {error}") from error
+
+
+def info_path(path: Path) -> Path:
+    """Where FILE.json lies."""
+    return path.with_name(f"{path.name}.json")
+
+
+def choose_kind(
+    rows: int, dimension: int, memory_bytes: int, *, bits: bool = False
+) -> tuple[Kind, str]:
+    """The kind of index for so many rows that fits in so much memory, and why.
+
+    bits: the embeddings are stored as signs only.
+    """
+
+    def size(count: float) -> str:
+        return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+    budget = size(memory_bytes)
+    if bits:
+        return "binary", f"the embeddings are bits: {size(rows * dimension / 8)}, searched exactly"
+    flat = rows * dimension * 4
+    if rows <= FLAT_ROWS and flat <= memory_bytes:
+        return "flat", f"{rows} rows are few enough to look at all of them: exact, {size(flat)}"
+    hnsw = rows * (dimension * 4 + 2 * _HNSW_LINKS * 4 + 16)
+    if rows <= HNSW_ROWS and hnsw <= memory_bytes:
+        return "hnsw", f"a graph over {rows} rows takes {size(hnsw)} of the {budget} there are"
+    ivfpq = rows * (pq_bytes(dimension) + 8)
+    if ivfpq <= memory_bytes:
+        return "ivfpq", (
+            f"vectors of {rows} rows take {size(flat)}, compressed {size(ivfpq)} of the {budget} "
+            "there are"
+        )
+    return "ondisk", (
+        f"even compressed, {rows} rows take {size(ivfpq)}, more than the {budget} there are: the "
+        "lists stay on disk"
+    )
+
+
+def pq_bytes(dimension: int) -> int:
+    """Bytes of a product-quantised vector: a byte for each four dimensions, or as near as fits."""
+    return next(count for count in range(max(1, dimension // 4), 0, -1) if dimension % count == 0)
+
+
+def build_index(
+    folder: str | Path,
+    out: str | Path,
+    *,
+    kind: Kind | None = None,
+    memory_bytes: int | None = None,
+    recall_queries: int = _RECALL_QUERIES,
+    show_progress_bar: bool | None = None,
+) -> IndexInfo:
+    """Index the embeddings of a finished job; of an index that is there, what it lacks.
+
+    kind: None chooses by the number of rows and memory_bytes (None: half of what is free).
+    recall_queries: embeddings of the corpus whose exact neighbours are compared; 0 measures
+    nothing. Raises JobError.
+    """
+    folder, out = Path(folder), Path(out)
+    store = PartStore(folder, Plan.load(folder))
+    rows = [entry["rows"] for entry in store.manifest()["parts"]]
+    settings = store.plan.settings
+    shown = sys.stderr.isatty() if show_progress_bar is None else show_progress_bar
+    budget = _free_bytes() // 2 if memory_bytes is None else memory_bytes
+    if sum(rows) == 0:
+        raise JobError(f"{folder} has no embedding to index")
+    info = IndexInfo(
+        *(
+            choose_kind(sum(rows), settings.dimension, budget, bits=settings.precision == "ubinary")
+            if kind is None
+            else (kind, "it was asked for")
+        ),
+        folder=str(folder.resolve()),
+        settings=store.plan.settings_hash(),
+        dimension=settings.dimension,
+        rows=sum(rows),
+    )
+    if out.exists():
+        kept = IndexInfo.load(out)
+        if kept.settings != info.settings:
+            raise JobError(f"{out} is the index of another job, {kept.folder}")
+        if kind is not None and kept.kind != kind:
+            raise JobError(f"{out} is of kind {kept.kind}, not {kind}")
+        info = replace(info, kind=kept.kind, reason=kept.reason, center=kept.center)
+    elif info.kind == "binary" and settings.precision != "ubinary":
+        mean = _sample(store, rows, 1 << 14).mean(axis=0)
+        info = replace(info, center=[float(value) for value in mean])
+    info.save(out)
+    builder = (
+        _OnDisk(store, out, info, rows)
+        if info.kind == "ondisk"
+        else _Builder(store, out, info, rows)
+    )
+    index = builder.build(shown)
+    info = _tuned(index, store, info, rows, recall_queries)
+    info.save(out)
+    return info
+
+
+class _Builder:
+    """An index in one file."""
+
+    def __init__(self, store: PartStore, path: Path, info: IndexInfo, rows: list[int]) -> None:
+        self._store = store
+        self._path = path
+        self._info = info
+        self._rows = rows
+
+    def build(self, shown: bool) -> Any:
+        """The index with all parts in it, saved."""
+        index = read_index(self._path, self._info) if self._path.exists() else self._trained()
+        ends = [0, *accumulate(self._rows)]
+        if index.ntotal not in ends:
+            raise JobError(
+                f"{self._path} holds {index.ntotal} vectors, which is no number of whole parts: "
+                "delete it to begin again"
+            )
+        saved = time.monotonic()
+        with tqdm(total=ends[-1], initial=index.ntotal, unit="vector", disable=not shown) as bar:
+            for part in self._store.plan.parts[self._parts_in(index.ntotal, ends) :]:
+                before = index.ntotal
+                self._add(index, part.number)
+                bar.update(index.ntotal - before)
+                if time.monotonic() - saved > _SAVE_SECONDS:
+                    self._save(index)
+                    saved = time.monotonic()
+        self._save(index)
+        return index
+
+    @staticmethod
+    def _parts_in(vectors: int, ends: list[int]) -> int:
+        # Parts without a row end where the one before them does.
+        return max(number for number, end in enumerate(ends) if end == vectors)
+
+    def _add(self, index: Any, number: int) -> None:
+        part = self._store.plan.parts[number]
+        _, rows = self._store.ids(part)
+        if len(rows) == 0:
+            return
+        if self._info.kind == "binary":
+            index.add_with_ids(self._bits(part), rows)
+        else:
+            index.add_with_ids(unit(self._store.embeddings(part)), rows)
+
+    def _bits(self, part: Part) -> np.ndarray:
+        if self._store.plan.settings.precision == "ubinary":
+            return self._store.stored(part)[0]
+        return centered_bits(unit(self._store.embeddings(part)), self._info)
+
+    def _save(self, index: Any) -> None:
+        write = faiss.write_index_binary if self._info.kind == "binary" else faiss.write_index
+        try:
+            with replacing(self._path) as temporary:
+                write(index, str(temporary))
+        except (OSError, RuntimeError) as error:
+            raise JobError(f"cannot write {self._path}: {error}") from error
+
+    def _trained(self) -> Any:
+        dimension, rows = self._info.dimension, sum(self._rows)
+        if self._info.kind == "binary":
+            return faiss.IndexBinaryIDMap2(faiss.IndexBinaryFlat(-(-dimension // 8) * 8))
+        # As many lists as four square roots of the rows (FAISS' own advice), if they can be filled.
+        lists = max(1, min(int(4 * rows**0.5), rows // 39))
+        index = faiss.index_factory(
+            dimension,
+            {
+                "flat": "IDMap2,Flat",
+                "hnsw": f"IDMap2,HNSW{_HNSW_LINKS}",
+                "int8": "IDMap2,SQ8",
+            }.get(self._info.kind, f"IVF{lists},PQ{pq_bytes(dimension)}"),
+            faiss.METRIC_INNER_PRODUCT,
+        )
+        if not index.is_trained:
+            wanted = max(_TRAINING_ROWS_A_LIST * lists, 1 << 14)
+            index.train(_sample(self._store, self._rows, wanted))
+        return index
+
+
+class _OnDisk(_Builder):
+    """Lists in a file of their own, read as they are needed; made of shards of some parts each."""
+
+    _PARTS_A_SHARD = 64
+
+    def build(self, shown: bool) -> Any:
+        """The index with all parts in it, saved."""
+        from faiss.contrib.ondisk import merge_ondisk
+
+        folder = self._path.with_name(f"{self._path.name}.shards")
+        folder.mkdir(exist_ok=True)
+        trained = folder / "trained.faiss"
+        if not trained.exists():
+            self._write(self._trained(), trained)
+        parts = range(len(self._store.plan.parts))
+        starts = range(0, len(parts), self._PARTS_A_SHARD)
+        shards = []
+        for start in tqdm(starts, unit="shard", disable=not shown):
+            members = parts[start : start + self._PARTS_A_SHARD]
+            # The name says what is in it: a last, unfilled shard is made again when parts come.
+            shard = folder / f"{members[0]:05d}-{members[-1]:05d}.faiss"
+            if not shard.exists():
+                index = faiss.read_index(str(trained))
+                for number in members:
+                    self._add(index, number)
+                self._write(index, shard)
+            shards.append(str(shard))
+        index = faiss.read_index(str(trained))
+        lists = self._path.with_name(f"{self._path.name}.lists")
+        merge_ondisk(index, shards, str(lists))
+        self._save(index)
+        return index
+
+    @staticmethod
+    def _write(index: Any, path: Path) -> None:
+        with replacing(path) as temporary:
+            faiss.write_index(index, str(temporary))
+
+
+def read_index(path: Path, info: IndexInfo) -> Any:
+    """What FAISS wrote. Raises JobError if it is damaged."""
+    try:
+        if info.kind == "binary":
+            return faiss.read_index_binary(str(path))
+        # Lists on disk are looked for beside the index, wherever both have been moved.
+        return faiss.read_index(str(path), faiss.IO_FLAG_ONDISK_SAME_DIR)
+    except RuntimeError as error:
+        raise JobError(f"{path} cannot be read: {error}") from error
+
+
+def set_probes(index: Any, info: IndexInfo) -> None:
+    """Make the index look at `info.probes` lists or candidates a query."""
+    if info.kind in ("ivfpq", "ondisk"):
+        faiss.extract_index_ivf(index).nprobe = info.probes
+    elif info.kind == "hnsw":
+        graph: Any = faiss.downcast_index(index.index)
+        graph.hnsw.efSearch = info.probes
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    """Rows [n, d] float32 at L2 norm 1; zero rows stay zero."""
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    scaled: np.ndarray = vectors / np.maximum(norms, np.finfo(np.float32).tiny)
+    return scaled.astype(np.float32, copy=False)
+
+
+def centered_bits(vectors: np.ndarray, info: IndexInfo) -> np.ndarray:
+    """What a binary index compares of vectors [n, d] at L2 norm 1: [n, ceil(d / 8)] uint8."""
+    return sign_bits(vectors - np.array(info.center, np.float32) if info.center else vectors)
+
+
+def _sample(store: PartStore, rows: list[int], wanted: int) -> np.ndarray:
+    """About `wanted` embeddings from all over the corpus, at L2 norm 1."""
+    draw = np.random.default_rng(_SEED)
+    share = min(1.0, wanted / sum(rows))
+    order = draw.permutation(len(rows))
+    found: list[np.ndarray] = []
+    for number in order:
+        if sum(map(len, found)) >= wanted:
+            break
+        vectors = unit(store.embeddings(store.plan.parts[number]))
+        # From a large corpus, whole parts are not needed: a quarter of a hundred of them.
+        found.append(vectors[draw.random(len(vectors)) < max(share, 0.25)])
+    return np.concatenate(found)
+
+
+# ---------------------------------------------------------------------- recall
+
+
+def _tuned(
+    index: Any, store: PartStore, info: IndexInfo, rows: list[int], queries: int
+) -> IndexInfo:
+    """`info` with the fewest probes that reach the recall that is wanted, and that recall."""
+    probes = {"ivfpq": 16, "ondisk": 16, "hnsw": 64}.get(info.kind, 0)
+    candidates = 1 if info.kind in ("flat", "hnsw") else 10
+    info = replace(info, probes=probes, candidates=candidates)
+    if queries == 0:
+        return info
+    asked, own = _queries(store, rows, queries)
+    exact = exact_neighbours(store, asked, own, 10)
+    most = faiss.extract_index_ivf(index).nlist if info.kind in ("ivfpq", "ondisk") else 1024
+    while True:
+        info = replace(info, recall=_recall(index, store, info, asked, own, exact))
+        assert info.recall is not None
+        if not probes or info.recall >= _RECALL_TARGET or info.probes >= most:
+            return info
+        info = replace(info, probes=min(most, 2 * info.probes))
+
+
+def _queries(store: PartStore, rows: list[int], count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Embeddings of the corpus to search with, and their rows."""
+    draw = np.random.default_rng(_SEED + 1)
+    number = draw.choice(len(rows), size=count, p=np.array(rows) / sum(rows))
+    vectors, own = [], []
+    for part, wanted in zip(*np.unique(number, return_counts=True), strict=True):
+        picked = draw.choice(rows[part], size=min(int(wanted), rows[part]), replace=False)
+        vectors.append(unit(store.embeddings(store.plan.parts[part]))[picked])
+        own.append(store.ids(store.plan.parts[part])[1][picked])
+    return np.concatenate(vectors), np.concatenate(own)
+
+
+def exact_neighbours(
+    store: PartStore, queries: np.ndarray, own: np.ndarray, k: int
+) -> list[set[int]]:
+    """The k rows nearest to each query by cosine, itself (row `own`) left out; reads all parts."""
+    scores: np.ndarray = np.full((len(queries), k), -np.inf, np.float32)
+    rows: np.ndarray = np.full((len(queries), k), -1, np.int64)
+    for part in store.plan.parts:
+        _, numbers = store.ids(part)
+        found = queries @ unit(store.embeddings(part)).T
+        found[numbers[None, :] == own[:, None]] = -np.inf
+        scores = np.concatenate([scores, found], axis=1)
+        rows = np.concatenate([rows, np.broadcast_to(numbers, found.shape)], axis=1)
+        best = np.argpartition(-scores, k - 1, axis=1)[:, :k]
+        scores, rows = (np.take_along_axis(x, best, axis=1) for x in (scores, rows))
+    return [set(map(int, found)) - {-1} for found in rows]
+
+
+def _recall(
+    index: Any,
+    store: PartStore,
+    info: IndexInfo,
+    queries: np.ndarray,
+    own: np.ndarray,
+    exact: list[set[int]],
+) -> float:
+    from gen_fast.jobs.search import VectorSearch
+
+    found = VectorSearch(index, store, info).nearest(queries, 11)[1]
+    shares = [
+        len(expected.intersection([int(row) for row in rows if row != self_row][:10]))
+        / max(1, len(expected))
+        for rows, self_row, expected in zip(found, own, exact, strict=True)
+    ]
+    return float(np.mean(shares))
+
+
+def _free_bytes() -> int:
+    """Memory that is free, in bytes."""
+    try:
+        text = Path("/proc/meminfo").read_text()
+        return int(text.split("MemAvailable:")[1].split()[0]) * 1024
+    except (OSError, IndexError):
+        return 8 << 30

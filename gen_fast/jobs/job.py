@@ -1,0 +1,209 @@
+"""A corpus job from its inputs to its manifest: plan, run with an engine, publish."""
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from tqdm import tqdm
+
+from gen_fast.device import resolve_dtype
+from gen_fast.errors import JobError, PromptError
+from gen_fast.jobs.corpus import parse_template
+from gen_fast.jobs.engines import Engine, run_local, run_ray, torchrun_ranks
+from gen_fast.jobs.parts import SUCCESS, PartStore
+from gen_fast.jobs.plan import (
+    DEFAULT_MAX_TEXT_BYTES,
+    DEFAULT_ROWS_PER_PART,
+    Plan,
+    Settings,
+    prepare,
+)
+from gen_fast.jobs.worker import Worker, load_encoder
+from gen_fast.loading import DEFAULT_MODEL, identify
+from gen_fast.precision import PRECISIONS, Precision
+from gen_fast.sources import lasting_name
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a finished job has: rows embedded and rejected (also by kind), texts cut, parts."""
+
+    rows: int
+    rejected: int
+    rejected_by_kind: dict[str, int]
+    truncated: int
+    parts: int
+
+
+def embed_corpus(
+    sources: str | Path | Sequence[str | Path],
+    out: str | Path,
+    *,
+    model: str | Path = DEFAULT_MODEL,
+    method: str | None = None,
+    backbone: str | Path | None = None,
+    revision: str | None = None,
+    dtype: str = "auto",
+    max_length: int | None = None,
+    deterministic: bool = False,
+    prompt: str | None = None,
+    prompt_name: str | None = None,
+    normalize_embeddings: bool = False,
+    truncate_dim: int | None = None,
+    precision: Precision = "float32",
+    text_column: str | None = None,
+    id_column: str | None = None,
+    template: str | None = None,
+    file_format: str | None = None,
+    split: str = "train",
+    rows_per_part: int = DEFAULT_ROWS_PER_PART,
+    max_text_bytes: int = DEFAULT_MAX_TEXT_BYTES,
+    append: bool = False,
+    strict: bool = False,
+    devices: str | int | Sequence[str] | None = None,
+    engine: Literal["local", "ray"] = "local",
+    stall_timeout: float | None = None,
+    show_progress_bar: bool | None = None,
+) -> Summary | None:
+    """Embed the rows of files into parts of parquet in the directory `out`.
+
+    sources: txt, jsonl, csv (also .gz, .zst) and parquet files, directories, glob patterns,
+    "datasets:NAME". Called again with the same arguments it goes on where it stopped; a part's
+    bytes do not depend on how often that was, nor on the number of processes.
+    model to deterministic: as for `gen_fast.load`. prompt to truncate_dim: as for Encoder.encode.
+    precision: float32, float16, int8 (with a column "scale") or ubinary (signs as bits).
+    text_column, id_column, template: see gen_fast.jobs.plan.Settings.
+    append: add sources that the job does not have yet. strict: a row that would be rejected is an
+    error. devices: "cuda:0", …; a number; or "all"; one process each; None is one, here.
+    engine: "ray" runs on a Ray cluster, `devices` actors at a time. Under torchrun every rank
+    takes parts, and only the first returns a Summary.
+    stall_timeout: seconds without progress after which a process gives up, its parts going to
+    others; None means ten minutes for processes of their own, and never for this one.
+
+    Raises InputError, JobError, and what `load` raises.
+    """
+    given = [sources] if isinstance(sources, str | Path) else list(sources)
+    folder = Path(out)
+    chosen = Engine.choose(devices, engine)
+    if prompt is not None and prompt_name is not None:
+        raise PromptError("give prompt or prompt_name, not both")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision {precision!r} is not one of {', '.join(PRECISIONS)}")
+    if template is not None:
+        if text_column is not None:
+            raise JobError("give a text column or a template, not both")
+        parse_template(template)
+    identity = identify(model, method=method, backbone=backbone, revision=revision)
+    if prompt_name is not None and prompt_name not in identity["prompts"]:
+        raise PromptError(
+            f"no prompt named {prompt_name!r}; there are {', '.join(identity['prompts'])}"
+        )
+    if truncate_dim is not None and not 1 <= truncate_dim <= identity["dimension"]:
+        raise ValueError(f"truncate_dim {truncate_dim} is outside 1…{identity['dimension']}")
+    settings = Settings(
+        model=lasting_name(model),
+        method=method,
+        backbone=None if backbone is None else lasting_name(backbone),
+        revision=revision,
+        dtype=str(resolve_dtype(dtype, torch.device(chosen.devices[0]))).removeprefix("torch."),
+        max_length=max_length,
+        deterministic=deterministic,
+        prompt=identity["prompts"][prompt_name] if prompt_name else prompt or "",
+        normalize=normalize_embeddings,
+        truncate_dim=truncate_dim,
+        precision=precision,
+        text_column=text_column,
+        id_column=id_column,
+        template=template,
+        file_format=file_format,
+        split=split,
+        max_text_bytes=max_text_bytes,
+        rows_per_part=rows_per_part,
+        identity=identity,
+    )
+    shown = sys.stderr.isatty() if show_progress_bar is None else show_progress_bar
+    if "TORCHELASTIC_RUN_ID" in os.environ or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        rank, count, first_ahead = torchrun_ranks()
+        with first_ahead:
+            plan = _prepared(folder, given, settings, append) if rank == 0 else None
+        plan = plan or Plan.load(folder)
+        device = chosen.devices[int(os.environ["LOCAL_RANK"]) % len(chosen.devices)]
+        _work(folder, plan, device, rank, count, strict, stall_timeout, shown and rank == 0)
+        return _published(folder, plan) if rank == 0 else None
+
+    plan = _prepared(folder, given, settings, append)
+    if not (folder / SUCCESS).exists():
+        if chosen.name == "ray":
+            run_ray(folder, plan, chosen, strict, stall_timeout, shown)
+        elif devices is not None:
+            run_local(folder, plan, chosen, strict, stall_timeout, shown)
+        else:
+            _work(folder, plan, chosen.devices[0], 0, 1, strict, stall_timeout, shown)
+    return _published(folder, plan)
+
+
+def _prepared(
+    folder: Path, sources: Sequence[str | Path], settings: Settings, append: bool
+) -> Plan:
+    """The job's plan, after checking what is there of it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        plan = prepare(folder, sources, settings, append=append)
+        store = PartStore(folder, plan)
+        for problem in store.remove_damaged():
+            logger.warning("%s: this part is made again", problem)
+        if not store.is_complete():
+            store.unpublish()
+    except OSError as error:
+        raise JobError(f"cannot write to {folder}: {error.strerror or error}") from error
+    return plan
+
+
+def _work(
+    folder: Path,
+    plan: Plan,
+    device: str,
+    index: int,
+    count: int,
+    strict: bool,
+    stall_timeout: float | None,
+    shown: bool,
+) -> None:
+    """Be a worker of the job."""
+    finished = sum(
+        record.rows + len(record.rejected) for record in PartStore(folder, plan).finished()
+    )
+    if finished == plan.rows:
+        return
+    encoder = load_encoder(plan.settings, device)
+    total = plan.rows
+    with tqdm(total=total, initial=finished, unit="text", disable=not shown) as bar:
+        Worker(
+            folder,
+            plan,
+            encoder,
+            index=index,
+            count=count,
+            strict=strict,
+            on_texts=bar.update,
+            stall_timeout=stall_timeout,
+        ).run()
+
+
+def _published(folder: Path, plan: Plan) -> Summary:
+    store = PartStore(folder, plan)
+    manifest: dict[str, Any] = store.manifest() if (folder / SUCCESS).exists() else store.publish()
+    return Summary(
+        manifest["rows"],
+        manifest["rejected"],
+        manifest["rejected_by_kind"],
+        manifest["truncated"],
+        len(manifest["parts"]),
+    )

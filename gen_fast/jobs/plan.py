@@ -1,0 +1,309 @@
+"""What a job does, fixed before it begins: its inputs, how they are embedded, and its parts.
+
+plan.json decides every byte of every part. It never changes but for inputs that are added behind
+the ones it has.
+"""
+
+import glob
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from gen_fast.durable import file_sha256, write_whole
+from gen_fast.errors import InputError, JobError
+from gen_fast.jobs.duplicates import duplicate_rows
+from gen_fast.precision import Precision
+from gen_fast.rowfiles import (
+    COMPRESSIONS,
+    DATASETS,
+    SUFFIXES,
+    Position,
+    RowFile,
+    named_errors,
+    open_rows,
+)
+from gen_fast.textfiles import checked_columns, id_problem
+
+FORMAT = "gen_fast.jobs.plan/1"
+PLAN = "plan.json"
+DEFAULT_ROWS_PER_PART = 8192
+DEFAULT_MAX_TEXT_BYTES = 1_000_000
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How rows become embeddings. A job can only go on with the same settings.
+
+    text_column: None takes "text", else the only column of strings. template: such as
+    "{title}\\n{text}", instead of a text column. id_column: None numbers the rows of the job.
+    prompt: the instruction itself. truncate_dim: None keeps all dimensions.
+    max_text_bytes: longer texts are rejected. identity: what gen_fast.loading.identify says.
+    """
+
+    model: str
+    method: str | None = None
+    backbone: str | None = None
+    revision: str | None = None
+    dtype: str = "float32"
+    max_length: int | None = None
+    deterministic: bool = False
+    prompt: str = ""
+    normalize: bool = False
+    truncate_dim: int | None = None
+    precision: Precision = "float32"
+    text_column: str | None = None
+    id_column: str | None = None
+    template: str | None = None
+    file_format: str | None = None
+    split: str = "train"
+    max_text_bytes: int = DEFAULT_MAX_TEXT_BYTES
+    rows_per_part: int = DEFAULT_ROWS_PER_PART
+    identity: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def dimension(self) -> int:
+        """Of the embeddings that are stored."""
+        return self.truncate_dim or int(self.identity["dimension"])
+
+
+@dataclass(frozen=True)
+class Input:
+    """A file of the corpus, or a dataset. `modified` is its mtime in nanoseconds."""
+
+    path: str
+    rows: int
+    size: int
+    modified: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows `start.row` to `start.row + rows` of an input, the job's rows from `first` on.
+
+    duplicates: those of them, counted within the part, whose id an earlier row has.
+    """
+
+    number: int
+    input: int
+    start: Position
+    rows: int
+    first: int
+    duplicates: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A job's inputs, settings and parts."""
+
+    settings: Settings
+    inputs: tuple[Input, ...]
+    parts: tuple[Part, ...]
+
+    @property
+    def rows(self) -> int:
+        """Of all inputs, rejected ones included."""
+        return sum(file.rows for file in self.inputs)
+
+    def settings_hash(self) -> str:
+        """Tells embeddings that can be compared from others."""
+        return _hash(asdict(self.settings))
+
+    def key(self, part: Part) -> str:
+        """A hash of everything that decides the bytes of a part."""
+        of = asdict(replace(part, number=0, input=0))
+        return _hash([asdict(self.settings), self.inputs[part.input].sha256, of])
+
+    def save(self, folder: Path) -> None:
+        """Write plan.json."""
+        parts = [[p.input, *p.start, p.rows, p.first, list(p.duplicates)] for p in self.parts]
+        values = {
+            "format": FORMAT,
+            "settings": asdict(self.settings),
+            "inputs": [asdict(file) for file in self.inputs],
+        }
+        lines = ",\n  ".join(json.dumps(part) for part in parts)
+        text = json.dumps(values, indent=2, ensure_ascii=False)
+        write_whole(folder / PLAN, f'{text[:-2]},\n  "parts": [\n  {lines}\n  ]\n}}\n')
+
+    @classmethod
+    def load(cls, folder: Path) -> "Plan":
+        """Read the plan of a job. Raises JobError."""
+        path = folder / PLAN
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            if values["format"] != FORMAT:
+                raise JobError(f"{path} has format {values['format']!r}, expected {FORMAT!r}")
+            parts = tuple(
+                Part(number, file, Position(row, offset, line), rows, first, tuple(duplicates))
+                for number, (file, row, offset, line, rows, first, duplicates) in enumerate(
+                    values["parts"]
+                )
+            )
+            inputs = tuple(Input(**file) for file in values["inputs"])
+            return cls(Settings(**values["settings"]), inputs, parts)
+        except FileNotFoundError as error:
+            raise JobError(f"{folder} holds no job: there is no {PLAN}") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise JobError(f"{path} is not a readable plan: {error}") from error
+
+
+def prepare(
+    folder: Path, sources: Sequence[str | Path], settings: Settings, *, append: bool = False
+) -> Plan:
+    """The plan of a job in `folder`: made and saved if there is none, else checked against it.
+
+    append: add the sources that the plan does not have. Raises JobError naming what differs from
+    the plan, InputError for a source that cannot be read.
+    """
+    paths = list_sources(sources, settings.file_format)
+    if not (folder / PLAN).exists():
+        plan = _extended(Plan(settings, (), ()), paths, folder)
+        plan.save(folder)
+        return plan
+    plan = Plan.load(folder)
+    differences = [
+        f"{name} was {old!r}, now it is {new!r}"
+        for name, old, new in _pairs(asdict(plan.settings), asdict(settings))
+        if old != new
+    ]
+    differences += [text for file in plan.inputs for text in _changes(file)]
+    known = {file.path for file in plan.inputs}
+    fresh = [path for path in paths if path not in known]
+    if fresh and not append:
+        differences.append(f"{fresh[0]} is a new input (--append adds it)")
+    missing = sorted(known - set(paths))
+    if missing and not append:
+        differences.append(f"{missing[0]} is an input of the plan, and is not given now")
+    if differences:
+        raise JobError(f"{folder / PLAN} is the plan of another job: {'; '.join(differences)}")
+    if fresh:
+        plan = _extended(plan, fresh, folder)
+        plan.save(folder)
+    return plan
+
+
+def list_sources(sources: Sequence[str | Path], file_format: str | None = None) -> list[str]:
+    """The files that files, directories and glob patterns name, as absolute paths.
+
+    Of a directory, the files below it whose suffix is one of a format, by name; names that begin
+    with "." or "_" are passed over. Raises InputError if nothing is found or named twice.
+    """
+    found: list[str] = []
+    for source in map(str, sources):
+        if source.startswith(DATASETS):
+            found.append(source)
+        elif Path(source).is_dir():
+            files = [p for p in sorted(Path(source).rglob("*")) if _is_input(p, Path(source))]
+            if not files:
+                raise InputError(f"{source}: no file of {', '.join(SUFFIXES)} in this directory")
+            found += [str(path.resolve()) for path in files]
+        elif any(letter in source for letter in "*?[") and not Path(source).exists():
+            names = sorted(glob.glob(source, recursive=True))
+            if not names:
+                raise InputError(f"{source}: no file has such a name")
+            found += [str(Path(name).resolve()) for name in names if Path(name).is_file()]
+        else:
+            found.append(str(Path(source).resolve()))
+    for path in found:
+        if found.count(path) > 1:
+            raise InputError(f"{path} is given twice")
+    return found
+
+
+def _is_input(path: Path, below: Path) -> bool:
+    hidden = any(part[0] in "._" for part in path.relative_to(below).parts)
+    kind = Path(path.stem).suffix if path.suffix.lower() in COMPRESSIONS else path.suffix
+    return not hidden and kind.lower() in SUFFIXES and path.is_file()
+
+
+def open_input(path: str, settings: Settings) -> RowFile:
+    """Open an input of a job. Raises InputError."""
+    return open_rows(path, file_format=settings.file_format, split=settings.split)
+
+
+def _extended(plan: Plan, paths: Sequence[str], folder: Path) -> Plan:
+    """`plan` with more inputs. Reads them once, and all inputs for their ids if they have some."""
+    inputs, parts, first = list(plan.inputs), list(plan.parts), plan.rows
+    settings = plan.settings
+    for path in paths:
+        file = open_input(path, settings)
+        if settings.template is None:
+            checked_columns(file, settings.text_column, settings.id_column)
+        ends = list(file.positions(settings.rows_per_part))
+        rows = ends[-1].row
+        inputs.append(_input(path, rows, file))
+        for start, end in pairwise(ends):
+            count = end.row - start.row
+            if count:
+                parts.append(Part(len(parts), len(inputs) - 1, start, count, first))
+                first += count
+    if settings.id_column is not None:
+        found = duplicate_rows(_numbered_ids(inputs, settings), folder)
+        parts = [replace(part, duplicates=_within(part, found)) for part in parts]
+    return Plan(settings, tuple(inputs), tuple(parts))
+
+
+def _within(part: Part, rows: Any) -> tuple[int, ...]:
+    low, high = rows.searchsorted([part.first, part.first + part.rows])
+    return tuple(int(row) - part.first for row in rows[low:high])
+
+
+def _numbered_ids(inputs: Iterable[Input], settings: Settings) -> Iterator[tuple[int, str]]:
+    """The rows of a job that have an id, with it."""
+    column = settings.id_column
+    assert column is not None
+    first = 0
+    for file in inputs:
+        for row in open_input(file.path, settings).rows([column]):
+            if row.problem is None and id_problem(row.values.get(column)) is None:
+                yield first + row.number, str(row.values[column])
+        first += file.rows
+
+
+def _input(path: str, rows: int, file: RowFile) -> Input:
+    if path.startswith(DATASETS):
+        return Input(path, rows, 0, 0, str(getattr(file, "fingerprint", "")))
+    with named_errors(path):
+        digest = file_sha256(Path(path))
+        state = Path(path).stat()
+    return Input(path, rows, state.st_size, state.st_mtime_ns, digest)
+
+
+def _changes(file: Input) -> list[str]:
+    """What is different about an input since the plan was made. Reads it only if it looks so."""
+    if file.path.startswith(DATASETS):
+        return []
+    try:
+        state = Path(file.path).stat()
+    except OSError as error:
+        return [f"input {file.path} cannot be read: {error.strerror}"]
+    if (state.st_size, state.st_mtime_ns) == (file.size, file.modified):
+        return []
+    if state.st_size == file.size:
+        with named_errors(file.path):
+            if file_sha256(Path(file.path)) == file.sha256:
+                return []
+    return [
+        f"input {file.path} has changed since ({file.size} bytes then, {state.st_size} now); put "
+        "new rows into a new file"
+    ]
+
+
+def _pairs(
+    old: Mapping[str, Any], new: Mapping[str, Any], name: str = ""
+) -> Iterator[tuple[str, Any, Any]]:
+    for key in {**old, **new}:
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            yield from _pairs(a, b, f"{name}{key}.")
+        else:
+            yield f"{name}{key}", a, b
+
+
+def _hash(values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]

@@ -1,0 +1,100 @@
+"""Whether a finished job is what its manifest says: files, checksums, rows, ids and values."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gen_fast.errors import JobError
+from gen_fast.jobs.parts import REJECTED, PartStore
+from gen_fast.jobs.plan import Part, Plan
+from gen_fast.precision import Precision
+
+_DTYPES: dict[Precision, type] = {
+    "float32": np.float32,
+    "float16": np.float16,
+    "int8": np.int8,
+    "ubinary": np.uint8,
+}
+
+
+def verify(folder: str | Path) -> list[str]:
+    """Everything that is wrong with a finished job; empty if nothing is.
+
+    Reads every part: its checksum against the manifest, dtype and size of the embeddings, that
+    they are finite, that every row of the plan is there once, embedded or rejected, with an id.
+    Raises JobError if there is no finished job.
+    """
+    folder = Path(folder)
+    store = PartStore(folder, Plan.load(folder))
+    manifest = store.manifest()
+    entries = manifest["parts"]
+    if len(entries) != len(store.plan.parts):
+        return [f"manifest.json lists {len(entries)} parts, plan.json has {len(store.plan.parts)}"]
+    rejected, problems = _rejected(folder)
+    for part, entry in zip(store.plan.parts, entries, strict=True):
+        problems += _problems(store, part, entry, rejected)
+    return problems
+
+
+def _rejected(folder: Path) -> tuple[dict[str, set[int]], list[str]]:
+    """The rejected rows of each input, and what is wrong with the list of them."""
+    rows: dict[str, set[int]] = {}
+    path = folder / REJECTED
+    try:
+        with path.open(encoding="utf-8") as file:
+            for line in file:
+                record = json.loads(line)
+                rows.setdefault(record["input"], set()).add(record["row"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return rows, [f"{path} is damaged or missing: {error}"]
+    return rows, []
+
+
+def _problems(
+    store: PartStore, part: Part, entry: dict[str, Any], rejected: dict[str, set[int]]
+) -> Iterator[str]:
+    path = store.path(part)
+    record = store.record(part)
+    if record is None or record.sha256 != entry["sha256"]:
+        yield f"{path} is missing, cut off, or not the part that the manifest lists"
+        return
+    damage = store.damage(record)
+    if damage is not None:
+        yield damage
+        return
+    settings = store.plan.settings
+    try:
+        values, scales = store.stored(part)
+        ids, rows = store.ids(part)
+    except JobError as error:
+        yield str(error)
+        return
+    width = -(-settings.dimension // 8) if settings.precision == "ubinary" else settings.dimension
+    if values.dtype != _DTYPES[settings.precision] or values.shape != (entry["rows"], width):
+        yield (
+            f"{path} holds {values.dtype} of shape {values.shape}, expected "
+            f"{np.dtype(_DTYPES[settings.precision])} of {(entry['rows'], width)}"
+        )
+    floats = values if scales is None else scales
+    if not np.isfinite(floats).all():
+        yield f"{path}: an embedding holds NaN or infinity"
+    if settings.normalize and settings.precision in ("float32", "float16"):
+        lengths = np.linalg.norm(values.astype(np.float32), axis=1)
+        # A zero vector stays zero.
+        if not np.all((np.abs(lengths - 1) < 1e-2) | (lengths == 0)):
+            yield f"{path}: an embedding does not have length 1"
+    source = store.plan.inputs[part.input].path
+    left_out = {
+        row - part.start.row + part.first
+        for row in rejected.get(source, ())
+        if part.start.row <= row < part.start.row + part.rows
+    }
+    there = [int(row) for row in rows]
+    expected = set(range(part.first, part.first + part.rows))
+    if there != sorted(set(there)) or set(there) | left_out != expected or left_out & set(there):
+        yield f"{path}: its rows and the rejected ones are not the {part.rows} of the plan"
+    if len(set(ids)) != len(ids) or None in ids:
+        yield f"{path}: an id is missing or there twice"

@@ -1,0 +1,459 @@
+"""Jobs from their inputs to their files: bad rows, resuming, every way to run them, faults."""
+
+import gzip
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from tiny_corpus import (
+    embed_in_process,
+    files_of,
+    finished_parts,
+    options,
+    work_in_process,
+    write_corpus,
+)
+
+import gen_fast
+from gen_fast.embeddingfiles import read_embeddings
+from gen_fast.errors import InputError, JobError
+from gen_fast.jobs.job import embed_corpus
+from gen_fast.jobs.parts import PartStore
+from gen_fast.jobs.plan import Plan
+from gen_fast.jobs.verify import verify
+
+ROWS = 400
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "corpus.jsonl", ROWS)
+
+
+@pytest.fixture(scope="module")
+def expected(corpus: Path, tiny_model: Path) -> dict[str, bytes]:
+    """The files of an uninterrupted run of one process."""
+    out = corpus.with_name("expected")
+    embed_corpus(corpus, out, **options(tiny_model))
+    assert verify(out) == []
+    return files_of(out)
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_parts_hold_what_encode_gives(corpus: Path, tiny_model: Path, tmp_path: Path) -> None:
+    summary = embed_corpus(corpus, tmp_path / "out", **options(tiny_model))
+    bad = range(7, ROWS, 50)
+    assert summary is not None
+    assert (summary.rows, summary.rejected, summary.parts) == (ROWS - len(bad), len(bad), 25)
+    assert summary.rejected_by_kind == {
+        "NUL character": 2, "duplicate id": 1, "empty": 2, "missing id": 1, "no string": 2,
+    }  # fmt: skip
+    rejected = lines_of(tmp_path / "out" / "rejected.jsonl")
+    assert [row["row"] for row in rejected] == list(bad)
+    assert rejected[0] == {
+        "input": str(corpus), "row": 7, "place": "line 8", "id": "k7", "kind": "empty",
+        "reason": "there is nothing to embed",
+    }  # fmt: skip
+
+    encoder = gen_fast.load(tiny_model, dtype="float32", device="cpu")
+    rows = [row for i, row in enumerate(lines_of(corpus)) if i not in bad]
+    read = [read_embeddings(path) for path in sorted((tmp_path / "out").glob("*.parquet"))]
+    assert [i for part in read for i in part.ids] == [row["key"] for row in rows]
+    vectors = np.concatenate([part.vectors for part in read])
+    alone = encoder.encode([row["text"] for row in rows], prompt="say: ")
+    np.testing.assert_allclose(vectors, alone, rtol=1e-4, atol=1e-5)
+    assert read[0].metadata is not None
+    assert read[0].metadata.prompt == "say: "
+
+    log = lines_of(tmp_path / "out" / "log.jsonl")
+    assert [line["part"] for line in log] == list(range(25))
+    assert sum(line["rows"] for line in log) == summary.rows
+
+
+def test_a_finished_job_is_left_as_it_is(
+    corpus: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = embed_corpus(corpus, tmp_path / "out", **options(tiny_model))
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    monkeypatch.setattr("gen_fast.jobs.job.load_encoder", lambda *_: pytest.fail("was loaded"))
+    assert embed_corpus(corpus, tmp_path / "out", **options(tiny_model)) == first
+    after = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    assert after == before
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_killed_at_twenty_moments_and_resumed(
+    corpus: Path, tiny_model: Path, tmp_path: Path, expected: dict[str, bytes], workers: int
+) -> None:
+    """SIGKILL leaves neither a lost nor a doubled row: the bytes are those of a run in peace."""
+    settings = options(tiny_model)
+    draw = random.Random(workers)
+    out = tmp_path / "out"
+    seen = [0]
+    for kill in range(20):
+        if workers == 1 or not (out / "plan.json").exists():
+            running = [embed_in_process([corpus], out, settings)]
+        else:
+            running = [work_in_process(out, index, workers) for index in range(workers)]
+        # A few at any moment from the start on, the others within the next parts.
+        limit = time.monotonic() + (draw.uniform(0, 1.5) if kill % 4 == 0 else 60)
+        wanted = seen[-1] + draw.randint(0, 2)
+        while time.monotonic() < limit and any(process.is_alive() for process in running):
+            if finished_parts(out) > wanted:
+                break
+            time.sleep(draw.uniform(0, 0.005))
+        # Both workers die, or one while the other works on.
+        for process in running[: draw.randint(1, workers)]:
+            process.kill()
+        for process in running:
+            process.join(timeout=60)
+            assert process.exitcode is not None
+        seen.append(finished_parts(out))
+        if seen[-1] == 25:
+            for path in draw.sample(sorted(out.glob("part-*")), 12):  # there is work again
+                path.unlink()
+            seen.append(13)
+    assert len(set(seen)) > 3, seen
+    embed_corpus(corpus, out, **settings)
+    assert files_of(out) == expected
+    assert verify(out) == []
+    assert not list(out.glob(".*.tmp"))
+
+
+def test_two_processes_of_this_machine(
+    corpus: Path, tiny_model: Path, tmp_path: Path, expected: dict[str, bytes]
+) -> None:
+    embed_corpus(corpus, tmp_path / "out", **options(tiny_model), devices="cpu,cpu")
+    assert files_of(tmp_path / "out") == expected
+    assert len({line["worker"] for line in lines_of(tmp_path / "out" / "log.jsonl")}) == 2
+
+
+def test_two_processes_of_torchrun(
+    corpus: Path, tiny_model: Path, tmp_path: Path, expected: dict[str, bytes]
+) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", "-m", "gen_fast.cli", "embed", str(corpus), "--quiet"]
+    command += ["--out", str(tmp_path / "out"), "--model", str(tiny_model), "--dtype", "float32"]
+    command += ["--text-column", "text", "--id-column", "key", "--rows-per-part", "16"]
+    subprocess.run([*command, "--prompt", "say: "], check=True, timeout=100)
+    assert files_of(tmp_path / "out") == expected
+    # Another prompt is refused by the first rank, and so by all.
+    wrong = subprocess.run(
+        [*command, "--prompt", "tell: "], check=False, capture_output=True, text=True, timeout=100
+    )
+    assert wrong.returncode
+    assert "prompt was 'say: ', now it is 'tell: '" in wrong.stderr
+
+
+def test_two_actors_of_ray(
+    corpus: Path, tiny_model: Path, tmp_path: Path, expected: dict[str, bytes]
+) -> None:
+    ray = pytest.importorskip("ray")
+    try:
+        embed_corpus(corpus, tmp_path / "out", **options(tiny_model), engine="ray", devices=2)
+    finally:
+        ray.shutdown()
+    assert files_of(tmp_path / "out") == expected
+
+
+def test_a_worker_that_dies_leaves_its_parts_to_the_others(
+    corpus: Path, tiny_model: Path, tmp_path: Path, expected: dict[str, bytes]
+) -> None:
+    out = tmp_path / "out"
+    settings = options(tiny_model)
+    # A process that has claimed parts and stops without ending: only a lock tells.
+    first = embed_in_process([corpus], out, settings)
+    while not (out / "log.jsonl").exists():
+        time.sleep(0.01)
+    os.kill(first.pid or 0, 19)  # SIGSTOP
+    second = embed_in_process([corpus], out, settings)
+    second.join(timeout=5)
+    assert second.is_alive(), "it must wait for the parts that the first has claimed"
+    first.kill()
+    second.join(timeout=60)
+    assert second.exitcode == 0
+    assert files_of(out) == expected
+
+
+def test_a_worker_that_hangs_ends_itself(
+    corpus: Path, tiny_model: Path, tmp_path: Path, expected: dict[str, bytes]
+) -> None:
+    """A fifo as input that nobody writes to: reading hangs in the system, for ever."""
+    out = tmp_path / "out"
+    embed_corpus(corpus, out, **options(tiny_model))
+    plan = Plan.load(out)
+    PartStore(out, plan).remove(plan.parts[3])
+    (out / "_SUCCESS").unlink()
+    hanging = tmp_path / "hanging.jsonl"
+    os.mkfifo(hanging)
+    text = (out / "plan.json").read_text()
+    (out / "plan.json").write_text(text.replace(str(corpus), str(hanging)))
+    stdin, parent = os.pipe()  # the worker ends when this end closes
+    done = subprocess.run(
+        [sys.executable, "-m", "gen_fast.jobs.worker", str(out), "--device", "cpu",
+         "--stall-timeout", "2"],
+        check=False, capture_output=True, text=True, timeout=60, stdin=stdin,
+    )  # fmt: skip
+    os.close(stdin)
+    os.close(parent)
+    assert done.returncode == 1
+    assert "Timeout (0:00:02)!" in done.stderr
+    (out / "plan.json").write_text(text)
+    embed_corpus(corpus, out, **options(tiny_model))
+    assert files_of(out) == expected
+
+
+def test_all_workers_dead_is_an_error_that_says_so(
+    corpus: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    broken = tmp_path / "model"
+    subprocess.run(["cp", "-r", str(tiny_model), str(broken)], check=True)
+    embed_corpus(corpus, tmp_path / "out", **options(broken))
+    damaged = tmp_path / "out" / "part-00004.parquet"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    (broken / "tokenizer_config.json").write_text("{")
+    with pytest.raises(Exception, match=r"tokenizer|JSON|Expecting"):
+        embed_corpus(corpus, tmp_path / "out", **options(broken), devices="cpu,cpu")
+
+
+# ---------------------------------------------------------------------- plans
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt": "tell: "}, r"prompt was 'say: ', now it is 'tell: '"),
+        ({"precision": "float16"}, r"precision was 'float32', now it is 'float16'"),
+        ({"truncate_dim": 8}, r"truncate_dim was None, now it is 8"),
+        ({"max_length": 20}, r"max_length was None, now it is 20"),
+        ({"rows_per_part": 17}, r"rows_per_part was 16, now it is 17"),
+        ({"method": "last-token"}, r"identity\.method was 'mean', now it is 'last-token'"),
+        ({"text_column": "title"}, r"text_column was 'text', now it is 'title'"),
+    ],
+)
+def test_a_plan_that_does_not_match_is_refused(
+    corpus: Path, tiny_model: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    out = tmp_path / "out"
+    embed_corpus(corpus, out, **options(tiny_model))
+    before = files_of(out)
+    with pytest.raises(JobError, match=message):
+        embed_corpus(corpus, out, **options(tiny_model, **changes))
+    assert files_of(out) == before
+
+
+def test_another_model_and_a_changed_input_are_refused(tiny_model: Path, tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "a.jsonl", 40)
+    out = tmp_path / "out"
+    embed_corpus(corpus, out, **options(tiny_model))
+    from gen_fast.testing import save_tiny_model
+
+    save_tiny_model(tmp_path / "other", "llama-tied", seed=1)
+    with pytest.raises(JobError, match=r"identity\.backbone\.embedding_sha256"):
+        embed_corpus(corpus, out, **options(tmp_path / "other"))
+    os.utime(corpus)  # the same content: nothing has changed
+    embed_corpus(corpus, out, **options(tiny_model))
+    corpus.write_text(corpus.read_text().replace("text number 3", "text number 4"))
+    with pytest.raises(JobError, match=r"a\.jsonl has changed"):
+        embed_corpus(corpus, out, **options(tiny_model))
+    corpus.unlink()
+    with pytest.raises((JobError, InputError), match=r"a\.jsonl"):
+        embed_corpus(corpus, out, **options(tiny_model))
+
+
+def test_inputs_are_added_behind_those_there_are(tiny_model: Path, tmp_path: Path) -> None:
+    """What was embedded before stays as it is, and its ids come first."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    write_corpus(folder / "b.jsonl", 40)
+    out = tmp_path / "out"
+    embed_corpus(folder, out, **options(tiny_model))
+    before = files_of(out)
+    write_corpus(folder / "a.jsonl", 50, first=20)  # 20 of its ids are taken
+    with pytest.raises(JobError, match=r"a\.jsonl is a new input \(--append adds it\)"):
+        embed_corpus(folder, out, **options(tiny_model))
+    summary = embed_corpus(folder, out, **options(tiny_model), append=True)
+    assert summary is not None
+    assert summary.rejected_by_kind["duplicate id"] == 20
+    after = files_of(out)
+    assert {name: after[name] for name in before if name.startswith("part")} == {
+        name: content for name, content in before.items() if name.startswith("part")
+    }
+    assert verify(out) == []
+    # The same command goes on without --append, and so does adding nothing.
+    assert embed_corpus(folder, out, **options(tiny_model)) == summary
+    assert embed_corpus(folder, out, **options(tiny_model), append=True) == summary
+
+
+def test_formats_directories_globs_and_templates(tiny_model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    (folder / "sub").mkdir(parents=True)
+    rows = [{"key": f"{i}", "title": f"t{i}", "year": i, "text": f"x{i}"} for i in range(30)]
+    content = "".join(json.dumps(row) + "\n" for row in rows[:10])
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress(content.encode()))
+    csv = "key,title,year,text\n" + "".join(
+        f"{row['key']},{row['title']},{row['year']},{row['text']}\n" for row in rows[10:20]
+    )
+    (folder / "b.csv").write_text(csv)
+    pq.write_table(pa.Table.from_pylist(rows[20:]), folder / "sub" / "c.parquet")
+    (folder / "_d.jsonl").write_text("{}\n")
+    (folder / "notes.md").write_text("nothing")
+    settings = options(tiny_model, text_column=None, template="{title} of {year}:\n{text}")
+    settings["rows_per_part"] = 4
+    embed_corpus(folder, tmp_path / "out", **settings)
+    assert verify(tmp_path / "out") == []
+    read = [read_embeddings(path) for path in sorted((tmp_path / "out").glob("*.parquet"))]
+    assert [i for part in read for i in part.ids] == [row["key"] for row in rows]
+    texts = [f"{row['title']} of {row['year']}:\n{row['text']}" for row in rows]
+    alone = gen_fast.load(tiny_model, dtype="float32", device="cpu").encode(texts, prompt="say: ")
+    vectors = np.concatenate([part.vectors for part in read])
+    np.testing.assert_allclose(vectors, alone, rtol=1e-4, atol=1e-5)
+
+    embed_corpus(f"{folder}/**/*.parquet", tmp_path / "glob", **settings)
+    assert len(list((tmp_path / "glob").glob("*.parquet"))) == 3
+    for wrong, message in [
+        ("{titel}", "no column 'titel'"),
+        ("{title.__class__}", "not the name of a column"),
+        ("{0", "expected '}'"),
+        ("title", "names no column"),
+    ]:
+        with pytest.raises((JobError, InputError), match=message):
+            embed_corpus(folder, tmp_path / "wrong", **{**settings, "template": wrong})
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16", "int8", "ubinary"])
+def test_precisions_and_dimensions(
+    corpus: Path, tiny_model: Path, tmp_path: Path, precision: Any
+) -> None:
+    from gen_fast.search import nearest
+
+    out = tmp_path / "out"
+    settings = options(tiny_model, precision=precision, truncate_dim=40)
+    embed_corpus(corpus, out, **settings, normalize_embeddings=True)
+    assert verify(out) == []
+    store = PartStore(out, Plan.load(out))
+    stored = np.concatenate([store.embeddings(part) for part in store.plan.parts])
+    texts = [r["text"] for i, r in enumerate(lines_of(corpus)) if i % 50 != 7]
+    exact = gen_fast.load(tiny_model, dtype="float32", device="cpu").encode(
+        texts, prompt="say: ", truncate_dim=40, normalize_embeddings=True
+    )
+    assert isinstance(exact, np.ndarray)
+    if precision == "ubinary":
+        np.testing.assert_array_equal(stored, np.where(exact > 0, 1, -1))
+    else:
+        bound = {"float32": 1e-5, "float16": 1e-3, "int8": np.abs(exact).max() / 250}[precision]
+        assert np.abs(stored - exact).max() <= bound
+        assert (nearest(stored, exact, 1)[0] > 0.999).all()
+
+
+# ---------------------------------------------------------------------- faults
+
+
+def test_strict_stops_at_a_bad_row(corpus: Path, tiny_model: Path, tmp_path: Path) -> None:
+    for devices in (None, "cpu,cpu"):
+        with pytest.raises((InputError, JobError), match=r"line 8: empty|exit code 1"):
+            embed_corpus(
+                corpus, tmp_path / f"out{devices}", **options(tiny_model), strict=True,
+                devices=devices,
+            )  # fmt: skip
+
+
+def test_bad_rows_of_every_format(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"good\n\xff\xfe\n\na\0b\n" + b"x" * 2000 + b"\ngood\n")
+    (tmp_path / "b.jsonl").write_text(
+        '{"text": "good"}\n{"text": \n["good"]\n{"text": "\\ud800"}\n'
+    )
+    settings = options(tiny_model, id_column=None, text_column=None, max_text_bytes=1000)
+    summary = embed_corpus([tmp_path / "a.txt", tmp_path / "b.jsonl"], tmp_path / "o", **settings)
+    assert summary is not None
+    assert summary.rows == 3
+    assert summary.rejected_by_kind == {
+        "NUL character": 1, "empty": 1, "too long": 1, "unreadable": 4,
+    }  # fmt: skip
+    read = [read_embeddings(path).ids for path in sorted((tmp_path / "o").glob("*.parquet"))]
+    assert read == [["0", "5"], ["6"]], "rows are numbered over the job"
+
+
+def test_a_full_disk(
+    corpus: Path, tiny_model: Path, tmp_path: Path, expected: dict[str, bytes]
+) -> None:
+    """A limit of the process on file sizes fails as a full disk does: part of the way through."""
+    out = tmp_path / "out"
+    program = (
+        "import resource, signal, sys, json; from pathlib import Path\n"
+        "from gen_fast.jobs.job import embed_corpus\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "settings = json.loads(sys.argv[3])\n"
+        "import gen_fast.jobs.parts as parts\n"
+        "write = parts.PartStore.write\n"
+        "def limited(self, read, *rest):\n"
+        "    if read.part.number == 3:\n"
+        "        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "    return write(self, read, *rest)\n"
+        "parts.PartStore.write = limited\n"
+        "embed_corpus(sys.argv[1], sys.argv[2], **settings)\n"
+    )
+    settings = options(tiny_model)
+    given = json.dumps({**settings, "model": str(tiny_model)})
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(corpus), str(out), given],
+        check=False, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "JobError: cannot write" in done.stderr
+    assert "the finished parts are intact" in done.stderr
+    assert finished_parts(out) == 3
+    embed_corpus(corpus, out, **settings)
+    assert files_of(out) == expected
+
+
+def test_a_directory_that_cannot_be_written(corpus: Path, tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(JobError, match=r"cannot write to .*file"):
+        embed_corpus(corpus, tmp_path / "file" / "out", **options(tiny_model))
+
+
+def test_unreadable_inputs(tiny_model: Path, tmp_path: Path) -> None:
+    settings = options(tiny_model)
+    for name, content, message in [
+        ("none.jsonl", None, "no such file"),
+        ("a.parquet", b"PAR1 but not really", "arquet"),
+        ("a.doc", b"text", "names no format"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 9999)[:-9], "cannot be read"),
+    ]:
+        path = tmp_path / name
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(InputError, match=message):
+            embed_corpus(path, tmp_path / "out", **settings)
+        assert not (tmp_path / "out" / "plan.json").exists()
+
+
+def test_damage_is_found_named_and_mended(
+    corpus: Path, tiny_model: Path, tmp_path: Path, expected: dict[str, bytes]
+) -> None:
+    out = tmp_path / "out"
+    settings = options(tiny_model)
+    embed_corpus(corpus, out, **settings)
+    content = bytearray((out / "part-00002.parquet").read_bytes())
+    content[200] ^= 1
+    (out / "part-00002.parquet").write_bytes(content)
+    (out / "part-00005.parquet").write_bytes(b"")
+    (out / "part-00007.parquet").unlink()
+    problems = verify(out)
+    assert [problem.split("part-")[1][:5] for problem in problems] == ["00002", "00005", "00007"]
+    embed_corpus(corpus, out, **settings)
+    assert files_of(out) == expected
+    assert verify(out) == []

@@ -66,7 +66,7 @@ class ImplementationError(GenFastError, RuntimeError):
 
 
 class ConfigError(GenFastError, ValueError):
-    """A training configuration has an unknown key or a value that has no meaning."""
+    """A setting of training or of a job is unknown, or has a value without meaning."""
 
 
 class JobError(GenFastError, RuntimeError):

@@ -53,6 +53,34 @@ def test_a_real_model_stays_within_200_mb(smollm2, dtype):
     assert growth(smollm2, 8_000, dtype) <= 200
 
 
+# Peak resident memory, in MB, of a process that embeds a corpus file.
+JOB = """
+import sys
+from pathlib import Path
+from gen_fast.jobs.job import embed_corpus
+
+embed_corpus(
+    sys.argv[2], sys.argv[3], model=sys.argv[1], dtype="float32", id_column="id", max_length=32
+)
+lines = Path("/proc/self/status").read_text().splitlines()
+print(next(int(x.split()[1]) for x in lines if x.startswith("VmHWM")) / 1024)
+"""
+
+
+def test_a_job_of_ten_times_the_rows_takes_at_most_50_mb_more(tiny_model, tmp_path):
+    peaks = []
+    for count in (20_000, 200_000):
+        corpus = tmp_path / f"{count}.jsonl"
+        with corpus.open("w") as file:
+            file.writelines(f'{{"id": "row-{i}", "text": "text {i}"}}\n' for i in range(count))
+        done = subprocess.run(
+            [sys.executable, "-c", JOB, str(tiny_model), str(corpus), str(tmp_path / f"o{count}")],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        peaks.append(float(done.stdout))
+    assert peaks[1] - peaks[0] < 50, peaks
+
+
 # The same for the losses of 8 answers of 192 tokens against SmolLM2's vocabulary.
 DISTILL = """
 import sys

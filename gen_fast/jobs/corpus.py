@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-from gen_fast.errors import InputError, JobError
+from gen_fast.errors import ConfigError, InputError
 from gen_fast.jobs.plan import Part, Plan, Settings, open_input
 from gen_fast.rowfiles import Row, RowFile
 from gen_fast.textfiles import checked_columns, id_problem, only_column, text_problem
@@ -177,17 +177,17 @@ def _written(name: str, value: object) -> str:
 
 
 def parse_template(template: str) -> list[tuple[str, str | None]]:
-    """Split "{title}\\n{text}" into (literal, column behind it or None). Raises JobError."""
+    """Split "{title}\\n{text}" into (literal, column behind it or None). Raises ConfigError."""
     try:
         pieces = list(string.Formatter().parse(template))
     except ValueError as error:
-        raise JobError(f"template {template!r}: {error}") from error
+        raise ConfigError(f"template {template!r}: {error}") from error
     for _, name, form, conversion in pieces:
         # Only names: attributes, indices and formats have no meaning for a column.
         if name is not None and (not name or form or conversion or set(name) & set(".[]")):
-            raise JobError(f"template {template!r}: {{{name}}} is not the name of a column")
+            raise ConfigError(f"template {template!r}: {{{name}}} is not the name of a column")
     if all(name is None for _, name, _, _ in pieces):
-        raise JobError(f"template {template!r} names no column")
+        raise ConfigError(f"template {template!r} names no column")
     return [(literal, name) for literal, name, _, _ in pieces]
 
 

@@ -16,7 +16,7 @@ import torch
 from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
-from gen_fast.errors import JobError
+from gen_fast.errors import ConfigError, JobError
 from gen_fast.jobs.parts import PartStore
 from gen_fast.jobs.plan import Part, Plan
 from gen_fast.jobs.worker import DEFAULT_STALL_TIMEOUT, Worker, load_encoder
@@ -34,9 +34,9 @@ class Engine:
 
     @classmethod
     def choose(cls, devices: str | int | Sequence[str] | None, name: str) -> "Engine":
-        """Read `devices` as embed_corpus takes it. Raises JobError."""
+        """Read `devices` as embed_corpus takes it. Raises ConfigError."""
         if name not in ("local", "ray"):
-            raise JobError(f"engine {name!r} is not local or ray")
+            raise ConfigError(f"engine {name!r} is not local or ray")
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
         every = tuple(f"cuda:{i}" for i in range(gpus)) or ("cpu",)
         if devices is None:
@@ -46,14 +46,14 @@ class Engine:
         if isinstance(devices, int) or (isinstance(devices, str) and devices.isdigit()):
             count = int(devices)
             if count < 1 or (gpus and count > gpus and name == "local"):
-                raise JobError(f"{count} devices are asked for, and there are {max(gpus, 1)}")
+                raise ConfigError(f"{count} devices are asked for, and there are {max(gpus, 1)}")
             return cls(name, every[:count] if gpus and name == "local" else (every[0],) * count)
         names = devices.split(",") if isinstance(devices, str) else list(devices)
         for device in names:
             try:
                 torch.device(device)
             except RuntimeError as error:
-                raise JobError(f"device {device!r}: {str(error).splitlines()[0]}") from error
+                raise ConfigError(f"device {device!r}: {str(error).splitlines()[0]}") from error
         return cls(name, tuple(names))
 
 

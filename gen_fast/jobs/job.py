@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from gen_fast.device import resolve_dtype
-from gen_fast.errors import JobError, PromptError
+from gen_fast.errors import ConfigError, JobError, PromptError
 from gen_fast.jobs.corpus import parse_template
 from gen_fast.jobs.engines import Engine, run_local, run_ray, torchrun_ranks
 from gen_fast.jobs.parts import SUCCESS, PartStore
@@ -87,18 +87,19 @@ def embed_corpus(
     stall_timeout: seconds without progress after which a process gives up, its parts going to
     others; None means ten minutes for processes of their own, and never for this one.
 
-    Raises InputError, JobError, and what `load` raises.
+    Raises ConfigError, InputError, JobError, and what `load` raises.
     """
     given = [sources] if isinstance(sources, str | Path) else list(sources)
     folder = Path(out)
-    chosen = Engine.choose(devices, engine)
+    ranks = "TORCHELASTIC_RUN_ID" in os.environ or int(os.environ.get("WORLD_SIZE", "1")) > 1
+    chosen = Engine.choose("all" if ranks and devices is None else devices, engine)
     if prompt is not None and prompt_name is not None:
         raise PromptError("give prompt or prompt_name, not both")
     if precision not in PRECISIONS:
-        raise ValueError(f"precision {precision!r} is not one of {', '.join(PRECISIONS)}")
+        raise ConfigError(f"precision {precision!r} is not one of {', '.join(PRECISIONS)}")
     if template is not None:
         if text_column is not None:
-            raise JobError("give a text column or a template, not both")
+            raise ConfigError("give a text column or a template, not both")
         parse_template(template)
     identity = identify(model, method=method, backbone=backbone, revision=revision)
     if prompt_name is not None and prompt_name not in identity["prompts"]:
@@ -106,7 +107,7 @@ def embed_corpus(
             f"no prompt named {prompt_name!r}; there are {', '.join(identity['prompts'])}"
         )
     if truncate_dim is not None and not 1 <= truncate_dim <= identity["dimension"]:
-        raise ValueError(f"truncate_dim {truncate_dim} is outside 1…{identity['dimension']}")
+        raise ConfigError(f"truncate_dim {truncate_dim} is outside 1…{identity['dimension']}")
     settings = Settings(
         model=lasting_name(model),
         method=method,
@@ -129,7 +130,7 @@ def embed_corpus(
         identity=identity,
     )
     shown = sys.stderr.isatty() if show_progress_bar is None else show_progress_bar
-    if "TORCHELASTIC_RUN_ID" in os.environ or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if ranks:
         rank, count, first_ahead = torchrun_ranks()
         with first_ahead:
             plan = _prepared(folder, given, settings, append) if rank == 0 else None
@@ -159,7 +160,7 @@ def _prepared(
         store = PartStore(folder, plan)
         for problem in store.remove_damaged():
             logger.warning("%s: this part is made again", problem)
-        if not store.is_complete():
+        if not store.is_published():
             store.unpublish()
     except OSError as error:
         raise JobError(f"cannot write to {folder}: {error.strerror or error}") from error

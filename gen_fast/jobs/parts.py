@@ -135,10 +135,6 @@ class PartStore:
             if record is not None:
                 yield record
 
-    def is_complete(self) -> bool:
-        """True if no part is missing."""
-        return sum(1 for _ in self.finished()) == len(self.plan.parts)
-
     def remove_damaged(self) -> list[str]:
         """Check every finished part against its checksum; forget those that fail, and say why."""
         found = []
@@ -150,6 +146,14 @@ class PartStore:
                     self.remove(self.plan.parts[record.part])
                     found.append(problem)
         return found
+
+    def is_published(self) -> bool:
+        """True if no part is missing and the files that say so are whole."""
+        try:
+            whole = self.manifest()["rejected_sha256"] == file_sha256(self.folder / REJECTED)
+        except (JobError, OSError, KeyError):
+            return False
+        return whole and sum(1 for _ in self.finished()) == len(self.plan.parts)
 
     def unpublish(self) -> None:
         """Take back what says that the job is finished."""
@@ -190,6 +194,7 @@ class PartStore:
             "truncated": sum(record.truncated for record in records),
             "dimension": self.plan.settings.dimension,
             "precision": self.plan.settings.precision,
+            "rejected_sha256": file_sha256(self.folder / REJECTED),
             "parts": parts,
         }
         write_whole(self.folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")

@@ -91,6 +91,10 @@ class CorpusIndex:
             self._encoder = load_encoder(self._store.plan.settings, self._device)
         return self._encoder
 
+    def nearest(self, queries: np.ndarray, k: int = 10) -> tuple[np.ndarray, np.ndarray]:
+        """Cosines and rows of the job [q, min(k, n)] nearest to vectors [q, d], best first."""
+        return self._search.nearest(unit(queries), k)
+
     def search(
         self,
         texts: str | Sequence[str],

@@ -25,7 +25,7 @@ from tiny_corpus import (
 
 import gen_fast
 from gen_fast.embeddingfiles import read_embeddings
-from gen_fast.errors import InputError, JobError
+from gen_fast.errors import ConfigError, InputError, JobError
 from gen_fast.jobs.job import embed_corpus
 from gen_fast.jobs.parts import PartStore
 from gen_fast.jobs.plan import Plan
@@ -329,7 +329,7 @@ def test_formats_directories_globs_and_templates(tiny_model: Path, tmp_path: Pat
         ("{0", "expected '}'"),
         ("title", "names no column"),
     ]:
-        with pytest.raises((JobError, InputError), match=message):
+        with pytest.raises((ConfigError, InputError), match=message):
             embed_corpus(folder, tmp_path / "wrong", **{**settings, "template": wrong})
 
 
@@ -454,6 +454,36 @@ def test_damage_is_found_named_and_mended(
     (out / "part-00007.parquet").unlink()
     problems = verify(out)
     assert [problem.split("part-")[1][:5] for problem in problems] == ["00002", "00005", "00007"]
+    (out / "rejected.jsonl").write_text("")
+    assert len(verify(out)) > 3, "rows that are neither embedded nor rejected"
     embed_corpus(corpus, out, **settings)
     assert files_of(out) == expected
     assert verify(out) == []
+
+
+def test_the_command(corpus: Path, tiny_model: Path, tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from gen_fast.cli import app
+
+    def run(*arguments: object) -> Any:
+        model = ["--model", tiny_model, "--dtype", "float32"]
+        return CliRunner().invoke(app, [str(a) for a in ("embed", corpus, *model, *arguments)])
+
+    columns = ["--text-column", "text", "--id-column", "key"]
+    done = run("--out", tmp_path / "out", *columns, "--normalize", "--precision", "int8")
+    assert done.exit_code == 0, done.stderr
+    assert "392 embeddings in 1 parts; 8 rows rejected (2 NUL character, 1 duplicate" in done.stderr
+    assert done.stdout == ""
+    for arguments, code, message in [
+        ([*columns], 1, "precision was 'int8', now it is 'float32'"),
+        (["--truncate-dim", 99], 2, "outside 1…48"),
+        (["--template", "{a", "--id-column", "key"], 2, "template"),
+        (["--text-column", "text", "--template", "{a}"], 2, "not both"),
+        (["--devices", "cpu,tpu9"], 2, "device 'tpu9'"),
+        (["--prompt-name", "answer"], 2, "no prompt named 'answer'"),
+    ]:
+        failed = run("--out", tmp_path / "out", *arguments)
+        assert failed.exit_code == code, (arguments, failed.stderr, failed.exception)
+        assert message in failed.stderr
+        assert len(failed.stderr.splitlines()) == 1

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -88,13 +88,12 @@ def run_local(
         for index, device in enumerate(engine.devices)
     ]
     try:
-        with _progress(folder, plan, shown) as refresh:
+        with progress(folder, plan, shown) as refresh:
             while any(worker.poll() is None for worker in workers):
                 refresh()
                 time.sleep(_POLL_SECONDS)
                 if strict and any(worker.poll() for worker in workers):
                     break
-            refresh()
     finally:
         for worker in workers:
             worker.kill()
@@ -117,20 +116,30 @@ def _check_complete(folder: Path, plan: Plan, endings: Sequence[str]) -> None:
 
 
 @contextmanager
-def _progress(folder: Path, plan: Plan, shown: bool) -> Iterator[Any]:
-    """A bar over the finished parts, and a function that looks at them again."""
+def progress(folder: Path, plan: Plan, shown: bool) -> Iterator[Callable[[], None]]:
+    """A bar over the finished parts of all processes, and a function that looks at them again."""
     store = PartStore(folder, plan)
     left = list(plan.parts)
+    due = 0.0
     with tqdm(total=plan.rows, unit="text", disable=not shown) as bar:
 
         def refresh() -> None:
-            finished = [part for part in left if store.record(part) is not None]
-            bar.update(sum(part.rows for part in finished))
-            left[:] = [part for part in left if part not in finished]
+            nonlocal due, left
+            started = time.monotonic()
+            if started < due:
+                return
+            before, left = left, [part for part in left if store.record(part) is None]
+            bar.update(sum(part.rows for part in before) - sum(part.rows for part in left))
+            ended = time.monotonic()
+            due = ended + max(1.0, 20 * (ended - started))  # looking must not cost what it shows
 
-        refresh()
-        bar.initial = bar.n  # the rate is that of this run
+        if shown:
+            refresh()
+            bar.initial = bar.n  # the rate is that of this run
         yield refresh if shown else lambda: None
+        due = 0.0
+        if shown:
+            refresh()
 
 
 def torchrun_ranks() -> tuple[int, int, AbstractContextManager[None]]:
@@ -225,7 +234,7 @@ def run_ray(
         ray_remote_args_fn=lambda: {"max_restarts": 3, "max_task_retries": 3},
     )
     try:
-        with _progress(folder, plan, shown) as refresh:
+        with progress(folder, plan, shown) as refresh:
             for _ in done.iter_batches(batch_size=1):
                 refresh()
     except ray.exceptions.RayError as error:

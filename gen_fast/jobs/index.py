@@ -37,6 +37,9 @@ FLAT_ROWS = 200_000
 HNSW_ROWS = 20_000_000
 _HNSW_LINKS = 32
 _TRAINING_ROWS_A_LIST = 64
+# What training may cost, in time and in memory.
+_MOST_LISTS = 1 << 16
+_TRAINING_BYTES = 4 << 30
 _RECALL_QUERIES = 200
 _RECALL_TARGET = 0.95
 _SAVE_SECONDS = 60.0
@@ -158,7 +161,7 @@ def build_index(
             else (kind, "it was asked for")
         ),
         folder=str(folder.resolve()),
-        settings=store.plan.settings_hash(),
+        settings=store.plan.settings_hash,
         dimension=settings.dimension,
         rows=sum(rows),
     )
@@ -247,7 +250,7 @@ class _Builder:
         if self._info.kind == "binary":
             return faiss.IndexBinaryIDMap2(faiss.IndexBinaryFlat(-(-dimension // 8) * 8))
         # As many lists as four square roots of the rows (FAISS' own advice), if they can be filled.
-        lists = max(1, min(int(4 * rows**0.5), rows // 39))
+        lists = max(1, min(int(4 * rows**0.5), rows // 39, _MOST_LISTS))
         index = faiss.index_factory(
             dimension,
             {
@@ -259,6 +262,7 @@ class _Builder:
         )
         if not index.is_trained:
             wanted = max(_TRAINING_ROWS_A_LIST * lists, 1 << 14)
+            wanted = min(wanted, _TRAINING_BYTES // (4 * dimension))
             index.train(_sample(self._store, self._rows, wanted))
         return index
 

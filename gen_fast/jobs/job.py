@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +15,7 @@ from tqdm import tqdm
 from gen_fast.device import resolve_dtype
 from gen_fast.errors import ConfigError, JobError, PromptError
 from gen_fast.jobs.corpus import parse_template
-from gen_fast.jobs.engines import Engine, run_local, run_ray, torchrun_ranks
+from gen_fast.jobs.engines import Engine, progress, run_local, run_ray, torchrun_ranks
 from gen_fast.jobs.parts import SUCCESS, PartStore
 from gen_fast.jobs.plan import (
     DEFAULT_MAX_TEXT_BYTES,
@@ -178,14 +179,17 @@ def _work(
     shown: bool,
 ) -> None:
     """Be a worker of the job."""
-    finished = sum(
-        record.rows + len(record.rejected) for record in PartStore(folder, plan).finished()
-    )
-    if finished == plan.rows:
+    finished = list(PartStore(folder, plan).finished())
+    if len(finished) == len(plan.parts):
         return
     encoder = load_encoder(plan.settings, device)
-    total = plan.rows
-    with tqdm(total=total, initial=finished, unit="text", disable=not shown) as bar:
+    with ExitStack() as stack:
+        if count > 1:
+            refresh = stack.enter_context(progress(folder, plan, shown))
+        else:
+            there = sum(record.rows + len(record.rejected) for record in finished)
+            bar = tqdm(total=plan.rows, initial=there, unit="text", disable=not shown)
+            stack.enter_context(bar)
         Worker(
             folder,
             plan,
@@ -193,7 +197,7 @@ def _work(
             index=index,
             count=count,
             strict=strict,
-            on_texts=bar.update,
+            on_texts=(lambda _: refresh()) if count > 1 else bar.update,
             stall_timeout=stall_timeout,
         ).run()
 

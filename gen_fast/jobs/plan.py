@@ -7,8 +7,10 @@ the ones it has.
 import glob
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -109,14 +111,16 @@ class Plan:
         """Of all inputs, rejected ones included."""
         return sum(file.rows for file in self.inputs)
 
+    @cached_property
     def settings_hash(self) -> str:
         """Tells embeddings that can be compared from others."""
         return _hash(asdict(self.settings))
 
     def key(self, part: Part) -> str:
         """A hash of everything that decides the bytes of a part."""
-        of = asdict(replace(part, number=0, input=0))
-        return _hash([asdict(self.settings), self.inputs[part.input].sha256, of])
+        source = self.inputs[part.input].sha256
+        rows = [*part.start, part.rows, part.first, part.duplicates]
+        return _hash([self.settings_hash, source, *rows])
 
     def save(self, folder: Path) -> None:
         """Write plan.json."""
@@ -209,8 +213,8 @@ def list_sources(sources: Sequence[str | Path], file_format: str | None = None) 
             found += [str(Path(name).resolve()) for name in names if Path(name).is_file()]
         else:
             found.append(str(Path(source).resolve()))
-    for path in found:
-        if found.count(path) > 1:
+    for path, count in Counter(found).items():
+        if count > 1:
             raise InputError(f"{path} is given twice")
     return found
 

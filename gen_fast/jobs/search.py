@@ -69,7 +69,7 @@ class CorpusIndex:
     def __init__(self, path: Path, folder: Path, info: IndexInfo, device: str | None) -> None:
         self.info = info
         self._store = PartStore(folder, Plan.load(folder))
-        if self._store.plan.settings_hash() != info.settings:
+        if self._store.plan.settings_hash != info.settings:
             raise JobError(f"{path} is not an index of the job in {folder}")
         index = read_index(path, info)
         expected = self._store.manifest()["rows"]

@@ -24,6 +24,7 @@ from measure import interleaved, machine, median_ratio
 import gen_fast
 from gen_fast.corpora import wordnet
 from gen_fast.device import resolve_dtype
+from gen_fast.durable import replacing
 from gen_fast.jobs.index import KINDS, build_index
 from gen_fast.jobs.job import embed_corpus
 from gen_fast.jobs.parts import PartStore
@@ -59,7 +60,7 @@ def _write_definitions(path: Path, count: int) -> list[str]:
     """Every n-th synset, so that all parts of speech are there: id, words, definition."""
     synsets = wordnet()
     chosen = [synsets[i * len(synsets) // count] for i in range(count)]
-    with path.open("w") as file:
+    with replacing(path) as temporary, temporary.open("w") as file:
         for synset in chosen:
             row = {"id": synset.id, "words": ", ".join(synset.words), "text": synset.definition}
             file.write(json.dumps(row) + "\n")
@@ -164,7 +165,7 @@ def _wordnet(args: argparse.Namespace) -> dict[str, Any]:
 
 def _files(path: Path) -> list[Path]:
     """What an index needs to be searched."""
-    return [p for p in (path, path.with_name(f"{path.name}.lists")) if p.exists()]
+    return [path, *path.parent.glob(f"{path.name}.*.lists")]
 
 
 if __name__ == "__main__":

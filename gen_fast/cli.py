@@ -180,7 +180,8 @@ def search(
     if prompt is not None and prompt_name is not None:
         fail("give --prompt or --prompt-name, not both")
     if Path(embeddings).is_file() and Path(embeddings).suffix not in EMBEDDING_SUFFIXES:
-        if any((texts, model, method, backbone, center, max_length)):
+        given = (texts, model, method, backbone, center, max_length, text_column, id_column)
+        if any((*given, file_format, dtype != options.Dtype.auto)):
             fail("an index has its own texts and model: only queries, prompt, -k and device")
         asked = query or read_texts(queries or "-", text_column=query_column).texts
         hits = cli_jobs.search_index(embeddings, asked, k, prompt, prompt_name, device)

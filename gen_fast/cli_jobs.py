@@ -72,7 +72,7 @@ def embed(
     split: options.SplitOption = "train",
     max_length: options.MaxLengthOption = None,
     deterministic: options.DeterministicOption = False,
-    rows_per_part: Annotated[int, typer.Option(min=1, help="What is lost by a kill.")] = 8192,
+    rows_per_part: Annotated[int, typer.Option(min=1, help="In a part.")] = 8192,
     max_text_bytes: Annotated[
         int, typer.Option(min=1, help="Longer texts are rejected.")
     ] = 1_000_000,

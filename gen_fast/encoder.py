@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,7 +182,7 @@ class Encoder:
         normalize_embeddings: bool = False,
         truncate_dim: int | None = None,
         on_progress: Callable[[int], object] = lambda texts: None,
-    ) -> Iterator["EncodedBlock"]:
+    ) -> Generator["EncodedBlock", None, None]:
         """Embed blocks of texts, each to the bits that `encode` gives it alone.
 
         The next texts are drawn from `blocks` and tokenised in a thread while others are run.

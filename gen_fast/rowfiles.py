@@ -9,7 +9,7 @@ import io
 import json
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -66,7 +66,7 @@ class RowFile(ABC):
     """A file of rows. `name` is for messages.
 
     columns: None if every row has its own. seekable: reading from a Position costs no more than
-    from the start.
+    from the start. alive: called now and then while what stands before a Position is passed over.
     """
 
     columns: tuple[str, ...] | None = None
@@ -75,6 +75,7 @@ class RowFile(ABC):
     def __init__(self, source: str | Path, name: str) -> None:
         self.source = source
         self.name = name
+        self.alive: Callable[[], object] = lambda: None
 
     def text_columns(self) -> tuple[str, ...]:
         """The columns that hold strings."""
@@ -184,6 +185,7 @@ class _LineFile(RowFile):
                 stream = stack.enter_context(io.BufferedReader(plain, _CHUNK_BYTES))
                 left = start.offset
                 while left > 0:
+                    self.alive()
                     left -= len(stream.read(min(left, _CHUNK_BYTES)) or b" " * left)
             else:
                 stream.seek(start.offset)

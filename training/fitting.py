@@ -27,8 +27,7 @@ def fit_alignment(student: Student, examples: Sequence[Example]) -> None:
 
     Rows are the queries of `examples`, and their repeated answers if there are any.
     """
-    soft, vectors = _features(student, examples)  # [rows, C, h], [rows, d]
-    features, targets = soft.double().mean(1), vectors.double()
+    features, targets = _features(student, examples)  # [rows, h], [rows, d]
     mean, target_mean = features.mean(0), targets.mean(0)
     centred = features - mean
     covariance = centred.T @ centred / len(centred)
@@ -43,12 +42,13 @@ def fit_alignment(student: Student, examples: Sequence[Example]) -> None:
 
 
 def _features(student: Student, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
+    """What the alignment is given and what it should make of it, float64."""
     soft, vectors = [], []
     for start in range(0, len(examples), BATCH):
         batch = examples[start : start + BATCH]
         texts = [(example.query, example.vector) for example in batch]
         texts += [(e.repeat, e.vector) for e in batch if e.repeat is not None]
         prompts, _ = student.encode([ids for ids, _ in texts])
-        soft.append(prompts.unflatten(0, (len(texts), student.n_compression)))
+        soft.append(prompts.unflatten(0, (len(texts), student.n_compression)).double().mean(1))
         vectors.append(torch.from_numpy(np.stack([vector for _, vector in texts])))
-    return torch.cat(soft), torch.cat(vectors).to(soft[0].device)
+    return torch.cat(soft), torch.cat(vectors).to(soft[0])

@@ -8,6 +8,8 @@ from pathlib import Path
 from gen_fast.errors import JobError
 
 CLAIMS = "_claims"
+# The byte of who is planning; there are not so many parts.
+PLANNING = 1 << 40
 
 
 class Claims:

@@ -219,6 +219,12 @@ def run_ray(
         [{"part": part.number} for part in missing], override_num_blocks=len(missing)
     )
     count = min(len(engine.devices), len(missing))
+    there = ray.cluster_resources().get("GPU" if on_gpu else "CPU", 0)
+    if there < count:  # Ray would wait for them without a word
+        raise JobError(
+            f"{count} actors need {count} {'GPUs' if on_gpu else 'CPUs'}, and the Ray cluster has "
+            f"{there:g}"
+        )
     done = rows.map_batches(
         _RayWorker,
         fn_constructor_kwargs={

@@ -5,11 +5,11 @@ parts are added in their order, so that the number of vectors in FILE tells whic
 interrupted build goes on from there, and a job that has grown has its new parts added.
 """
 
+import hashlib
 import json
-import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -19,13 +19,11 @@ import faiss
 import numpy as np
 from tqdm import tqdm
 
-from gen_fast.durable import replacing, write_whole
+from gen_fast.durable import file_sha256, replacing, sync, write_whole
 from gen_fast.errors import JobError
 from gen_fast.jobs.parts import PartStore
 from gen_fast.jobs.plan import Part, Plan
 from gen_fast.precision import sign_bits
-
-logger = logging.getLogger(__name__)
 
 FORMAT = "gen_fast.jobs.index/1"
 Kind = Literal["flat", "hnsw", "int8", "binary", "ivfpq", "ondisk"]
@@ -42,6 +40,8 @@ _MOST_LISTS = 1 << 16
 _TRAINING_BYTES = 4 << 30
 _RECALL_QUERIES = 200
 _RECALL_TARGET = 0.95
+# Cosines nearer than this are rounding.
+_TIE = 1e-5
 _SAVE_SECONDS = 60.0
 _SEED = 0
 
@@ -50,7 +50,8 @@ _SEED = 0
 class IndexInfo:
     """What an index was made of and how it is searched.
 
-    folder: the job's, as it lay. reason: why this kind. probes: inverted lists (IVF) or graph
+    folder: the job's, as it lay. parts, contents: how many parts, and a hash over their checksums.
+    reason: why this kind. probes: inverted lists (IVF) or graph
     candidates (HNSW) a query looks at. candidates: neighbours the first pass finds for each that
     is wanted, scored again by the stored embeddings; 1 takes the scores of FAISS.
     center: of a binary index, what is subtracted before signs are taken: the mean of a sample,
@@ -62,6 +63,8 @@ class IndexInfo:
     reason: str
     folder: str
     settings: str
+    parts: int
+    contents: str
     dimension: int
     rows: int = 0
     probes: int = 0
@@ -148,43 +151,65 @@ def build_index(
     """
     folder, out = Path(folder), Path(out)
     store = PartStore(folder, Plan.load(folder))
-    rows = [entry["rows"] for entry in store.manifest()["parts"]]
+    entries = store.manifest()["parts"]
+    rows = [entry["rows"] for entry in entries]
     settings = store.plan.settings
     shown = sys.stderr.isatty() if show_progress_bar is None else show_progress_bar
     budget = _free_bytes() // 2 if memory_bytes is None else memory_bytes
     if sum(rows) == 0:
         raise JobError(f"{folder} has no embedding to index")
-    info = IndexInfo(
-        *(
-            choose_kind(sum(rows), settings.dimension, budget, bits=settings.precision == "ubinary")
-            if kind is None
-            else (kind, "it was asked for")
-        ),
-        folder=str(folder.resolve()),
-        settings=store.plan.settings_hash,
-        dimension=settings.dimension,
-        rows=sum(rows),
-    )
     if out.exists():
         kept = IndexInfo.load(out)
-        if kept.settings != info.settings:
-            raise JobError(f"{out} is the index of another job, {kept.folder}")
+        if (kept.settings, kept.contents) != (
+            store.plan.settings_hash,
+            contents_hash(entries[: kept.parts]),
+        ):
+            raise JobError(f"{out} is the index of another job, {kept.folder}, or of other texts")
         if kind is not None and kept.kind != kind:
             raise JobError(f"{out} is of kind {kept.kind}, not {kind}")
-        info = replace(info, kind=kept.kind, reason=kept.reason, center=kept.center)
-    elif info.kind == "binary" and settings.precision != "ubinary":
-        mean = _sample(store, rows, 1 << 14).mean(axis=0)
-        info = replace(info, center=[float(value) for value in mean])
+        info = replace(kept, folder=str(folder.resolve()), rows=sum(rows))
+        info = replace(info, parts=len(entries), contents=contents_hash(entries))
+    else:
+        bits = settings.precision == "ubinary"
+        chosen, reason = choose_kind(sum(rows), settings.dimension, budget, bits=bits)
+        if kind is not None:
+            chosen, reason = kind, "it was asked for"
+        info = IndexInfo(
+            kind=chosen,
+            reason=reason,
+            folder=str(folder.resolve()),
+            settings=store.plan.settings_hash,
+            parts=len(entries),
+            contents=contents_hash(entries),
+            dimension=settings.dimension,
+            rows=sum(rows),
+            probes={"ivfpq": 16, "ondisk": 16, "hnsw": 64}.get(chosen, 0),
+            candidates=1 if chosen in ("flat", "hnsw") else 10,
+        )
+        if chosen == "binary" and not bits:
+            mean = _sample(store, rows, 1 << 14).mean(axis=0)
+            info = replace(info, center=[float(value) for value in mean])
     info.save(out)
     builder = (
         _OnDisk(store, out, info, rows)
         if info.kind == "ondisk"
         else _Builder(store, out, info, rows)
     )
-    index = builder.build(shown)
-    info = _tuned(index, store, info, rows, recall_queries)
+    try:
+        index = builder.build(shown)
+        if recall_queries:
+            info = _tuned(index, store, info, rows, recall_queries)
+    except (RuntimeError, OSError) as error:
+        if isinstance(error, JobError):
+            raise
+        raise JobError(f"FAISS cannot index {folder} as {info.kind}: {error}") from error
     info.save(out)
     return info
+
+
+def contents_hash(entries: Sequence[Mapping[str, Any]]) -> str:
+    """A hash over the checksums of parts, as the manifest lists them."""
+    return hashlib.sha256("".join(entry["sha256"] for entry in entries).encode()).hexdigest()
 
 
 class _Builder:
@@ -205,6 +230,8 @@ class _Builder:
                 f"{self._path} holds {index.ntotal} vectors, which is no number of whole parts: "
                 "delete it to begin again"
             )
+        if index.ntotal == ends[-1] and self._path.exists():
+            return index
         saved = time.monotonic()
         with tqdm(total=ends[-1], initial=index.ntotal, unit="vector", disable=not shown) as bar:
             for part in self._store.plan.parts[self._parts_in(index.ntotal, ends) :]:
@@ -239,11 +266,8 @@ class _Builder:
 
     def _save(self, index: Any) -> None:
         write = faiss.write_index_binary if self._info.kind == "binary" else faiss.write_index
-        try:
-            with replacing(self._path) as temporary:
-                write(index, str(temporary))
-        except (OSError, RuntimeError) as error:
-            raise JobError(f"cannot write {self._path}: {error}") from error
+        with replacing(self._path) as temporary:
+            write(index, str(temporary))
 
     def _trained(self) -> Any:
         dimension, rows = self._info.dimension, sum(self._rows)
@@ -276,18 +300,24 @@ class _OnDisk(_Builder):
         """The index with all parts in it, saved."""
         from faiss.contrib.ondisk import merge_ondisk
 
+        if self._path.exists():
+            index = read_index(self._path, self._info)
+            if index.ntotal == sum(self._rows):
+                return index
         folder = self._path.with_name(f"{self._path.name}.shards")
         folder.mkdir(exist_ok=True)
         trained = folder / "trained.faiss"
-        if not trained.exists():
+        if not self._path.exists() or not trained.exists():
             self._write(self._trained(), trained)
-        parts = range(len(self._store.plan.parts))
-        starts = range(0, len(parts), self._PARTS_A_SHARD)
+        entries = self._store.manifest()["parts"]
         shards = []
-        for start in tqdm(starts, unit="shard", disable=not shown):
-            members = parts[start : start + self._PARTS_A_SHARD]
-            # The name says what is in it: a last, unfilled shard is made again when parts come.
-            shard = folder / f"{members[0]:05d}-{members[-1]:05d}.faiss"
+        for start in tqdm(
+            range(0, len(entries), self._PARTS_A_SHARD), unit="shard", disable=not shown
+        ):
+            members = range(len(entries))[start : start + self._PARTS_A_SHARD]
+            # Its name says what is in it: a last, unfilled shard is made again when parts come.
+            made_of = [{"sha256": file_sha256(trained)}, *(entries[i] for i in members)]
+            shard = folder / f"{members[0]:05d}-{contents_hash(made_of)[:16]}.faiss"
             if not shard.exists():
                 index = faiss.read_index(str(trained))
                 for number in members:
@@ -295,9 +325,17 @@ class _OnDisk(_Builder):
                 self._write(index, shard)
             shards.append(str(shard))
         index = faiss.read_index(str(trained))
-        lists = self._path.with_name(f"{self._path.name}.lists")
+        # A new name: whoever searches the index that is there keeps its lists.
+        lists = self._path.with_name(f"{self._path.name}.{len(entries)}.lists")
         merge_ondisk(index, shards, str(lists))
+        sync(lists)
         self._save(index)
+        for old in self._path.parent.glob(f"{self._path.name}.*.lists"):
+            if old != lists:
+                old.unlink()
+        for old in folder.glob("*-*.faiss"):
+            if str(old) not in shards:
+                old.unlink()
         return index
 
     @staticmethod
@@ -360,18 +398,13 @@ def _tuned(
     index: Any, store: PartStore, info: IndexInfo, rows: list[int], queries: int
 ) -> IndexInfo:
     """`info` with the fewest probes that reach the recall that is wanted, and that recall."""
-    probes = {"ivfpq": 16, "ondisk": 16, "hnsw": 64}.get(info.kind, 0)
-    candidates = 1 if info.kind in ("flat", "hnsw") else 10
-    info = replace(info, probes=probes, candidates=candidates)
-    if queries == 0:
-        return info
     asked, own = _queries(store, rows, queries)
-    exact = exact_neighbours(store, asked, own, 10)
+    exact = _tenth_best(store, asked, own)
     most = faiss.extract_index_ivf(index).nlist if info.kind in ("ivfpq", "ondisk") else 1024
     while True:
         info = replace(info, recall=_recall(index, store, info, asked, own, exact))
         assert info.recall is not None
-        if not probes or info.recall >= _RECALL_TARGET or info.probes >= most:
+        if not info.probes or info.recall >= _RECALL_TARGET or info.probes >= most:
             return info
         info = replace(info, probes=min(most, 2 * info.probes))
 
@@ -388,21 +421,16 @@ def _queries(store: PartStore, rows: list[int], count: int) -> tuple[np.ndarray,
     return np.concatenate(vectors), np.concatenate(own)
 
 
-def exact_neighbours(
-    store: PartStore, queries: np.ndarray, own: np.ndarray, k: int
-) -> list[set[int]]:
-    """The k rows nearest to each query by cosine, itself (row `own`) left out; reads all parts."""
-    scores: np.ndarray = np.full((len(queries), k), -np.inf, np.float32)
-    rows: np.ndarray = np.full((len(queries), k), -1, np.int64)
+def _tenth_best(store: PartStore, queries: np.ndarray, own: np.ndarray) -> np.ndarray:
+    """The tenth highest cosine of each query [q], its own row left out; reads all parts."""
+    best: np.ndarray = np.full((len(queries), 10), -np.inf, np.float32)
     for part in store.plan.parts:
         _, numbers = store.ids(part)
         found = queries @ unit(store.embeddings(part)).T
         found[numbers[None, :] == own[:, None]] = -np.inf
-        scores = np.concatenate([scores, found], axis=1)
-        rows = np.concatenate([rows, np.broadcast_to(numbers, found.shape)], axis=1)
-        best = np.argpartition(-scores, k - 1, axis=1)[:, :k]
-        scores, rows = (np.take_along_axis(x, best, axis=1) for x in (scores, rows))
-    return [set(map(int, found)) - {-1} for found in rows]
+        best = np.partition(np.concatenate([best, found], axis=1), -10, axis=1)[:, -10:]
+    tenth: np.ndarray = best.min(axis=1)
+    return tenth
 
 
 def _recall(
@@ -411,17 +439,16 @@ def _recall(
     info: IndexInfo,
     queries: np.ndarray,
     own: np.ndarray,
-    exact: list[set[int]],
+    tenth: np.ndarray,
 ) -> float:
+    """Share of ten neighbours that are as near as the tenth of exact search: ties count."""
     from gen_fast.jobs.search import VectorSearch
 
-    found = VectorSearch(index, store, info).nearest(queries, 11)[1]
-    shares = [
-        len(expected.intersection([int(row) for row in rows if row != self_row][:10]))
-        / max(1, len(expected))
-        for rows, self_row, expected in zip(found, own, exact, strict=True)
-    ]
-    return float(np.mean(shares))
+    scores, rows = VectorSearch(index, store, info).nearest(queries, 11)
+    scores = np.where(rows == own[:, None], -np.inf, scores)
+    wanted = min(10, info.rows - 1)
+    near = (scores >= np.maximum(tenth, -2)[:, None] - _TIE).sum(axis=1)
+    return float(np.minimum(near, wanted).mean() / max(1, wanted))
 
 
 def _free_bytes() -> int:

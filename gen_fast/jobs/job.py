@@ -4,25 +4,27 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from tqdm import tqdm
 
 from gen_fast.device import resolve_dtype
 from gen_fast.errors import ConfigError, JobError, PromptError
-from gen_fast.jobs.corpus import parse_template
+from gen_fast.jobs.claims import PLANNING, Claims
+from gen_fast.jobs.columns import parse_template
 from gen_fast.jobs.engines import Engine, progress, run_local, run_ray, torchrun_ranks
-from gen_fast.jobs.parts import SUCCESS, PartStore
+from gen_fast.jobs.parts import PartStore
 from gen_fast.jobs.plan import (
     DEFAULT_MAX_TEXT_BYTES,
     DEFAULT_ROWS_PER_PART,
     Plan,
     Settings,
     prepare,
+    unpublish,
 )
 from gen_fast.jobs.worker import Worker, load_encoder
 from gen_fast.loading import DEFAULT_MODEL, identify
@@ -92,7 +94,7 @@ def embed_corpus(
     """
     given = [sources] if isinstance(sources, str | Path) else list(sources)
     folder = Path(out)
-    ranks = "TORCHELASTIC_RUN_ID" in os.environ or int(os.environ.get("WORLD_SIZE", "1")) > 1
+    ranks = all(name in os.environ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"))
     chosen = Engine.choose("all" if ranks and devices is None else devices, engine)
     if prompt is not None and prompt_name is not None:
         raise PromptError("give prompt or prompt_name, not both")
@@ -134,14 +136,15 @@ def embed_corpus(
     if ranks:
         rank, count, first_ahead = torchrun_ranks()
         with first_ahead:
-            plan = _prepared(folder, given, settings, append) if rank == 0 else None
-        plan = plan or Plan.load(folder)
+            if rank == 0:
+                _prepare(folder, given, settings, append, shown)
+        plan = Plan.load(folder)
         device = chosen.devices[int(os.environ["LOCAL_RANK"]) % len(chosen.devices)]
         _work(folder, plan, device, rank, count, strict, stall_timeout, shown and rank == 0)
         return _published(folder, plan) if rank == 0 else None
 
-    plan = _prepared(folder, given, settings, append)
-    if not (folder / SUCCESS).exists():
+    plan = _prepare(folder, given, settings, append, shown)
+    if not PartStore(folder, plan).is_published():
         if chosen.name == "ray":
             run_ray(folder, plan, chosen, strict, stall_timeout, shown)
         elif devices is not None:
@@ -151,20 +154,24 @@ def embed_corpus(
     return _published(folder, plan)
 
 
-def _prepared(
-    folder: Path, sources: Sequence[str | Path], settings: Settings, append: bool
+def _prepare(
+    folder: Path, sources: Sequence[str | Path], settings: Settings, append: bool, shown: bool
 ) -> Plan:
     """The job's plan, after checking what is there of it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        plan = prepare(folder, sources, settings, append=append)
-        store = PartStore(folder, plan)
-        for problem in store.remove_damaged():
-            logger.warning("%s: this part is made again", problem)
-        if not store.is_published():
-            store.unpublish()
+        with closing(Claims(folder)) as claims:
+            if not claims.take(PLANNING):
+                raise JobError(f"another process is planning the job in {folder}")
+            plan = prepare(folder, sources, settings, append=append)
+            store = PartStore(folder, plan)
+            store.remove_temporaries(claims)
+            for problem in store.remove_damaged(shown):
+                logger.warning("%s: this part is made again", problem)
+            if not store.is_published():
+                unpublish(folder)
     except OSError as error:
-        raise JobError(f"cannot write to {folder}: {error.strerror or error}") from error
+        raise JobError(f"{folder} cannot be used: {error}") from error
     return plan
 
 
@@ -187,10 +194,10 @@ def _work(
         if count > 1:
             refresh = stack.enter_context(progress(folder, plan, shown))
         else:
-            there = sum(record.rows + len(record.rejected) for record in finished)
+            there = sum(record.all_rows for record in finished)
             bar = tqdm(total=plan.rows, initial=there, unit="text", disable=not shown)
             stack.enter_context(bar)
-        Worker(
+        worker = Worker(
             folder,
             plan,
             encoder,
@@ -199,12 +206,16 @@ def _work(
             strict=strict,
             on_texts=(lambda _: refresh()) if count > 1 else bar.update,
             stall_timeout=stall_timeout,
-        ).run()
+        )
+        stack.enter_context(worker).run()
 
 
 def _published(folder: Path, plan: Plan) -> Summary:
     store = PartStore(folder, plan)
-    manifest: dict[str, Any] = store.manifest() if (folder / SUCCESS).exists() else store.publish()
+    try:
+        manifest = store.manifest() if store.is_published() else store.publish()
+    except OSError as error:
+        raise JobError(f"{folder}: cannot be published: {error}") from error
     return Summary(
         manifest["rows"],
         manifest["rejected"],

@@ -8,6 +8,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,17 +16,17 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
+from tqdm import tqdm
 
 from gen_fast.durable import file_sha256, replacing, sync, write_whole
 from gen_fast.embeddingfiles import EmbeddingMetadata
 from gen_fast.errors import JobError
+from gen_fast.jobs.claims import Claims
 from gen_fast.jobs.corpus import PartRows
-from gen_fast.jobs.plan import Part, Plan
+from gen_fast.jobs.plan import MANIFEST, SUCCESS, Part, Plan
 from gen_fast.precision import to_float32, to_precision
 
-MANIFEST = "manifest.json"
 REJECTED = "rejected.jsonl"
-SUCCESS = "_SUCCESS"
 _RECORDS = "_parts"
 # What a search reads to score one row.
 _GROUP_ROWS = 512
@@ -33,7 +34,7 @@ _GROUP_ROWS = 512
 
 @dataclass(frozen=True)
 class Record:
-    """What is known of a finished part. rejected: the rows that it leaves out, as JSON objects."""
+    """What is known of a finished part. rejected: how many rows it leaves out, by kind."""
 
     part: int
     key: str
@@ -41,7 +42,12 @@ class Record:
     bytes: int
     sha256: str
     truncated: int
-    rejected: tuple[Mapping[str, Any], ...]
+    rejected: Mapping[str, int]
+
+    @property
+    def all_rows(self) -> int:
+        """Embedded or not."""
+        return self.rows + sum(self.rejected.values())
 
 
 class PartStore:
@@ -58,6 +64,9 @@ class PartStore:
     def _record_path(self, part: Part) -> Path:
         return self.folder / _RECORDS / f"part-{part.number:05d}.json"
 
+    def _rejected_path(self, part: Part) -> Path:
+        return self.folder / _RECORDS / f"part-{part.number:05d}.rejected.jsonl"
+
     def write(self, read: PartRows, embeddings: np.ndarray, truncated: int) -> Record:
         """Write a part with the embeddings [n, d] float32 of its n rows, then its record."""
         part = read.part
@@ -73,8 +82,6 @@ class PartStore:
             columns["scale"] = pa.array(scales, pa.float32())
         metadata = {"gen_fast": json.dumps(asdict(self._metadata()), sort_keys=True)}
         target = self.path(part)
-        for left in self.folder.glob(f".{target.name}.*.tmp"):  # by a process that was killed
-            left.unlink()
         with replacing(target) as temporary:
             pyarrow.parquet.write_table(
                 pa.table(columns, metadata=metadata),
@@ -85,13 +92,15 @@ class PartStore:
                 write_page_checksum=True,
             )
             size, digest = temporary.stat().st_size, file_sha256(temporary)
-        rejected = tuple(asdict(rejection) for rejection in read.rejected)
-        record = Record(
-            part.number, self.plan.key(part), len(read.ids), size, digest, truncated, rejected
-        )
         path = self._record_path(part)
         path.parent.mkdir(exist_ok=True)
-        write_whole(path, json.dumps(asdict(record), ensure_ascii=False) + "\n")
+        rows = "".join(json.dumps(asdict(r), ensure_ascii=False) + "\n" for r in read.rejected)
+        write_whole(self._rejected_path(part), rows)
+        kinds = dict(sorted(Counter(row.kind for row in read.rejected).items()))
+        record = Record(
+            part.number, self.plan.key(part), len(read.ids), size, digest, truncated, kinds
+        )
+        write_whole(path, json.dumps(asdict(record)) + "\n")
         return record
 
     def record(self, part: Part) -> Record | None:
@@ -107,12 +116,13 @@ class PartStore:
         """What was written of a part, whatever has become of its file."""
         try:
             values = json.loads(self._record_path(part).read_text(encoding="utf-8"))
-            record = Record(**{**values, "rejected": tuple(values["rejected"])})
+            record = Record(**values)
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError):
             return None  # damaged: the part is made again
-        return record if record.key == self.plan.key(part) else None
+        there = self._rejected_path(part).exists()
+        return record if there and record.key == self.plan.key(part) else None
 
     def damage(self, record: Record) -> str | None:
         """What is wrong with a finished part's file, by its checksum."""
@@ -135,57 +145,68 @@ class PartStore:
             if record is not None:
                 yield record
 
-    def remove_damaged(self) -> list[str]:
+    def remove_damaged(self, shown: bool = False) -> list[str]:
         """Check every finished part against its checksum; forget those that fail, and say why."""
         found = []
+        recorded = (self._recorded(part) for part in self.plan.parts)
+        records = [record for record in recorded if record is not None]
         with ThreadPoolExecutor(4) as pool:  # hashing leaves Python alone
-            recorded = [self._recorded(part) for part in self.plan.parts]
-            records = [record for record in recorded if record is not None]
-            for record, problem in zip(records, pool.map(self.damage, records), strict=True):
+            damages = pool.map(self.damage, records)
+            bar = tqdm(damages, "checking", len(records), unit="part", disable=not shown)
+            for record, problem in zip(records, bar, strict=True):
                 if problem is not None:
                     self.remove(self.plan.parts[record.part])
                     found.append(problem)
         return found
 
-    def is_published(self) -> bool:
-        """True if no part is missing and the files that say so are whole."""
-        try:
-            whole = self.manifest()["rejected_sha256"] == file_sha256(self.folder / REJECTED)
-        except (JobError, OSError, KeyError):
-            return False
-        return whole and sum(1 for _ in self.finished()) == len(self.plan.parts)
+    def remove_temporaries(self, claims: Claims) -> None:
+        """Remove what processes that were killed have left of parts that nobody works on."""
+        for path in self.folder.glob(".part-*.tmp"):
+            number = int(path.name.removeprefix(".part-").split(".")[0])
+            if claims.take(number):
+                path.unlink(missing_ok=True)
+                claims.release(number)
 
-    def unpublish(self) -> None:
-        """Take back what says that the job is finished."""
-        for name in (SUCCESS, MANIFEST):
-            (self.folder / name).unlink(missing_ok=True)
+    def is_published(self) -> bool:
+        """True if no part is missing, and manifest and rejected.jsonl are those of the parts."""
+        try:
+            manifest = self.manifest()
+            listed = manifest["rejected_sha256"], manifest["parts"]
+            there = [self._entry(record) for record in self._every_record()]
+            return listed == (file_sha256(self.folder / REJECTED), there)
+        except (JobError, OSError, KeyError, TypeError):
+            return False
+
+    def _every_record(self) -> list[Record]:
+        """A record of each part. Raises JobError if one is missing."""
+        records = list(self.finished())
+        missing = len(self.plan.parts) - len(records)
+        if missing:
+            raise JobError(f"{self.folder}: {missing} of {len(self.plan.parts)} parts are missing")
+        return records
+
+    def _entry(self, record: Record) -> dict[str, Any]:
+        """What the manifest says of a part."""
+        return {
+            "file": self.path(self.plan.parts[record.part]).name,
+            "rows": record.rows,
+            "rejected": sum(record.rejected.values()),
+            "bytes": record.bytes,
+            "sha256": record.sha256,
+        }
 
     def publish(self) -> dict[str, Any]:
         """Write rejected.jsonl, manifest.json and _SUCCESS; return the manifest.
 
         Raises JobError if a part is missing.
         """
-        records = list(self.finished())
-        missing = len(self.plan.parts) - len(records)
-        if missing:
-            raise JobError(f"{self.folder}: {missing} of {len(self.plan.parts)} parts are missing")
-        kinds = Counter(row["kind"] for record in records for row in record.rejected)
-        with (
-            replacing(self.folder / REJECTED) as temporary,
-            temporary.open("w", encoding="utf-8") as file,
-        ):
-            for record in records:
-                file.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in record.rejected)
-        parts = [
-            {
-                "file": self.path(self.plan.parts[record.part]).name,
-                "rows": record.rows,
-                "rejected": len(record.rejected),
-                "bytes": record.bytes,
-                "sha256": record.sha256,
-            }
-            for record in records
-        ]
+        records = self._every_record()
+        with replacing(self.folder / REJECTED) as temporary, temporary.open("wb") as file:
+            for part in self.plan.parts:
+                file.write(self._rejected_path(part).read_bytes())
+        kinds: Counter[str] = Counter()
+        for record in records:
+            kinds.update(record.rejected)
         manifest = {
             "format": "gen_fast.jobs.manifest/1",
             "rows": sum(record.rows for record in records),
@@ -195,7 +216,7 @@ class PartStore:
             "dimension": self.plan.settings.dimension,
             "precision": self.plan.settings.precision,
             "rejected_sha256": file_sha256(self.folder / REJECTED),
-            "parts": parts,
+            "parts": [self._entry(record) for record in records],
         }
         write_whole(self.folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
         (self.folder / SUCCESS).touch()
@@ -209,28 +230,28 @@ class PartStore:
             raise JobError(f"{self.folder}: this job is not finished (no {SUCCESS})")
         try:
             manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+            if not {"rows", "parts", "rejected_sha256"} <= set(manifest):
+                raise JobError(f"{path} is damaged")
+        except (ValueError, TypeError) as error:
             raise JobError(f"{path} is damaged: {error}") from error
         return manifest
 
     def ids(self, part: Part) -> tuple[list[str], np.ndarray]:
-        """The ids of a part and its rows [n] int64, numbered over the job."""
-        table = pyarrow.parquet.read_table(self.path(part), columns=["id", "row"])
-        return table["id"].to_pylist(), table["row"].to_numpy()
+        """The ids of a part and its rows [n] int64, numbered over the job. Raises JobError."""
+        with self._opened(part) as file:
+            table = file.read(["id", "row"])
+            return table["id"].to_pylist(), table["row"].to_numpy()
 
     def stored(self, part: Part) -> tuple[np.ndarray, np.ndarray | None]:
         """A part's embeddings [n, ·] as they are stored, and the scales [n] of int8.
 
-        Raises JobError if they are not what the plan says.
+        Raises JobError if they cannot be read.
         """
-        path = self.path(part)
-        try:
-            return _stored(pyarrow.parquet.read_table(path, page_checksum_verification=True))
-        except (OSError, pa.ArrowException, KeyError, AttributeError) as error:
-            raise JobError(f"{path} cannot be read: {error}") from error
+        with self._opened(part) as file:
+            return _stored(file.read())
 
     def embeddings(self, part: Part) -> np.ndarray:
-        """A part's embeddings [n, d] as float32."""
+        """A part's embeddings [n, d] as float32. Raises JobError."""
         settings = self.plan.settings
         return to_float32(*self.stored(part), settings.precision, settings.dimension)
 
@@ -239,7 +260,7 @@ class PartStore:
         settings = self.plan.settings
         wanted, back = np.unique(rows, return_inverse=True)
         values = np.empty((len(wanted), settings.dimension), np.float32)
-        with pyarrow.parquet.ParquetFile(self.path(part)) as file:
+        with self._opened(part) as file:
             numbers = file.read(["row"])["row"].to_numpy()
             at = np.searchsorted(numbers, wanted)
             for group in np.unique(at // _GROUP_ROWS):
@@ -248,6 +269,16 @@ class PartStore:
                 mine = at // _GROUP_ROWS == group
                 values[mine] = floats[at[mine] % _GROUP_ROWS]
         return values[back]
+
+    @contextmanager
+    def _opened(self, part: Part) -> Iterator[Any]:
+        """A part's parquet file, whose pages are checked as they are read."""
+        path = self.path(part)
+        try:
+            with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
+                yield file
+        except (OSError, pa.ArrowException, KeyError, IndexError, AttributeError) as error:
+            raise JobError(f"{path} cannot be read: {error}") from error
 
     def _metadata(self) -> EmbeddingMetadata:
         settings = self.plan.settings

@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
@@ -17,6 +18,7 @@ from typing import Any
 
 from gen_fast.durable import file_sha256, write_whole
 from gen_fast.errors import InputError, JobError
+from gen_fast.jobs.columns import Columns, RejectedError
 from gen_fast.jobs.duplicates import duplicate_rows
 from gen_fast.precision import Precision
 from gen_fast.rowfiles import (
@@ -28,10 +30,11 @@ from gen_fast.rowfiles import (
     named_errors,
     open_rows,
 )
-from gen_fast.textfiles import checked_columns, id_problem
 
 FORMAT = "gen_fast.jobs.plan/1"
 PLAN = "plan.json"
+MANIFEST = "manifest.json"
+SUCCESS = "_SUCCESS"
 DEFAULT_ROWS_PER_PART = 8192
 DEFAULT_MAX_TEXT_BYTES = 1_000_000
 
@@ -164,18 +167,20 @@ def prepare(
     append: add the sources that the plan does not have. Raises JobError naming what differs from
     the plan, InputError for a source that cannot be read.
     """
-    paths = list_sources(sources, settings.file_format)
-    if not (folder / PLAN).exists():
+    paths = list_sources(sources, folder)
+    plan = Plan.load(folder) if (folder / PLAN).exists() else None
+    if plan is None or (plan.settings != settings and not any(folder.glob("part-*"))):
+        # Until there is a part, a plan binds nobody: a setting that was wrong can be mended.
         plan = _extended(Plan(settings, (), ()), paths, folder)
+        unpublish(folder)
         plan.save(folder)
         return plan
-    plan = Plan.load(folder)
     differences = [
         f"{name} was {old!r}, now it is {new!r}"
         for name, old, new in _pairs(asdict(plan.settings), asdict(settings))
         if old != new
     ]
-    differences += [text for file in plan.inputs for text in _changes(file)]
+    differences += [text for file in plan.inputs for text in _changes(file, settings)]
     known = {file.path for file in plan.inputs}
     fresh = [path for path in paths if path not in known]
     if fresh and not append:
@@ -187,30 +192,40 @@ def prepare(
         raise JobError(f"{folder / PLAN} is the plan of another job: {'; '.join(differences)}")
     if fresh:
         plan = _extended(plan, fresh, folder)
+        unpublish(folder)
         plan.save(folder)
     return plan
 
 
-def list_sources(sources: Sequence[str | Path], file_format: str | None = None) -> list[str]:
+def unpublish(folder: Path) -> None:
+    """Take back what says that a job is finished."""
+    for name in (SUCCESS, MANIFEST):
+        (folder / name).unlink(missing_ok=True)
+
+
+def list_sources(sources: Sequence[str | Path], folder: Path) -> list[str]:
     """The files that files, directories and glob patterns name, as absolute paths.
 
     Of a directory, the files below it whose suffix is one of a format, by name; names that begin
-    with "." or "_" are passed over. Raises InputError if nothing is found or named twice.
+    with "." or "_", and what lies in the job's own `folder`, are passed over. Raises InputError if
+    nothing is found or named twice.
     """
+    own = folder.resolve()
     found: list[str] = []
     for source in map(str, sources):
         if source.startswith(DATASETS):
             found.append(source)
         elif Path(source).is_dir():
-            files = [p for p in sorted(Path(source).rglob("*")) if _is_input(p, Path(source))]
+            files = [p for p in sorted(Path(source).rglob("*")) if _is_input(p, Path(source), own)]
             if not files:
                 raise InputError(f"{source}: no file of {', '.join(SUFFIXES)} in this directory")
             found += [str(path.resolve()) for path in files]
         elif any(letter in source for letter in "*?[") and not Path(source).exists():
-            names = sorted(glob.glob(source, recursive=True))
-            if not names:
+            names = [Path(name).resolve() for name in sorted(glob.glob(source, recursive=True))]
+            files = [path for path in names if path.is_file() and own not in path.parents]
+            if not files:
                 raise InputError(f"{source}: no file has such a name")
-            found += [str(Path(name).resolve()) for name in names if Path(name).is_file()]
+            found += map(str, files)
         else:
             found.append(str(Path(source).resolve()))
     for path, count in Counter(found).items():
@@ -219,8 +234,9 @@ def list_sources(sources: Sequence[str | Path], file_format: str | None = None) 
     return found
 
 
-def _is_input(path: Path, below: Path) -> bool:
+def _is_input(path: Path, below: Path, own: Path) -> bool:
     hidden = any(part[0] in "._" for part in path.relative_to(below).parts)
+    hidden = hidden or own in path.resolve().parents
     kind = Path(path.stem).suffix if path.suffix.lower() in COMPRESSIONS else path.suffix
     return not hidden and kind.lower() in SUFFIXES and path.is_file()
 
@@ -236,8 +252,7 @@ def _extended(plan: Plan, paths: Sequence[str], folder: Path) -> Plan:
     settings = plan.settings
     for path in paths:
         file = open_input(path, settings)
-        if settings.template is None:
-            checked_columns(file, settings.text_column, settings.id_column)
+        Columns(file, settings)  # or an error, before the file is read
         ends = list(file.positions(settings.rows_per_part))
         rows = ends[-1].row
         inputs.append(_input(path, rows, file))
@@ -259,13 +274,13 @@ def _within(part: Part, rows: Any) -> tuple[int, ...]:
 
 def _numbered_ids(inputs: Iterable[Input], settings: Settings) -> Iterator[tuple[int, str]]:
     """The rows of a job that have an id, with it."""
-    column = settings.id_column
-    assert column is not None
     first = 0
     for file in inputs:
-        for row in open_input(file.path, settings).rows([column]):
-            if row.problem is None and id_problem(row.values.get(column)) is None:
-                yield first + row.number, str(row.values[column])
+        opened = open_input(file.path, settings)
+        columns = Columns(opened, settings)
+        for row in opened.rows([settings.id_column or ""]):
+            with suppress(RejectedError):
+                yield first + row.number, columns.id(row, 0)
         first += file.rows
 
 
@@ -278,10 +293,11 @@ def _input(path: str, rows: int, file: RowFile) -> Input:
     return Input(path, rows, state.st_size, state.st_mtime_ns, digest)
 
 
-def _changes(file: Input) -> list[str]:
+def _changes(file: Input, settings: Settings) -> list[str]:
     """What is different about an input since the plan was made. Reads it only if it looks so."""
     if file.path.startswith(DATASETS):
-        return []
+        now = _input(file.path, file.rows, open_input(file.path, settings)).sha256
+        return [] if now == file.sha256 else [f"input {file.path} has changed since"]
     try:
         state = Path(file.path).stat()
     except OSError as error:

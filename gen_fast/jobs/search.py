@@ -11,7 +11,14 @@ import numpy as np
 from gen_fast.encoder import Encoder
 from gen_fast.errors import InputError, JobError
 from gen_fast.jobs.corpus import CorpusReader
-from gen_fast.jobs.index import IndexInfo, centered_bits, read_index, set_probes, unit
+from gen_fast.jobs.index import (
+    IndexInfo,
+    centered_bits,
+    contents_hash,
+    read_index,
+    set_probes,
+    unit,
+)
 from gen_fast.jobs.parts import PartStore
 from gen_fast.jobs.plan import Plan
 from gen_fast.jobs.worker import load_encoder
@@ -69,10 +76,12 @@ class CorpusIndex:
     def __init__(self, path: Path, folder: Path, info: IndexInfo, device: str | None) -> None:
         self.info = info
         self._store = PartStore(folder, Plan.load(folder))
-        if self._store.plan.settings_hash != info.settings:
+        manifest = self._store.manifest()
+        contents = contents_hash(manifest["parts"][: info.parts])
+        if (info.settings, info.contents) != (self._store.plan.settings_hash, contents):
             raise JobError(f"{path} is not an index of the job in {folder}")
         index = read_index(path, info)
-        expected = self._store.manifest()["rows"]
+        expected = manifest["rows"]
         if index.ntotal != expected:
             raise JobError(
                 f"{path} holds {index.ntotal} of the {expected} embeddings of {folder}: "
@@ -141,15 +150,16 @@ class CorpusIndex:
     def _texts(self, rows: np.ndarray) -> dict[int, str]:
         """The texts of rows, each part of the corpus read once."""
         found: dict[int, str] = {}
-        wanted = sorted({int(row) for row in rows.ravel() if row >= 0})
+        wanted = {int(row) for row in rows.ravel() if row >= 0}
         for number in sorted({self._search.part_of(row) for row in wanted}):
             part = self._store.plan.parts[number]
             try:
                 read = self._reader.read(part)
             except InputError as error:
                 raise JobError(f"the text of a hit cannot be read back: {error}") from error
-            found |= dict(zip(read.rows, read.texts, strict=True))
-        return {row: found[row] for row in wanted if row in found}
+            texts = zip(read.rows, read.texts, strict=True)
+            found |= {row: text for row, text in texts if row in wanted}
+        return found
 
 
 def open_index(

@@ -1,12 +1,15 @@
 """Whether a finished job is what its manifest says: files, checksums, rows, ids and values."""
 
 import json
+from array import array
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from gen_fast.durable import file_sha256
 from gen_fast.errors import JobError
 from gen_fast.jobs.parts import REJECTED, PartStore
 from gen_fast.jobs.plan import Part, Plan
@@ -33,28 +36,32 @@ def verify(folder: str | Path) -> list[str]:
     entries = manifest["parts"]
     if len(entries) != len(store.plan.parts):
         return [f"manifest.json lists {len(entries)} parts, plan.json has {len(store.plan.parts)}"]
-    rejected, problems = _rejected(folder)
+    rejected, problems = _rejected(folder, manifest)
+    if sum(entry["rows"] for entry in entries) != manifest["rows"]:
+        problems.append("manifest.json: its rows are not those of its parts")
     for part, entry in zip(store.plan.parts, entries, strict=True):
         problems += _problems(store, part, entry, rejected)
     return problems
 
 
-def _rejected(folder: Path) -> tuple[dict[str, set[int]], list[str]]:
-    """The rejected rows of each input, and what is wrong with the list of them."""
-    rows: dict[str, set[int]] = {}
-    path = folder / REJECTED
+def _rejected(folder: Path, manifest: dict[str, Any]) -> tuple[dict[str, np.ndarray], list[str]]:
+    """The rejected rows of each input, ascending, and what is wrong with the list of them."""
+    rows: dict[str, array[int]] = defaultdict(lambda: array("q"))
+    path, problems = folder / REJECTED, []
     try:
+        if file_sha256(path) != manifest["rejected_sha256"]:
+            problems.append(f"{path} does not have its sha256")
         with path.open(encoding="utf-8") as file:
             for line in file:
                 record = json.loads(line)
-                rows.setdefault(record["input"], set()).add(record["row"])
+                rows[record["input"]].append(record["row"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        return rows, [f"{path} is damaged or missing: {error}"]
-    return rows, []
+        problems.append(f"{path} is damaged or missing: {error}")
+    return {name: np.sort(np.array(found)) for name, found in rows.items()}, problems
 
 
 def _problems(
-    store: PartStore, part: Part, entry: dict[str, Any], rejected: dict[str, set[int]]
+    store: PartStore, part: Part, entry: dict[str, Any], rejected: dict[str, np.ndarray]
 ) -> Iterator[str]:
     path = store.path(part)
     record = store.record(part)
@@ -87,14 +94,13 @@ def _problems(
         if not np.all((np.abs(lengths - 1) < 1e-2) | (lengths == 0)):
             yield f"{path}: an embedding does not have length 1"
     source = store.plan.inputs[part.input].path
-    left_out = {
-        row - part.start.row + part.first
-        for row in rejected.get(source, ())
-        if part.start.row <= row < part.start.row + part.rows
-    }
-    there = [int(row) for row in rows]
-    expected = set(range(part.first, part.first + part.rows))
-    if there != sorted(set(there)) or set(there) | left_out != expected or left_out & set(there):
+    left_out = rejected.get(source, np.empty(0, np.int64))
+    low, high = left_out.searchsorted([part.start.row, part.start.row + part.rows])
+    left_out = left_out[low:high] - part.start.row + part.first
+    expected = np.arange(part.first, part.first + part.rows)
+    if (np.diff(rows) <= 0).any() or not np.array_equal(
+        np.sort(np.concatenate([rows, left_out])), expected
+    ):
         yield f"{path}: its rows and the rejected ones are not the {part.rows} of the plan"
     if len(set(ids)) != len(ids) or None in ids:
         yield f"{path}: an id is missing or there twice"

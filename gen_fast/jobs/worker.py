@@ -16,13 +16,16 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
+from typing import NoReturn
 
-import numpy as np
 import torch
 
-from gen_fast.encoder import Encoder
+from gen_fast.budget import is_out_of_memory
+from gen_fast.encoder import EncodedBlock, Encoder
 from gen_fast.errors import GenFastError, InputError, JobError, NonFiniteError, TextError
 from gen_fast.jobs.claims import Claims
 from gen_fast.jobs.corpus import CorpusReader, PartRows
@@ -63,8 +66,16 @@ def load_encoder(settings: Settings, device: str | torch.device | None) -> Encod
     )
 
 
+class _NoTokensError(Exception):
+    """Some rows have nothing to pool; `parts` have been read and are to be made again."""
+
+    def __init__(self, parts: list[Part]) -> None:
+        super().__init__(parts)
+        self.parts = parts
+
+
 class Worker:
-    """Makes parts of a job, with one encoder.
+    """Makes parts of a job, with one encoder. A context manager, which gives back its claims.
 
     index, count: which of how many workers this is; they begin at different places of the plan.
     strict: a row that would be rejected is an InputError. on_texts: called with the number of
@@ -87,21 +98,49 @@ class Worker:
         self._store = PartStore(folder, plan)
         self._plan = plan
         self._encoder = encoder
-        self._reader = CorpusReader(plan)
+        self._reader = CorpusReader(plan, self._alive)
         first = index * len(plan.parts) // count
         self._order = plan.parts[first:] + plan.parts[:first]
         self._strict = strict
         self._on_texts = on_texts
         self._stall_timeout = stall_timeout
+        self._timer_due = 0.0
+        self._stopped = threading.Event()
+        self._no_tokens: dict[int, set[int]] = {}
         self._claims = Claims(folder)
+
+    def close(self) -> None:
+        """Give back what this worker has claimed."""
+        self._claims.close()
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def run(self) -> None:
         """Make parts until all of the job are there, also those of others that did not."""
-        self.make(self._claimed())
+        self._make(self._claimed())
 
     def make(self, parts: Iterable[Part]) -> None:
-        """Make these parts. Raises what reading, embedding or writing does, naming the part."""
+        """Make these parts."""
+        self._make(self._taken(part) for part in parts)
+
+    def _make(self, parts: Iterator[Part]) -> None:
+        """Make parts. Raises what reading, embedding or writing does, naming the part."""
+        while True:
+            try:
+                self._pipeline(parts)
+            except _NoTokensError as error:
+                parts = chain(error.parts, parts)  # without the rows that were found
+            else:
+                return
+
+    def _pipeline(self, parts: Iterator[Part]) -> None:
+        """Read, embed and write parts, each of which goes on while the others do."""
         read: deque[PartRows] = deque()
+        written: deque[Future[None]] = deque()
         settings = self._plan.settings
 
         def texts() -> Iterator[list[str]]:
@@ -109,10 +148,11 @@ class Worker:
                 read.append(self._read(part))
                 yield read[-1].texts
 
+        self._stopped.clear()
         self._alive()
         try:
-            with ThreadPoolExecutor(1, "gen_fast-write") as writer:
-                written: Future[None] | None = None
+            with ExitStack() as stack:
+                writer = stack.enter_context(ThreadPoolExecutor(1, "gen_fast-write"))
                 blocks = self._encoder.encode_blocks(
                     texts(),
                     prompt=settings.prompt,
@@ -120,61 +160,90 @@ class Worker:
                     truncate_dim=settings.truncate_dim,
                     on_progress=self._progress,
                 )
+                stack.enter_context(closing(blocks))
+                # First of all: the thread that reads must not wait for others any more.
+                stack.callback(self._stopped.set)
                 started = time.monotonic()
                 for block in blocks:
-                    if written is not None:
-                        written.result()
+                    while written:
+                        written.popleft().result()
                     now = time.monotonic()
-                    written = writer.submit(
-                        self._write,
-                        read.popleft(),
-                        block.embeddings,
-                        block.truncated,
-                        now - started,
-                    )
+                    written.append(writer.submit(self._write, read.popleft(), block, now - started))
                     started = now
-                if written is not None:
-                    written.result()
+                while written:
+                    written.popleft().result()
         except TextError as error:
-            raise InputError(self._placed(read[-1], error.rows[0], error)) from error
+            while written:
+                written.popleft().result()
+            self._find_no_tokens(read, error)
         except NonFiniteError as error:
             raise NonFiniteError(self._placed(read[0], error.rows[0], error), ()) from error
+        except RuntimeError as error:
+            if isinstance(error, GenFastError) or not is_out_of_memory(error):
+                raise
+            raise JobError(f"out of memory; a smaller max_length needs less: {error}") from error
         finally:
+            self._timer_due = 0.0
             if self._stall_timeout is not None:
                 faulthandler.cancel_dump_traceback_later()
 
+    def _find_no_tokens(self, read: deque[PartRows], error: TextError) -> NoReturn:
+        """Have the rows of the last part that cannot be embedded rejected when it is read again."""
+        if self._strict:
+            raise InputError(self._placed(read[-1], error.rows[0], error)) from error
+        found = self._no_tokens.setdefault(read[-1].part.number, set())
+        found.update(read[-1].rows[row] for row in error.rows)
+        raise _NoTokensError([rows.part for rows in read]) from error
+
+    def _taken(self, part: Part) -> Part:
+        # Whether or not another has it: the bytes are the same.
+        self._claims.take(part.number)
+        return part
+
     def _claimed(self) -> Iterator[Part]:
-        """Claim and yield parts until none is left that is neither finished nor claimed here."""
+        """Claim and yield parts until none is left that is neither finished nor claimed here.
+
+        Others are waited for. If one of them ends without finishing, its part is free; if nothing
+        has come of it for a stall_timeout, it is made here too, to the same bytes.
+        """
         left, mine = list(self._order), set()
+        patience = self._stall_timeout or DEFAULT_STALL_TIMEOUT
+        deadline = time.monotonic() + patience
         while True:
+            before = len(left)
             left = [p for p in left if p.number not in mine and self._store.record(p) is None]
             if not left:
                 return
+            if len(left) < before:
+                deadline = time.monotonic() + patience
+            hung = time.monotonic() > deadline
             for part in left:
-                if not self._claims.take(part.number):
+                if not self._claims.take(part.number) and not hung:
                     continue
                 if self._store.record(part) is not None:  # finished since it was looked at
                     self._claims.release(part.number)
                     continue
+                if hung:
+                    logger.warning("part %d: its process seems to hang", part.number)
                 mine.add(part.number)
                 yield part
             if not mine.intersection(part.number for part in left):
-                # Others are at work. If one of them ends without finishing, its part is free.
                 self._alive()
-                time.sleep(_POLL_SECONDS)
+                if self._stopped.wait(_POLL_SECONDS):
+                    return
 
     def _read(self, part: Part) -> PartRows:
-        read = self._reader.read(part)
+        read = self._reader.read(part, self._no_tokens.get(part.number, ()))
+        self._alive()
         if self._strict and read.rejected:
             row = read.rejected[0]
             raise InputError(f"{row.input}, {row.place}: {row.kind}: {row.reason} (--strict)")
         return read
 
-    def _write(
-        self, read: PartRows, embeddings: np.ndarray, truncated: int, seconds: float
-    ) -> None:
+    def _write(self, read: PartRows, block: EncodedBlock, seconds: float) -> None:
         try:
-            record = self._store.write(read, embeddings, truncated)
+            record = self._store.write(read, block.embeddings, block.truncated)
+            self._log(record, seconds)
         except OSError as error:
             raise JobError(
                 f"cannot write {self._store.path(read.part)}: {error.strerror or error}; the "
@@ -183,7 +252,6 @@ class Worker:
         except OverflowError as error:
             raise JobError(f"part {read.part.number}: {error}") from error
         self._claims.release(read.part.number)
-        self._log(record, seconds)
 
     def _log(self, record: Record, seconds: float) -> None:
         line = {
@@ -191,7 +259,7 @@ class Worker:
             "worker": f"{socket.gethostname()}:{os.getpid()}",
             "part": record.part,
             "rows": record.rows,
-            "rejected": len(record.rejected),
+            "rejected": record.all_rows - record.rows,
             "truncated": record.truncated,
             "seconds": round(seconds, 3),
             "rows_per_second": round(record.rows / max(seconds, 1e-9), 1),
@@ -213,7 +281,9 @@ class Worker:
         faulthandler's own thread needs no lock of Python's, so it also ends a process that hangs
         in a kernel or in the system.
         """
-        if self._stall_timeout is not None:
+        now = time.monotonic()
+        if self._stall_timeout is not None and now >= self._timer_due:
+            self._timer_due = now + min(1.0, self._stall_timeout / 4)  # each sets up a thread
             faulthandler.dump_traceback_later(
                 self._stall_timeout, exit=True, file=sys.__stderr__ or sys.stderr
             )
@@ -244,7 +314,7 @@ def main(arguments: list[str]) -> int:
     end_with_parent()
     try:
         plan = Plan.load(options.folder)
-        worker = Worker(
+        with Worker(
             options.folder,
             plan,
             load_encoder(plan.settings, options.device),
@@ -252,9 +322,9 @@ def main(arguments: list[str]) -> int:
             count=options.count,
             strict=options.strict,
             stall_timeout=options.stall_timeout,
-        )
-        worker.run()
-    except GenFastError as error:
+        ) as worker:
+            worker.run()
+    except (GenFastError, OSError) as error:
         print(f"worker {options.index}: {error}", file=sys.stderr)  # noqa: T201
         return 1
     return 0

@@ -75,10 +75,12 @@ class JobMachine(RuleBasedStateMachine):
             self.planned = (self.out / "plan.json").read_text().count(".jsonl")
 
     @rule(choice=st.randoms(use_true_random=False))
-    @precondition(lambda self: list(self.out.glob("part-*")))
+    @precondition(lambda self: list(self.out.glob("part-*")))  # a plan alone may be replaced
     def damage(self, choice: random.Random) -> None:
-        """Flip a bit of a part, cut it off, empty it or delete it."""
-        path = choice.choice(sorted(self.out.glob("part-*")))
+        """Flip a bit of a part or of what tells about parts, cut it off, empty it or delete it."""
+        others = [self.out / name for name in ("manifest.json", "rejected.jsonl")]
+        found = [*self.out.glob("part-*"), *self.out.glob("_parts/*"), *others]
+        path = choice.choice(sorted(path for path in found if path.exists()))
         content = bytearray(path.read_bytes())
         how = choice.choice(["flip", "cut", "empty", "delete"])
         if how == "flip" and content:

@@ -4,6 +4,7 @@ import time
 
 import torch
 
+from gen_fast.errors import ConfigError
 from gen_fast.linear import can_pack, linear, pack
 
 _DTYPES = {
@@ -25,7 +26,7 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
     else:
         name = dtype
     if name not in _DTYPES:
-        raise ValueError(f"dtype {dtype!r} is not auto, float32, bfloat16 or float16")
+        raise ConfigError(f"dtype {dtype!r} is not auto, float32, bfloat16 or float16")
     return _DTYPES[name]
 
 

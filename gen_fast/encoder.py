@@ -18,7 +18,7 @@ from gen_fast.adapter import DEFAULT_PROMPTS, Adapter
 from gen_fast.backbone import Backbone, PrefixKV
 from gen_fast.batching import PackedBatch, split_by_budget
 from gen_fast.budget import TokenBudget
-from gen_fast.errors import NonFiniteError, PromptError
+from gen_fast.errors import ConfigError, NonFiniteError, PromptError
 from gen_fast.generation import AnswerGenerator
 from gen_fast.methods import Layout, Sequences
 from gen_fast.ops.pool import pool
@@ -87,7 +87,7 @@ class Encoder:
         default_length = min(adapter.max_length if adapter else 512, backbone.config.max_positions)
         self.max_length = default_length if max_length is None else max_length
         if not 1 <= self.max_length <= backbone.config.max_positions:
-            raise ValueError(
+            raise ConfigError(
                 f"max_length {max_length} is outside 1…{backbone.config.max_positions}, "
                 "the positions that the model was made for"
             )
@@ -147,7 +147,7 @@ class Encoder:
         rows = [texts] if isinstance(texts, str) else _as_list(texts)
         check_texts(rows)
         if precision not in ("float32", "binary", "ubinary"):
-            raise ValueError(f"precision {precision!r} is not float32, binary or ubinary")
+            raise ConfigError(f"precision {precision!r} is not float32, binary or ubinary")
 
         if show_progress_bar is None:
             show_progress_bar = sys.stderr.isatty() and not single
@@ -191,7 +191,7 @@ class Encoder:
         """
         dimension = self.dimension if truncate_dim is None else truncate_dim
         if not 1 <= dimension <= self.dimension:
-            raise ValueError(f"truncate_dim {truncate_dim} is outside 1…{self.dimension}")
+            raise ConfigError(f"truncate_dim {truncate_dim} is outside 1…{self.dimension}")
         layout = self._layout(self._prompt(prompt, prompt_name))
         output = np.empty((0, dimension), dtype=np.float32)
         truncated = 0

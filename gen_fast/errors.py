@@ -66,7 +66,7 @@ class ImplementationError(GenFastError, RuntimeError):
 
 
 class ConfigError(GenFastError, ValueError):
-    """A setting of training or of a job is unknown, or has a value without meaning."""
+    """A setting is unknown, or has a value that has no meaning."""
 
 
 class JobError(GenFastError, RuntimeError):

@@ -70,7 +70,7 @@ class IndexInfo:
     probes: int = 0
     candidates: int = 1
     recall: float | None = None
-    center: Sequence[float] = ()
+    center: tuple[float, ...] = ()
     format: str = FORMAT
 
     def save(self, path: Path) -> None:
@@ -85,10 +85,10 @@ class IndexInfo:
             values = json.loads(source.read_text(encoding="utf-8"))
             if values.get("format") != FORMAT:
                 raise JobError(f"{source} has format {values.get('format')!r}, expected {FORMAT!r}")
-            return cls(**values)
+            return cls(**{**values, "center": tuple(values["center"])})
         except FileNotFoundError as error:
             raise JobError(f"{path} is no index of gen-fast: there is no {source.name}") from error
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise JobError(f"{source} is damaged: {error}") from error
 
 
@@ -188,7 +188,7 @@ def build_index(
         )
         if chosen == "binary" and not bits:
             mean = _sample(store, rows, 1 << 14).mean(axis=0)
-            info = replace(info, center=[float(value) for value in mean])
+            info = replace(info, center=tuple(float(value) for value in mean))
     info.save(out)
     builder = (
         _OnDisk(store, out, info, rows)

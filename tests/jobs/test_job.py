@@ -219,14 +219,15 @@ def test_a_worker_that_hangs_ends_itself(
 def test_all_workers_dead_is_an_error_that_says_so(
     corpus: Path, tiny_model: Path, tmp_path: Path, expected: dict[str, bytes]
 ) -> None:
-    """Their directory for records is a file: none can finish a part, and none waits for another."""
+    """Their log is a directory: none goes on behind its first part, and none waits for another."""
     out = tmp_path / "out"
     embed_corpus(corpus, out, **options(tiny_model))
     shutil.rmtree(out / "_parts")
-    (out / "_parts").touch()
-    with pytest.raises(JobError, match=r"25 of 25 parts are missing.*worker 1: exit code 1"):
+    (out / "log.jsonl").unlink()
+    (out / "log.jsonl").mkdir()
+    with pytest.raises(JobError, match=r"2\d of 25 parts are missing.*worker 1: exit code 1"):
         embed_corpus(corpus, out, **options(tiny_model), devices="cpu,cpu")
-    (out / "_parts").unlink()
+    (out / "log.jsonl").rmdir()
     embed_corpus(corpus, out, **options(tiny_model))
     assert files_of(out) == expected
 

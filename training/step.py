@@ -20,9 +20,9 @@ from gen_fast.training.data import Example
 from gen_fast.training.student import Student
 from gen_fast.training.world import World
 
-# Tokens of reconstruction at a time. Their activations are kept for the backward pass: a layer
-# saves the stream twice, q, k, v, attention's output, gate and up, 345 kB a token for SmolLM2-135M
-# in bfloat16 by that count.
+# Tokens of reconstruction at a time, in two bytes an element. Their activations are kept for the
+# backward pass: a layer saves the stream twice, q, k, v, attention's output, gate and up, 345 kB a
+# token for SmolLM2-135M in bfloat16 by that count.
 CPU_TOKENS, GPU_TOKENS = 1024, 16384
 
 
@@ -148,6 +148,7 @@ def _reconstructions(
     """Yield (part of the batch, states [N, h], targets [N]), as much at a time as memory allows."""
     c = student.n_compression
     default = CPU_TOKENS if student.backbone.device.type == "cpu" else GPU_TOKENS
+    default = default * 2 // student.head.element_size()
     lengths = [len(example.answer) + c - 1 for example in examples]
     for part in split_by_budget(lengths, config.micro_batch_tokens or default):
         answers = [example.answer for example in examples[part]]

@@ -53,9 +53,10 @@ def train_scaling(report: dict, folder: Path) -> None:
                 "o-" if provider == "gen_fast" else "s--",
                 label=f"{provider} {line[0]['dtype']}",
             )
-        panel.set(xlabel=label, ylim=(0, None))
+        panel.set_xlabel(label)
         panel.grid(alpha=0.3)
-    axes[0].set_ylabel("seconds a step")
+    slowest = max(point["seconds"] for point in report["scaling"])
+    axes[0].set(ylabel="seconds a step", ylim=(0, 1.05 * slowest))
     axes[0].legend()
     machine = report["machine"]
     figure.suptitle(

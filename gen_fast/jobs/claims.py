@@ -3,13 +3,15 @@
 import errno
 import fcntl
 import os
+import time
 from pathlib import Path
 
 from gen_fast.errors import JobError
 
 CLAIMS = "_claims"
-# The byte of who is planning; there are not so many parts.
+# The byte of who is planning or publishing; there are not so many parts.
 PLANNING = 1 << 40
+_POLL_SECONDS = 0.1
 
 
 class Claims:
@@ -36,6 +38,11 @@ class Claims:
                 "several processes need to share a job"
             ) from error
         return True
+
+    def wait(self, part: int) -> None:
+        """Claim what another process may still have, when it is free. Raises as `take` does."""
+        while not self.take(part):
+            time.sleep(_POLL_SECONDS)
 
     def release(self, part: int) -> None:
         """Give a part back, finished or not."""

@@ -161,8 +161,7 @@ def _prepare(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with closing(Claims(folder)) as claims:
-            if not claims.take(PLANNING):
-                raise JobError(f"another process is planning the job in {folder}")
+            claims.wait(PLANNING)
             plan = prepare(folder, sources, settings, append=append)
             store = PartStore(folder, plan)
             store.remove_temporaries(claims)
@@ -213,7 +212,9 @@ def _work(
 def _published(folder: Path, plan: Plan) -> Summary:
     store = PartStore(folder, plan)
     try:
-        manifest = store.manifest() if store.is_published() else store.publish()
+        with closing(Claims(folder)) as claims:
+            claims.wait(PLANNING)  # for who began later, and is looking at what is there
+            manifest = store.manifest() if store.is_published() else store.publish()
     except OSError as error:
         raise JobError(f"{folder}: cannot be published: {error}") from error
     return Summary(

@@ -5,6 +5,8 @@ written after it: a part without a record is not there. Everything else is made 
 """
 
 import json
+import re
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -160,12 +162,16 @@ class PartStore:
         return found
 
     def remove_temporaries(self, claims: Claims) -> None:
-        """Remove what processes that were killed have left of parts that nobody works on."""
-        for path in self.folder.glob(".part-*.tmp"):
-            number = int(path.name.removeprefix(".part-").split(".")[0])
-            if claims.take(number):
+        """Remove what processes that were killed have left. To be called by who is planning."""
+        for path in [*self.folder.glob(".*.tmp"), *(self.folder / _RECORDS).glob(".*.tmp")]:
+            part = re.match(r"\.part-(\d+)\.", path.name)
+            if part is None:
+                path.unlink()
+            elif claims.take(int(part[1])):  # nobody works on it
                 path.unlink(missing_ok=True)
-                claims.release(number)
+                claims.release(int(part[1]))
+        for path in self.folder.glob(".ids.*"):
+            shutil.rmtree(path)
 
     def is_published(self) -> bool:
         """True if no part is missing, and manifest and rejected.jsonl are those of the parts."""

@@ -9,6 +9,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +20,15 @@ from gen_fast.errors import ModelNotFoundError
 from gen_fast.ops import native
 from gen_fast.sources import resolve
 from gen_fast.testing import save_tiny_model
+
+
+@pytest.fixture(autouse=True)
+def log_level() -> Iterator[None]:
+    """The commands set the level of their whole process, which here other tests share."""
+    logger = logging.getLogger("gen_fast")
+    before = logger.level
+    yield
+    logger.setLevel(before)
 
 
 @pytest.fixture(scope="session")

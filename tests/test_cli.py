@@ -1,12 +1,10 @@
 """The command line as a user meets it: files, exit codes, stdout and stderr."""
 
 import json
-import logging
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,15 +46,6 @@ def fails(code: int, *arguments: object, stdin: str | None = None) -> str:
     assert len(lines) == 1, lines
     assert lines[0].startswith("gen-fast: error: ")
     return lines[0]
-
-
-@pytest.fixture(autouse=True)
-def log_level() -> Iterator[None]:
-    """The commands set the level of their whole process, which here other tests share."""
-    logger = logging.getLogger("gen_fast")
-    before = logger.level
-    yield
-    logger.setLevel(before)
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ A part is a parquet file of its own, written once and never changed. Its record,
 written after it: a part without a record is not there. Everything else is made from the records.
 """
 
+import hashlib
 import json
 import re
 import shutil
@@ -36,7 +37,10 @@ _GROUP_ROWS = 512
 
 @dataclass(frozen=True)
 class Record:
-    """What is known of a finished part. rejected: how many rows it leaves out, by kind."""
+    """What is known of a finished part.
+
+    rejected: how many rows it leaves out, by kind; rejected_sha256: of the list of them.
+    """
 
     part: int
     key: str
@@ -45,6 +49,7 @@ class Record:
     sha256: str
     truncated: int
     rejected: Mapping[str, int]
+    rejected_sha256: str
 
     @property
     def all_rows(self) -> int:
@@ -98,11 +103,13 @@ class PartStore:
         path.parent.mkdir(exist_ok=True)
         rows = "".join(json.dumps(asdict(r), ensure_ascii=False) + "\n" for r in read.rejected)
         write_whole(self._rejected_path(part), rows)
+        listed = file_sha256(self._rejected_path(part))
         kinds = dict(sorted(Counter(row.kind for row in read.rejected).items()))
         record = Record(
-            part.number, self.plan.key(part), len(read.ids), size, digest, truncated, kinds
+            *(part.number, self.plan.key(part), len(read.ids), size, digest, truncated, kinds),
+            listed,
         )
-        write_whole(path, json.dumps(asdict(record)) + "\n")
+        write_whole(path, _sealed(asdict(record)))
         return record
 
     def record(self, part: Part) -> Record | None:
@@ -117,8 +124,10 @@ class PartStore:
     def _recorded(self, part: Part) -> Record | None:
         """What was written of a part, whatever has become of its file."""
         try:
-            values = json.loads(self._record_path(part).read_text(encoding="utf-8"))
-            record = Record(**values)
+            text = self._record_path(part).read_text(encoding="utf-8")
+            record = Record(**json.loads(text)["record"])
+            if text != _sealed(asdict(record)):
+                return None
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError):
@@ -128,13 +137,17 @@ class PartStore:
 
     def damage(self, record: Record) -> str | None:
         """What is wrong with a finished part's file, by its checksum."""
-        path = self.path(self.plan.parts[record.part])
-        try:
-            return (
-                None if file_sha256(path) == record.sha256 else f"{path} does not have its sha256"
-            )
-        except OSError as error:
-            return f"{path} cannot be read: {error.strerror}"
+        part = self.plan.parts[record.part]
+        for path, expected in (
+            (self.path(part), record.sha256),
+            (self._rejected_path(part), record.rejected_sha256),
+        ):
+            try:
+                if file_sha256(path) != expected:
+                    return f"{path} does not have its sha256"
+            except OSError as error:
+                return f"{path} cannot be read: {error.strerror}"
+        return None
 
     def remove(self, part: Part) -> None:
         """Forget a part, so that it is made again."""
@@ -176,11 +189,8 @@ class PartStore:
     def is_published(self) -> bool:
         """True if no part is missing, and manifest and rejected.jsonl are those of the parts."""
         try:
-            manifest = self.manifest()
-            listed = manifest["rejected_sha256"], manifest["parts"]
-            there = [self._entry(record) for record in self._every_record()]
-            return listed == (file_sha256(self.folder / REJECTED), there)
-        except (JobError, OSError, KeyError, TypeError):
+            return self.manifest() == self.expected_manifest()
+        except (JobError, OSError):
             return False
 
     def _every_record(self) -> list[Record]:
@@ -206,14 +216,26 @@ class PartStore:
 
         Raises JobError if a part is missing.
         """
-        records = self._every_record()
+        self._every_record()
         with replacing(self.folder / REJECTED) as temporary, temporary.open("wb") as file:
             for part in self.plan.parts:
                 file.write(self._rejected_path(part).read_bytes())
+        manifest = self.expected_manifest()
+        write_whole(self.folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+        (self.folder / SUCCESS).touch()
+        sync(self.folder)
+        return manifest
+
+    def expected_manifest(self) -> dict[str, Any]:
+        """What the manifest of these parts, and of rejected.jsonl, has to say.
+
+        Raises JobError if a part is missing, OSError if rejected.jsonl cannot be read.
+        """
+        records = self._every_record()
         kinds: Counter[str] = Counter()
         for record in records:
             kinds.update(record.rejected)
-        manifest = {
+        return {
             "format": "gen_fast.jobs.manifest/1",
             "rows": sum(record.rows for record in records),
             "rejected": sum(kinds.values()),
@@ -224,10 +246,6 @@ class PartStore:
             "rejected_sha256": file_sha256(self.folder / REJECTED),
             "parts": [self._entry(record) for record in records],
         }
-        write_whole(self.folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
-        (self.folder / SUCCESS).touch()
-        sync(self.folder)
-        return manifest
 
     def manifest(self) -> dict[str, Any]:
         """The manifest of a finished job. Raises JobError if the job is not finished."""
@@ -306,3 +324,9 @@ def _stored(table: Any) -> tuple[np.ndarray, np.ndarray | None]:
     column = table["embedding"].combine_chunks()
     values = np.asarray(column.flatten()).reshape(len(column), column.type.list_size)
     return values, table["scale"].to_numpy() if "scale" in table.column_names else None
+
+
+def _sealed(record: Mapping[str, Any]) -> str:
+    """A record with a checksum of itself."""
+    seal = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+    return json.dumps({"record": record, "seal": seal}) + "\n"

@@ -173,9 +173,9 @@ def measure_shape(shape: str, rounds: int, device: str) -> list[dict]:
     return rows
 
 
-def main() -> None:
-    """Measure the shapes and write the rows."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+def run_shapes(measure: Callable[[str, int, str], list[dict]], about: str) -> None:
+    """Read the command line, measure each shape and write the rows."""
+    parser = argparse.ArgumentParser(description=about.split("\n", 1)[0])
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["qwen3-0.6b", "qwen3-8b"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -183,7 +183,7 @@ def main() -> None:
     args = parser.parse_args()
     rows = []
     for shape in args.shape:
-        rows += measure_shape(shape, args.rounds, args.device)
+        rows += measure(shape, args.rounds, args.device)
         if args.device == "cuda":
             torch.cuda.empty_cache()
     if args.json:
@@ -192,4 +192,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_shapes(measure_shape, __doc__)

@@ -9,18 +9,14 @@ and 192 answer tokens ragged around them, and update the same parameters. Ratios
 interleaved rounds; peak memory is what a side's step allocates beyond the weights (CUDA only).
 """
 
-import argparse
 import copy
-import json
 import statistics
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
-from encode_shapes import SHAPES, make_models
-from measure import interleaved, machine, median_ratio
+from encode_shapes import make_models, run_shapes
+from measure import interleaved, median_ratio
 from torch import nn
 from train import DIMENSION, make_batch
 
@@ -162,23 +158,5 @@ def _peak_memory(step: Callable, examples: list[Example], device: str) -> float 
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def main() -> None:
-    """Measure the shapes and write the rows."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["qwen3-0.6b", "qwen3-8b"])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
-    rows = []
-    for shape in args.shape:
-        rows += measure_shape(shape, args.rounds, args.device)
-        if args.device == "cuda":
-            torch.cuda.empty_cache()
-    if args.json:
-        report = {"machine": machine(), "command": " ".join(sys.argv), "rows": rows}
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    run_shapes(measure_shape, __doc__)

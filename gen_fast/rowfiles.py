@@ -48,6 +48,9 @@ class Position(NamedTuple):
     line: int = 0
 
 
+START = Position()
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """A row by its column names, or the `problem` that keeps it from being read.
@@ -82,7 +85,7 @@ class RowFile(ABC):
         return self.columns or ()
 
     @abstractmethod
-    def rows(self, columns: Sequence[str], start: Position = Position()) -> Iterator[Row]:  # noqa: B008 - immutable
+    def rows(self, columns: Sequence[str], start: Position = START) -> Iterator[Row]:
         """Yield the rows from `start` on, with at least these columns of those that exist."""
 
     @abstractmethod
@@ -213,7 +216,7 @@ class _Txt(_LineFile):
     def _spans(self, start: Position) -> Iterator[tuple[Position, bytes, Position]]:
         return self._numbered_lines(start)
 
-    def rows(self, columns: Sequence[str], start: Position = Position()) -> Iterator[Row]:  # noqa: B008
+    def rows(self, columns: Sequence[str], start: Position = START) -> Iterator[Row]:
         for begin, line, _ in self._spans(start):
             text, problem = _decoded(line)
             yield Row(begin.row, f"line {begin.line + 1}", {"text": text}, problem)
@@ -231,7 +234,7 @@ class _Jsonl(_LineFile):
             else:
                 skipped += 1
 
-    def rows(self, columns: Sequence[str], start: Position = Position()) -> Iterator[Row]:  # noqa: B008
+    def rows(self, columns: Sequence[str], start: Position = START) -> Iterator[Row]:
         for begin, line, _ in self._spans(start):
             text, problem = _decoded(line)
             record: Any = {}
@@ -303,7 +306,7 @@ class _Csv(_LineFile):
             yield begin, (fields, problem), end
             begin = end
 
-    def rows(self, columns: Sequence[str], start: Position = Position()) -> Iterator[Row]:  # noqa: B008
+    def rows(self, columns: Sequence[str], start: Position = START) -> Iterator[Row]:
         header = self.columns or ()
         for begin, (fields, problem), _ in self._spans(start):
             if problem is None and len(fields) != len(header):
@@ -348,7 +351,7 @@ class Table(RowFile):
             yield Position(row)
         yield Position(self._count)
 
-    def rows(self, columns: Sequence[str], start: Position = Position()) -> Iterator[Row]:  # noqa: B008, D102
+    def rows(self, columns: Sequence[str], start: Position = START) -> Iterator[Row]:  # noqa: D102
         wanted = [name for name in dict.fromkeys(columns) if name in self._schema.names]
         for name in wanted:
             if self._schema.names.count(name) > 1:

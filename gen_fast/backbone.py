@@ -261,6 +261,9 @@ class Backbone:
         n_q, n_kv = config.num_heads, config.num_kv_heads
         fused = linear(normed, layer.qkv, layer.qkv_bias).unflatten(-1, (-1, config.head_dim))
         qk, v = fused.split([n_q + n_kv, n_kv], dim=1)
+        if fused.requires_grad and layer.qk_norm is None:
+            # Attention keeps v for its gradient: a view would keep q and k before the rotation too.
+            v = v.contiguous()
         qk = rope(qk, cos, sin, layer.qk_norm, config.norm_eps, inplace=True)
         q, k = qk.split([n_q, n_kv], dim=1)
         return q, k, v

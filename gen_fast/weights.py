@@ -9,7 +9,6 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,9 +130,9 @@ def _windows(raw: Mapping[str, Any], family: str, num_layers: int) -> tuple[int 
 
 @dataclass
 class TensorFiles:
-    """The tensors of one checkpoint directory, opened without reading them."""
+    """The tensors of one checkpoint directory, known without reading them."""
 
-    where: dict[str, tuple[Any, str]]  # our name -> (open safetensors file, its name there)
+    where: dict[str, tuple["_Shard | _Tensors", str]]  # our name -> (what holds it, its name there)
 
     def names(self) -> Iterator[str]:
         """All tensor names."""
@@ -157,8 +156,8 @@ class TensorFiles:
         return tensor
 
 
-def open_tensors(directory: Path, stack: ExitStack) -> TensorFiles:
-    """Open model.safetensors, or the shards of its index. Names lose a leading "model."."""
+def find_tensors(directory: Path) -> TensorFiles:
+    """Those of model.safetensors, or the shards of its index. Names lose a leading "model."."""
     index = directory / "model.safetensors.index.json"
     if index.is_file():
         try:
@@ -174,17 +173,16 @@ def open_tensors(directory: Path, stack: ExitStack) -> TensorFiles:
         )
     else:
         raise WeightsError(f"{directory} holds neither model.safetensors nor its shard index")
-    where: dict[str, tuple[Any, str]] = {}
-    for shard in shards:
-        path = directory / shard
+    where: dict[str, tuple[_Shard | _Tensors, str]] = {}
+    for name in shards:
+        path = directory / name
         if not path.is_file():
-            raise WeightsError(f"shard {shard} named in {index.name} is missing")
+            raise WeightsError(f"shard {name} named in {index.name} is missing")
+        shard = _Shard(path)
         try:
-            file = stack.enter_context(safe_open(path, "pt"))
+            where |= {stored.removeprefix("model."): (shard, stored) for stored in shard.names()}
         except SafetensorError as error:
             raise WeightsError(f"{path} is damaged: {error}") from error
-        for name in file.keys():  # noqa: SIM118 - a safetensors handle is not a dict
-            where[name.removeprefix("model.")] = file, name
     return TensorFiles(where)
 
 
@@ -201,8 +199,7 @@ def load_backbone(
     """
     directory = Path(directory)
     config = read_json(directory / "config.json")
-    with ExitStack() as stack:
-        return _build(config, open_tensors(directory, stack), dtype, device)
+    return _build(config, find_tensors(directory), dtype, device)
 
 
 def read_fingerprint(directory: str | Path) -> dict[str, str | int | float]:
@@ -212,10 +209,9 @@ def read_fingerprint(directory: str | Path) -> dict[str, str | int | float]:
     """
     directory = Path(directory)
     config = parse_config(read_json(directory / "config.json"))
-    with ExitStack() as stack:
-        files = open_tensors(directory, stack)
-        embedding = files.get("embed_tokens.weight", (config.vocab_size, config.hidden_size))
-        return backbone_fingerprint(config, embedding, files)
+    files = find_tensors(directory)
+    embedding = files.get("embed_tokens.weight", (config.vocab_size, config.hidden_size))
+    return backbone_fingerprint(config, embedding, files)
 
 
 def backbone_from_tensors(
@@ -232,6 +228,26 @@ def backbone_from_tensors(
     file = _Tensors(tensors)
     where = {name.removeprefix("model."): (file, name) for name in tensors}
     return _build(config, TensorFiles(where), dtype, device)
+
+
+class _Shard:
+    """A safetensors file. It is mapped anew for each tensor.
+
+    A tensor holds the mapping it is from: so what is converted or joined to others after reading
+    leaves memory at once, not when the last tensor of the file does.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def names(self) -> list[str]:
+        with safe_open(self._path, "pt") as file:
+            return list(file.keys())
+
+    def get_tensor(self, name: str) -> Tensor:
+        with safe_open(self._path, "pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+            return tensor
 
 
 class _Tensors:
@@ -361,10 +377,8 @@ def load_head(directory: str | Path, backbone: Backbone) -> Tensor:
     """Return the language-model head [V, h]: the embedding itself where it is tied."""
     if backbone.config.tied_head:
         return backbone.embedding
-    with ExitStack() as stack:
-        files = open_tensors(Path(directory), stack)
-        head = files.get("lm_head.weight", tuple(backbone.embedding.shape))
-        return head.to(backbone.device, backbone.dtype)
+    head = find_tensors(Path(directory)).get("lm_head.weight", tuple(backbone.embedding.shape))
+    return head.to(backbone.device, backbone.dtype)
 
 
 def read_json(path: Path) -> dict[str, Any]:

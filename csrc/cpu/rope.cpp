@@ -63,8 +63,25 @@ static void rope_head_backward(const T* grad, const T* x, T* out, const float* c
                                const float* sin, const T* norm, float* turned, int64_t size,
                                float eps) {
   const int64_t half = size / 2;
-  float product = 0;
-  for (int64_t i = 0; i < half; ++i) {
+  vf products = {};
+  int64_t i = 0;
+  for (; i + W <= half; i += W) {
+    const vf a = load(grad + i), b = load(grad + half + i);
+    const vf c = load(cos + i), s = load(sin + i);
+    vf first = a * c + b * s, second = b * c - a * s;
+    if (!norm) {
+      store(out + i, first);
+      store(out + half + i, second);
+      continue;
+    }
+    first *= load(norm + i);
+    second *= load(norm + half + i);
+    store(turned + i, first);
+    store(turned + half + i, second);
+    products += first * load(x + i) + second * load(x + half + i);
+  }
+  float product = sum(products);
+  for (; i < half; ++i) {
     const float a = to_float(grad[i]), b = to_float(grad[half + i]);
     float first = a * cos[i] + b * sin[i], second = b * cos[i] - a * sin[i];
     if (!norm) {
@@ -79,7 +96,9 @@ static void rope_head_backward(const T* grad, const T* x, T* out, const float* c
   if (!norm) return;
   const float scale = inverse_rms(x, size, eps);
   const float shared = scale * scale * product / (float)size;
-  for (int64_t i = 0; i < size; ++i) assign(out + i, scale * (turned[i] - to_float(x[i]) * shared));
+  for (i = 0; i + W <= size; i += W)
+    store(out + i, scale * (load(turned + i) - load(x + i) * shared));
+  for (; i < size; ++i) assign(out + i, scale * (turned[i] - to_float(x[i]) * shared));
 }
 
 template <class T>

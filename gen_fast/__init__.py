@@ -33,7 +33,7 @@ if TYPE_CHECKING:
         WeightsError,
     )
     from gen_fast.jobs.index import build_index
-    from gen_fast.jobs.job import embed_corpus
+    from gen_fast.jobs.job import embed_columns, embed_corpus
     from gen_fast.jobs.search import open_index
     from gen_fast.loading import encode, load
 
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 _HOME = {
     "Adapter": "adapter",
     "Encoder": "encoder",
+    "embed_columns": "jobs.job",
     "embed_corpus": "jobs.job",
     "encode": "loading",
     "build_index": "jobs.index",
@@ -70,6 +71,7 @@ __all__ = [  # noqa: RUF022 - what people look for first stands first
     "load",
     "encode",
     "embed_corpus",
+    "embed_columns",
     "build_index",
     "open_index",
     "Encoder",

@@ -4,7 +4,7 @@ import logging
 import re
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,6 +12,7 @@ import gen_fast.cli_options as options
 from gen_fast.cli_errors import BAD_INPUT, fail
 
 if TYPE_CHECKING:
+    from gen_fast.jobs.job import Summary
     from gen_fast.search import Match
 
 
@@ -57,13 +58,21 @@ def embed(
     backbone: options.BackboneOption = None,
     dtype: options.DtypeOption = options.Dtype.auto,
     prompt: options.PromptOption = None,
-    prompt_name: options.PromptNameOption = None,
+    prompt_name: Annotated[
+        list[str] | None,
+        typer.Option(help="One of the model's prompts: query, document, … [one a --text-column]"),
+    ] = None,
     normalize: options.NormalizeOption = False,
     truncate_dim: options.TruncateDimOption = None,
     precision: Annotated[
         StoredPrecision, typer.Option(help="What is stored; ubinary is a bit a dimension.")
     ] = StoredPrecision.float32,
-    text_column: options.TextColumnOption = None,
+    text_column: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Default: text, else the only one of strings. Several: a job each in OUT/COLUMN."
+        ),
+    ] = None,
     id_column: options.IdColumnOption = None,
     template: Annotated[
         str | None, typer.Option(help='Text of several columns, such as "{title}\\n{text}".')
@@ -98,48 +107,67 @@ def embed(
 
     Under torchrun every rank takes parts: torchrun --nproc-per-node 8 -m gen_fast.cli embed ...
     """
-    from gen_fast.jobs.job import embed_corpus
+    from gen_fast.jobs.job import embed_columns, embed_corpus
     from gen_fast.loading import DEFAULT_MODEL
 
     logging.getLogger("gen_fast").setLevel(logging.ERROR if quiet else logging.WARNING)
-    if prompt is not None and prompt_name is not None:
+    columns, names = text_column or [], prompt_name or []
+    if prompt is not None and names:
         fail("give --prompt or --prompt-name, not both")
-    if template is not None and text_column is not None:
+    if template is not None and columns:
         fail("give --template or --text-column, not both")
+    if len(names) not in (0, 1, len(columns)) or len(set(columns)) < len(columns):
+        fail("give each --text-column once, and one --prompt-name for all or one for each")
+    common: dict[str, Any] = {
+        "model": model or DEFAULT_MODEL,
+        "method": method and str(method),
+        "backbone": backbone,
+        "dtype": str(dtype),
+        "max_length": max_length,
+        "deterministic": deterministic,
+        "normalize_embeddings": normalize,
+        "truncate_dim": truncate_dim,
+        "precision": precision.value,
+        "id_column": id_column,
+        "file_format": file_format and str(file_format),
+        "split": split,
+        "rows_per_part": rows_per_part,
+        "max_text_bytes": max_text_bytes,
+        "append": append,
+        "strict": strict,
+        "devices": devices,
+        "engine": engine.value,
+        "stall_timeout": stall_timeout,
+        "show_progress_bar": False if quiet else None,
+    }
+    if len(columns) > 1:
+        if prompt is not None:
+            fail("give several --text-column their prompts by --prompt-name")
+        each = names * len(columns) if len(names) == 1 else names or [None] * len(columns)
+        prompts = dict(zip(columns, each, strict=True))
+        for column, summary in embed_columns(sources, out, prompts, **common).items():
+            if summary is not None and not quiet:
+                _print_summary(f"{column}: ", summary, out / column)
+        return
     summary = embed_corpus(
         sources,
         out,
-        model=model or DEFAULT_MODEL,
-        method=method and str(method),
-        backbone=backbone,
-        dtype=str(dtype),
-        max_length=max_length,
-        deterministic=deterministic,
         prompt=prompt,
-        prompt_name=prompt_name,
-        normalize_embeddings=normalize,
-        truncate_dim=truncate_dim,
-        precision=precision.value,
-        text_column=text_column,
-        id_column=id_column,
+        prompt_name=next(iter(names), None),
+        text_column=next(iter(columns), None),
         # A shell gives a backslash and an n.
         template=template and template.replace("\\n", "\n"),
-        file_format=file_format and str(file_format),
-        split=split,
-        rows_per_part=rows_per_part,
-        max_text_bytes=max_text_bytes,
-        append=append,
-        strict=strict,
-        devices=devices,
-        engine=engine.value,
-        stall_timeout=stall_timeout,
-        show_progress_bar=False if quiet else None,
+        **common,
     )
-    if summary is None or quiet:
-        return
+    if summary is not None and not quiet:
+        _print_summary("", summary, out)
+
+
+def _print_summary(name: str, summary: "Summary", out: Path) -> None:
     kinds = ", ".join(f"{count} {kind}" for kind, count in summary.rejected_by_kind.items())
     typer.echo(
-        f"{summary.rows} embeddings in {summary.parts} parts; {summary.rejected} rows rejected"
+        f"{name}{summary.rows} embeddings in {summary.parts} parts; "
+        f"{summary.rejected} rows rejected"
         + (f" ({kinds}), see {out / 'rejected.jsonl'}" if kinds else "")
         + (f"; {summary.truncated} texts lost their tail" if summary.truncated else ""),
         err=True,

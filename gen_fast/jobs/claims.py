@@ -2,16 +2,21 @@
 
 import errno
 import fcntl
+import logging
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from gen_fast.errors import JobError
+
+logger = logging.getLogger(__name__)
 
 CLAIMS = "_claims"
 # The byte of who is planning or publishing; there are not so many parts.
 PLANNING = 1 << 40
 _POLL_SECONDS = 0.1
+_TELL_SECONDS = 5.0
 
 
 class Claims:
@@ -39,10 +44,19 @@ class Claims:
             ) from error
         return True
 
-    def wait(self, part: int) -> None:
-        """Claim what another process may still have, when it is free. Raises as `take` does."""
+    def wait(self, part: int, alive: Callable[[], object] = lambda: None) -> None:
+        """Claim what another process may still have, when it is free. Raises as `take` does.
+
+        alive: called while waiting.
+        """
+        began = time.monotonic()
+        told = False
         while not self.take(part):
+            alive()
             time.sleep(_POLL_SECONDS)
+            if not told and time.monotonic() - began > _TELL_SECONDS:
+                told = True
+                logger.warning("%s: waiting for another process to release it", self._path)
 
     def release(self, part: int) -> None:
         """Give a part back, finished or not."""

@@ -1,5 +1,6 @@
 """Ways to run the workers of a job: processes of this machine, torchrun, a Ray cluster."""
 
+import itertools
 import logging
 import os
 import subprocess
@@ -21,8 +22,11 @@ from gen_fast.jobs.parts import PartStore
 from gen_fast.jobs.plan import Part, Plan
 from gen_fast.jobs.worker import DEFAULT_STALL_TIMEOUT, Worker, load_encoder
 
+logger = logging.getLogger(__name__)
+
 _POLL_SECONDS = 0.2
 _PLANNING = timedelta(days=1)
+_plans = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -57,27 +61,33 @@ class Engine:
         return cls(name, tuple(names))
 
 
-def run_local(
-    folder: Path,
-    plan: Plan,
-    engine: Engine,
-    strict: bool,
-    stall_timeout: float | None,
-    shown: bool,
-) -> None:
+@dataclass(frozen=True)
+class Run:
+    """A planned job, and how this call works on it (see embed_corpus). shown: a progress bar."""
+
+    folder: Path
+    plan: Plan
+    engine: Engine
+    strict: bool
+    stall_timeout: float | None
+    shown: bool
+
+
+def run_local(run: Run) -> None:
     """Run a process a device until all parts are there.
 
     The parts of a process that ends go to the others. Raises JobError if all have ended and parts
     are missing.
     """
-    count = len(engine.devices)
+    devices = run.engine.devices
+    count = len(devices)
     environment = dict(os.environ)
-    if "cpu" in engine.devices:
+    if "cpu" in devices:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         environment["OMP_NUM_THREADS"] = str(max(1, (cores or 1) // count))
-    command = [sys.executable, "-m", "gen_fast.jobs.worker", str(folder)]
-    command += ["--count", str(count), *(["--strict"] if strict else [])]
-    command += ["--stall-timeout", str(stall_timeout or DEFAULT_STALL_TIMEOUT)]
+    command = [sys.executable, "-m", "gen_fast.jobs.worker", str(run.folder)]
+    command += ["--count", str(count), *(["--strict"] if run.strict else [])]
+    command += ["--stall-timeout", str(run.stall_timeout or DEFAULT_STALL_TIMEOUT)]
     workers = [
         # stdin is a pipe that closes when this process ends, and they with it.
         subprocess.Popen(
@@ -85,20 +95,20 @@ def run_local(
             env=environment,
             stdin=subprocess.PIPE,
         )
-        for index, device in enumerate(engine.devices)
+        for index, device in enumerate(devices)
     ]
     try:
-        with progress(folder, plan, shown) as refresh:
+        with progress(run) as refresh:
             while any(worker.poll() is None for worker in workers):
                 refresh()
                 time.sleep(_POLL_SECONDS)
-                if strict and any(worker.poll() for worker in workers):
+                if run.strict and any(worker.poll() for worker in workers):
                     break
     finally:
         for worker in workers:
             worker.kill()
             worker.wait()
-    _check_complete(folder, plan, [f"worker {i}: {_ending(w)}" for i, w in enumerate(workers)])
+    _check_complete(run, [f"worker {i}: {_ending(w)}" for i, w in enumerate(workers)])
 
 
 def _ending(worker: "subprocess.Popen[bytes]") -> str:
@@ -106,22 +116,22 @@ def _ending(worker: "subprocess.Popen[bytes]") -> str:
     return f"killed by signal {-code}" if code < 0 else f"exit code {code}"
 
 
-def _check_complete(folder: Path, plan: Plan, endings: Sequence[str]) -> None:
-    missing = len(plan.parts) - sum(1 for _ in PartStore(folder, plan).finished())
+def _check_complete(run: Run, endings: Sequence[str]) -> None:
+    missing = len(run.plan.parts) - sum(1 for _ in PartStore(run.folder, run.plan).finished())
     if missing:
         raise JobError(
-            f"{folder}: {missing} of {len(plan.parts)} parts are missing, the others are intact "
-            f"({', '.join(endings)}); run again to go on"
+            f"{run.folder}: {missing} of {len(run.plan.parts)} parts are missing, the others are "
+            f"intact ({', '.join(endings)}); run again to go on"
         )
 
 
 @contextmanager
-def progress(folder: Path, plan: Plan, shown: bool) -> Iterator[Callable[[], None]]:
+def progress(run: Run) -> Iterator[Callable[[], None]]:
     """A bar over the finished parts of all processes, and a function that looks at them again."""
-    store = PartStore(folder, plan)
-    left = list(plan.parts)
+    store = PartStore(run.folder, run.plan)
+    left = list(run.plan.parts)
     due = 0.0
-    with tqdm(total=plan.rows, unit="text", disable=not shown) as bar:
+    with tqdm(total=run.plan.rows, unit="text", disable=not run.shown) as bar:
 
         def refresh() -> None:
             nonlocal due, left
@@ -133,12 +143,12 @@ def progress(folder: Path, plan: Plan, shown: bool) -> Iterator[Callable[[], Non
             ended = time.monotonic()
             due = ended + max(1.0, 20 * (ended - started))  # looking must not cost what it shows
 
-        if shown:
+        if run.shown:
             refresh()
             bar.initial = bar.n  # the rate is that of this run
-        yield refresh if shown else lambda: None
+        yield refresh if run.shown else lambda: None
         due = 0.0
-        if shown:
+        if run.shown:
             refresh()
 
 
@@ -149,10 +159,10 @@ def torchrun_ranks() -> tuple[int, int, AbstractContextManager[None]]:
     """
     store, rank, count = next(rendezvous("env://"))
     store.set_timeout(_PLANNING)
+    key = f"gen_fast.plan.{next(_plans)}"  # all ranks plan the same jobs in the same order
 
     @contextmanager
     def first_ahead() -> Iterator[None]:
-        key = "gen_fast.plan"
         if rank:
             answer = store.get(key).decode()
             if answer:
@@ -187,62 +197,81 @@ class _RayWorker:
         return batch
 
 
-def run_ray(
-    folder: Path,
-    plan: Plan,
-    engine: Engine,
-    strict: bool,
-    stall_timeout: float | None,
-    shown: bool,
-) -> None:
+def run_ray(run: Run) -> None:
     """Run the missing parts through Ray Data on a pool of actors, one a device.
 
-    `folder` must be the same storage on every node. An actor that ends is started again, its part
-    tried again, three times. Raises JobError.
+    The job's directory must be the same storage on every node. An actor that ends is started
+    again, its part tried again, three times. With fewer devices in the cluster the job begins with
+    those, and Ray starts more actors if it grows. Raises JobError, also if there is none for
+    `stall_timeout`.
     """
     try:
         import ray
         import ray.data
     except ImportError as error:
         raise JobError("engine ray needs Ray: pip install 'gen-fast[ray]'") from error
-    store = PartStore(folder, plan)
-    missing: list[Part] = [part for part in plan.parts if store.record(part) is None]
+    store = PartStore(run.folder, run.plan)
+    missing: list[Part] = [part for part in run.plan.parts if store.record(part) is None]
     if not missing:
         return
     if not ray.is_initialized():
         ray.init(log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR)
-    on_gpu = engine.devices[0].startswith("cuda")
+    on_gpu = run.engine.devices[0].startswith("cuda")
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     # A block a part. No other stage: on a small cluster the actors take every CPU there is.
     rows = ray.data.from_items(
         [{"part": part.number} for part in missing], override_num_blocks=len(missing)
     )
-    count = min(len(engine.devices), len(missing))
-    there = ray.cluster_resources().get("GPU" if on_gpu else "CPU", 0)
-    if there < count:  # Ray would wait for them without a word
-        raise JobError(
-            f"{count} actors need {count} {'GPUs' if on_gpu else 'CPUs'}, and the Ray cluster has "
-            f"{there:g}"
-        )
+    patience = run.stall_timeout or DEFAULT_STALL_TIMEOUT
+    count = min(len(run.engine.devices), len(missing))
+    there = _wait_for_cluster("GPU" if on_gpu else "CPU", count, patience)
     done = rows.map_batches(
         _RayWorker,
         fn_constructor_kwargs={
-            "folder": str(folder.resolve()),
+            "folder": str(run.folder.resolve()),
             "device": "cuda" if on_gpu else "cpu",
-            "strict": strict,
-            "stall_timeout": stall_timeout or DEFAULT_STALL_TIMEOUT,
+            "strict": run.strict,
+            "stall_timeout": patience,
         },
         batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=count),
+        compute=ray.data.ActorPoolStrategy(min_size=there, max_size=count),
         num_gpus=1 if on_gpu else 0,
         num_cpus=1,
-        ray_remote_args_fn=lambda: {"max_restarts": 3, "max_task_retries": 3},
+        max_restarts=3,
+        max_task_retries=3,
     )
     try:
-        with progress(folder, plan, shown) as refresh:
+        with progress(run) as refresh:
             for _ in done.iter_batches(batch_size=1):
                 refresh()
     except ray.exceptions.RayError as error:
-        _check_complete(folder, plan, [str(error).strip().splitlines()[-1]])
-    _check_complete(folder, plan, ["Ray"])
+        _check_complete(run, [str(error).strip().splitlines()[-1]])
+    _check_complete(run, ["Ray"])
+
+
+def _wait_for_cluster(kind: str, count: int, patience: float) -> int:
+    """How many of `count` CPUs or GPUs the Ray cluster has, once it has any.
+
+    A cluster that has none is asked to grow. Ray itself would wait for it without a word. Raises
+    JobError after `patience` seconds.
+    """
+    import ray
+    from ray.autoscaler.sdk import request_resources
+
+    there = int(ray.cluster_resources().get(kind, 0))
+    if there < count:
+        logger.warning("%d %ss are asked for, and the Ray cluster has %d", count, kind, there)
+    if there:
+        return min(there, count)
+    deadline = time.monotonic() + patience
+    request_resources(bundles=[{kind: 1}])
+    try:
+        while not there:
+            if time.monotonic() > deadline:
+                raise JobError(f"the Ray cluster has had no {kind} for {patience:g} seconds")
+            time.sleep(_POLL_SECONDS)
+            there = int(ray.cluster_resources().get(kind, 0))
+    finally:
+        request_resources(bundles=[])  # from now on the actors ask for themselves
+    return min(there, count)

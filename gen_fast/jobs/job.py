@@ -3,11 +3,11 @@
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from tqdm import tqdm
@@ -15,20 +15,21 @@ from tqdm import tqdm
 from gen_fast.device import resolve_dtype
 from gen_fast.errors import ConfigError, JobError, PromptError
 from gen_fast.jobs.claims import PLANNING, Claims
-from gen_fast.jobs.columns import parse_template
-from gen_fast.jobs.engines import Engine, progress, run_local, run_ray, torchrun_ranks
+from gen_fast.jobs.engines import Engine, Run, progress, run_local, run_ray, torchrun_ranks
 from gen_fast.jobs.parts import PartStore
 from gen_fast.jobs.plan import (
     DEFAULT_MAX_TEXT_BYTES,
     DEFAULT_ROWS_PER_PART,
+    PLAN,
     Plan,
     Settings,
     prepare,
     unpublish,
 )
-from gen_fast.jobs.worker import Worker, load_encoder
+from gen_fast.jobs.stall import StallTimer
+from gen_fast.jobs.worker import DEFAULT_STALL_TIMEOUT, Worker, load_encoder
 from gen_fast.loading import DEFAULT_MODEL, identify
-from gen_fast.precision import PRECISIONS, Precision
+from gen_fast.precision import Precision
 from gen_fast.sources import lasting_name
 
 logger = logging.getLogger(__name__)
@@ -87,8 +88,8 @@ def embed_corpus(
     error. devices: "cuda:0", …; a number; or "all"; one process each; None is one, here.
     engine: "ray" runs on a Ray cluster, `devices` actors at a time. Under torchrun every rank
     takes parts, and only the first returns a Summary.
-    stall_timeout: seconds without progress after which a process gives up, its parts going to
-    others; None means ten minutes for processes of their own, and never for this one.
+    stall_timeout: seconds without progress after which a process ends itself, its parts going to
+    others; None means ten minutes, and never for this process unless it is one of torchrun's.
 
     Raises ConfigError, InputError, JobError, and what `load` raises.
     """
@@ -96,21 +97,7 @@ def embed_corpus(
     folder = Path(out)
     ranks = all(name in os.environ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"))
     chosen = Engine.choose("all" if ranks and devices is None else devices, engine)
-    if prompt is not None and prompt_name is not None:
-        raise PromptError("give prompt or prompt_name, not both")
-    if precision not in PRECISIONS:
-        raise ConfigError(f"precision {precision!r} is not one of {', '.join(PRECISIONS)}")
-    if template is not None:
-        if text_column is not None:
-            raise ConfigError("give a text column or a template, not both")
-        parse_template(template)
     identity = identify(model, method=method, backbone=backbone, revision=revision)
-    if prompt_name is not None and prompt_name not in identity["prompts"]:
-        raise PromptError(
-            f"no prompt named {prompt_name!r}; there are {', '.join(identity['prompts'])}"
-        )
-    if truncate_dim is not None and not 1 <= truncate_dim <= identity["dimension"]:
-        raise ConfigError(f"truncate_dim {truncate_dim} is outside 1…{identity['dimension']}")
     settings = Settings(
         model=lasting_name(model),
         method=method,
@@ -119,7 +106,7 @@ def embed_corpus(
         dtype=str(resolve_dtype(dtype, torch.device(chosen.devices[0]))).removeprefix("torch."),
         max_length=max_length,
         deterministic=deterministic,
-        prompt=identity["prompts"][prompt_name] if prompt_name else prompt or "",
+        prompt=_instruction(prompt, prompt_name, identity["prompts"]),
         normalize=normalize_embeddings,
         truncate_dim=truncate_dim,
         precision=precision,
@@ -132,40 +119,94 @@ def embed_corpus(
         rows_per_part=rows_per_part,
         identity=identity,
     )
+    settings.check()
     shown = sys.stderr.isatty() if show_progress_bar is None else show_progress_bar
     if ranks:
         rank, count, first_ahead = torchrun_ranks()
+        stall_timeout = stall_timeout or DEFAULT_STALL_TIMEOUT
         with first_ahead:
             if rank == 0:
-                _prepare(folder, given, settings, append, shown)
-        plan = Plan.load(folder)
+                _prepare(folder, given, settings, append, stall_timeout, shown)
+        run = Run(folder, Plan.load(folder), chosen, strict, stall_timeout, shown and rank == 0)
         device = chosen.devices[int(os.environ["LOCAL_RANK"]) % len(chosen.devices)]
-        _work(folder, plan, device, rank, count, strict, stall_timeout, shown and rank == 0)
-        return _published(folder, plan) if rank == 0 else None
+        _work(run, device, rank, count)
+        return _published(run) if rank == 0 else None
 
-    plan = _prepare(folder, given, settings, append, shown)
+    plan = _prepare(folder, given, settings, append, stall_timeout, shown)
+    run = Run(folder, plan, chosen, strict, stall_timeout, shown)
     if not PartStore(folder, plan).is_published():
         if chosen.name == "ray":
-            run_ray(folder, plan, chosen, strict, stall_timeout, shown)
+            run_ray(run)
         elif devices is not None:
-            run_local(folder, plan, chosen, strict, stall_timeout, shown)
+            run_local(run)
         else:
-            _work(folder, plan, chosen.devices[0], 0, 1, strict, stall_timeout, shown)
-    return _published(folder, plan)
+            _work(run, chosen.devices[0])
+    return _published(run)
+
+
+def embed_columns(
+    sources: str | Path | Sequence[str | Path],
+    out: str | Path,
+    columns: Mapping[str, str | None],
+    **options: Any,
+) -> dict[str, Summary | None]:
+    """Embed several columns of the same rows, each with a prompt of its own.
+
+    columns: the name of the prompt of each column, None for no prompt. options: as for
+    embed_corpus. Each column becomes a job of its own, one after the other, in the directory of
+    `out` that has its name; a row may be rejected in one and not in another.
+
+    Raises what embed_corpus does, and ConfigError for a column that cannot name a directory.
+    """
+    for column in columns:
+        if not column or column[0] in "._" or any(letter in column for letter in '/\\:*?"<>|\0'):
+            raise ConfigError(f"column {column!r} cannot be the name of a directory")
+    for option in ("text_column", "template", "prompt", "prompt_name"):
+        if option in options:
+            raise ConfigError(f"{option} is not for several columns: each has its own")
+    if (Path(out) / PLAN).exists():
+        raise JobError(f"{out} holds a job of one text a row: take another directory for columns")
+    return {
+        column: embed_corpus(
+            sources, Path(out) / column, text_column=column, prompt_name=prompt_name, **options
+        )
+        for column, prompt_name in columns.items()
+    }
+
+
+def _instruction(prompt: str | None, name: str | None, prompts: Mapping[str, str]) -> str:
+    if name is None:
+        return prompt or ""
+    if prompt is not None:
+        raise PromptError("give prompt or prompt_name, not both")
+    if name not in prompts:
+        raise PromptError(f"no prompt named {name!r}; there are {', '.join(prompts)}")
+    return prompts[name]
 
 
 def _prepare(
-    folder: Path, sources: Sequence[str | Path], settings: Settings, append: bool, shown: bool
+    folder: Path,
+    sources: Sequence[str | Path],
+    settings: Settings,
+    append: bool,
+    stall_timeout: float | None,
+    shown: bool,
 ) -> Plan:
     """The job's plan, after checking what is there of it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with closing(Claims(folder)) as claims:
-            claims.wait(PLANNING)
-            plan = prepare(folder, sources, settings, append=append)
+        with closing(Claims(folder)) as claims, StallTimer(stall_timeout) as timer:
+            claims.wait(PLANNING, timer.alive)
+            with tqdm(desc="planning", unit="row", leave=False, disable=not shown) as bar:
+
+                def on_rows(count: int) -> None:
+                    timer.alive()
+                    bar.update(count)
+
+                plan = prepare(folder, sources, settings, append=append, on_rows=on_rows)
             store = PartStore(folder, plan)
             store.remove_temporaries(claims)
-            for problem in store.remove_damaged(shown):
+            for problem in store.remove_damaged(shown, timer.alive):
                 logger.warning("%s: this part is made again", problem)
             if not store.is_published():
                 unpublish(folder)
@@ -174,49 +215,41 @@ def _prepare(
     return plan
 
 
-def _work(
-    folder: Path,
-    plan: Plan,
-    device: str,
-    index: int,
-    count: int,
-    strict: bool,
-    stall_timeout: float | None,
-    shown: bool,
-) -> None:
+def _work(run: Run, device: str, index: int = 0, count: int = 1) -> None:
     """Be a worker of the job."""
-    finished = list(PartStore(folder, plan).finished())
+    plan = run.plan
+    finished = list(PartStore(run.folder, plan).finished())
     if len(finished) == len(plan.parts):
         return
     encoder = load_encoder(plan.settings, device)
     with ExitStack() as stack:
         if count > 1:
-            refresh = stack.enter_context(progress(folder, plan, shown))
+            refresh = stack.enter_context(progress(run))
         else:
             there = sum(record.all_rows for record in finished)
-            bar = tqdm(total=plan.rows, initial=there, unit="text", disable=not shown)
+            bar = tqdm(total=plan.rows, initial=there, unit="text", disable=not run.shown)
             stack.enter_context(bar)
         worker = Worker(
-            folder,
+            run.folder,
             plan,
             encoder,
             index=index,
             count=count,
-            strict=strict,
+            strict=run.strict,
             on_texts=(lambda _: refresh()) if count > 1 else bar.update,
-            stall_timeout=stall_timeout,
+            stall_timeout=run.stall_timeout,
         )
         stack.enter_context(worker).run()
 
 
-def _published(folder: Path, plan: Plan) -> Summary:
-    store = PartStore(folder, plan)
+def _published(run: Run) -> Summary:
+    store = PartStore(run.folder, run.plan)
     try:
-        with closing(Claims(folder)) as claims:
+        with closing(Claims(run.folder)) as claims:
             claims.wait(PLANNING)  # for who began later, and is looking at what is there
             manifest = store.manifest() if store.is_published() else store.publish()
     except OSError as error:
-        raise JobError(f"{folder}: cannot be published: {error}") from error
+        raise JobError(f"{run.folder}: cannot be published: {error}") from error
     return Summary(
         manifest["rows"],
         manifest["rejected"],

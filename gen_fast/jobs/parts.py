@@ -9,7 +9,7 @@ import json
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -160,7 +160,9 @@ class PartStore:
             if record is not None:
                 yield record
 
-    def remove_damaged(self, shown: bool = False) -> list[str]:
+    def remove_damaged(
+        self, shown: bool = False, on_part: Callable[[], object] = lambda: None
+    ) -> list[str]:
         """Check every finished part against its checksum; forget those that fail, and say why."""
         found = []
         recorded = (self._recorded(part) for part in self.plan.parts)
@@ -169,6 +171,7 @@ class PartStore:
             damages = pool.map(self.damage, records)
             bar = tqdm(damages, "checking", len(records), unit="part", disable=not shown)
             for record, problem in zip(records, bar, strict=True):
+                on_part()
                 if problem is not None:
                     self.remove(self.plan.parts[record.part])
                     found.append(problem)

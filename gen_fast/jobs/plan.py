@@ -8,7 +8,7 @@ import glob
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from gen_fast.durable import file_sha256, write_whole
-from gen_fast.errors import InputError, JobError
-from gen_fast.jobs.columns import Columns, RejectedError
+from gen_fast.errors import ConfigError, InputError, JobError
+from gen_fast.jobs.claims import CLAIMS
+from gen_fast.jobs.columns import Columns, RejectedError, parse_template
 from gen_fast.jobs.duplicates import duplicate_rows
-from gen_fast.precision import Precision
+from gen_fast.precision import PRECISIONS, Precision
 from gen_fast.rowfiles import (
     COMPRESSIONS,
     DATASETS,
@@ -37,6 +38,11 @@ MANIFEST = "manifest.json"
 SUCCESS = "_SUCCESS"
 DEFAULT_ROWS_PER_PART = 8192
 DEFAULT_MAX_TEXT_BYTES = 1_000_000
+# Rows between two reports of how far reading is.
+_STRIDE = 4096
+
+# Called with the number of rows just read, for planning; 0 while other work goes on.
+OnRows = Callable[[int], object]
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,18 @@ class Settings:
     max_text_bytes: int = DEFAULT_MAX_TEXT_BYTES
     rows_per_part: int = DEFAULT_ROWS_PER_PART
     identity: Mapping[str, Any] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Raises ConfigError for settings that mean nothing."""
+        if self.precision not in PRECISIONS:
+            raise ConfigError(f"precision {self.precision!r} is not one of {', '.join(PRECISIONS)}")
+        if self.template is not None:
+            if self.text_column is not None:
+                raise ConfigError("give a text column or a template, not both")
+            parse_template(self.template)
+        full = int(self.identity["dimension"])
+        if self.truncate_dim is not None and not 1 <= self.truncate_dim <= full:
+            raise ConfigError(f"truncate_dim {self.truncate_dim} is outside 1…{full}")
 
     @property
     def dimension(self) -> int:
@@ -160,7 +178,12 @@ class Plan:
 
 
 def prepare(
-    folder: Path, sources: Sequence[str | Path], settings: Settings, *, append: bool = False
+    folder: Path,
+    sources: Sequence[str | Path],
+    settings: Settings,
+    *,
+    append: bool = False,
+    on_rows: OnRows = lambda rows: None,
 ) -> Plan:
     """The plan of a job in `folder`: made and saved if there is none, else checked against it.
 
@@ -171,7 +194,7 @@ def prepare(
     plan = Plan.load(folder) if (folder / PLAN).exists() else None
     if plan is None or (plan.settings != settings and not any(folder.glob("part-*"))):
         # Until there is a part, a plan binds nobody: a setting that was wrong can be mended.
-        plan = _extended(Plan(settings, (), ()), paths, folder)
+        plan = _extended(Plan(settings, (), ()), paths, folder, on_rows)
         unpublish(folder)
         plan.save(folder)
         return plan
@@ -180,7 +203,7 @@ def prepare(
         for name, old, new in _pairs(asdict(plan.settings), asdict(settings))
         if old != new
     ]
-    differences += [text for file in plan.inputs for text in _changes(file, settings)]
+    differences += [text for file in plan.inputs for text in _changes(file, settings, on_rows)]
     known = {file.path for file in plan.inputs}
     fresh = [path for path in paths if path not in known]
     if fresh and not append:
@@ -191,7 +214,7 @@ def prepare(
     if differences:
         raise JobError(f"{folder / PLAN} is the plan of another job: {'; '.join(differences)}")
     if fresh:
-        plan = _extended(plan, fresh, folder)
+        plan = _extended(plan, fresh, folder, on_rows)
         unpublish(folder)
         plan.save(folder)
     return plan
@@ -207,22 +230,33 @@ def list_sources(sources: Sequence[str | Path], folder: Path) -> list[str]:
     """The files that files, directories and glob patterns name, as absolute paths.
 
     Of a directory, the files below it whose suffix is one of a format, by name; names that begin
-    with "." or "_", and what lies in the job's own `folder`, are passed over. Raises InputError if
-    nothing is found or named twice.
+    with "." or "_" are passed over, and so is what lies in the job's own `folder` or in another
+    job. Raises InputError if nothing is found or named twice.
     """
-    own = folder.resolve()
+    jobs = {folder.resolve(): True}
+
+    def of_a_job(path: Path) -> bool:
+        for parent in path.parents:
+            if parent not in jobs:
+                jobs[parent] = (parent / PLAN).is_file() and (parent / CLAIMS).is_file()
+            if jobs[parent]:
+                return True
+        return False
+
     found: list[str] = []
     for source in map(str, sources):
         if source.startswith(DATASETS):
             found.append(source)
         elif Path(source).is_dir():
-            files = [p for p in sorted(Path(source).rglob("*")) if _is_input(p, Path(source), own)]
+            below = sorted(Path(source).rglob("*"))
+            files = [p.resolve() for p in below if _is_input(p.relative_to(source), p)]
+            files = [path for path in files if not of_a_job(path)]
             if not files:
                 raise InputError(f"{source}: no file of {', '.join(SUFFIXES)} in this directory")
-            found += [str(path.resolve()) for path in files]
+            found += map(str, files)
         elif any(letter in source for letter in "*?[") and not Path(source).exists():
             names = [Path(name).resolve() for name in sorted(glob.glob(source, recursive=True))]
-            files = [path for path in names if path.is_file() and own not in path.parents]
+            files = [path for path in names if path.is_file() and not of_a_job(path)]
             if not files:
                 raise InputError(f"{source}: no file has such a name")
             found += map(str, files)
@@ -234,9 +268,9 @@ def list_sources(sources: Sequence[str | Path], folder: Path) -> list[str]:
     return found
 
 
-def _is_input(path: Path, below: Path, own: Path) -> bool:
-    hidden = any(part[0] in "._" for part in path.relative_to(below).parts)
-    hidden = hidden or own in path.resolve().parents
+def _is_input(name: Path, path: Path) -> bool:
+    """Whether a file that has this name below a given directory is one of its inputs."""
+    hidden = any(part[0] in "._" for part in name.parts)
     kind = Path(path.stem).suffix if path.suffix.lower() in COMPRESSIONS else path.suffix
     return not hidden and kind.lower() in SUFFIXES and path.is_file()
 
@@ -246,23 +280,23 @@ def open_input(path: str, settings: Settings) -> RowFile:
     return open_rows(path, file_format=settings.file_format, split=settings.split)
 
 
-def _extended(plan: Plan, paths: Sequence[str], folder: Path) -> Plan:
+def _extended(plan: Plan, paths: Sequence[str], folder: Path, on_rows: OnRows) -> Plan:
     """`plan` with more inputs. Reads them once, and all inputs for their ids if they have some."""
     inputs, parts, first = list(plan.inputs), list(plan.parts), plan.rows
     settings = plan.settings
     for path in paths:
         file = open_input(path, settings)
         Columns(file, settings)  # or an error, before the file is read
-        ends = list(file.positions(settings.rows_per_part))
-        rows = ends[-1].row
-        inputs.append(_input(path, rows, file))
-        for start, end in pairwise(ends):
+        before = first
+        for start, end in pairwise(file.positions(settings.rows_per_part)):
             count = end.row - start.row
+            on_rows(count)
             if count:
-                parts.append(Part(len(parts), len(inputs) - 1, start, count, first))
+                parts.append(Part(len(parts), len(inputs), start, count, first))
                 first += count
+        inputs.append(_input(path, first - before, file, on_rows))
     if settings.id_column is not None:
-        found = duplicate_rows(_numbered_ids(inputs, settings), folder)
+        found = duplicate_rows(_numbered_ids(inputs, settings, on_rows), folder)
         parts = [replace(part, duplicates=_within(part, found)) for part in parts]
     return Plan(settings, tuple(inputs), tuple(parts))
 
@@ -272,31 +306,39 @@ def _within(part: Part, rows: Any) -> tuple[int, ...]:
     return tuple(int(row) - part.first for row in rows[low:high])
 
 
-def _numbered_ids(inputs: Iterable[Input], settings: Settings) -> Iterator[tuple[int, str]]:
+def _numbered_ids(
+    inputs: Iterable[Input], settings: Settings, on_rows: OnRows
+) -> Iterator[tuple[int, str]]:
     """The rows of a job that have an id, with it."""
     first = 0
     for file in inputs:
         opened = open_input(file.path, settings)
         columns = Columns(opened, settings)
         for row in opened.rows([settings.id_column or ""]):
+            if row.number % _STRIDE == 0:
+                on_rows(min(_STRIDE, file.rows - row.number))
             with suppress(RejectedError):
                 yield first + row.number, columns.id(row, 0)
         first += file.rows
 
 
-def _input(path: str, rows: int, file: RowFile) -> Input:
+def _input(path: str, rows: int, file: RowFile, on_rows: OnRows) -> Input:
     if path.startswith(DATASETS):
         return Input(path, rows, 0, 0, str(getattr(file, "fingerprint", "")))
     with named_errors(path):
-        digest = file_sha256(Path(path))
+        digest = _sha256(path, on_rows)
         state = Path(path).stat()
     return Input(path, rows, state.st_size, state.st_mtime_ns, digest)
 
 
-def _changes(file: Input, settings: Settings) -> list[str]:
+def _sha256(path: str, on_rows: OnRows) -> str:
+    return file_sha256(Path(path), lambda _: on_rows(0))
+
+
+def _changes(file: Input, settings: Settings, on_rows: OnRows) -> list[str]:
     """What is different about an input since the plan was made. Reads it only if it looks so."""
     if file.path.startswith(DATASETS):
-        now = _input(file.path, file.rows, open_input(file.path, settings)).sha256
+        now = _input(file.path, file.rows, open_input(file.path, settings), on_rows).sha256
         return [] if now == file.sha256 else [f"input {file.path} has changed since"]
     try:
         state = Path(file.path).stat()
@@ -306,7 +348,7 @@ def _changes(file: Input, settings: Settings) -> list[str]:
         return []
     if state.st_size == file.size:
         with named_errors(file.path):
-            if file_sha256(Path(file.path)) == file.sha256:
+            if _sha256(file.path, on_rows) == file.sha256:
                 return []
     return [
         f"input {file.path} has changed since ({file.size} bytes then, {state.st_size} now); put "

@@ -5,7 +5,6 @@ the bytes of a part is in the plan.
 """
 
 import argparse
-import faulthandler
 import json
 import logging
 import os
@@ -31,6 +30,7 @@ from gen_fast.jobs.claims import Claims
 from gen_fast.jobs.corpus import CorpusReader, PartRows
 from gen_fast.jobs.parts import PartStore, Record
 from gen_fast.jobs.plan import Part, Plan, Settings
+from gen_fast.jobs.stall import StallTimer
 from gen_fast.loading import identify, load
 
 logger = logging.getLogger(__name__)
@@ -98,13 +98,13 @@ class Worker:
         self._store = PartStore(folder, plan)
         self._plan = plan
         self._encoder = encoder
-        self._reader = CorpusReader(plan, self._alive)
+        self._timer = StallTimer(stall_timeout)
+        self._reader = CorpusReader(plan, self._timer.alive)
         first = index * len(plan.parts) // count
         self._order = plan.parts[first:] + plan.parts[:first]
         self._strict = strict
         self._on_texts = on_texts
         self._stall_timeout = stall_timeout
-        self._timer_due = 0.0
         self._stopped = threading.Event()
         self._no_tokens: dict[int, set[int]] = {}
         self._claims = Claims(folder)
@@ -149,9 +149,8 @@ class Worker:
                 yield read[-1].texts
 
         self._stopped.clear()
-        self._alive()
         try:
-            with ExitStack() as stack:
+            with self._timer, ExitStack() as stack:
                 writer = stack.enter_context(ThreadPoolExecutor(1, "gen_fast-write"))
                 blocks = self._encoder.encode_blocks(
                     texts(),
@@ -182,10 +181,6 @@ class Worker:
             if isinstance(error, GenFastError) or not is_out_of_memory(error):
                 raise
             raise JobError(f"out of memory; a smaller max_length needs less: {error}") from error
-        finally:
-            self._timer_due = 0.0
-            if self._stall_timeout is not None:
-                faulthandler.cancel_dump_traceback_later()
 
     def _find_no_tokens(self, read: deque[PartRows], error: TextError) -> NoReturn:
         """Have the rows of the last part that cannot be embedded rejected when it is read again."""
@@ -228,13 +223,13 @@ class Worker:
                 mine.add(part.number)
                 yield part
             if not mine.intersection(part.number for part in left):
-                self._alive()
+                self._timer.alive()
                 if self._stopped.wait(_POLL_SECONDS):
                     return
 
     def _read(self, part: Part) -> PartRows:
         read = self._reader.read(part, self._no_tokens.get(part.number, ()))
-        self._alive()
+        self._timer.alive()
         if self._strict and read.rejected:
             row = read.rejected[0]
             raise InputError(f"{row.input}, {row.place}: {row.kind}: {row.reason} (--strict)")
@@ -272,21 +267,8 @@ class Worker:
         return f"{path}, id {read.ids[row]}: {error}"
 
     def _progress(self, texts: int) -> None:
-        self._alive()
+        self._timer.alive()
         self._on_texts(texts)
-
-    def _alive(self) -> None:
-        """Put the end off for another stall_timeout.
-
-        faulthandler's own thread needs no lock of Python's, so it also ends a process that hangs
-        in a kernel or in the system.
-        """
-        now = time.monotonic()
-        if self._stall_timeout is not None and now >= self._timer_due:
-            self._timer_due = now + min(1.0, self._stall_timeout / 4)  # each sets up a thread
-            faulthandler.dump_traceback_later(
-                self._stall_timeout, exit=True, file=sys.__stderr__ or sys.stderr
-            )
 
 
 def end_with_parent() -> None:

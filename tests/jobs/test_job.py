@@ -28,7 +28,7 @@ from tiny_corpus import (
 import gen_fast
 from gen_fast.embeddingfiles import read_embeddings
 from gen_fast.errors import ConfigError, InputError, JobError, PromptError, TextError
-from gen_fast.jobs.job import embed_corpus
+from gen_fast.jobs.job import embed_columns, embed_corpus
 from gen_fast.jobs.parts import PartStore
 from gen_fast.jobs.plan import Plan
 from gen_fast.jobs.verify import verify
@@ -163,11 +163,17 @@ def test_two_actors_of_ray(
 ) -> None:
     import ray
 
+    settings: dict[str, Any] = {**options(tiny_model), "engine": "ray"}
     try:
-        embed_corpus(corpus, tmp_path / "out", **options(tiny_model), engine="ray", devices=2)
+        embed_corpus(corpus, tmp_path / "out", **settings, devices=2)
+        with pytest.raises(JobError, match="has had no GPU for 1 seconds"):
+            embed_corpus(corpus, tmp_path / "gpu", **settings, devices="cuda", stall_timeout=1)
+        # More than the cluster has: it begins with those there are.
+        embed_corpus(corpus, tmp_path / "many", **settings, devices=25)
     finally:
         ray.shutdown()
     assert files_of(tmp_path / "out") == expected
+    assert files_of(tmp_path / "many") == expected
 
 
 def test_a_worker_that_dies_leaves_its_parts_to_the_others(
@@ -215,6 +221,22 @@ def test_a_worker_that_hangs_ends_itself(
     (out / "plan.json").write_text(text)
     embed_corpus(corpus, out, **options(tiny_model))
     assert files_of(out) == expected
+
+
+def test_a_plan_that_hangs_ends_the_process(tiny_model: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "hanging.jsonl")
+    command = [sys.executable, "-m", "gen_fast.cli", "embed", str(tmp_path / "hanging.jsonl")]
+    command += ["--out", str(tmp_path / "out"), "--model", str(tiny_model)]
+    done = subprocess.run(
+        [*command, "--text-column", "text", "--stall-timeout", "2"],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert "Timeout (0:00:02)!" in done.stderr
+    assert not (tmp_path / "out" / "plan.json").exists()
 
 
 def test_all_workers_dead_is_an_error_that_says_so(
@@ -411,6 +433,28 @@ def test_formats_directories_globs_and_templates(tiny_model: Path, tmp_path: Pat
             embed_corpus(folder, tmp_path / "wrong", **{**settings, "template": wrong})
 
 
+def test_columns_with_prompts_of_their_own(tiny_model: Path, tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "in.jsonl", 60)
+    settings = options(tiny_model)
+    del settings["prompt"], settings["text_column"]
+    prompts = {"title": "query", "text": "document"}
+    # Beside their own input: neither job takes the parts of the other for some.
+    summaries = embed_columns(tmp_path, tmp_path / "out", prompts, **settings)
+    assert [summary and summary.rows for summary in summaries.values()] == [60, 58]
+    for column, name in prompts.items():
+        alone = tmp_path / f"{column} alone"
+        embed_corpus(corpus, alone, **settings, text_column=column, prompt_name=name)
+        assert files_of(tmp_path / "out" / column) == files_of(alone)
+    assert embed_columns(tmp_path, tmp_path / "out", prompts, **settings) == summaries
+    for columns, message in [({"../x": None}, "name of a directory"), ({"n\0": None}, "directory")]:
+        with pytest.raises(ConfigError, match=message):
+            embed_columns(corpus, tmp_path / "out", columns, **settings)
+    with pytest.raises(ConfigError, match="template is not for several"):
+        embed_columns(corpus, tmp_path / "out", prompts, **settings, template="{title}")
+    with pytest.raises(JobError, match="holds a job of one text a row"):
+        embed_columns(corpus, alone, prompts, **settings)
+
+
 @pytest.mark.parametrize("precision", ["float32", "float16", "int8", "ubinary"])
 def test_precisions_and_dimensions(
     corpus: Path, tiny_model: Path, tmp_path: Path, precision: Any
@@ -566,8 +610,20 @@ def test_the_command(corpus: Path, tiny_model: Path, tmp_path: Path) -> None:
         (["--text-column", "text", "--template", "{a}"], 2, "not both"),
         (["--devices", "cpu,tpu9"], 2, "device 'tpu9'"),
         (["--prompt-name", "answer"], 2, "no prompt named 'answer'"),
+        (["--text-column", "text", "--text-column", "text"], 2, "each --text-column once"),
+        (["--prompt-name", "query", "--prompt-name", "document"], 2, "one --prompt-name for all"),
+        (["--text-column", "a", "--text-column", "b", "--prompt", "x"], 2, "by --prompt-name"),
     ]:
         failed = run("--out", tmp_path / "out", *arguments)
         assert failed.exit_code == code, (arguments, failed.stderr, failed.exception)
         assert message in failed.stderr
         assert len(failed.stderr.splitlines()) == 1
+
+    two = ["--text-column", "title", "--text-column", "text", "--id-column", "key"]
+    done = run("--out", tmp_path / "two", *two, "--prompt-name", "query")
+    assert done.exit_code == 0, done.stderr
+    assert [line.split(";")[0] for line in done.stderr.splitlines()] == [
+        "title: 398 embeddings in 1 parts",
+        "text: 392 embeddings in 1 parts",
+    ]
+    assert verify(tmp_path / "two" / "text") == []

@@ -3,6 +3,7 @@
 import logging
 import re
 from enum import StrEnum
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -143,8 +144,8 @@ def embed(
     if len(columns) > 1:
         if prompt is not None:
             fail("give several --text-column their prompts by --prompt-name")
-        each = names * len(columns) if len(names) == 1 else names or [None] * len(columns)
-        prompts = dict(zip(columns, each, strict=True))
+        each: list[str] = names * len(columns) if len(names) == 1 else names
+        prompts = dict(zip_longest(columns, each))
         for column, summary in embed_columns(sources, out, prompts, **common).items():
             if summary is not None and not quiet:
                 _print_summary(f"{column}: ", summary, out / column)

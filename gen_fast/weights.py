@@ -132,7 +132,7 @@ def _windows(raw: Mapping[str, Any], family: str, num_layers: int) -> tuple[int 
 class TensorFiles:
     """The tensors of one checkpoint directory, known without reading them."""
 
-    where: dict[str, tuple["_Shard | _Tensors", str]]  # our name -> (what holds it, its name there)
+    where: Mapping[str, tuple["_Shard | _Tensors", str]]  # our name -> (what holds it, its name there)
 
     def names(self) -> Iterator[str]:
         """All tensor names."""
@@ -180,9 +180,11 @@ def find_tensors(directory: Path) -> TensorFiles:
             raise WeightsError(f"shard {name} named in {index.name} is missing")
         shard = _Shard(path)
         try:
-            where |= {stored.removeprefix("model."): (shard, stored) for stored in shard.names()}
+            names = shard.names()
         except SafetensorError as error:
             raise WeightsError(f"{path} is damaged: {error}") from error
+        for stored in names:
+            where[stored.removeprefix("model.")] = shard, stored
     return TensorFiles(where)
 
 

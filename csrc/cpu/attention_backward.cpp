@@ -74,31 +74,44 @@ struct Workspace {
 
 static inline int64_t tokens_of_chunk(int64_t group) { return CHUNK / group > 0 ? CHUNK / group : 1; }
 
-// Row `row` of a paired matrix with `columns` columns.
+// Rows `row` (even) and row + 1 of a paired matrix with `columns` columns.
 template <class Op, class In>
-static inline void put_paired(typename Op::type* to, int64_t row, int64_t columns, const In* from,
-                              int64_t n) {
-  typename Op::type* first = to + row / Op::pair * columns * Op::pair + row % Op::pair;
-  for (int64_t i = 0; i < n; ++i) copy_row(first + i * Op::pair, from + i, 1);
+static inline void put_rows(typename Op::type* to, int64_t row, int64_t columns, const In* first,
+                            const In* second, int64_t n) {
+  if constexpr (Op::pair == 1) {
+    copy_row(to + row * columns, first, n);
+    copy_row(to + (row + 1) * columns, second, n);
+  } else {
+    int64_t i = 0;
+    for (; i + W <= n; i += W) {
+      vh a, b;
+      std::memcpy(&a, first + i, sizeof a);
+      std::memcpy(&b, second + i, sizeof b);
+      const vu both = __builtin_convertvector(a, vu) | __builtin_convertvector(b, vu) << 16;
+      std::memcpy(to + row * columns + i * 2, &both, sizeof both);
+    }
+    for (; i < n; ++i) {
+      to[row * columns + i * 2] = first[i];
+      to[row * columns + i * 2 + 1] = second[i];
+    }
+  }
 }
 
-// A vector of floats into row `row` of a paired matrix, from column j.
-static inline void put_vector(float* to, int64_t row, int64_t j, vf value) {
-  store(to + row * KEYS + j, value);
-}
-
-static inline void put_vector(bf16* to, int64_t row, int64_t j, vf value) {
-  bf16 narrow[W];
-  store(narrow, value);
-  bf16* first = to + row / 2 * KEYS * 2 + row % 2 + j * 2;
-  for (int i = 0; i < W; ++i) first[i * 2] = narrow[i];
+// Vectors of floats into the same rows of a matrix with KEYS columns, from column j.
+template <class Op>
+static inline void put_vectors(typename Op::type* to, int64_t row, int64_t j, vf first, vf second) {
+  typename Op::type narrow[2 * W];
+  store(narrow, first);
+  store(narrow + W, second);
+  put_rows<Op>(to + j * Op::pair, row, KEYS, narrow, narrow + W, W);
 }
 
 // One column of a transposed, paired matrix [depth / pair][KEYS][pair].
 template <class Op, class In>
 static inline void put_column(typename Op::type* to, int64_t column, const In* from, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) {
-    copy_row(to + i / Op::pair * KEYS * Op::pair + column * Op::pair + i % Op::pair, from + i, 1);
+  typename Op::type* first = to + column * Op::pair;
+  for (int64_t i = 0; i < n; i += Op::pair) {
+    copy_row(first + i * KEYS, from + i, n - i < Op::pair ? n - i : Op::pair);
   }
 }
 
@@ -121,12 +134,18 @@ static void rows(Workspace<Op>& work, int64_t row, const Range* seen, float scal
     float* s = work.scores.data() + i * KEYS;
     for (int j = 0; j < seen[i].first; ++j) s[j] = -1e30f;
     for (int j = seen[i].last; j < KEYS; ++j) s[j] = -1e30f;
+  }
+  for (int i = 0; i < M; i += 2) {
     for (int j = 0; j < KEYS; j += W) {
-      const vf weight = exp2(load(s + j) * scale - work.lse[row + i]);
-      const vf change = weight * (load(work.to_weights.data() + i * KEYS + j) - work.delta[row + i]);
-      put_vector(work.weights.data(), row + i, j, weight);
-      put_vector(work.to_scores.data(), row + i, j, change);
-      store(work.to_scores_rows.data() + i * KEYS + j, change);
+      vf weight[2] = {}, change[2] = {};  // of a row beyond the last: nothing
+      for (int r = 0; r < 2 && i + r < M; ++r) {
+        const int64_t at = (i + r) * KEYS + j, of = row + i + r;
+        weight[r] = exp2(load(work.scores.data() + at) * scale - work.lse[of]);
+        change[r] = weight[r] * (load(work.to_weights.data() + at) - work.delta[of]);
+        store(work.to_scores_rows.data() + at, change[r]);
+      }
+      put_vectors<Op>(work.weights.data(), row + i, j, weight[0], weight[1]);
+      put_vectors<Op>(work.to_scores.data(), row + i, j, change[0], change[1]);
     }
   }
   product<Op, M, true>(work.to_scores_rows.data(), KEYS, work.keys_paired.data(), work.padded,
@@ -186,7 +205,10 @@ static void keys(Workspace<Op>& work, const Chunk& chunk, const In* k, int64_t k
       const In* key = k + (block + j) * k_stride;
       put_column<Op>(work.keys_t.data(), j, key, d);
       put_column<Op>(work.values_t.data(), j, v + (block + j) * v_stride, d);
-      put_paired<Op>(work.keys_paired.data(), j, work.padded, key, d);
+      if (j % 2) continue;
+      // Beside an odd last key itself again: no row sees it there.
+      const In* next = j + 1 < count ? key + k_stride : key;
+      put_rows<Op>(work.keys_paired.data(), j, work.padded, key, next, d);
     }
     int64_t seeing = chunk.rows;  // the first row that sees any of these keys, rounded to pairs
     for (int64_t row = 0; row < chunk.rows; row += ROWS) {
@@ -204,23 +226,17 @@ static void keys(Workspace<Op>& work, const Chunk& chunk, const In* k, int64_t k
         some_rows(work, row, n, seen, scale);
       } else if (seeing != chunk.rows) {
         // Beyond the window: no weight, but within the rows that are summed below.
-        for (int64_t r = row; r < row + n; ++r) {
+        for (int64_t r = row; r < row + n; r += 2) {
           for (int64_t j = 0; j < KEYS; j += W) {
-            put_vector(work.weights.data(), r, j, vf{});
-            put_vector(work.to_scores.data(), r, j, vf{});
+            put_vectors<Op>(work.weights.data(), r, j, vf{}, vf{});
+            put_vectors<Op>(work.to_scores.data(), r, j, vf{}, vf{});
           }
         }
       }
     }
     if (to_k == nullptr || seeing == chunk.rows) continue;
-    int64_t end = chunk.rows;
-    if (Op::pair == 2 && end % 2) {
-      for (int64_t j = 0; j < KEYS; j += W) {
-        put_vector(work.weights.data(), end, j, vf{});
-        put_vector(work.to_scores.data(), end, j, vf{});
-      }
-      ++end;
-    }
+    // An odd last row has one of no weight beside it.
+    const int64_t end = (chunk.rows + Op::pair - 1) / Op::pair * Op::pair;
     add_transposed<Op>(work.weights, work.grad_paired, work.padded, seeing, end, count,
                        to_v + block * work.padded);
     add_transposed<Op>(work.to_scores, work.q_paired, work.padded, seeing, end, count,
@@ -261,12 +277,19 @@ static void text(const AttentionArguments& args, const AttentionGradients& grads
       const In* out = (const In*)args.out + head * d;
       copy_row(work.q.data() + r * work.depth, q, d);
       copy_row(work.grad.data() + r * work.depth, grad, d);
-      put_paired<Op>(work.q_paired.data(), r, padded, q, d);
-      put_paired<Op>(work.grad_paired.data(), r, padded, grad, d);
-      float delta = 0.0f;
-      for (int64_t i = 0; i < d; ++i) delta += to_float(grad[i]) * to_float(out[i]);
+      vf products = {};
+      int64_t i = 0;
+      for (; i + W <= d; i += W) products += load(grad + i) * load(out + i);
+      float delta = sum(products);
+      for (; i < d; ++i) delta += to_float(grad[i]) * to_float(out[i]);
       work.delta[r] = delta;
       work.lse[r] = args.lse[head] * 1.442695041f;
+    }
+    for (int64_t r = 0; r < chunk.rows; r += 2) {
+      const int64_t next = r + 1 < chunk.rows ? r + 1 : r, depth = work.depth;
+      const auto *q = work.q.data(), *grad = work.grad.data();
+      put_rows<Op>(work.q_paired.data(), r, padded, q + r * depth, q + next * depth, d);
+      put_rows<Op>(work.grad_paired.data(), r, padded, grad + r * depth, grad + next * depth, d);
     }
     if (args.prefix) {
       keys<Op, In>(work, chunk, (const In*)args.prefix_k + kv_head * d, args.prefix_k_stride,

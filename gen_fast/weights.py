@@ -132,7 +132,7 @@ def _windows(raw: Mapping[str, Any], family: str, num_layers: int) -> tuple[int 
 class TensorFiles:
     """The tensors of one checkpoint directory, known without reading them."""
 
-    where: Mapping[str, tuple["_Shard | _Tensors", str]]  # our name -> (what holds it, its name there)
+    where: Mapping[str, tuple["_Shard | _Tensors", str]]  # our name -> (holder, name there)
 
     def names(self) -> Iterator[str]:
         """All tensor names."""

@@ -62,6 +62,12 @@ PYBIND11_MODULE(_C, m) {
                                     at<void>(total), at<void>(weight), at<void>(out), rows, size,
                                     eps);
   });
+  m.def("quantize_rows", [](bool bf16, Address x, Address out, Address scales, int64_t rows,
+                            int64_t size) {
+    py::gil_scoped_release release;
+    gen_fast::quantize_rows(dtype(bf16), at<void>(x), at<int8_t>(out), at<float>(scales), rows,
+                            size);
+  });
   m.def("swiglu", [](bool bf16, Address gate_up, Address out, int64_t rows, int64_t size) {
     py::gil_scoped_release release;
     gen_fast::swiglu(dtype(bf16), at<void>(gate_up), at<void>(out), rows, size);

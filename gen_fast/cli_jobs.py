@@ -102,6 +102,9 @@ def embed(
     stall_timeout: Annotated[
         float, typer.Option(min=1, help="Seconds without progress that end a process.")
     ] = 600.0,
+    plan_only: Annotated[
+        bool, typer.Option("--plan-only", help="Read the inputs, write the plan, embed nothing.")
+    ] = False,
     quiet: options.QuietOption = False,
 ) -> None:
     """Embed a corpus of any size into parts, on one device or many; repeat to go on.
@@ -140,6 +143,7 @@ def embed(
         "engine": engine.value,
         "stall_timeout": stall_timeout,
         "show_progress_bar": False if quiet else None,
+        "plan_only": plan_only,
     }
     if len(columns) > 1:
         if prompt is not None:

@@ -8,7 +8,7 @@ load code (`auto_map`) are never looked at.
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,6 +133,7 @@ class TensorFiles:
     """The tensors of one checkpoint directory, known without reading them."""
 
     where: Mapping[str, tuple["_Shard | _Tensors", str]]  # our name -> (holder, name there)
+    mapped: bool  # tensors are views of mapped files
 
     def names(self) -> Iterator[str]:
         """All tensor names."""
@@ -145,7 +146,7 @@ class TensorFiles:
         try:
             file, stored_name = self.where[name]
             tensor: Tensor = file.get_tensor(stored_name)
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise WeightsError(f"tensor {name!r} cannot be read: {error}") from error
         if tuple(tensor.shape) != shape:
             raise WeightsError(
@@ -154,6 +155,16 @@ class TensorFiles:
         if not tensor.is_floating_point():
             raise WeightsError(f"tensor {name!r} has dtype {tensor.dtype}, not a float")
         return tensor
+
+    def load(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> Tensor:
+        """`get`, converted, and in memory of its own: no file stays mapped for it."""
+        return self.get(name, shape).to(device, dtype, copy=self.mapped)
 
 
 def find_tensors(directory: Path) -> TensorFiles:
@@ -185,7 +196,7 @@ def find_tensors(directory: Path) -> TensorFiles:
             raise WeightsError(f"{path} is damaged: {error}") from error
         for stored in names:
             where[stored.removeprefix("model.")] = shard, stored
-    return TensorFiles(where)
+    return TensorFiles(where, mapped=True)
 
 
 def load_backbone(
@@ -229,18 +240,19 @@ def backbone_from_tensors(
     """
     file = _Tensors(tensors)
     where = {name.removeprefix("model."): (file, name) for name in tensors}
-    return _build(config, TensorFiles(where), dtype, device)
+    return _build(config, TensorFiles(where, mapped=False), dtype, device)
 
 
 class _Shard:
-    """A safetensors file. It is mapped anew for each tensor.
+    """A safetensors file. It is mapped anew for each tensor, which holds its mapping.
 
-    A tensor holds the mapping it is from: so what is converted or joined to others after reading
-    leaves memory at once, not when the last tensor of the file does.
+    So what has been converted, copied or joined to others leaves memory at once, and not when the
+    last tensor of the file does. Raises WeightsError if the file is another one by then.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._state = self._look()
 
     def names(self) -> list[str]:
         with safe_open(self._path, "pt") as file:
@@ -249,7 +261,13 @@ class _Shard:
     def get_tensor(self, name: str) -> Tensor:
         with safe_open(self._path, "pt") as file:
             tensor: Tensor = file.get_tensor(name)
-            return tensor
+        if self._look() != self._state:
+            raise WeightsError(f"{self._path} has changed while it was read")
+        return tensor
+
+    def _look(self) -> tuple[int, ...]:
+        state = self._path.stat()
+        return state.st_ino, state.st_size, state.st_mtime_ns
 
 
 class _Tensors:
@@ -270,19 +288,15 @@ def _build(
 ) -> Backbone:
     config = parse_config(dict(values))
     _refuse_unexpected(files, config)
-    embedding = files.get("embed_tokens.weight", (config.vocab_size, config.hidden_size))
+    shape = config.vocab_size, config.hidden_size
+    embedding = files.load("embed_tokens.weight", shape, dtype, device)
     layers = []
     for i in range(config.num_layers):
         layers.append(_load_layer(files, config, f"layers.{i}.", dtype, device))
-    final_norm = files.get("norm.weight", (config.hidden_size,))
-    fingerprint = backbone_fingerprint(config, embedding, files)
-    return Backbone(
-        config,
-        embedding.to(device, dtype),
-        tuple(layers),
-        final_norm.to(device, dtype),
-        fingerprint,
-    )
+    final_norm = files.load("norm.weight", (config.hidden_size,), dtype, device)
+    # Of the stored embedding, which float16 would have rounded otherwise.
+    fingerprint = backbone_fingerprint(config, files.get("embed_tokens.weight", shape), files)
+    return Backbone(config, embedding, tuple(layers), final_norm, fingerprint)
 
 
 def _load_layer(
@@ -296,11 +310,14 @@ def _load_layer(
     widths = {"q": config.q_size, "k": config.kv_size, "v": config.kv_size}
 
     def get(name: str, *shape: int) -> Tensor:
-        return files.get(f"{prefix}{name}", shape).to(device, dtype)
+        return files.load(f"{prefix}{name}", shape, dtype, device)
+
+    def join(parts: Iterable[tuple[str, tuple[int, ...]]]) -> Tensor:
+        return torch.cat([files.get(f"{prefix}{n}", s).to(device, dtype) for n, s in parts])
 
     qkv_bias = qk_norm = None
     if config.qkv_bias:
-        qkv_bias = torch.cat([get(f"self_attn.{n}_proj.bias", w) for n, w in widths.items()])
+        qkv_bias = join((f"self_attn.{n}_proj.bias", (w,)) for n, w in widths.items())
     if config.qk_norm:
         q_norm, k_norm = get("self_attn.q_norm.weight", d), get("self_attn.k_norm.weight", d)
         qk_norm = torch.cat(
@@ -308,12 +325,12 @@ def _load_layer(
         )
     return LayerWeights(
         attention_norm=get("input_layernorm.weight", h),
-        qkv=torch.cat([get(f"self_attn.{n}_proj.weight", w, h) for n, w in widths.items()]),
+        qkv=join((f"self_attn.{n}_proj.weight", (w, h)) for n, w in widths.items()),
         qkv_bias=qkv_bias,
         qk_norm=qk_norm,
         out=get("self_attn.o_proj.weight", h, config.q_size),
         mlp_norm=get("post_attention_layernorm.weight", h),
-        gate_up=torch.cat([get(f"mlp.{n}_proj.weight", f, h) for n in ("gate", "up")]),
+        gate_up=join((f"mlp.{n}_proj.weight", (f, h)) for n in ("gate", "up")),
         down=get("mlp.down_proj.weight", h, f),
     )
 
@@ -379,8 +396,9 @@ def load_head(directory: str | Path, backbone: Backbone) -> Tensor:
     """Return the language-model head [V, h]: the embedding itself where it is tied."""
     if backbone.config.tied_head:
         return backbone.embedding
-    head = find_tensors(Path(directory)).get("lm_head.weight", tuple(backbone.embedding.shape))
-    return head.to(backbone.device, backbone.dtype)
+    shape = tuple(backbone.embedding.shape)
+    files = find_tensors(Path(directory))
+    return files.load("lm_head.weight", shape, backbone.dtype, backbone.device)
 
 
 def read_json(path: Path) -> dict[str, Any]:

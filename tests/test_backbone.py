@@ -71,6 +71,18 @@ def test_special_ids_take_rows_beyond_the_vocabulary(tiny_model):
     )
 
 
+def test_training_keeps_no_query_before_its_rotation(tiny_model):
+    backbone = load_backbone(tiny_model)
+    config, saved = backbone.config, []
+    special = torch.randn(7, config.hidden_size, requires_grad=True)
+    batch = PackedBatch.pack([np.arange(config.vocab_size, config.vocab_size + 7)], needed=[7])
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        backbone.forward(batch, special=special)
+    assert saved
+    fused = 7 * (config.q_size + 2 * config.kv_size) * special.element_size()
+    assert fused not in {x.untyped_storage().nbytes() for x in saved}
+
+
 def test_real_weights_equal_transformers(smollm2, smollm2_encoder):
     from transformers import AutoModelForCausalLM
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import gen_fast
 from gen_fast.sources import resolve
 from gen_fast.testing import edit_config, save_tiny_model
-from gen_fast.weights import backbone_from_tensors, load_backbone, parse_config
+from gen_fast.weights import backbone_from_tensors, find_tensors, load_backbone, parse_config
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -39,6 +40,26 @@ def test_shards_give_the_same_backbone(tmp_path):
     for a, b in zip(whole.layers, shards.layers, strict=True):
         assert torch.equal(a.qkv, b.qkv)
         assert torch.equal(a.down, b.down)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
+def test_no_file_stays_mapped(model):
+    backbone = load_backbone(model)
+    assert str(model) not in Path("/proc/self/maps").read_text()
+    del backbone
+
+
+def test_a_file_that_changes_while_it_is_read(model):
+    path, name = model / "model.safetensors", "norm.weight"
+    files = find_tensors(model)
+    shape = (json.loads((model / "config.json").read_text())["hidden_size"],)
+    files.get(name, shape)
+    os.utime(path, ns=(1, 1))
+    with pytest.raises(gen_fast.WeightsError, match="has changed while it was read"):
+        files.get(name, shape)
+    path.unlink()
+    with pytest.raises(gen_fast.WeightsError, match="cannot be read"):
+        files.get(name, shape)
 
 
 def test_tensors_in_memory_give_the_same_backbone(model):

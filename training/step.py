@@ -29,9 +29,9 @@ CPU_TOKENS = {torch.bfloat16: 1024, torch.float16: 1024, torch.float32: 768}
 GPU_TOKENS = 16384
 # Bytes of logits at a time, on a CPU. The head's products are the faster the more rows they have:
 # of 964 rows with SmolLM2's head they took 359 ms in bfloat16 at the op's own 16 MiB and 328 at 32,
-# in float32 1,021 and 834 (two Zen 4 cores). glibc gives what is larger than 32 MiB back to the
-# system every time, and page faults then cost what more rows gain.
-CPU_LOGITS = 32 << 20
+# in float32 1,021 and 834 (two Zen 4 cores, commit 733707e). glibc gives what is larger than 32 MiB
+# back to the system every time, and page faults then cost what more rows gain.
+CPU_LOGITS = 31 << 20
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,10 @@ void swiglu(Dtype dtype, const void* gate_up, void* out, int64_t rows, int64_t s
 void swiglu_backward(Dtype dtype, const void* grad, const void* gate_up, void* out, int64_t rows,
                      int64_t size);
 
+// Each row [size] of x as round(x / scale), scale = max |x| / 127; scales [rows].
+void quantize_rows(Dtype dtype, const void* x, int8_t* out, float* scales, int64_t rows,
+                   int64_t size);
+
 struct RopeArguments {
   const void *grad, *x;                       // [rows, heads, size]; grad backward only
   void* out;                                  // may be x

@@ -2,7 +2,7 @@
 
 import hashlib
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -13,15 +13,20 @@ _FLUSH_ROWS = 1 << 16
 _RECORD = np.dtype([("hash", "S16"), ("row", "<i8")])
 
 
-def duplicate_rows(ids: Iterable[tuple[int, str]], folder: Path) -> np.ndarray:
+def duplicate_rows(
+    ids: Iterable[tuple[int, str]], folder: Path, alive: Callable[[], object] = lambda: None
+) -> np.ndarray:
     """The rows [m] int64, ascending, of all (row, id) but the first with each id.
 
     Sorts hashes of the ids in files of a temporary directory in `folder`: 24 bytes of disk a row,
-    and of memory 1/256 of that.
+    and of memory 1/256 of that. alive: called now and then while it sorts.
     """
     with tempfile.TemporaryDirectory(prefix=".ids.", dir=folder) as scratch:
         _scatter(ids, Path(scratch))
-        found = [_repeated(path) for path in Path(scratch).iterdir()]
+        found = []
+        for path in Path(scratch).iterdir():
+            alive()
+            found.append(_repeated(path))
     return np.sort(np.concatenate([np.empty(0, np.int64), *found]))
 
 

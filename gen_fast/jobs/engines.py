@@ -10,10 +10,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed import Store
 from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
@@ -152,13 +154,23 @@ def progress(run: Run) -> Iterator[Callable[[], None]]:
             refresh()
 
 
+@cache
+def _meeting() -> tuple[Store, int, int]:
+    """The store of torchrun's processes, this one's rank, their number.
+
+    Kept while the process lives: without torchrun's own store, rank 0 holds it for the others.
+    """
+    store, rank, count = next(rendezvous("env://"))
+    store.set_timeout(_PLANNING)
+    return store, rank, count
+
+
 def torchrun_ranks() -> tuple[int, int, AbstractContextManager[None]]:
     """This process' rank, their number, and a context in which the first goes ahead.
 
     An error of the first rank in that context is an error of all.
     """
-    store, rank, count = next(rendezvous("env://"))
-    store.set_timeout(_PLANNING)
+    store, rank, count = _meeting()
     key = f"gen_fast.plan.{next(_plans)}"  # all ranks plan the same jobs in the same order
 
     @contextmanager
@@ -253,8 +265,9 @@ def run_ray(run: Run) -> None:
 def _wait_for_cluster(kind: str, count: int, patience: float) -> int:
     """How many of `count` CPUs or GPUs the Ray cluster has, once it has any.
 
-    A cluster that has none is asked to grow. Ray itself would wait for it without a word. Raises
-    JobError after `patience` seconds.
+    A cluster that has none is asked to grow: by the one standing request that a cluster keeps, and
+    which whoever else makes one replaces. Ray itself would wait without a word. Raises JobError
+    after `patience` seconds.
     """
     import ray
     from ray.autoscaler.sdk import request_resources
@@ -265,7 +278,7 @@ def _wait_for_cluster(kind: str, count: int, patience: float) -> int:
     if there:
         return min(there, count)
     deadline = time.monotonic() + patience
-    request_resources(bundles=[{kind: 1}])
+    request_resources(bundles=[{"CPU": 1, kind: 1}])
     try:
         while not there:
             if time.monotonic() > deadline:

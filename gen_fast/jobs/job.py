@@ -23,6 +23,7 @@ from gen_fast.jobs.plan import (
     PLAN,
     Plan,
     Settings,
+    open_input,
     prepare,
     unpublish,
 )
@@ -30,6 +31,7 @@ from gen_fast.jobs.stall import StallTimer
 from gen_fast.jobs.worker import DEFAULT_STALL_TIMEOUT, Worker, load_encoder
 from gen_fast.loading import DEFAULT_MODEL, identify
 from gen_fast.precision import Precision
+from gen_fast.rowfiles import DATASETS
 from gen_fast.sources import lasting_name
 
 logger = logging.getLogger(__name__)
@@ -75,6 +77,7 @@ def embed_corpus(
     engine: Literal["local", "ray"] = "local",
     stall_timeout: float | None = None,
     show_progress_bar: bool | None = None,
+    plan_only: bool = False,
 ) -> Summary | None:
     """Embed the rows of files into parts of parquet in the directory `out`.
 
@@ -90,14 +93,18 @@ def embed_corpus(
     takes parts, and only the first returns a Summary.
     stall_timeout: seconds without progress after which a process ends itself, its parts going to
     others; None means ten minutes, and never for this process unless it is one of torchrun's.
+    plan_only: read the inputs and write the plan, embed nothing and return None.
 
     Raises ConfigError, InputError, JobError, and what `load` raises.
     """
+    if stall_timeout is not None and stall_timeout <= 0:
+        raise ConfigError(f"stall_timeout {stall_timeout} is not positive")
+    if prompt is not None and prompt_name is not None:
+        raise PromptError("give prompt or prompt_name, not both")
     given = [sources] if isinstance(sources, str | Path) else list(sources)
     folder = Path(out)
     ranks = all(name in os.environ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"))
     chosen = Engine.choose("all" if ranks and devices is None else devices, engine)
-    identity = identify(model, method=method, backbone=backbone, revision=revision)
     settings = Settings(
         model=lasting_name(model),
         method=method,
@@ -106,7 +113,7 @@ def embed_corpus(
         dtype=str(resolve_dtype(dtype, torch.device(chosen.devices[0]))).removeprefix("torch."),
         max_length=max_length,
         deterministic=deterministic,
-        prompt=_instruction(prompt, prompt_name, identity["prompts"]),
+        prompt=prompt or "",
         normalize=normalize_embeddings,
         truncate_dim=truncate_dim,
         precision=precision,
@@ -117,9 +124,11 @@ def embed_corpus(
         split=split,
         max_text_bytes=max_text_bytes,
         rows_per_part=rows_per_part,
-        identity=identity,
     )
-    settings.check()
+    settings.check()  # before a model is downloaded
+    settings = settings.of(
+        identify(model, method=method, backbone=backbone, revision=revision), prompt_name
+    )
     shown = sys.stderr.isatty() if show_progress_bar is None else show_progress_bar
     if ranks:
         rank, count, first_ahead = torchrun_ranks()
@@ -127,12 +136,16 @@ def embed_corpus(
         with first_ahead:
             if rank == 0:
                 _prepare(folder, given, settings, append, stall_timeout, shown)
+        if plan_only:
+            return None
         run = Run(folder, Plan.load(folder), chosen, strict, stall_timeout, shown and rank == 0)
         device = chosen.devices[int(os.environ["LOCAL_RANK"]) % len(chosen.devices)]
         _work(run, device, rank, count)
         return _published(run) if rank == 0 else None
 
     plan = _prepare(folder, given, settings, append, stall_timeout, shown)
+    if plan_only:
+        return None
     run = Run(folder, plan, chosen, strict, stall_timeout, shown)
     if not PartStore(folder, plan).is_published():
         if chosen.name == "ray":
@@ -156,32 +169,29 @@ def embed_columns(
     embed_corpus. Each column becomes a job of its own, one after the other, in the directory of
     `out` that has its name; a row may be rejected in one and not in another.
 
-    Raises what embed_corpus does, and ConfigError for a column that cannot name a directory.
+    A prompt, column or plan that is wrong is found before anything is embedded. Raises what
+    embed_corpus does, and ConfigError for no columns, or for one that begins with "." or "_" or
+    has a letter that some system does not allow in names.
     """
     for column in columns:
-        if not column or column[0] in "._" or any(letter in column for letter in '/\\:*?"<>|\0'):
-            raise ConfigError(f"column {column!r} cannot be the name of a directory")
+        if not column or column[0] in "._" or set(column) & set('/\\:*?"<>|\0'):
+            raise ConfigError(f"column {column!r} cannot name a directory on every system")
+    if not columns:
+        raise ConfigError("no columns are given")
     for option in ("text_column", "template", "prompt", "prompt_name"):
         if option in options:
             raise ConfigError(f"{option} is not for several columns: each has its own")
     if (Path(out) / PLAN).exists():
         raise JobError(f"{out} holds a job of one text a row: take another directory for columns")
-    return {
-        column: embed_corpus(
-            sources, Path(out) / column, text_column=column, prompt_name=prompt_name, **options
-        )
-        for column, prompt_name in columns.items()
-    }
 
+    def embed(column: str, plan_only: bool) -> Summary | None:
+        settings = {**options, "text_column": column, "prompt_name": columns[column]}
+        return embed_corpus(sources, Path(out) / column, **settings, plan_only=plan_only)
 
-def _instruction(prompt: str | None, name: str | None, prompts: Mapping[str, str]) -> str:
-    if name is None:
-        return prompt or ""
-    if prompt is not None:
-        raise PromptError("give prompt or prompt_name, not both")
-    if name not in prompts:
-        raise PromptError(f"no prompt named {name!r}; there are {', '.join(prompts)}")
-    return prompts[name]
+    only = bool(options.pop("plan_only", False))
+    for column in columns:
+        embed(column, plan_only=True)
+    return {column: None if only else embed(column, plan_only=False) for column in columns}
 
 
 def _prepare(
@@ -193,6 +203,9 @@ def _prepare(
     shown: bool,
 ) -> Plan:
     """The job's plan, after checking what is there of it."""
+    for source in map(str, sources):
+        if source.startswith(DATASETS):
+            open_input(source, settings)  # may download for long; the Hub has timeouts of its own
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with closing(Claims(folder)) as claims, StallTimer(stall_timeout) as timer:
@@ -204,9 +217,9 @@ def _prepare(
                     bar.update(count)
 
                 plan = prepare(folder, sources, settings, append=append, on_rows=on_rows)
-            store = PartStore(folder, plan)
+            store = PartStore(folder, plan, timer.alive)
             store.remove_temporaries(claims)
-            for problem in store.remove_damaged(shown, timer.alive):
+            for problem in store.remove_damaged(shown):
                 logger.warning("%s: this part is made again", problem)
             if not store.is_published():
                 unpublish(folder)

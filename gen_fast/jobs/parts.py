@@ -58,11 +58,17 @@ class Record:
 
 
 class PartStore:
-    """The parts of a job in its directory."""
+    """The parts of a job in its directory.
 
-    def __init__(self, folder: Path, plan: Plan) -> None:
+    alive: called while records and parts are read, also by other threads.
+    """
+
+    def __init__(
+        self, folder: Path, plan: Plan, alive: Callable[[], object] = lambda: None
+    ) -> None:
         self.folder = folder
         self.plan = plan
+        self._alive = alive
 
     def path(self, part: Part) -> Path:
         """Of a part's file."""
@@ -123,6 +129,7 @@ class PartStore:
 
     def _recorded(self, part: Part) -> Record | None:
         """What was written of a part, whatever has become of its file."""
+        self._alive()
         try:
             text = self._record_path(part).read_text(encoding="utf-8")
             record = Record(**json.loads(text)["record"])
@@ -143,7 +150,7 @@ class PartStore:
             (self._rejected_path(part), record.rejected_sha256),
         ):
             try:
-                if file_sha256(path) != expected:
+                if file_sha256(path, lambda _: self._alive()) != expected:
                     return f"{path} does not have its sha256"
             except OSError as error:
                 return f"{path} cannot be read: {error.strerror}"
@@ -160,9 +167,7 @@ class PartStore:
             if record is not None:
                 yield record
 
-    def remove_damaged(
-        self, shown: bool = False, on_part: Callable[[], object] = lambda: None
-    ) -> list[str]:
+    def remove_damaged(self, shown: bool = False) -> list[str]:
         """Check every finished part against its checksum; forget those that fail, and say why."""
         found = []
         recorded = (self._recorded(part) for part in self.plan.parts)
@@ -171,7 +176,6 @@ class PartStore:
             damages = pool.map(self.damage, records)
             bar = tqdm(damages, "checking", len(records), unit="part", disable=not shown)
             for record, problem in zip(records, bar, strict=True):
-                on_part()
                 if problem is not None:
                     self.remove(self.plan.parts[record.part])
                     found.append(problem)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from gen_fast.durable import file_sha256, write_whole
-from gen_fast.errors import ConfigError, InputError, JobError
+from gen_fast.errors import ConfigError, InputError, JobError, PromptError
 from gen_fast.jobs.claims import CLAIMS
 from gen_fast.jobs.columns import Columns, RejectedError, parse_template
 from gen_fast.jobs.duplicates import duplicate_rows
@@ -38,10 +38,10 @@ MANIFEST = "manifest.json"
 SUCCESS = "_SUCCESS"
 DEFAULT_ROWS_PER_PART = 8192
 DEFAULT_MAX_TEXT_BYTES = 1_000_000
-# Rows between two reports of how far reading is.
+# Rows between two signs of life.
 _STRIDE = 4096
 
-# Called with the number of rows just read, for planning; 0 while other work goes on.
+# Called with the number of new rows found; 0 while other work of planning goes on.
 OnRows = Callable[[int], object]
 
 
@@ -76,16 +76,23 @@ class Settings:
     identity: Mapping[str, Any] = field(default_factory=dict)
 
     def check(self) -> None:
-        """Raises ConfigError for settings that mean nothing."""
+        """Raises ConfigError for settings that mean nothing, whatever the model."""
         if self.precision not in PRECISIONS:
             raise ConfigError(f"precision {self.precision!r} is not one of {', '.join(PRECISIONS)}")
         if self.template is not None:
             if self.text_column is not None:
                 raise ConfigError("give a text column or a template, not both")
             parse_template(self.template)
-        full = int(self.identity["dimension"])
+
+    def of(self, identity: Mapping[str, Any], prompt_name: str | None) -> "Settings":
+        """These settings for a model, with one of its prompts. Raises ConfigError, PromptError."""
+        full, prompts = int(identity["dimension"]), identity["prompts"]
         if self.truncate_dim is not None and not 1 <= self.truncate_dim <= full:
             raise ConfigError(f"truncate_dim {self.truncate_dim} is outside 1…{full}")
+        if prompt_name is not None and prompt_name not in prompts:
+            raise PromptError(f"no prompt named {prompt_name!r}; there are {', '.join(prompts)}")
+        prompt = self.prompt if prompt_name is None else prompts[prompt_name]
+        return replace(self, identity=identity, prompt=prompt)
 
     @property
     def dimension(self) -> int:
@@ -190,7 +197,7 @@ def prepare(
     append: add the sources that the plan does not have. Raises JobError naming what differs from
     the plan, InputError for a source that cannot be read.
     """
-    paths = list_sources(sources, folder)
+    paths = list_sources(sources, folder, on_rows)
     plan = Plan.load(folder) if (folder / PLAN).exists() else None
     if plan is None or (plan.settings != settings and not any(folder.glob("part-*"))):
         # Until there is a part, a plan binds nobody: a setting that was wrong can be mended.
@@ -226,46 +233,61 @@ def unpublish(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def list_sources(sources: Sequence[str | Path], folder: Path) -> list[str]:
+def list_sources(
+    sources: Sequence[str | Path], folder: Path, on_rows: OnRows = lambda rows: None
+) -> list[str]:
     """The files that files, directories and glob patterns name, as absolute paths.
 
     Of a directory, the files below it whose suffix is one of a format, by name; names that begin
-    with "." or "_" are passed over, and so is what lies in the job's own `folder` or in another
-    job. Raises InputError if nothing is found or named twice.
+    with "." or "_" are passed over. So is, also for a pattern, what lies in the job's own `folder`,
+    or in another job below the directory. Raises InputError if nothing is found or named twice.
     """
-    jobs = {folder.resolve(): True}
-
-    def of_a_job(path: Path) -> bool:
-        for parent in path.parents:
-            if parent not in jobs:
-                jobs[parent] = (parent / PLAN).is_file() and (parent / CLAIMS).is_file()
-            if jobs[parent]:
-                return True
-        return False
-
+    own = folder.resolve()
     found: list[str] = []
     for source in map(str, sources):
         if source.startswith(DATASETS):
             found.append(source)
-        elif Path(source).is_dir():
-            below = sorted(Path(source).rglob("*"))
-            files = [p.resolve() for p in below if _is_input(p.relative_to(source), p)]
-            files = [path for path in files if not of_a_job(path)]
-            if not files:
-                raise InputError(f"{source}: no file of {', '.join(SUFFIXES)} in this directory")
-            found += map(str, files)
-        elif any(letter in source for letter in "*?[") and not Path(source).exists():
-            names = [Path(name).resolve() for name in sorted(glob.glob(source, recursive=True))]
-            files = [path for path in names if path.is_file() and not of_a_job(path)]
-            if not files:
-                raise InputError(f"{source}: no file has such a name")
-            found += map(str, files)
-        else:
+            continue
+        pattern = any(letter in source for letter in "*?[") and not Path(source).exists()
+        if not pattern and not Path(source).is_dir():
             found.append(str(Path(source).resolve()))
+            continue
+        root = _fixed_part(source) if pattern else Path(source)
+        below = glob.iglob(source, recursive=True) if pattern else root.rglob("*")
+        jobs: dict[Path, bool] = {}
+        files = []
+        for path in map(Path, below):
+            on_rows(0)
+            wanted = path.is_file() if pattern else _is_input(path.relative_to(root), path)
+            if wanted and own not in path.resolve().parents and not _of_a_job(path, root, jobs):
+                files.append(path)
+        if not files:
+            what = "has such a name" if pattern else f"of {', '.join(SUFFIXES)} in this directory"
+            raise InputError(f"{source}: no file {what} (not counting those of jobs)")
+        found += [str(path.resolve()) for path in sorted(files)]
     for path, count in Counter(found).items():
         if count > 1:
             raise InputError(f"{path} is given twice")
     return found
+
+
+def _fixed_part(pattern: str) -> Path:
+    """The directory that all files of a glob pattern lie below."""
+    parts = Path(pattern).parts
+    fixed = next(i for i, part in enumerate(parts) if any(letter in part for letter in "*?["))
+    return Path(*parts[:fixed])
+
+
+def _of_a_job(path: Path, root: Path, known: dict[Path, bool]) -> bool:
+    """Whether a directory between `root` and `path` holds a job; `known` remembers."""
+    for parent in path.parents:
+        if parent == root:
+            return False
+        if parent not in known:
+            known[parent] = (parent / PLAN).is_file() and (parent / CLAIMS).is_file()
+        if known[parent]:
+            return True
+    return False
 
 
 def _is_input(name: Path, path: Path) -> bool:
@@ -296,7 +318,8 @@ def _extended(plan: Plan, paths: Sequence[str], folder: Path, on_rows: OnRows) -
                 first += count
         inputs.append(_input(path, first - before, file, on_rows))
     if settings.id_column is not None:
-        found = duplicate_rows(_numbered_ids(inputs, settings, on_rows), folder)
+        ids = _numbered_ids(inputs, settings, on_rows)
+        found = duplicate_rows(ids, folder, lambda: on_rows(0))
         parts = [replace(part, duplicates=_within(part, found)) for part in parts]
     return Plan(settings, tuple(inputs), tuple(parts))
 
@@ -316,7 +339,7 @@ def _numbered_ids(
         columns = Columns(opened, settings)
         for row in opened.rows([settings.id_column or ""]):
             if row.number % _STRIDE == 0:
-                on_rows(min(_STRIDE, file.rows - row.number))
+                on_rows(0)  # they have been counted
             with suppress(RejectedError):
                 yield first + row.number, columns.id(row, 0)
         first += file.rows

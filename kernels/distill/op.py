@@ -12,9 +12,9 @@ from . import chunked, reference
 
 ALIGNMENTS = ("mse", "cosine")
 
-# Bytes of logits at a time. On a CPU less than an eighth of what a small batch has in all, at some
-# loss of speed (training takes more, see step.py); a GPU must read the head for enough rows (1,700
-# of Qwen3's vocabulary in bfloat16) to be bound by arithmetic.
+# Bytes of logits at a time. On a CPU an eighth of 1,365 rows of SmolLM2's vocabulary in bfloat16,
+# at some loss of speed (training takes more, see step.py); a GPU must read the head for enough rows
+# (1,700 of Qwen3's vocabulary in bfloat16) to be bound by arithmetic.
 CPU_MEMORY, GPU_MEMORY = 16 << 20, 512 << 20
 
 OP = Op(

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from gen_fast.errors import OpError
-from gen_fast.ops import Op, gpu
+from gen_fast.ops import Op, gpu, native
 
 from . import reference
 
@@ -24,6 +24,16 @@ def _triton(x: Tensor, variant: str) -> tuple[Tensor, Tensor]:
     from . import triton_kernel
 
     return triton_kernel.quantize_rows(x, variant)
+
+
+@OP.register("cpu", **native.ON_CPU, variants=("int8",))
+def _cpu(x: Tensor, variant: str) -> tuple[Tensor, Tensor]:
+    x = x.contiguous()
+    q, scale = fake_quantized(x, variant)
+    native.module().quantize_rows(
+        x.dtype == torch.bfloat16, *map(native.address, (x, q, scale)), *x.shape
+    )
+    return q, scale
 
 
 def quantize_rows(

@@ -28,9 +28,11 @@ from tiny_corpus import (
 import gen_fast
 from gen_fast.embeddingfiles import read_embeddings
 from gen_fast.errors import ConfigError, InputError, JobError, PromptError, TextError
+from gen_fast.jobs.engines import _wait_for_cluster
 from gen_fast.jobs.job import embed_columns, embed_corpus
 from gen_fast.jobs.parts import PartStore
-from gen_fast.jobs.plan import Plan
+from gen_fast.jobs.plan import Plan, list_sources
+from gen_fast.jobs.stall import StallTimer
 from gen_fast.jobs.verify import verify
 
 ROWS = 400
@@ -144,16 +146,22 @@ def test_two_processes_of_this_machine(
 def test_two_processes_of_torchrun(
     corpus: Path, tiny_model: Path, tmp_path: Path, expected: dict[str, bytes]
 ) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", "-m", "gen_fast.cli", "embed", str(corpus), "--quiet"]
-    command += ["--out", str(tmp_path / "out"), "--model", str(tiny_model), "--dtype", "float32"]
-    command += ["--text-column", "text", "--id-column", "key", "--rows-per-part", "16"]
-    subprocess.run([*command, "--prompt", "say: "], check=True, timeout=100)
+    def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc-per-node", "2", "-m", "gen_fast.cli", "embed", str(corpus), "--quiet"]
+        command += ["--model", str(tiny_model), "--dtype", "float32", "--text-column", "text"]
+        command += ["--id-column", "key", "--rows-per-part", "16", *arguments]
+        return subprocess.run(command, check=False, capture_output=True, text=True, timeout=100)
+
+    one, two = str(tmp_path / "out"), str(tmp_path / "two")
+    assert run("--out", one, "--prompt", "say: ").returncode == 0
     assert files_of(tmp_path / "out") == expected
+    # Several jobs, one after the other in each process.
+    assert run("--out", two, "--text-column", "title", "--prompt-name", "query").returncode == 0
+    assert verify(tmp_path / "two" / "text") == []
+    assert verify(tmp_path / "two" / "title") == []
     # Another prompt is refused by the first rank, and so by all.
-    wrong = subprocess.run(
-        [*command, "--prompt", "tell: "], check=False, capture_output=True, text=True, timeout=100
-    )
+    wrong = run("--out", one, "--prompt", "tell: ")
     assert wrong.returncode
     assert "prompt was 'say: ', now it is 'tell: '" in wrong.stderr
 
@@ -167,7 +175,7 @@ def test_two_actors_of_ray(
     try:
         embed_corpus(corpus, tmp_path / "out", **settings, devices=2)
         with pytest.raises(JobError, match="has had no GPU for 1 seconds"):
-            embed_corpus(corpus, tmp_path / "gpu", **settings, devices="cuda", stall_timeout=1)
+            _wait_for_cluster("GPU", 1, 1)
         # More than the cluster has: it begins with those there are.
         embed_corpus(corpus, tmp_path / "many", **settings, devices=25)
     finally:
@@ -368,10 +376,44 @@ def test_until_there_is_a_part_settings_can_be_mended(tiny_model: Path, tmp_path
     assert summary.rejected_by_kind == {"missing id": 1}
 
 
-def test_the_jobs_own_files_are_no_input(tiny_model: Path, tmp_path: Path) -> None:
+def test_files_of_jobs_are_no_input(tiny_model: Path, tmp_path: Path) -> None:
     write_corpus(tmp_path / "a.jsonl", 20)
-    first = embed_corpus(tmp_path, tmp_path / "out", **options(tiny_model))
-    assert embed_corpus(tmp_path, tmp_path / "out", **options(tiny_model), append=True) == first
+    settings = options(tiny_model)
+    first = embed_corpus(tmp_path, tmp_path / "out", **settings)
+    assert embed_corpus(tmp_path, tmp_path / "out", **settings, append=True) == first
+    assert embed_corpus(tmp_path, tmp_path / "other", **settings) == first
+    assert embed_corpus(f"{tmp_path}/**/*.*l*", tmp_path / "glob", **settings) == first
+    # A job above the directory, or one that is given itself, hides nothing.
+    (tmp_path / "sub").mkdir()
+    write_corpus(tmp_path / "sub" / "b.jsonl", 20)
+    embed_corpus(tmp_path / "a.jsonl", tmp_path, **settings)
+    assert embed_corpus(tmp_path / "sub", tmp_path.with_name("below"), **settings) == first
+    found = list_sources([f"{tmp_path}/out/*.parquet"], tmp_path / "new")
+    assert found == [str(path) for path in sorted((tmp_path / "out").glob("part-*"))]
+
+
+def test_a_plan_alone(corpus: Path, tiny_model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert embed_corpus(corpus, out, **options(tiny_model), plan_only=True) is None
+    planned = (out / "plan.json").read_bytes()
+    assert not list(out.glob("part-*"))
+    embed_corpus(corpus, out, **options(tiny_model))
+    assert (out / "plan.json").read_bytes() == planned
+
+
+def test_planning_gives_signs_of_life(
+    corpus: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While ids are sorted, and while the records and files of parts are read."""
+    signs = []
+    monkeypatch.setattr(StallTimer, "alive", lambda self: signs.append(1))
+    out = tmp_path / "out"
+    embed_corpus(corpus, out, **options(tiny_model), plan_only=True)
+    assert len(signs) > 100  # 256 buckets, of which few are empty
+    embed_corpus(corpus, out, **options(tiny_model))
+    signs.clear()
+    embed_corpus(corpus, out, **options(tiny_model), plan_only=True)
+    assert len(signs) > 3 * 25  # each part: its record, its file, its rejected rows
 
 
 def test_texts_without_a_token_are_rejected(
@@ -446,9 +488,15 @@ def test_columns_with_prompts_of_their_own(tiny_model: Path, tmp_path: Path) -> 
         embed_corpus(corpus, alone, **settings, text_column=column, prompt_name=name)
         assert files_of(tmp_path / "out" / column) == files_of(alone)
     assert embed_columns(tmp_path, tmp_path / "out", prompts, **settings) == summaries
-    for columns, message in [({"../x": None}, "name of a directory"), ({"n\0": None}, "directory")]:
-        with pytest.raises(ConfigError, match=message):
+    for columns in ({"../x": None}, {"n\0": None}, {"_x": None}):
+        with pytest.raises(ConfigError, match="cannot name a directory"):
             embed_columns(corpus, tmp_path / "out", columns, **settings)
+    with pytest.raises(ConfigError, match="no columns"):
+        embed_columns(corpus, tmp_path / "out", {}, **settings)
+    # What is wrong with the last column keeps the first from being embedded.
+    with pytest.raises(PromptError, match="no prompt named 'documnet'"):
+        embed_columns(corpus, tmp_path / "w", {"title": "query", "text": "documnet"}, **settings)
+    assert not list((tmp_path / "w").rglob("part-*"))
     with pytest.raises(ConfigError, match="template is not for several"):
         embed_columns(corpus, tmp_path / "out", prompts, **settings, template="{title}")
     with pytest.raises(JobError, match="holds a job of one text a row"):

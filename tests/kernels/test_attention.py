@@ -179,8 +179,11 @@ def test_every_instruction_set(isa_level, size, dtype):
     counts = [1, 63, 64, 5, 130]
     for n_prefix in (0, 37):
         check(inputs(counts, counts, n_prefix, 6, 2, size, dtype), "cpu", "cpu")
-    trimmed = inputs([10, 1, 0, 33], [70, 1, 9, 33], 5, 9, 3, size, dtype)
+        check_backward(inputs(counts, counts, n_prefix, 6, 2, size, dtype), "cpu", "cpu")
+    # Odd counts of rows and keys; rows beyond the window within a block of keys.
+    trimmed = inputs([10, 1, 0, 33, 69], [70, 1, 9, 33, 81], 5, 9, 3, size, dtype)
     check(trimmed, "cpu", "cpu", window=20)
+    check_backward(trimmed, "cpu", "cpu", window=20)
 
 
 def test_log_sum_exp(device, impl):

@@ -34,6 +34,25 @@ def test_error_is_at_most_half_a_step_and_zero_rows_stay_zero(device, impl):
     assert (error <= scale.unsqueeze(-1) * 0.501).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1, 15, 16, 100, 1000])
+def test_every_instruction_set(isa_level, size, dtype):
+    x = (5 * torch.randn(7, size)).to(dtype)
+    q, scale = quantize_rows(x, impl="cpu")
+    expected, expected_scale = reference(x, "int8")
+    torch.testing.assert_close(scale, expected_scale)
+    assert torch.equal(q, expected)
+
+
+@pytest.mark.parametrize("at", [0, 3, 97])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_row_that_is_not_finite_has_such_a_scale(isa_level, bad, at):
+    x = torch.randn(3, 100)
+    x[1, at] = bad
+    for impl in ("cpu", "reference"):
+        assert quantize_rows(x, impl=impl)[1].isfinite().tolist() == [True, False, True]
+
+
 def test_an_unknown_format_is_refused():
     with pytest.raises(gen_fast.OpError, match="int8, fp8, not to 'int3'"):
         quantize_rows(torch.ones(1, 2), "int3")

@@ -6,7 +6,7 @@ from gen_fast.ops.rope import BACKWARD, OP, rope
 from gen_fast.ops.rope.reference import rope as reference
 from gen_fast.testing import assert_no_worse, check_gradients
 
-SHAPES = [(0, 3, 64), (1, 1, 2), (9, 12, 64), (5, 4, 80)]
+SHAPES = [(0, 3, 64), (1, 1, 2), (9, 12, 64), (5, 4, 80), (4, 3, 44)]
 
 
 def inputs(rows, heads, size, dtype, with_norm):

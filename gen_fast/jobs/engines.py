@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed import Store
 from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
@@ -155,7 +154,7 @@ def progress(run: Run) -> Iterator[Callable[[], None]]:
 
 
 @cache
-def _meeting() -> tuple[Store, int, int]:
+def _meeting() -> tuple[Any, int, int]:
     """The store of torchrun's processes, this one's rank, their number.
 
     Kept while the process lives: without torchrun's own store, rank 0 holds it for the others.

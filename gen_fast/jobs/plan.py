@@ -265,9 +265,9 @@ def list_sources(
             what = "has such a name" if pattern else f"of {', '.join(SUFFIXES)} in this directory"
             raise InputError(f"{source}: no file {what} (not counting those of jobs)")
         found += [str(path.resolve()) for path in sorted(files)]
-    for path, count in Counter(found).items():
+    for name, count in Counter(found).items():
         if count > 1:
-            raise InputError(f"{path} is given twice")
+            raise InputError(f"{name} is given twice")
     return found
 
 

@@ -12,6 +12,8 @@ from gen_fast.ops.qlinear.reference import quantize_rows as reference
 @pytest.mark.parametrize("shape", [(0, 8), (1, 1), (3, 63), (5, 1000)])
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
 def test_matches_the_reference(kind, shape, dtype, with_carry, device, impl):
+    if kind == "fp8" and impl == "cpu":
+        pytest.skip("the C++ op quantises to int8 only")
     torch.manual_seed(0)
     x = (5 * torch.randn(shape)).to(device, dtype)
     q, scale = quantize_rows(x, kind, impl=impl)

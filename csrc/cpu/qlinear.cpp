@@ -1,7 +1,7 @@
 // Symmetric quantisation of rows to int8: a pass for the largest magnitude, which leaves the row in
 // the first-level cache, and one that scales and rounds.
 #if !defined(GEN_FAST_ISA)
-#define GEN_FAST_SOURCE "cpu/quantize.cpp"
+#define GEN_FAST_SOURCE "cpu/qlinear.cpp"
 #include "cpu/ops.h"
 #include "common/each_isa.h"
 

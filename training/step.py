@@ -27,10 +27,9 @@ from gen_fast.training.world import World
 # 1.74 times at 768 (commit a018736), 2.4 GB and 1.76 times at 1,024 (commit 0705c4d).
 CPU_TOKENS = {torch.bfloat16: 1024, torch.float16: 1024, torch.float32: 768}
 GPU_TOKENS = 16384
-# Bytes of logits at a time, on a CPU. The head's products are the faster the more rows they have:
-# of 964 rows with SmolLM2's head they took 359 ms in bfloat16 at the op's own 16 MiB and 328 at 32,
-# in float32 1,021 and 834 (two Zen 4 cores, commit 733707e). glibc gives what is larger than 32 MiB
-# back to the system every time, and page faults then cost what more rows gain.
+# Bytes of logits at a time, on a CPU: twice the op's own. The head's products are the faster the
+# more rows they have, but glibc gives what is larger than 32 MiB back to the system every time, and
+# page faults then cost what more rows gain.
 CPU_LOGITS = 31 << 20
 
 

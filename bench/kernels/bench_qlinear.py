@@ -1,0 +1,18 @@
+"""Rows to int8."""
+
+from conftest import cases, provided, random
+
+from gen_fast.ops.qlinear import OP, quantize_rows
+from gen_fast.ops.qlinear.reference import quantize_rows as plain
+
+
+@cases(OP, modes=("forward",))
+def bench_qlinear(measure, size, dtype, mode, provider):
+    x = random(size.rows, size.feed_forward, dtype=dtype)
+    measure(
+        provided(provider, quantize_rows, plain),
+        plain,
+        (x, "int8"),
+        moved_bytes=x.nbytes + x.numel() + 4 * size.rows,
+        flops=3 * x.numel(),
+    )

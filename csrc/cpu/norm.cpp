@@ -34,8 +34,8 @@ static void norm_row(const T* x, const T* residual, const T* weight, T* total, T
   float tail_squares = 0;
   int64_t i = 0;
   for (; i + W <= size; i += W) {
-    store(total + i, load(x + i) + load(residual + i));
-    const vf rounded = load(total + i);  // the norm is that of the stored stream
+    // The norm is that of the stored stream.
+    const vf rounded = store_rounded(total + i, load(x + i) + load(residual + i));
     squares += rounded * rounded;
   }
   for (; i < size; ++i) {

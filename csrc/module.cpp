@@ -129,7 +129,8 @@ PYBIND11_MODULE(_C, m) {
                         int64_t prefix_k_stride, int64_t prefix_v_stride, int64_t prefix,
                         Address out, Address lse, Address q_offsets, Address k_offsets,
                         int64_t texts, int64_t heads, int64_t kv_heads, int64_t size,
-                        int64_t window, Address grad, Address to_q, Address to_k, Address to_v) {
+                        int64_t window, int mask, Address blocks, Address grad, Address to_q,
+                        Address to_k, Address to_v) {
     py::gil_scoped_release release;
     gen_fast::AttentionArguments a;
     a.q = at<void>(q), a.k = at<void>(k), a.v = at<void>(v), a.out = at<void>(out);
@@ -139,7 +140,7 @@ PYBIND11_MODULE(_C, m) {
     a.texts = texts, a.heads = heads, a.kv_heads = kv_heads, a.size = size, a.prefix = prefix;
     a.q_stride = q_stride, a.k_stride = k_stride, a.v_stride = v_stride;
     a.prefix_k_stride = prefix_k_stride, a.prefix_v_stride = prefix_v_stride;
-    a.window = window;
+    a.window = window, a.mask = (gen_fast::Mask)mask, a.blocks = at<int32_t>(blocks);
     if (grad == 0) return gen_fast::attention(dtype(bf16), a);
     gen_fast::attention_backward(dtype(bf16), a,
                                  {at<void>(grad), at<void>(to_q), at<void>(to_k), at<void>(to_v)});

@@ -30,6 +30,16 @@ struct PairOperand {
 };
 #endif
 
+#define INLINE __attribute__((always_inline))
+
+// body(0), …, body(N - 1), each as a constant. GCC unrolls plain loops too late to keep an array that
+// they index in registers: it stores every tile to the stack besides.
+template <int N, int i = 0, class Body>
+static inline INLINE void unrolled(const Body& body) {
+  body(std::integral_constant<int, i>());
+  if constexpr (i + 1 < N) unrolled<N, i + 1>(body);
+}
+
 // c [M, N · W] (+)= a [M, depth] · b, b stored as [depth / pair][columns][pair]. Element (i, k) of a
 // is at i · lda + k · step: step 1 for rows, or the width of a matrix stored as b is, to take its
 // transpose (then lda is pair).
@@ -37,21 +47,21 @@ template <class Op, int M, int N, bool accumulate, int step = 1>
 static inline void tile(const typename Op::type* a, int64_t lda, const typename Op::type* b,
                         int64_t columns, int64_t depth, float* c, int64_t ldc) {
   vf acc[M][N];
-  for (int i = 0; i < M; ++i) {
-    for (int j = 0; j < N; ++j) acc[i][j] = accumulate ? load(c + i * ldc + j * W) : vf{};
-  }
+  unrolled<M>([&](auto i) INLINE {
+    unrolled<N>([&](auto j) INLINE { acc[i][j] = accumulate ? load(c + i * ldc + j * W) : vf{}; });
+  });
   for (int64_t k = 0; k < depth; k += Op::pair) {
     const typename Op::type* row = b + k * columns;
-    for (int i = 0; i < M; ++i) {
+    unrolled<M>([&](auto i) INLINE {
       const vf left = Op::splat_at(a + i * lda + k * step);
-      for (int j = 0; j < N; ++j) {
+      unrolled<N>([&](auto j) INLINE {
         acc[i][j] = Op::multiply_add(acc[i][j], left, row + j * W * Op::pair);
-      }
-    }
+      });
+    });
   }
-  for (int i = 0; i < M; ++i) {
-    for (int j = 0; j < N; ++j) store(c + i * ldc + j * W, acc[i][j]);
-  }
+  unrolled<M>([&](auto i) INLINE {
+    unrolled<N>([&](auto j) INLINE { store(c + i * ldc + j * W, acc[i][j]); });
+  });
 }
 
 // The first `count` columns of b, whole vectors of them.

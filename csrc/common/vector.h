@@ -10,6 +10,7 @@ struct bf16 {
 };
 
 constexpr int W = GEN_FAST_VECTOR_BYTES / 4;  // floats in a vector
+constexpr float LOG2_E = 1.442695041f, LN_2 = 0.6931471806f;
 typedef float vf __attribute__((vector_size(GEN_FAST_VECTOR_BYTES)));
 typedef float v4 __attribute__((vector_size(16)));
 typedef int32_t vi __attribute__((vector_size(GEN_FAST_VECTOR_BYTES)));
@@ -26,14 +27,16 @@ static inline vf load(const float* p) {
 
 static inline void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
 
-// Of the conversion in the last line GCC 12 makes six instructions for AVX-512.
-static inline vf from_bf16(vh h) {
+// Of the general conversion GCC 12 makes six instructions for AVX-512.
+static inline vu widen(vh h) {
 #if defined(GEN_FAST_BF16_DOT)
-  return (vf)((vu)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)h) << 16);
+  return (vu)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)h);
 #else
-  return (vf)(__builtin_convertvector(h, vu) << 16);
+  return __builtin_convertvector(h, vu);
 #endif
 }
+
+static inline vf from_bf16(vh h) { return (vf)(widen(h) << 16); }
 
 static inline vf load(const bf16* p) {
   vh h;

@@ -1,4 +1,4 @@
-// Packed causal attention in one pass over the keys (online softmax, as in FlashAttention).
+// Packed attention in one pass over the keys (online softmax, as in FlashAttention).
 //
 // A task is a key/value head and a chunk of packed query rows, which may span several short texts.
 // All query heads of the group are rows of the same small matrix. Keys and values are taken in
@@ -8,6 +8,7 @@
 #if !defined(GEN_FAST_ISA)
 #define GEN_FAST_SOURCE "cpu/attention.cpp"
 #include <memory>
+#include <type_traits>
 #include <vector>
 
 #include "cpu/ops.h"
@@ -24,17 +25,17 @@ void attention(Dtype dtype, const AttentionArguments& arguments) {
 #else
 #include "common/vector.h"
 #include "common/product.h"
+#include "common/keys.h"
 
 namespace gen_fast::GEN_FAST_ISA {
 
-constexpr int KEYS = 64;  // keys in a block
-constexpr int CHUNK = 192;  // query rows (tokens times heads of a group) that a task aims at
 // Working memory of a task: fits the second-level cache.
 template <class Op>
 struct Workspace {
   typedef typename Op::type T;
   int64_t rows, size, padded;  // query rows, D, and D rounded up to whole vectors
-  std::vector<float> out, peak, mass, scores;
+  std::vector<float> out, peak, scores;
+  std::vector<float> mass;  // [rows, W]: the sum of weights, summed up in the end
   std::vector<T> q, keys, values, weights;
 
   Workspace(int64_t n, int64_t d)
@@ -43,77 +44,36 @@ struct Workspace {
         padded((d + W - 1) / W * W),
         out(n * padded),
         peak(n),
-        mass(n),
         scores(ROWS * KEYS),
+        mass(n * W),
         q(n * (d + d % 2)),
         keys((d + d % 2) * KEYS),
         values(KEYS * padded),
         weights(ROWS * KEYS) {}
 };
 
-// keys -> [D / pair][64][pair], values -> [64 / pair][padded][pair]; missing keys are zero.
+// keys -> [D / pair][64][pair], values -> [64 / pair][padded][pair].
 template <class Op, class In>
 static void pack_block(Workspace<Op>& work, const In* k, int64_t k_stride, const In* v,
                        int64_t v_stride, int64_t count) {
-  typedef typename Op::type T;
-  constexpr int pair = Op::pair;
-  const int64_t d = work.size, padded = work.padded;
-  if (count < KEYS) {
-    std::memset((void*)work.keys.data(), 0, work.keys.size() * sizeof(T));
-    std::memset((void*)work.values.data(), 0, work.values.size() * sizeof(T));
-  }
-  for (int64_t i = 0; i < d; i += pair) {
-    T* to = work.keys.data() + i * KEYS;
-    for (int64_t j = 0; j < count; ++j) {
-      for (int p = 0; p < pair; ++p) {
-        assign(to + j * pair + p, to_float(k[j * k_stride + i + p]));
-      }
-    }
-  }
-  for (int64_t j = 0; j < count; ++j) {
-    T* to = work.values.data() + (j / pair) * padded * pair + j % pair;
-    for (int64_t i = 0; i < d; ++i) assign(to + i * pair, to_float(v[j * v_stride + i]));
-  }
-}
-
-#if defined(GEN_FAST_BF16_DOT)
-// bfloat16 to bfloat16 moves bits only: pairs of a key travel as 32 bits, values interleave.
-static void pack_block(Workspace<PairOperand>& work, const bf16* k, int64_t k_stride,
-                       const bf16* v, int64_t v_stride, int64_t count) {
-  const int64_t d = work.size, padded = work.padded;
-  if (count < KEYS || d % 2) {
-    std::memset((void*)work.keys.data(), 0, work.keys.size() * sizeof(bf16));
-    std::memset((void*)work.values.data(), 0, work.values.size() * sizeof(bf16));
-  }
-  for (int64_t j = 0; j < count; ++j) {
-    const bf16* from = k + j * k_stride;
-    bf16* to = work.keys.data() + 2 * j;
-    for (int64_t i = 0; i + 2 <= d; i += 2) std::memcpy(to + i * KEYS, from + i, 4);
-    if (d % 2) to[(d - 1) * KEYS] = from[d - 1];
-  }
+  put_columns<Op>(work.keys.data(), k, k_stride, count, work.size);
   for (int64_t j = 0; j < count; j += 2) {
-    const bf16* even = v + j * v_stride;
-    const bf16* odd = j + 1 < count ? even + v_stride : nullptr;
-    bf16* to = work.values.data() + j * padded;
-    for (int64_t i = 0; i < d; ++i) {
-      const uint32_t two = even[i].bits | (odd ? (uint32_t)odd[i].bits << 16 : 0);
-      std::memcpy(to + 2 * i, &two, 4);
-    }
+    // Beside an odd last value itself again: no row gives it weight there.
+    const In *value = v + j * v_stride, *next = j + 1 < count ? value + v_stride : value;
+    put_rows<Op>(work.values.data(), j, work.padded, value, next, work.size);
   }
 }
-#endif
 
-// Scores, softmax weights and output of M rows against the packed block. Row i sees the keys
-// first[i] … last[i] - 1 of the block.
+// Scores, softmax weights and output of M rows against the packed block, of which row i sees
+// keys[i].
 template <class Op, int M>
-static void attend(Workspace<Op>& work, int64_t row, const int* first, const int* last,
-                   float scale) {
+static void attend(Workspace<Op>& work, int64_t row, const Seen* keys, float scale) {
   typedef typename Op::type T;
   const int64_t q_size = work.size + work.size % 2;
   float* scores = work.scores.data();
   // Keys that no row of the tile sees, in whole vectors, are left out: half of a diagonal block.
   int furthest = 0;
-  for (int i = 0; i < M; ++i) furthest = last[i] > furthest ? last[i] : furthest;
+  for (int i = 0; i < M; ++i) furthest = keys[i].last > furthest ? keys[i].last : furthest;
   const int seen = (furthest + W - 1) / W * W;
   product<Op, M, false>(work.q.data() + row * q_size, q_size, work.keys.data(), KEYS, seen,
                         Op::pair == 2 ? q_size : work.size, scores, KEYS);
@@ -121,83 +81,72 @@ static void attend(Workspace<Op>& work, int64_t row, const int* first, const int
     float* s = scores + i * KEYS;
     T* weight = work.weights.data() + i * KEYS;
     float* out = work.out.data() + (row + i) * work.padded;
-    if (first[i] >= last[i]) {
+    if (!keys[i].any()) {
       for (int j = 0; j < seen; j += W) store(weight + j, vf{});
       continue;
     }
-    const float hidden = -1e30f;
-    for (int j = 0; j < first[i]; ++j) s[j] = hidden;
-    for (int j = last[i]; j < seen; ++j) s[j] = hidden;
+    keys[i].hide(s, seen);
     vf top = load(s);
     for (int j = W; j < seen; j += W) top = max(top, load(s + j));
-    const float old_peak = work.peak[row + i];
-    const float new_peak = std::fmax(old_peak, max_of(top) * scale);
-    vf mass = {};
-    for (int j = 0; j < seen; j += W) {
-      vf w = exp2(load(s + j) * scale - new_peak);
-      mass += w;
-      store(weight + j, w);
-    }
+    // Library functions would save and restore every register.
+    const float old_peak = work.peak[row + i], block_peak = max_of(top) * scale;
+    const float new_peak = old_peak > block_peak ? old_peak : block_peak;
+    float* mass = work.mass.data() + (row + i) * W;
     if (new_peak > old_peak) {
-      const float decay = std::exp2(old_peak - new_peak);
-      work.mass[row + i] *= decay;
+      const vf decay = exp2(splat(old_peak - new_peak));
+      store(mass, load(mass) * decay);
       for (int64_t j = 0; j < work.padded; j += W) store(out + j, load(out + j) * decay);
       work.peak[row + i] = new_peak;
     }
-    work.mass[row + i] += sum(mass);
+    vf added = {};
+    for (int j = 0; j < seen; j += W) {
+      const vf w = exp2(load(s + j) * scale - new_peak);
+      added += w;
+      store(weight + j, w);
+    }
+    store(mass, load(mass) + added);
   }
   product<Op, M, true>(work.weights.data(), KEYS, work.values.data(), work.padded, work.padded,
                        (furthest + 1) / 2 * 2, work.out.data() + row * work.padded, work.padded);
 }
 
-template <class Op>
-static void attend_rows(Workspace<Op>& work, int64_t row, int64_t n, const int* first,
-                        const int* last, float scale) {
-  switch (n) {
-    case 6: return attend<Op, 6>(work, row, first, last, scale);
-    case 5: return attend<Op, 5>(work, row, first, last, scale);
-    case 4: return attend<Op, 4>(work, row, first, last, scale);
-    case 3: return attend<Op, 3>(work, row, first, last, scale);
-    case 2: return attend<Op, 2>(work, row, first, last, scale);
-    case 1: return attend<Op, 1>(work, row, first, last, scale);
-  }
-}
-
-static inline int clamp_key(int64_t key) { return key < 0 ? 0 : key > KEYS ? KEYS : (int)key; }
-
-// A run of query rows of one chunk with the positions of their tokens.
+// A run of query rows of one chunk, all of one text.
 struct Rows {
-  int64_t begin, end;     // rows of the chunk
-  int64_t token;          // absolute position of the first row's token, prefix included
+  int64_t begin, end;  // rows of the chunk
+  int64_t position;    // of the first row's token, prefix included
+  TextMask mask;
 };
 
-// All `rows` against keys [0, n_keys) that stand at absolute positions base, base + 1, … .
+// All runs against keys [0, n_keys) that stand at positions base, base + 1, … .
 template <class Op, class In>
 static void attend_keys(Workspace<Op>& work, const Rows* runs, int64_t n_runs, int64_t group,
                         const In* k, int64_t k_stride, const In* v, int64_t v_stride,
-                        int64_t n_keys, int64_t base, int64_t window, float scale) {
+                        int64_t n_keys, int64_t base, float scale) {
   int64_t furthest = 0;
   for (int64_t i = 0; i < n_runs; ++i) {
-    const int64_t last = runs[i].token + (runs[i].end - runs[i].begin - 1) / group + 1 - base;
-    furthest = last > furthest ? last : furthest;
+    const int64_t last = runs[i].position + (runs[i].end - runs[i].begin - 1) / group;
+    const int64_t reach = runs[i].mask.reach(last, base, n_keys);
+    furthest = reach > furthest ? reach : furthest;
   }
-  if (furthest < n_keys) n_keys = furthest;
-  for (int64_t block = 0; block < n_keys; block += KEYS) {
-    const int64_t count = n_keys - block < KEYS ? n_keys - block : KEYS;
-    pack_block(work, k + block * k_stride, k_stride, v + block * v_stride, v_stride, count);
+  for (int64_t block = 0; block < furthest; block += KEYS) {
+    const int64_t count = furthest - block < KEYS ? furthest - block : KEYS;
+    bool packed = false;
     for (int64_t i = 0; i < n_runs; ++i) {
       for (int64_t row = runs[i].begin; row < runs[i].end; row += ROWS) {
         const int64_t n = runs[i].end - row < ROWS ? runs[i].end - row : ROWS;
-        int first[ROWS], last[ROWS];
+        Seen keys[ROWS];
         bool any = false;
         for (int64_t r = 0; r < n; ++r) {
-          const int64_t token = runs[i].token + (row + r - runs[i].begin) / group;
-          const int64_t key = token - base - block;  // the query's own place, seen from the block
-          last[r] = clamp_key(key + 1 < count ? key + 1 : count);
-          first[r] = window ? clamp_key(key - window + 1) : 0;
-          any |= first[r] < last[r];
+          const int64_t position = runs[i].position + (row + r - runs[i].begin) / group;
+          keys[r] = runs[i].mask.seen(position, base + block, count);
+          any |= keys[r].any();
         }
-        if (any) attend_rows(work, row, n, first, last, scale);
+        if (!any) continue;
+        if (!packed) {
+          pack_block(work, k + block * k_stride, k_stride, v + block * v_stride, v_stride, count);
+        }
+        packed = true;
+        with_rows(n, [&](auto rows) { attend<Op, rows>(work, row, keys, scale); });
       }
     }
   }
@@ -208,16 +157,16 @@ static void run_chunk(const AttentionArguments& args, Workspace<Op>& work, int64
                       int64_t first_token, int64_t last_token, int64_t text) {
   const int64_t d = args.size, group = args.heads / args.kv_heads, q_size = d + d % 2;
   const int64_t n_rows = (last_token - first_token) * group;
-  const float scale = 1.442695041f / std::sqrt((float)d);  // softmax in base 2
+  const float scale = LOG2_E / std::sqrt((float)d);  // softmax in base 2
   const In* q = (const In*)args.q;
   for (int64_t r = 0; r < n_rows; ++r) {
     const In* from = q + (first_token + r / group) * args.q_stride +
                      (kv_head * group + r % group) * d;
     copy_row(work.q.data() + r * q_size, from, d);
     if (d % 2) assign(work.q.data() + r * q_size + d, 0.0f);
-    work.peak[r] = -1e30f;
-    work.mass[r] = 0.0f;
+    work.peak[r] = HIDDEN;
   }
+  std::memset(work.mass.data(), 0, n_rows * W * sizeof(float));
   std::memset(work.out.data(), 0, n_rows * work.padded * sizeof(float));
 
   std::vector<Rows> runs;
@@ -228,7 +177,7 @@ static void run_chunk(const AttentionArguments& args, Workspace<Op>& work, int64
     const int64_t end = q1 < last_token ? q1 : last_token;
     const int64_t n_keys = args.k_offsets[text + 1] - args.k_offsets[text];
     runs.push_back({(token - first_token) * group, (end - first_token) * group,
-                    args.prefix + n_keys - (q1 - token)});
+                    args.prefix + n_keys - (q1 - token), TextMask(args, text)});
     texts.push_back(text);
     token = end;
   }
@@ -237,21 +186,21 @@ static void run_chunk(const AttentionArguments& args, Workspace<Op>& work, int64
     attend_keys(work, runs.data(), (int64_t)runs.size(), group,
                 (const In*)args.prefix_k + kv_head * d, args.prefix_k_stride,
                 (const In*)args.prefix_v + kv_head * d, args.prefix_v_stride, args.prefix, 0,
-                args.window, scale);
+                scale);
   }
   for (size_t i = 0; i < runs.size(); ++i) {
     const int64_t k0 = args.k_offsets[texts[i]], k1 = args.k_offsets[texts[i] + 1];
     attend_keys(work, &runs[i], 1, group, (const In*)args.k + k0 * args.k_stride + kv_head * d,
                 args.k_stride, (const In*)args.v + k0 * args.v_stride + kv_head * d,
-                args.v_stride, k1 - k0, args.prefix, args.window, scale);
+                args.v_stride, k1 - k0, args.prefix, scale);
   }
 
   In* out = (In*)args.out;
   for (int64_t r = 0; r < n_rows; ++r) {
     In* to = out + ((first_token + r / group) * args.heads + kv_head * group + r % group) * d;
-    const float inverse = 1.0f / work.mass[r];
+    const float mass = sum(load(work.mass.data() + r * W)), inverse = 1.0f / mass;
     args.lse[(first_token + r / group) * args.heads + kv_head * group + r % group] =
-        (work.peak[r] + std::log2(work.mass[r])) * 0.6931471806f;
+        (work.peak[r] + std::log2(mass)) * LN_2;
     const float* from = work.out.data() + r * work.padded;
     int64_t i = 0;
     for (; i + W <= d; i += W) store(to + i, load(from + i) * inverse);
@@ -262,7 +211,7 @@ static void run_chunk(const AttentionArguments& args, Workspace<Op>& work, int64
 template <class Op, class In>
 static void run(const AttentionArguments& args) {
   const int64_t rows = args.q_offsets[args.texts], group = args.heads / args.kv_heads;
-  const int64_t tokens = CHUNK / group > 0 ? CHUNK / group : 1;
+  const int64_t tokens = tokens_of_chunk(group);
   const int64_t chunks = (rows + tokens - 1) / tokens;
   parallel_tasks(chunks * args.kv_heads, [&](int64_t task) {
     // One workspace a thread, kept between calls: its size depends on the model alone.

@@ -1,4 +1,4 @@
-// The C++ ops. Raw pointers in, nothing allocated that outlives the call; strides in elements.
+// The C++ ops. Raw pointers in; strides in elements. What attention works in is kept by each thread.
 #pragma once
 
 #include <cstdint>
@@ -61,6 +61,8 @@ void pool(Dtype dtype, const void* hidden, const int32_t* offsets, const void* n
 void cross_entropy(Dtype dtype, void* logits, const int64_t* targets, float* losses, int64_t rows,
                    int64_t vocabulary);
 
+enum class Mask { causal, bidirectional, gem };
+
 struct AttentionArguments {
   const void *q, *k, *v, *prefix_k, *prefix_v;
   void* out;                              // [rows of q, heads, size], contiguous
@@ -69,9 +71,11 @@ struct AttentionArguments {
   int64_t texts, heads, kv_heads, size, prefix;
   int64_t q_stride, k_stride, v_stride, prefix_k_stride, prefix_v_stride;  // of a row (token)
   int64_t window;                         // 0 for full attention
+  Mask mask;
+  const int32_t* blocks;                  // [texts, 2] for the GEM mask
 };
 
-// Causal packed attention; see kernels/attention/README.md.
+// Packed attention; see kernels/attention/README.md.
 void attention(Dtype dtype, const AttentionArguments& arguments);
 
 // Gradient of the output, given, and of q, k and v, made; rows as dense as those of out.

@@ -22,8 +22,6 @@ void swiglu_backward(Dtype dtype, const void* grad, const void* gate_up, void* o
 
 namespace gen_fast::GEN_FAST_ISA {
 
-constexpr float LOG2_E = 1.442695041f;
-
 static inline vf sigmoid(vf x) {
   return reciprocal(1.0f + exp2(min(x * -LOG2_E, splat(126.0f))));
 }

@@ -53,7 +53,7 @@ def _triton_backward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     return triton_backward.attention_backward(*inputs)
 
 
-@OP.register("cpu", **native.ON_CPU, variants=("causal",))
+@OP.register("cpu", **native.ON_CPU)
 def _cpu(q: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
     out = q.new_empty(q.shape)
     lse = torch.empty(q.shape[:2])
@@ -61,7 +61,7 @@ def _cpu(q: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-@BACKWARD.register("cpu", **native.ON_CPU, variants=("causal",))
+@BACKWARD.register("cpu", **native.ON_CPU)
 def _cpu_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *inputs: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -77,7 +77,7 @@ def _run_cpu(
     inputs: tuple[Any, ...], out: Tensor, lse: Tensor, gradients: tuple[int, int, int, int]
 ) -> None:
     """Fill `out` and `lse`; or, given the addresses of all gradients, those of q, k and v."""
-    q, k, v, q_offsets, k_offsets, prefix_k, prefix_v, window, _, _ = inputs
+    q, k, v, q_offsets, k_offsets, prefix_k, prefix_v, window, mask, blocks = inputs
     q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
     _, heads, size = q.shape
     prefix = (0, 0, 0, 0, 0)  # addresses, strides, length
@@ -91,7 +91,8 @@ def _run_cpu(
         q.dtype == torch.bfloat16,
         *(q.data_ptr(), k.data_ptr(), v.data_ptr(), q.stride(0), k.stride(0), v.stride(0)),
         *(*prefix, out.data_ptr(), lse.data_ptr(), q_offsets.data_ptr(), k_offsets.data_ptr()),
-        *(q_offsets.size(0) - 1, heads, k.size(1), size, window or 0, *gradients),
+        *(q_offsets.size(0) - 1, heads, k.size(1), size, window or 0),
+        *(MASKS.index(mask), native.address(blocks), *gradients),
     )
 
 

@@ -34,8 +34,11 @@ ARCHITECTURES = [
 
 
 def nvcc() -> str | None:
+    """$CUDA_HOME's, else the PATH's, else that of the folder the toolkit is installed in."""
     home = os.environ.get("CUDA_HOME")
-    return shutil.which("nvcc", path=f"{home}/bin" if home else None)
+    if home:
+        return shutil.which("nvcc", path=f"{home}/bin")
+    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 
 def files(*patterns: str) -> list[str]:
@@ -43,7 +46,18 @@ def files(*patterns: str) -> list[str]:
 
 
 class BuildExtensions(build_ext):
-    """Compiles .cu sources with nvcc; the rest goes the usual way."""
+    """Compiles .cu sources with nvcc, the rest the usual way, and as many at once as cores."""
+
+    def build_extensions(self) -> None:
+        compile_all = self.compiler.compile
+
+        def compile_at_once(sources: list[str], **options: object) -> list[str]:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                made = pool.map(lambda source: compile_all([source], **options), sources)
+                return [path for paths in made for path in paths]
+
+        self.compiler.compile = compile_at_once
+        super().build_extensions()
 
     def build_extension(self, ext: Extension) -> None:
         kernels = [source for source in ext.sources if source.endswith(".cu")]
@@ -97,7 +111,7 @@ def extensions() -> list[Extension]:
     if BUILD == "cpu" or (BUILD == "auto" and nvcc() is None):
         return [cpu]
     if nvcc() is None:
-        sys.exit("GEN_FAST_BUILD=cuda needs nvcc on the PATH or in $CUDA_HOME/bin")
+        sys.exit("GEN_FAST_BUILD=cuda needs nvcc: on the PATH, in $CUDA_HOME or in /usr/local/cuda")
     cuda = Extension(
         "gen_fast._cuda",
         sources=["csrc/cuda_module.cpp", *files("csrc/cuda/*.cu")],

@@ -3,6 +3,7 @@
 from conftest import cases, provided, random
 
 from gen_fast.ops.qlinear import OP, quantize_rows
+from gen_fast.ops.qlinear.reference import dequantize_rows
 from gen_fast.ops.qlinear.reference import quantize_rows as plain
 
 
@@ -15,4 +16,6 @@ def bench_qlinear(measure, size, dtype, mode, provider):
         (x, "int8"),
         moved_bytes=x.nbytes + x.numel() + 4 * size.rows,
         flops=3 * x.numel(),
+        exact=lambda x, _: x,
+        compared=lambda q, scale: (dequantize_rows(q, scale),),
     )

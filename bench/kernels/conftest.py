@@ -1,18 +1,24 @@
 """Microbenchmarks of the ops: `pytest bench/kernels --benchmark-json FILE`, then `table.py FILE`.
 
+--rows FILE appends each row as it is made, a line of JSON: an interrupted run keeps them.
+
 Cases are sizes of a model, dtypes and modes; providers are the reference as it stands and under
 torch.compile, every implementation, and other people's kernels where they are installed. A case is
 timed only if its result passes the op's tolerance against float64. Every row carries the bytes and
 FLOPs of the op and the share it reaches of the roofline: the time that moving the bytes at copy
-bandwidth or computing at the matmul peak would take, both measured in the same run.
+bandwidth or computing at the matmul peak would take, both measured in the same run. On a GPU a case
+is timed as the replay of a CUDA graph (`timed: graph`), because Python takes longer than many of
+these kernels do; where the provider cannot be captured, call by call (`timed: calls`).
 """
 
 import importlib.util
+import json
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,7 +36,7 @@ MODES = ("forward", "forward+backward")
 
 @dataclass(frozen=True)
 class Size:
-    """A model's sizes and the rows of a batch."""
+    """A model's sizes and the rows of a batch: on a GPU enough to leave its L2 cache."""
 
     rows: int
     hidden: int
@@ -45,7 +51,7 @@ class Size:
 SIZES = {
     "cpu": {"smollm2-135m": Size(2048, 576, 1536, 9, 3, 64, 49152, False)},
     "cuda": {
-        "qwen3-0.6b": Size(16384, 1024, 3072, 16, 8, 128, 151936, True),
+        "qwen3-0.6b": Size(65536, 1024, 3072, 16, 8, 128, 151936, True),
         "qwen3-8b": Size(16384, 4096, 12288, 32, 8, 128, 151936, True),
     },
 }[DEVICE]
@@ -53,6 +59,16 @@ SIZES = {
 
 # Other people's kernels: provider -> package. They need a GPU.
 PEERS = {"liger": "liger_kernel", "cut-cross-entropy": "cut_cross_entropy"}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Where rows go as they are made."""
+    parser.addoption("--rows", type=Path, help="append a line of JSON for each row to this file")
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
+    """What else a time depends on, once a file."""
+    machine_info |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
 
 
 def cases(op: Op, modes: Sequence[str] = MODES, peers: Sequence[str] = ()) -> Any:
@@ -79,10 +95,13 @@ def cases(op: Op, modes: Sequence[str] = MODES, peers: Sequence[str] = ()) -> An
 
 
 def random(*shape: int, dtype: str, scale: float = 1.0, grad: bool = False) -> Tensor:
-    """Normal draws on the device, the same every time."""
-    generator = torch.Generator().manual_seed(len(shape) + sum(shape))
-    made = (scale * torch.randn(shape, generator=generator)).to(DEVICE, DTYPES[dtype])
-    return made.requires_grad_(grad)
+    """Normal draws, made on the device, the same every time."""
+    return draws(shape, DTYPES[dtype]).mul_(scale).requires_grad_(grad)
+
+
+def draws(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator(DEVICE).manual_seed(len(shape) + sum(shape))
+    return torch.randn(shape, generator=generator, device=DEVICE, dtype=dtype)
 
 
 def provided(
@@ -114,11 +133,11 @@ def peaks() -> dict[torch.dtype, float]:
 
 
 def seconds_of(run: Callable[[], object], rounds: int) -> list[float]:
-    """Wall-clock seconds of each round; on a GPU from its own clock, with a cold L2 cache."""
+    """Wall-clock seconds of each round; on a GPU as many as fit 0.1 s, with a cold L2 cache."""
     if DEVICE == "cuda":
         from triton.testing import do_bench
 
-        return [1e-3 * ms for ms in do_bench(run, rep=20 * rounds, return_mode="all")]
+        return [1e-3 * ms for ms in do_bench(run, rep=100, return_mode="all")]
     times = []
     for _ in range(rounds):
         start = time.perf_counter()
@@ -127,9 +146,35 @@ def seconds_of(run: Callable[[], object], rounds: int) -> list[float]:
     return times
 
 
+def as_graph(run: Callable[[], object]) -> Callable[[], None] | None:
+    """The replay of a CUDA graph of `run`; None if it waits for the device or is not captured."""
+    torch.cuda.set_sync_debug_mode("error")  # a capture that fails half-way would leave traces
+    try:
+        run()
+    except RuntimeError:
+        return None
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()  # what a library sets up for a new stream
+    torch.cuda.current_stream().wait_stream(stream)
+    try:
+        with torch.cuda.graph(graph, stream=stream):
+            run()
+    except RuntimeError:
+        return None
+    return graph.replay
+
+
 @pytest.fixture
 def measure(benchmark: Any, copy_bandwidth: float, peaks: Mapping, request: Any):
-    """Check, then time `run(*inputs)`; `plain` is the reference, which takes any dtype."""
+    """Check, then time `run(*inputs)`; `plain` is the reference, which takes any dtype.
+
+    exact: what results are compared with in float64, `plain` by default; compared: what of the
+    results of `run` and `plain` is.
+    """
 
     def inner(
         run: Callable[..., Any],
@@ -138,9 +183,12 @@ def measure(benchmark: Any, copy_bandwidth: float, peaks: Mapping, request: Any)
         *,
         moved_bytes: int,
         flops: int,
+        exact: Callable[..., Any] | None = None,
+        compared: Callable[..., tuple[Tensor, ...]] = lambda *outputs: outputs,
     ) -> None:
         parameters = request.node.callspec.params
         trained = parameters["mode"] != "forward"
+        upstream: list[Tensor] = []
 
         def step(function: Callable[..., Any], inputs: Sequence[Any]) -> tuple[Tensor, ...]:
             with torch.set_grad_enabled(trained):
@@ -148,45 +196,61 @@ def measure(benchmark: Any, copy_bandwidth: float, peaks: Mapping, request: Any)
             outputs = result if isinstance(result, tuple) else (result,)
             if not trained:
                 return outputs
+            if not upstream:  # in the check, so that nothing is drawn while time is taken
+                upstream.extend(draws(x.shape, x.dtype) for x in outputs)
+            grads = [x.to(y.dtype) for x, y in zip(upstream, outputs, strict=True)]
             wanted = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
-            return *outputs, *torch.autograd.grad(sum(x.sum() for x in outputs), wanted)
+            return *outputs, *torch.autograd.grad(outputs, wanted, grads)
 
-        check(step, run, plain, inputs)
-        benchmark.extra_info.update(
-            op=request.node.path.stem.removeprefix("bench_"),
-            size=next(name for name, size in SIZES.items() if size == parameters["size"]),
-            **{name: parameters[name] for name in ("dtype", "mode", "provider")},
-            case=parameters.get("case", ""),
-            bytes=moved_bytes,
-            flops=flops,
+        results = (
+            compared(*step(run, copies(inputs))),
+            compared(*step(plain, copies(inputs))),
+            step(exact or plain, copies(inputs, torch.float64)),
         )
+        for actual, rounded, true in zip(*results, strict=True):
+            assert_no_worse(actual, rounded, true)
+        del results, actual, rounded, true
+        row = {
+            "op": request.node.originalname.removeprefix("bench_"),
+            "size": next(name for name, size in SIZES.items() if size == parameters["size"]),
+            **{name: parameters[name] for name in ("dtype", "mode", "provider")},
+            "case": parameters.get("case", ""),
+            "bytes": moved_bytes,
+            "flops": flops,
+        }
+        benchmark.extra_info.update(row)
         benchmark.pedantic(step, (run, inputs), warmup_rounds=2)
         if benchmark.stats is None:  # --benchmark-disable: only the check was wanted
             return
-        once = benchmark.stats.stats.median
-        rounds = 20 if DEVICE == "cuda" else max(5, min(200, int(0.5 / once)))
-        times = sorted(seconds_of(lambda: step(run, inputs), rounds))
+        timed = partial(step, run, inputs)
+        graph = as_graph(timed) if DEVICE == "cuda" else None
+        rounds = max(5, min(200, int(0.5 / benchmark.stats.stats.median)))
+        times = sorted(seconds_of(graph or timed, rounds))
         low, median, high = (times[int(q * (len(times) - 1))] for q in (0.2, 0.5, 0.8))
         bound = max(moved_bytes / copy_bandwidth, flops / peaks[DTYPES[parameters["dtype"]]])
-        benchmark.extra_info.update(
-            p20=low, p50=median, p80=high, roofline_share=bound / statistics.median(times)
-        )
+        row |= {
+            "timed": "graph" if graph else "calls",
+            "p20": low,
+            "p50": median,
+            "p80": high,
+            "roofline_share": bound / statistics.median(times),
+        }
+        benchmark.extra_info.update(row)
+        rows = request.config.getoption("--rows")
+        if rows:
+            with rows.open("a") as file:
+                file.write(json.dumps(row) + "\n")
 
     return inner
 
 
-def check(step: Callable, run: Callable, plain: Callable, inputs: Sequence[Any]) -> None:
-    """Assert that results and gradients are no worse than the plain function's."""
+def copies(inputs: Sequence[Any], dtype: torch.dtype | None = None) -> list[Any]:
+    """Each tensor anew, those of numbers in `dtype` if it is given."""
 
-    def copies(dtype: torch.dtype | None = None) -> list[Any]:
-        def copy(x: Any) -> Any:
-            if not isinstance(x, Tensor):
-                return x
-            made = x.detach().clone().to(dtype if x.is_floating_point() else None)
-            return made.requires_grad_(x.requires_grad)
+    def copy(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        made = x.detach().clone().to(dtype if x.is_floating_point() else None)
+        return made.requires_grad_(x.requires_grad)
 
-        return [copy(x) for x in inputs]
-
-    results = [step(run, copies()), step(plain, copies()), step(plain, copies(torch.float64))]
-    for actual, rounded, exact in zip(*results, strict=True):
-        assert_no_worse(actual, rounded, exact)
+    return [copy(x) for x in inputs]

@@ -1,4 +1,4 @@
-"""A table and a plot of what `pytest bench/kernels --benchmark-json FILE` wrote.
+"""A table and a plot of what `pytest bench/kernels --benchmark-json FILE` wrote, or gpu_check.py.
 
 python bench/kernels/table.py FILE [--plot PNG]
 """
@@ -14,21 +14,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("file", type=Path)
     parser.add_argument("--plot", type=Path)
-    parser.add_argument("--rows", type=Path, help="the rows alone, without each round's time")
+    parser.add_argument("--rows", type=Path, help="of a benchmark's file, the rows alone")
     args = parser.parse_args()
     report = json.loads(args.file.read_text())
-    rows = [b["extra_info"] for b in report["benchmarks"]]
+    if "benchmarks" in report:
+        rows = [b["extra_info"] for b in report["benchmarks"]]
+    else:
+        rows = report["kernels"]
     if args.rows:
-        cpu = report["machine_info"]["cpu"].get("brand_raw", "unknown")
-        made = {"cpu": cpu, "commit": report["commit_info"]["id"], "date": report["datetime"]}
+        machine = report["machine_info"]
+        made = {"cpu": machine["cpu"].get("brand_raw", "unknown")}
+        made |= {name: machine.get(name) for name in ("torch", "threads")}
+        made |= {"commit": report["commit_info"]["id"], "date": report["datetime"]}
         args.rows.write_text(json.dumps({**made, "rows": rows}, indent=1) + "\n")
     cases = defaultdict(dict)
     for row in rows:
+        if "p50" not in row:  # it was interrupted, or its check failed
+            continue
         key = tuple(row[name] for name in ("op", "size", "case", "dtype", "mode"))
         cases[key][row["provider"]] = row
     for key, providers in cases.items():
         # The eager baseline: plain torch, and for attention torch's own flash kernel.
-        base = providers.get("reference") or providers.get("sdpa") or next(iter(providers.values()))
+        plain = ("sdpa", "flash-attention", "reference")
+        base = next((providers[name] for name in plain if name in providers), None)
+        base = base or next(iter(providers.values()))
         speeds = [
             f"{name} {base['p50'] / row['p50']:.2f}x ({row['roofline_share']:.0%} of roofline)"
             for name, row in providers.items()
@@ -38,7 +47,7 @@ def main() -> None:
             f"{' '.join(filter(None, key))}: {base['provider']} {1e3 * base['p50']:.3f} ms"
             f" ({base['roofline_share']:.0%}); {', '.join(speeds)}"
         )
-    if args.plot:
+    if args.plot and cases:
         plot(cases, args.plot)
 
 

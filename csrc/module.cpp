@@ -54,6 +54,14 @@ PYBIND11_MODULE(_C, m) {
     gen_fast::add_rms_norm(dtype(bf16), at<void>(x), at<void>(residual), at<void>(weight),
                            at<void>(total), at<void>(out), rows, size, eps);
   });
+  m.def("add_rms_norm_quantized", [](bool bf16, Address x, Address residual, Address weight,
+                                     Address total, Address out, Address scales, int64_t rows,
+                                     int64_t size, float eps) {
+    py::gil_scoped_release release;
+    gen_fast::add_rms_norm_quantized(dtype(bf16), at<void>(x), at<void>(residual), at<void>(weight),
+                                     at<void>(total), at<int8_t>(out), at<float>(scales), rows, size,
+                                     eps);
+  });
   m.def("add_rms_norm_backward", [](bool bf16, Address grad_normed, Address grad_total,
                                     Address total, Address weight, Address out, int64_t rows,
                                     int64_t size, float eps) {
@@ -71,6 +79,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("swiglu", [](bool bf16, Address gate_up, Address out, int64_t rows, int64_t size) {
     py::gil_scoped_release release;
     gen_fast::swiglu(dtype(bf16), at<void>(gate_up), at<void>(out), rows, size);
+  });
+  m.def("swiglu_quantized", [](bool bf16, Address gate_up, Address out, Address scales,
+                               int64_t rows, int64_t size) {
+    py::gil_scoped_release release;
+    gen_fast::swiglu_quantized(dtype(bf16), at<void>(gate_up), at<int8_t>(out), at<float>(scales),
+                               rows, size);
   });
   m.def("swiglu_backward", [](bool bf16, Address grad, Address gate_up, Address out, int64_t rows,
                               int64_t size) {
@@ -117,10 +131,18 @@ PYBIND11_MODULE(_C, m) {
     gen_fast::pool(dtype(bf16), at<void>(hidden), at<int32_t>(offsets), at<void>(norm_weight),
                    at<float>(row_weights), at<float>(out), texts, size, eps);
   });
+  m.def("pool_backward", [](bool bf16, Address grad, Address hidden, Address offsets,
+                            Address norm_weight, Address row_weights, Address out, int64_t texts,
+                            int64_t size, float eps) {
+    py::gil_scoped_release release;
+    gen_fast::pool_backward(dtype(bf16), at<float>(grad), at<void>(hidden), at<int32_t>(offsets),
+                            at<void>(norm_weight), at<float>(row_weights), at<void>(out), texts,
+                            size, eps);
+  });
   m.def("cross_entropy", [](bool bf16, Address logits, Address targets, Address losses,
                             int64_t rows, int64_t vocabulary) {
     py::gil_scoped_release release;
-    gen_fast::cross_entropy(dtype(bf16), at<void>(logits), at<int64_t>(targets),
+    return gen_fast::cross_entropy(dtype(bf16), at<void>(logits), at<int64_t>(targets),
                             at<float>(losses), rows, vocabulary);
   });
   // With the output's gradient it makes those of q, k and v; without, the output.

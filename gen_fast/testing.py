@@ -124,6 +124,21 @@ def assert_no_worse(actual: Tensor, reference: Tensor, exact: Tensor) -> None:
     assert error <= allowed, f"error {error:.2e} exceeds {allowed:.2e} in {actual.dtype}"
 
 
+def check_quantized(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    """Assert that quantised rows, scales and what else there is are equal but for rounding."""
+    torch.testing.assert_close(actual[1:], expected[1:], rtol=1e-5, atol=1e-6)
+    difference = (actual[0].int() - expected[0].int()).abs()
+    assert difference.max() <= 1
+    assert (difference > 0).float().mean() < 0.01
+
+
+def refuses_fp8(op: Any, device: str, kind: str, impl: str) -> bool:
+    """Whether `impl` of a quantising op has no fp8; then also assert that forcing it says so."""
+    why = op._implementations[impl].why_not(device, torch.bfloat16, kind, True)
+    assert why is None or "does not compute 'fp8'" in why
+    return why is not None
+
+
 def check_gradients(
     function: Callable[..., Any],
     reference: Callable[..., Any],

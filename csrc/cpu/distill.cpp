@@ -7,10 +7,14 @@
 
 namespace gen_fast {
 
-void cross_entropy(Dtype dtype, void* logits, const int64_t* targets, float* losses, int64_t rows,
-                   int64_t vocabulary) {
+int64_t cross_entropy(Dtype dtype, void* logits, const int64_t* targets, float* losses, int64_t rows,
+                      int64_t vocabulary) {
+  for (int64_t r = 0; r < rows; ++r) {
+    if (targets[r] < 0 || targets[r] >= vocabulary) return r;
+  }
   GEN_FAST_DISPATCH(cross_entropy)
   (dtype == Dtype::bf16, logits, targets, losses, rows, vocabulary);
+  return -1;
 }
 
 }  // namespace gen_fast
@@ -22,7 +26,6 @@ namespace gen_fast::GEN_FAST_ISA {
 
 template <class T>
 static float row_loss(T* logits, int64_t target, int64_t size) {
-  constexpr float log2_e = 1.442695041f;
   const float picked = to_float(logits[target]);
   vf top = splat(-INFINITY);
   float highest = -INFINITY;
@@ -33,13 +36,13 @@ static float row_loss(T* logits, int64_t target, int64_t size) {
 
   vf masses = {};
   float mass = 0;
-  for (i = 0; i + W <= size; i += W) masses += exp2((load(logits + i) - highest) * log2_e);
+  for (i = 0; i + W <= size; i += W) masses += exp2((load(logits + i) - highest) * LOG2_E);
   for (; i < size; ++i) mass += std::exp(to_float(logits[i]) - highest);
   mass += sum(masses);
 
   const float inverse = 1.0f / mass;
   for (i = 0; i + W <= size; i += W) {
-    store(logits + i, exp2((load(logits + i) - highest) * log2_e) * inverse);
+    store(logits + i, exp2((load(logits + i) - highest) * LOG2_E) * inverse);
   }
   for (; i < size; ++i) assign(logits + i, std::exp(to_float(logits[i]) - highest) * inverse);
   const float chance = std::exp(picked - highest) * inverse;

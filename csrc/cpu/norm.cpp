@@ -1,7 +1,9 @@
 // Residual add + RMSNorm: one pass reads x and residual and writes the sum, a second, from cache,
-// writes the normed row. Eager torch makes five.
+// writes the normed row. Eager torch reads the sum from memory again.
 #if !defined(GEN_FAST_ISA)
 #define GEN_FAST_SOURCE "cpu/norm.cpp"
+#include <vector>
+
 #include "common/each_isa.h"
 #include "cpu/ops.h"
 
@@ -11,6 +13,13 @@ void add_rms_norm(Dtype dtype, const void* x, const void* residual, const void* 
                   void* total, void* out, int64_t rows, int64_t size, float eps) {
   GEN_FAST_DISPATCH(add_rms_norm)
   (dtype == Dtype::bf16, x, residual, weight, total, out, rows, size, eps);
+}
+
+void add_rms_norm_quantized(Dtype dtype, const void* x, const void* residual, const void* weight,
+                            void* total, int8_t* out, float* scales, int64_t rows, int64_t size,
+                            float eps) {
+  GEN_FAST_DISPATCH(add_rms_norm_quantized)
+  (dtype == Dtype::bf16, x, residual, weight, total, out, scales, rows, size, eps);
 }
 
 void add_rms_norm_backward(Dtype dtype, const void* grad_normed, const void* grad_total,
@@ -24,11 +33,12 @@ void add_rms_norm_backward(Dtype dtype, const void* grad_normed, const void* gra
 
 #else
 #include "common/vector.h"
+#include "common/quantize.h"
 
 namespace gen_fast::GEN_FAST_ISA {
 
-template <class T>
-static void norm_row(const T* x, const T* residual, const T* weight, T* total, T* out,
+template <class T, class Out>
+static void norm_row(const T* x, const T* residual, const T* weight, T* total, Out* out,
                      int64_t size, float eps) {
   vf squares = {};
   float tail_squares = 0;
@@ -88,6 +98,21 @@ static void norm_rows(const void* x, const void* residual, const void* weight, v
 }
 
 template <class T>
+static void norm_rows_quantized(const void* x, const void* residual, const void* weight,
+                                void* total, int8_t* out, float* scales, int64_t rows,
+                                int64_t size, float eps) {
+  parallel_for(rows, 16384 / (size + 1), [&](int64_t begin, int64_t end) {
+    std::vector<float> normed(size);
+    for (int64_t r = begin; r < end; ++r) {
+      const int64_t at = r * size;
+      norm_row((const T*)x + at, (const T*)residual + at, (const T*)weight, (T*)total + at,
+               normed.data(), size, eps);
+      scales[r] = quantize_row(normed.data(), out + at, size);
+    }
+  });
+}
+
+template <class T>
 static void norm_rows_backward(const void* grad_normed, const void* grad_total,
                                const void* total, const void* weight, void* out, int64_t rows,
                                int64_t size, float eps) {
@@ -102,6 +127,13 @@ static void norm_rows_backward(const void* grad_normed, const void* grad_total,
 static void add_rms_norm(bool half, const void* x, const void* residual, const void* weight,
                          void* total, void* out, int64_t rows, int64_t size, float eps) {
   (half ? norm_rows<bf16> : norm_rows<float>)(x, residual, weight, total, out, rows, size, eps);
+}
+
+static void add_rms_norm_quantized(bool half, const void* x, const void* residual,
+                                   const void* weight, void* total, int8_t* out, float* scales,
+                                   int64_t rows, int64_t size, float eps) {
+  (half ? norm_rows_quantized<bf16> : norm_rows_quantized<float>)(x, residual, weight, total, out,
+                                                                  scales, rows, size, eps);
 }
 
 static void add_rms_norm_backward(bool half, const void* grad_normed, const void* grad_total,

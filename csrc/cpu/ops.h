@@ -11,6 +11,11 @@ enum class Dtype { f32, bf16 };
 void add_rms_norm(Dtype dtype, const void* x, const void* residual, const void* weight,
                   void* total, void* out, int64_t rows, int64_t size, float eps);
 
+// The same with the normed rows quantised before they reach memory: see quantize_rows.
+void add_rms_norm_quantized(Dtype dtype, const void* x, const void* residual, const void* weight,
+                            void* total, int8_t* out, float* scales, int64_t rows, int64_t size,
+                            float eps);
+
 // Gradient [rows, size] of x (and of the residual) from those of both results.
 void add_rms_norm_backward(Dtype dtype, const void* grad_normed, const void* grad_total,
                            const void* total, const void* weight, void* out, int64_t rows,
@@ -18,6 +23,10 @@ void add_rms_norm_backward(Dtype dtype, const void* grad_normed, const void* gra
 
 // out [rows, size] = silu(gate) * up, gate_up [rows, 2 * size].
 void swiglu(Dtype dtype, const void* gate_up, void* out, int64_t rows, int64_t size);
+
+// The same with the rows quantised before they reach memory: see quantize_rows.
+void swiglu_quantized(Dtype dtype, const void* gate_up, int8_t* out, float* scales, int64_t rows,
+                      int64_t size);
 
 // out [rows, 2 * size], the gradient of gate_up, from grad [rows, size].
 void swiglu_backward(Dtype dtype, const void* grad, const void* gate_up, void* out, int64_t rows,
@@ -57,8 +66,14 @@ void append_backward(Dtype dtype, const void* grad, const int64_t* ids, float* o
 void pool(Dtype dtype, const void* hidden, const int32_t* offsets, const void* norm_weight,
           const float* row_weights, float* out, int64_t texts, int64_t size, float eps);
 
-// losses [rows]: cross-entropy; logits [rows, vocabulary] become softmax - one-hot.
-void cross_entropy(Dtype dtype, void* logits, const int64_t* targets, float* losses, int64_t rows,
+// out [rows, size], the gradient of hidden, from grad [texts, size].
+void pool_backward(Dtype dtype, const float* grad, const void* hidden, const int32_t* offsets,
+                   const void* norm_weight, const float* row_weights, void* out, int64_t texts,
+                   int64_t size, float eps);
+
+// losses [rows]: cross-entropy; logits [rows, vocabulary] become softmax - one-hot. Returns the first
+// row whose target is no column, having written nothing; -1 if there is none.
+int64_t cross_entropy(Dtype dtype, void* logits, const int64_t* targets, float* losses, int64_t rows,
                    int64_t vocabulary);
 
 enum class Mask { causal, bidirectional, gem };

@@ -13,6 +13,13 @@ void pool(Dtype dtype, const void* hidden, const int32_t* offsets, const void* n
   (dtype == Dtype::bf16, hidden, offsets, norm_weight, row_weights, out, texts, size, eps);
 }
 
+void pool_backward(Dtype dtype, const float* grad, const void* hidden, const int32_t* offsets,
+                   const void* norm_weight, const float* row_weights, void* out, int64_t texts,
+                   int64_t size, float eps) {
+  GEN_FAST_DISPATCH(pool_backward)
+  (dtype == Dtype::bf16, grad, hidden, offsets, norm_weight, row_weights, out, texts, size, eps);
+}
+
 }  // namespace gen_fast
 
 #else
@@ -21,7 +28,7 @@ void pool(Dtype dtype, const void* hidden, const int32_t* offsets, const void* n
 namespace gen_fast::GEN_FAST_ISA {
 
 template <class T>
-static void add_row(const T* row, float* out, int64_t size, float weight, float eps) {
+static void add_row(const T* row, float* out, int64_t size, float share, float eps) {
   vf squares = {};
   float tail = 0;
   int64_t i = 0;
@@ -30,7 +37,7 @@ static void add_row(const T* row, float* out, int64_t size, float weight, float 
     squares += v * v;
   }
   for (; i < size; ++i) tail += to_float(row[i]) * to_float(row[i]);
-  const float scale = weight / std::sqrt((sum(squares) + tail) / (float)size + eps);
+  const float scale = share / std::sqrt((sum(squares) + tail) / (float)size + eps);
   for (i = 0; i + W <= size; i += W) store(out + i, load(out + i) + load(row + i) * scale);
   for (; i < size; ++i) out[i] += to_float(row[i]) * scale;
 }
@@ -45,8 +52,8 @@ static void pool_texts(const void* hidden, const int32_t* offsets, const void* n
       std::memset(mean, 0, size * sizeof(float));
       const int32_t first = offsets[t], last = offsets[t + 1];
       for (int32_t r = first; r < last; ++r) {
-        const float weight = row_weights ? row_weights[r] : 1.0f / (float)(last - first);
-        add_row((const T*)hidden + r * size, mean, size, weight, eps);
+        const float share = row_weights ? row_weights[r] : 1.0f / (float)(last - first);
+        add_row((const T*)hidden + r * size, mean, size, share, eps);
       }
       // The mean of no rows is NaN, as 0/0 is.
       const float known = first < last ? 1.0f : NAN;
@@ -55,10 +62,61 @@ static void pool_texts(const void* hidden, const int32_t* offsets, const void* n
   });
 }
 
+// With r = (mean(x²) + eps)^(-1/2): share · r · (g·w − x·r²·mean(g·w·x)), as in norm.
+template <class T>
+static void differentiate_row(const float* grad, const T* row, const T* weight, T* out,
+                              int64_t size, float share, float eps) {
+  vf squares = {}, products = {};
+  float tail_squares = 0, tail_products = 0;
+  int64_t i = 0;
+  for (; i + W <= size; i += W) {
+    const vf x = load(row + i);
+    squares += x * x;
+    products += x * (load(grad + i) * load(weight + i));
+  }
+  for (; i < size; ++i) {
+    const float x = to_float(row[i]);
+    tail_squares += x * x;
+    tail_products += x * grad[i] * to_float(weight[i]);
+  }
+  const float scale = 1.0f / std::sqrt((sum(squares) + tail_squares) / (float)size + eps);
+  const float shared = scale * scale * (sum(products) + tail_products) / (float)size;
+  const float factor = share * scale;
+  for (i = 0; i + W <= size; i += W) {
+    store(out + i, (load(grad + i) * load(weight + i) - load(row + i) * shared) * factor);
+  }
+  for (; i < size; ++i) {
+    assign(out + i, (grad[i] * to_float(weight[i]) - to_float(row[i]) * shared) * factor);
+  }
+}
+
+template <class T>
+static void differentiate_texts(const float* grad, const void* hidden, const int32_t* offsets,
+                                const void* norm_weight, const float* row_weights, void* out,
+                                int64_t texts, int64_t size, float eps) {
+  parallel_for(texts, 16384 / (size + 1), [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      const int32_t first = offsets[t], last = offsets[t + 1];
+      for (int32_t r = first; r < last; ++r) {
+        const float share = row_weights ? row_weights[r] : 1.0f / (float)(last - first);
+        differentiate_row(grad + t * size, (const T*)hidden + r * size, (const T*)norm_weight,
+                          (T*)out + r * size, size, share, eps);
+      }
+    }
+  });
+}
+
 static void pool(bool half, const void* hidden, const int32_t* offsets, const void* norm_weight,
                  const float* row_weights, float* out, int64_t texts, int64_t size, float eps) {
   (half ? pool_texts<bf16> : pool_texts<float>)(hidden, offsets, norm_weight, row_weights, out,
                                                 texts, size, eps);
+}
+
+static void pool_backward(bool half, const float* grad, const void* hidden, const int32_t* offsets,
+                          const void* norm_weight, const float* row_weights, void* out,
+                          int64_t texts, int64_t size, float eps) {
+  (half ? differentiate_texts<bf16> : differentiate_texts<float>)(
+      grad, hidden, offsets, norm_weight, row_weights, out, texts, size, eps);
 }
 
 }  // namespace gen_fast::GEN_FAST_ISA

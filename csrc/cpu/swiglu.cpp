@@ -1,6 +1,8 @@
 // silu(gate) * up in one pass; eager torch makes two and keeps an intermediate.
 #if !defined(GEN_FAST_ISA)
 #define GEN_FAST_SOURCE "cpu/swiglu.cpp"
+#include <vector>
+
 #include "common/each_isa.h"
 #include "cpu/ops.h"
 
@@ -8,6 +10,11 @@ namespace gen_fast {
 
 void swiglu(Dtype dtype, const void* gate_up, void* out, int64_t rows, int64_t size) {
   GEN_FAST_DISPATCH(swiglu)(dtype == Dtype::bf16, gate_up, out, rows, size);
+}
+
+void swiglu_quantized(Dtype dtype, const void* gate_up, int8_t* out, float* scales, int64_t rows,
+                      int64_t size) {
+  GEN_FAST_DISPATCH(swiglu_quantized)(dtype == Dtype::bf16, gate_up, out, scales, rows, size);
 }
 
 void swiglu_backward(Dtype dtype, const void* grad, const void* gate_up, void* out, int64_t rows,
@@ -19,6 +26,7 @@ void swiglu_backward(Dtype dtype, const void* grad, const void* gate_up, void* o
 
 #else
 #include "common/vector.h"
+#include "common/quantize.h"
 
 namespace gen_fast::GEN_FAST_ISA {
 
@@ -28,8 +36,8 @@ static inline vf sigmoid(vf x) {
 
 static inline float sigmoid(float x) { return 1.0f / (1.0f + std::exp(-x)); }
 
-template <class T>
-static void swiglu_row(const T* gate, const T* up, T* out, int64_t size) {
+template <class T, class Out>
+static void swiglu_row(const T* gate, const T* up, Out* out, int64_t size) {
   int64_t i = 0;
   for (; i + W <= size; i += W) {
     const vf g = load(gate + i);
@@ -69,6 +77,19 @@ static void swiglu_rows(const void* gate_up, void* out, int64_t rows, int64_t si
 }
 
 template <class T>
+static void swiglu_rows_quantized(const void* gate_up, int8_t* out, float* scales, int64_t rows,
+                                  int64_t size) {
+  parallel_for(rows, 16384 / (size + 1), [&](int64_t begin, int64_t end) {
+    std::vector<float> result(size);
+    for (int64_t r = begin; r < end; ++r) {
+      const T* gate = (const T*)gate_up + r * 2 * size;
+      swiglu_row(gate, gate + size, result.data(), size);
+      scales[r] = quantize_row(result.data(), out + r * size, size);
+    }
+  });
+}
+
+template <class T>
 static void swiglu_rows_backward(const void* grad, const void* gate_up, void* out, int64_t rows,
                                  int64_t size) {
   parallel_for(rows, 16384 / (size + 1), [&](int64_t begin, int64_t end) {
@@ -83,6 +104,12 @@ static void swiglu_rows_backward(const void* grad, const void* gate_up, void* ou
 
 static void swiglu(bool half, const void* gate_up, void* out, int64_t rows, int64_t size) {
   (half ? swiglu_rows<bf16> : swiglu_rows<float>)(gate_up, out, rows, size);
+}
+
+static void swiglu_quantized(bool half, const void* gate_up, int8_t* out, float* scales,
+                             int64_t rows, int64_t size) {
+  (half ? swiglu_rows_quantized<bf16> : swiglu_rows_quantized<float>)(gate_up, out, scales, rows,
+                                                                      size);
 }
 
 static void swiglu_backward(bool half, const void* grad, const void* gate_up, void* out,

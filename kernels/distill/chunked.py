@@ -38,6 +38,7 @@ def distill(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `op.distill`."""
     rows, vocabulary = hidden.shape[0], head.shape[0]
+    targets = targets.contiguous()
     losses = hidden.new_zeros(rows, dtype=torch.float32)
     to_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
     if rows:

@@ -13,9 +13,10 @@ from . import chunked, reference
 ALIGNMENTS = ("mse", "cosine")
 
 # Bytes of logits at a time. On a CPU an eighth of 1,365 rows of SmolLM2's vocabulary in bfloat16,
-# at some loss of speed (training takes more, see step.py); a GPU must read the head for enough rows
-# (1,700 of Qwen3's vocabulary in bfloat16) to be bound by arithmetic.
-CPU_MEMORY, GPU_MEMORY = 16 << 20, 512 << 20
+# at some loss of speed (training takes more, see step.py); a GPU needs the gradient of some
+# thousand rows at once (7,000 of Qwen3's vocabulary in bfloat16) to have a tile for each of its
+# processors.
+CPU_MEMORY, GPU_MEMORY = 16 << 20, 2 << 30
 
 OP = Op(
     "distill",
@@ -45,11 +46,13 @@ def _cpu(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _cpu_row_loss(logits: Tensor, targets: Tensor, losses: Tensor) -> None:
-    native.module().cross_entropy(
+    wrong = native.module().cross_entropy(
         logits.dtype == torch.bfloat16,
         *map(native.address, (logits, targets, losses)),
         *logits.shape,
     )
+    if wrong >= 0:
+        raise OpError(f"target {int(targets[wrong])} is not one of 0 … {logits.shape[1] - 1}")
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -88,9 +91,11 @@ def distill(
     tokens, texts: what the sums over rows and texts are divided by; N and B by default. With the
     counts of the whole batch, sums over its parts (micro-batches, ranks) are exact means.
     alignment: "mse", the mean over texts and dimensions, or "cosine", the mean of 1 - cosine.
-    memory: bytes for logits, by default 16 MiB on a CPU and 512 MiB on a GPU; all N · V of them are
-    never stored, except by the reference.
-    Gradients reach `hidden` and `student`. Raises OpError for shapes that do not fit.
+    memory: bytes for logits, by default 16 MiB on a CPU and 2 GiB on a GPU; more of them are never
+    stored, except by the reference.
+    Gradients reach `hidden` and `student`. Raises OpError for shapes that do not fit, and on a CPU
+    for a target that is no row of the head; on a GPU, where asking would stop the host, the loss
+    is then NaN.
 
     Source: LLM2Vec-Gen, arXiv 2603.10913, §3; the chunks after Liger-Kernel, arXiv 2410.10989.
     """
@@ -101,7 +106,12 @@ def distill(
             f"student embeddings {list(student.shape)} and teacher embeddings"
             f" {list(teacher.shape)} must have one shape"
         )
-    if hidden.shape[0] != targets.shape[0] or hidden.shape[1] != head.shape[1]:
+    if targets.dtype != torch.int64 or hidden.dtype != head.dtype:
+        raise OpError(
+            f"targets must be int64, not {targets.dtype}, and hidden {hidden.dtype} and head"
+            f" {head.dtype} of one dtype"
+        )
+    if hidden.shape[:1] != targets.shape or hidden.shape[1] != head.shape[1]:
         raise OpError(
             f"hidden {list(hidden.shape)}, head {list(head.shape)} and targets"
             f" {list(targets.shape)} do not fit together"

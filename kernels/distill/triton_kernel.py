@@ -14,7 +14,8 @@ def _row_loss(logits, targets, losses, vocabulary, stride, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
     target = tl.load(targets + row)
-    picked = tl.load(logits + target).to(tl.float32)
+    known = (target >= 0) & (target < vocabulary)
+    picked = tl.load(logits + target, mask=known, other=float("nan")).to(tl.float32)
     # Online: the largest logit so far, and the sum of exponentials relative to it.
     peak = tl.full([BLOCK], float("-inf"), tl.float32)
     mass = tl.zeros([BLOCK], tl.float32)

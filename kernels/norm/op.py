@@ -5,10 +5,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gen_fast.errors import OpError
 from gen_fast.ops import Op, gpu, native
-from gen_fast.ops.qlinear import fake_quantized
+from gen_fast.ops.qlinear import check_format, fake_quantized
 
 from . import reference
+
+
+def _check(x: Tensor, residual: Tensor, weight: Tensor, eps: float, *variant: str) -> None:
+    if x.shape != residual.shape or x.shape[-1:] != weight.shape:
+        raise OpError(
+            f"x {list(x.shape)}, residual {list(residual.shape)} and weight {list(weight.shape)}"
+            " do not fit together"
+        )
+    if not x.dtype == residual.dtype == weight.dtype:
+        raise OpError(
+            f"x, residual and weight must have one dtype, not {x.dtype}, {residual.dtype},"
+            f" {weight.dtype}"
+        )
+    if variant:
+        check_format(*variant)
+
 
 BACKWARD = Op(
     "norm_backward",
@@ -20,12 +37,14 @@ OP = Op(
     "(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)",
     lambda x, residual, weight, eps: (x.new_empty(x.shape), x.new_empty(x.shape)),
     BACKWARD,
+    _check,
 )
 QUANTIZED = Op(
     "norm_quantized",
     "(Tensor x, Tensor residual, Tensor weight, float eps, str variant)"
     " -> (Tensor, Tensor, Tensor)",
     lambda x, residual, weight, eps, variant: (*fake_quantized(x, variant), x.new_empty(x.shape)),
+    check=_check,
 )
 OP.register("reference")(reference.add_rms_norm)
 BACKWARD.register("reference")(reference.add_rms_norm_backward)
@@ -110,6 +129,21 @@ def _cpu(
     return out, total
 
 
+@QUANTIZED.register("cpu", **native.ON_CPU, variants=("int8",))
+def _cpu_quantized(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, variant: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    x, weight, residual = x.contiguous(), weight.contiguous(), residual.contiguous()
+    total = torch.empty_like(residual)
+    out, scales = fake_quantized(x, variant)
+    native.module().add_rms_norm_quantized(
+        total.dtype == torch.bfloat16,
+        *map(native.address, (x, residual, weight, total, out, scales)),
+        *(*out.shape, eps),
+    )
+    return out, scales, total
+
+
 @BACKWARD.register("cpu", **native.ON_CPU)
 def _cpu_backward(
     grad_normed: Tensor, grad_total: Tensor, total: Tensor, weight: Tensor, eps: float
@@ -162,6 +196,7 @@ def add_rms_norm(
 
     x, residual [T, h], weight [h], one dtype. Returns (rms_norm(x + residual), x + residual).
     inplace: the sum may be written into `residual`. The weight is frozen: it gets no gradient.
+    Raises OpError for shapes or dtypes that do not fit.
     """
     result: tuple[Tensor, Tensor] = OP(x, residual, weight, eps, impl=impl, inplace=inplace)
     return result

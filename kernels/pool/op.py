@@ -7,15 +7,29 @@ from torch import Tensor
 from torch.nn.functional import linear
 from torch.nn.functional import normalize as l2_normalize
 
+from gen_fast.errors import OpError
 from gen_fast.ops import Op, gpu, native
 
 from . import reference
 
+
+def _check(
+    hidden: Tensor, offsets: Tensor, norm_weight: Tensor, eps: float, row_weights: Tensor | None
+) -> None:
+    if hidden.dim() != 2 or offsets.dim() != 1 or hidden.shape[1:] != norm_weight.shape:
+        raise OpError(
+            f"hidden {list(hidden.shape)}, offsets {list(offsets.shape)} and norm weight"
+            f" {list(norm_weight.shape)} do not fit together"
+        )
+    if row_weights is not None and row_weights.shape != hidden.shape[:1]:
+        raise OpError(f"{hidden.shape[0]} rows need as many weights, not {list(row_weights.shape)}")
+
+
 BACKWARD = Op(
     "pool_backward",
-    "(Tensor grad, Tensor hidden, Tensor offsets, Tensor norm_weight, float eps,"
+    "(Tensor hidden, Tensor grad, Tensor offsets, Tensor norm_weight, float eps,"
     " Tensor? row_weights) -> Tensor",
-    lambda grad, hidden, offsets, norm_weight, eps, row_weights: hidden.new_empty(hidden.shape),
+    lambda hidden, *rest: hidden.new_empty(hidden.shape),
 )
 OP = Op(
     "pool",
@@ -26,6 +40,7 @@ OP = Op(
         dtype=torch.promote_types(hidden.dtype, torch.float32),
     ),
     BACKWARD,
+    _check,
 )
 OP.register("reference")(reference.pool)
 BACKWARD.register("reference")(reference.pool_backward)
@@ -61,8 +76,8 @@ def _triton(
 
 @BACKWARD.register("triton", **gpu.ON_GPU)
 def _triton_backward(
-    grad: Tensor,
     hidden: Tensor,
+    grad: Tensor,
     offsets: Tensor,
     norm_weight: Tensor,
     eps: float,
@@ -70,7 +85,7 @@ def _triton_backward(
 ) -> Tensor:
     from . import triton_kernel
 
-    return triton_kernel.pool_backward(grad, hidden, offsets, norm_weight, eps, row_weights)
+    return triton_kernel.pool_backward(hidden, grad, offsets, norm_weight, eps, row_weights)
 
 
 @OP.register("cpu", **native.ON_CPU)
@@ -89,6 +104,27 @@ def _cpu(
     return out
 
 
+@BACKWARD.register("cpu", **native.ON_CPU)
+def _cpu_backward(
+    hidden: Tensor,
+    grad: Tensor,
+    offsets: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    row_weights: Tensor | None,
+) -> Tensor:
+    hidden, norm_weight = hidden.contiguous(), norm_weight.to(hidden.dtype).contiguous()
+    offsets, grad = offsets.to(torch.int32).contiguous(), grad.float().contiguous()
+    weights = None if row_weights is None else row_weights.float().contiguous()
+    out = hidden.new_zeros(hidden.shape)  # filler has no gradient
+    native.module().pool_backward(
+        hidden.dtype == torch.bfloat16,
+        *map(native.address, (grad, hidden, offsets, norm_weight, weights, out)),
+        *(*grad.shape, eps),
+    )
+    return out
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     hidden, offsets, norm_weight, ctx.eps, row_weights = inputs
     ctx.save_for_backward(hidden, offsets, norm_weight, row_weights)
@@ -97,7 +133,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     hidden, offsets, norm_weight, row_weights = ctx.saved_tensors
     result = BACKWARD.torch_op(
-        grad, hidden, offsets, norm_weight, ctx.eps, row_weights, impl=ctx.impl
+        hidden, grad, offsets, norm_weight, ctx.eps, row_weights, impl=ctx.impl
     )
     return result, *(None,) * 4
 
@@ -124,6 +160,7 @@ def pool(
     row_weights [R]: weights that sum to 1 within a text; None takes the plain mean.
     projection [d, h], bias [d]: the collapsed W_A·W_R of LLM2Vec-Gen; None leaves the mean.
     normalize: divide by the L2 norm. A text without rows gives NaN: callers refuse it before.
+    Raises OpError for shapes that do not fit.
 
     torch.ops.gen_fast.pool is the norm and the mean, which are bound by memory; the projection of
     a batch of means is one product, which the vendor's library does best.

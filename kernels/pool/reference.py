@@ -21,8 +21,8 @@ def pool(
 
 
 def pool_backward(
-    grad: Tensor,
     hidden: Tensor,
+    grad: Tensor,
     offsets: Tensor,
     norm_weight: Tensor,
     eps: float,

@@ -69,7 +69,7 @@ def pool(
         block = gpu.power_of_two(size)
         gpu.launch(
             *(_forward, (texts,), hidden, offsets.contiguous(), norm_weight.contiguous()),
-            *(row_weights, out, size, hidden.stride(0), eps),
+            *(_dense(row_weights), out, size, hidden.stride(0), eps),
             HAS_WEIGHTS=row_weights is not None,
             BLOCK=block,
             num_warps=max(4, gpu.row_warps(block)),
@@ -77,9 +77,13 @@ def pool(
     return out
 
 
+def _dense(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
 def pool_backward(
-    grad: Tensor,
     hidden: Tensor,
+    grad: Tensor,
     offsets: Tensor,
     norm_weight: Tensor,
     eps: float,
@@ -93,7 +97,7 @@ def pool_backward(
         block = gpu.power_of_two(size)
         gpu.launch(
             *(_backward, (texts,), grad.float().contiguous(), hidden, offsets.contiguous()),
-            *(norm_weight.contiguous(), row_weights, out, size, hidden.stride(0), eps),
+            *(norm_weight.contiguous(), _dense(row_weights), out, size, hidden.stride(0), eps),
             HAS_WEIGHTS=row_weights is not None,
             BLOCK=block,
             num_warps=max(4, gpu.row_warps(block)),

@@ -15,7 +15,24 @@ def fake_quantized(x: Tensor, variant: str) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[0], dtype=torch.float32)
 
 
-OP = Op("quantize_rows", "(Tensor x, str variant) -> (Tensor, Tensor)", fake_quantized)
+def check_format(variant: str) -> None:
+    """Raise OpError unless rows quantise to `variant`."""
+    if variant not in reference.FORMATS:
+        raise OpError(f"rows quantise to {', '.join(reference.FORMATS)}, not to {variant!r}")
+
+
+def _check(x: Tensor, variant: str) -> None:
+    check_format(variant)
+    if x.dim() != 2:
+        raise OpError(f"rows to quantise are a matrix, not of shape {list(x.shape)}")
+
+
+OP = Op(
+    "quantize_rows",
+    "(Tensor x, str variant) -> (Tensor, Tensor)",
+    fake_quantized,
+    check=_check,
+)
 OP.register("reference")(reference.quantize_rows)
 
 
@@ -44,11 +61,9 @@ def quantize_rows(
     dtype "int8" gives torch.int8 in [-127, 127], rounded to nearest even; "fp8" gives
     torch.float8_e4m3fn. scale = max|row| / 127 (448 for fp8), so x ≈ q · scale. No gradient.
     Norm and swiglu do the same to their own result before it reaches memory.
-    Raises OpError for another dtype.
+    Raises OpError for another dtype, or if `x` is no matrix.
 
     Source: Dettmers et al., arXiv 2208.07339, §2 (row-wise absmax).
     """
-    if dtype not in reference.FORMATS:
-        raise OpError(f"rows quantise to {', '.join(reference.FORMATS)}, not to {dtype!r}")
     result: tuple[Tensor, Tensor] = OP(x, dtype, impl=impl)
     return result

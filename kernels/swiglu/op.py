@@ -5,10 +5,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gen_fast.errors import OpError
 from gen_fast.ops import Op, gpu, native
-from gen_fast.ops.qlinear import fake_quantized
+from gen_fast.ops.qlinear import check_format, fake_quantized
 
 from . import reference
+
+
+def _check(gate_up: Tensor, *variant: str) -> None:
+    if gate_up.dim() != 2 or gate_up.shape[1] % 2:
+        raise OpError(f"gate and up are halves of rows, not of shape {list(gate_up.shape)}")
+    if variant:
+        check_format(*variant)
 
 
 def _fake(gate_up: Tensor) -> Tensor:
@@ -20,11 +28,12 @@ BACKWARD = Op(
     "(Tensor grad, Tensor gate_up) -> Tensor",
     lambda grad, gate_up: torch.empty_like(gate_up, memory_format=torch.contiguous_format),
 )
-OP = Op("swiglu", "(Tensor gate_up) -> Tensor", _fake, BACKWARD)
+OP = Op("swiglu", "(Tensor gate_up) -> Tensor", _fake, BACKWARD, _check)
 QUANTIZED = Op(
     "swiglu_quantized",
     "(Tensor gate_up, str variant) -> (Tensor, Tensor)",
     lambda gate_up, variant: fake_quantized(_fake(gate_up), variant),
+    check=_check,
 )
 OP.register("reference")(reference.swiglu)
 BACKWARD.register("reference")(reference.swiglu_backward)
@@ -63,6 +72,16 @@ def _cpu(gate_up: Tensor) -> Tensor:
     return out
 
 
+@QUANTIZED.register("cpu", **native.ON_CPU, variants=("int8",))
+def _cpu_quantized(gate_up: Tensor, variant: str) -> tuple[Tensor, Tensor]:
+    gate_up = gate_up.contiguous()
+    out, scales = fake_quantized(_fake(gate_up), variant)
+    native.module().swiglu_quantized(
+        gate_up.dtype == torch.bfloat16, *map(native.address, (gate_up, out, scales)), *out.shape
+    )
+    return out, scales
+
+
 @BACKWARD.register("cpu", **native.ON_CPU)
 def _cpu_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
     grad, gate_up = grad.contiguous(), gate_up.contiguous()
@@ -87,6 +106,8 @@ OP.differentiate(_save, _gradient)
 
 def swiglu(gate_up: Tensor, *, impl: str | None = None) -> Tensor:
     """silu(gate) · up for `gate_up` [T, 2f], gate first. Returns [T, f] in the same dtype.
+
+    Raises OpError for another shape.
 
     Source: Shazeer, arXiv 2002.05202, eq. 6.
     """

@@ -8,12 +8,14 @@ from gen_fast.ops import Op
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Parametrise (device, impl) over a module's OP; `device, grad_impl` over those with BACKWARD.
+    """Parametrise (device, impl) over a module's OP; `grad_impl` over those with a backward op.
 
+    `quantized_impl` goes over its QUANTIZED.
     Triton runs on the CPU in its interpreter (see tests/conftest.py).
     """
-    for name in {"impl", "grad_impl"} & set(metafunc.fixturenames):
-        ops: list[Op] = [metafunc.module.OP]
+    for name in {"impl", "grad_impl", "quantized_impl"} & set(metafunc.fixturenames):
+        which = "QUANTIZED" if name == "quantized_impl" else "OP"
+        ops: list[Op] = [getattr(metafunc.module, which)]
         if name == "grad_impl":
             ops.append(metafunc.module.OP.backward)
         cases = []

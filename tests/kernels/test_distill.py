@@ -43,6 +43,25 @@ def test_losses_and_gradients_match_float64(vocabulary, rows, kind, dtype, devic
     check_gradients(run, lambda *leaves: plain(*leaves, kind), tensors, impl, device)
 
 
+@pytest.mark.parametrize("bad", [-100, -1, 7])
+def test_a_target_that_is_no_row_of_the_head(bad):
+    """Refused where asking costs nothing; on a GPU the loss cannot be mistaken for one."""
+    hidden, head, targets, *rest = (x.detach() for x in inputs(5, 24, 7, torch.float32))
+    targets[3] = bad
+    if "cpu" in OP.implementations("cpu"):
+        with pytest.raises(gen_fast.OpError, match=rf"target {bad} is not one of 0 … 6"):
+            distill(hidden, head, targets, *rest, impl="cpu")
+    if "triton" in OP.implementations("cpu"):
+        assert distill(hidden, head, targets, *rest, impl="triton")[0].isnan()
+
+
+def test_targets_may_be_strided(device, impl):
+    hidden, head, targets, *rest = (x.detach().to(device) for x in inputs(5, 24, 7, torch.float32))
+    strided = torch.stack((targets, targets + 100), 1)[:, 0]
+    expected = distill(hidden, head, targets, *rest, impl=impl)
+    assert torch.equal(distill(hidden, head, strided, *rest, impl=impl)[0], expected[0])
+
+
 def test_parts_of_a_batch_add_up_to_the_whole(device, impl):
     hidden, head, targets, student, teacher = (
         x.detach().to(device) for x in inputs(20, 8, 30, torch.float32)

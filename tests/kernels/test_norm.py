@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
+import gen_fast
 from gen_fast.ops.norm import (
     BACKWARD,
     OP,
@@ -11,7 +12,7 @@ from gen_fast.ops.norm import (
     rms_norm,
 )
 from gen_fast.ops.norm.reference import add_rms_norm as reference
-from gen_fast.testing import assert_no_worse, check_gradients
+from gen_fast.testing import assert_no_worse, check_gradients, check_quantized, refuses_fp8
 
 SHAPES = [(0, 48), (1, 1), (1, 63), (7, 576), (33, 1000)]
 
@@ -58,13 +59,18 @@ def test_non_contiguous_input(device, impl):
         residual = residual.clone()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1, 250, 1000])
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
-@pytest.mark.parametrize("quantizer", QUANTIZED.implementations("cpu"))
-def test_quantised_rows_are_those_of_the_unrounded_norm(quantizer, kind, with_carry):
+def test_quantised_rows_are_those_of_the_unrounded_norm(
+    kind, size, dtype, with_carry, device, quantized_impl
+):
+    if refuses_fp8(QUANTIZED, device, kind, quantized_impl):
+        return
     torch.manual_seed(0)
-    x, residual = torch.randn(2, 5, 250).bfloat16()
-    weight = torch.randn(250).bfloat16()
-    q, scale, total = add_rms_norm_quantized(x, residual, weight, 1e-5, kind, impl=quantizer)
+    x, residual = torch.randn(2, 5, size).to(device, dtype)
+    weight = torch.randn(size).to(device, dtype)
+    q, scale, total = add_rms_norm_quantized(x, residual, weight, 1e-5, kind, impl=quantized_impl)
     normed, expected = reference(x.double(), residual.double(), weight.double(), 1e-5)
     assert_no_worse(total, x + residual, expected)
     scale = scale.unsqueeze(-1)
@@ -86,6 +92,40 @@ def test_rms_norm_of_a_constant_row_is_the_weight():
 def test_every_instruction_set(isa_level, shape, dtype):
     test_add_rms_norm_matches_float64(shape, dtype, True, "cpu", "cpu")
     test_gradient(shape, dtype, "cpu", "cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1, 63, 576, 1000])
+def test_quantised_rows_of_every_instruction_set(isa_level, size, dtype):
+    torch.manual_seed(0)
+    x, residual, weight = *torch.randn(2, 7, size).to(dtype), torch.randn(size).to(dtype)
+    check_quantized(
+        add_rms_norm_quantized(x, residual, weight, 1e-5, impl="cpu"),
+        add_rms_norm_quantized(x, residual, weight, 1e-5, impl="reference"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"residual": torch.ones(3, 8)}, "do not fit"),
+        ({"weight": torch.ones(1)}, "do not fit"),
+        ({"residual": torch.ones(2, 8).bfloat16()}, "one dtype"),
+        ({"weight": torch.ones(8).double()}, "one dtype"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change, message):
+    arguments = {"x": torch.ones(2, 8), "residual": torch.ones(2, 8), "weight": torch.ones(8)}
+    arguments |= change
+    with pytest.raises(gen_fast.OpError, match=message):
+        add_rms_norm(**arguments, eps=1e-5)
+    with pytest.raises(gen_fast.OpError, match=message):
+        OP.torch_op(*arguments.values(), 1e-5)
+
+
+def test_an_unknown_format_is_refused():
+    with pytest.raises(gen_fast.OpError, match="not to 'int3'"):
+        add_rms_norm_quantized(*torch.ones(2, 2, 8), torch.ones(8), 1e-5, "int3")
 
 
 def test_opcheck():

@@ -2,11 +2,15 @@ import pytest
 import torch
 from torch.library import opcheck
 
+import gen_fast
 from gen_fast.ops.pool import BACKWARD, OP, pool
 from gen_fast.ops.pool.reference import pool as reference
 from gen_fast.testing import assert_no_worse, check_gradients
 
 OFFSETS = [0, 1, 11, 14, 15]
+# One column, a tail beside whole vectors, and (on a GPU) several vectors a thread.
+SIZES = [1, 48, 63, 1000]
+SHAPES = [(48, False), (48, True), (1, False), (1000, False)]
 
 
 def plain(hidden, offsets, norm, eps, weights=None, projection=None, bias=None, normalize=False):
@@ -27,14 +31,14 @@ def inputs(dtype, weighted, projected, size=48):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("projected", [False, True])
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("normalize", [False, True])
-def test_matches_float64(normalize, weighted, projected, dtype, device, impl):
+@pytest.mark.parametrize(("size", "normalize"), SHAPES)
+def test_matches_float64(size, normalize, weighted, projected, dtype, device, impl):
     def to(x, dtype=None):
         if not isinstance(x, torch.Tensor):
             return x
         return x.to(device, dtype if x.is_floating_point() else None)
 
-    arguments = inputs(dtype, weighted, projected)
+    arguments = inputs(dtype, weighted, projected, size)
     exact = plain(*(to(x, torch.float64) for x in arguments), normalize)
     rounded = plain(*map(to, arguments), normalize)
     actual = pool(*map(to, arguments), normalize, impl=impl)
@@ -44,9 +48,9 @@ def test_matches_float64(normalize, weighted, projected, dtype, device, impl):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("normalize", [False, True])
-def test_gradient(normalize, weighted, dtype, device, grad_impl):
-    hidden, offsets, norm, eps, weights, projection, bias = inputs(dtype, weighted, True)
+@pytest.mark.parametrize(("size", "normalize"), SHAPES)
+def test_gradient(size, normalize, weighted, dtype, device, grad_impl):
+    hidden, offsets, norm, eps, weights, projection, bias = inputs(dtype, weighted, True, size)
     trained = (x.requires_grad_() for x in (hidden, projection, bias))
     hidden, projection, bias = trained
     arguments = (hidden, offsets, norm, eps, weights, projection, bias, normalize)
@@ -72,11 +76,29 @@ def test_mean_then_projection_equals_projection_then_mean():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_every_instruction_set(isa_level, weighted, dtype):
-    test_matches_float64(False, weighted, False, dtype, "cpu", "cpu")
+    for size in SIZES:
+        test_matches_float64(size, False, weighted, False, dtype, "cpu", "cpu")
+        test_gradient(size, False, weighted, dtype, "cpu", "cpu")
+
+
+def test_what_does_not_fit_is_refused():
+    hidden, offsets, norm = torch.ones(3, 8), torch.tensor([0, 3]).int(), torch.ones(8)
+    with pytest.raises(gen_fast.OpError, match="do not fit"):
+        pool(hidden, offsets, norm[:7], 1e-5)
+    with pytest.raises(gen_fast.OpError, match="3 rows need as many weights"):
+        pool(hidden, offsets, norm, 1e-5, torch.ones(2))
+
+
+def test_row_weights_may_be_strided(device, impl):
+    hidden, norm = torch.randn(3, 48, device=device), torch.ones(48, device=device)
+    offsets = torch.tensor([0, 2, 3], device=device).int()
+    weights = torch.tensor([[0.2, 9.0], [0.8, 9.0], [1.0, 9.0]], device=device)[:, 0]
+    expected = pool(hidden, offsets, norm, 1e-5, weights, impl="reference")
+    torch.testing.assert_close(pool(hidden, offsets, norm, 1e-5, weights, impl=impl), expected)
 
 
 def test_opcheck():
     for weighted in (False, True):
         hidden, *rest = inputs(torch.float32, weighted, False)[:5]
         opcheck(OP.torch_op, (hidden.requires_grad_(), *rest))
-        opcheck(BACKWARD.torch_op, (torch.randn(4, 48), hidden.detach(), *rest))
+        opcheck(BACKWARD.torch_op, (hidden.detach(), torch.randn(4, 48), *rest))

@@ -2,9 +2,10 @@ import pytest
 import torch
 from torch.library import opcheck
 
+import gen_fast
 from gen_fast.ops.swiglu import BACKWARD, OP, QUANTIZED, swiglu, swiglu_quantized
 from gen_fast.ops.swiglu.reference import swiglu as reference
-from gen_fast.testing import assert_no_worse, check_gradients
+from gen_fast.testing import assert_no_worse, check_gradients, check_quantized, refuses_fp8
 
 SHAPES = [(0, 8), (1, 2), (3, 126), (17, 3072)]
 
@@ -25,13 +26,18 @@ def test_gradient(shape, dtype, device, grad_impl):
     check_gradients(swiglu, reference, (gate_up,), grad_impl, device)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [2, 250, 2000])
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
-@pytest.mark.parametrize("quantizer", QUANTIZED.implementations("cpu"))
-def test_quantised_rows_are_those_of_the_unrounded_result(quantizer, kind, with_carry):
+def test_quantised_rows_are_those_of_the_unrounded_result(
+    kind, size, dtype, with_carry, device, quantized_impl
+):
+    if refuses_fp8(QUANTIZED, device, kind, quantized_impl):
+        return
     torch.manual_seed(0)
-    gate_up = (4 * torch.randn(5, 250)).bfloat16()
+    gate_up = (4 * torch.randn(5, size)).to(device, dtype)
     gate_up[2] = 0
-    q, scale = swiglu_quantized(gate_up, kind, impl=quantizer)
+    q, scale = swiglu_quantized(gate_up, kind, impl=quantized_impl)
     exact = reference(gate_up.double())
     scale = scale.unsqueeze(-1)
     restored = with_carry(q, exact / scale.where(scale > 0, 1.0)) * scale
@@ -59,6 +65,21 @@ def test_every_instruction_set(isa_level, dtype):
         test_matches_float64(shape, dtype, "cpu", "cpu")
         test_gradient(shape, dtype, "cpu", "cpu")
     test_extreme_gates_neither_overflow_nor_turn_nan("cpu", "cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [2, 126, 3072])
+def test_quantised_rows_of_every_instruction_set(isa_level, size, dtype):
+    torch.manual_seed(0)
+    gate_up = (4 * torch.randn(7, size)).to(dtype)
+    check_quantized(*(swiglu_quantized(gate_up, impl=impl) for impl in ("cpu", "reference")))
+
+
+@pytest.mark.parametrize("shape", [(3, 7), (8,), (2, 2, 4)])
+def test_what_is_no_pair_of_halves_is_refused(shape):
+    for call in (swiglu, OP.torch_op, swiglu_quantized):
+        with pytest.raises(gen_fast.OpError, match="halves of rows"):
+            call(torch.ones(shape))
 
 
 def test_nan_goes_through(device, impl):

@@ -16,6 +16,7 @@ class PackedBatch:
     offsets [B + 1]: int32; rows offsets[i]:offsets[i+1] belong to text i.
     positions [T]: int64 position of each row in its own sequence, counting the prefix.
     row_offsets [B + 1]: int32; how the needed rows are split over the texts.
+    lengths, needed [B]: tokens and needed rows of each text, on the host.
     rows [R]: int64 indices of the needed rows, the last ones of each text; None means all.
     Rows beyond the offsets, and needed rows beyond row_offsets, are filler: see `pack`.
     """
@@ -25,6 +26,8 @@ class PackedBatch:
     positions: Tensor
     row_offsets: Tensor
     rows: Tensor | None
+    lengths: np.ndarray
+    needed: np.ndarray
 
     @classmethod
     def pack(
@@ -58,16 +61,23 @@ class PackedBatch:
         if filler:
             ids, positions, rows = map(_with_filler, (ids, positions, rows))
 
-        def tensor(values: np.ndarray, dtype: type) -> Tensor:
-            return torch.from_numpy(values.astype(dtype)).to(device)
-
         return cls(
-            ids=tensor(ids, np.int64),
-            offsets=tensor(offsets, np.int32),
-            positions=tensor(positions, np.int64),
-            row_offsets=tensor(row_offsets, np.int32),
-            rows=None if rows is None else tensor(rows, np.int64),
+            ids=on_device(ids.astype(np.int64), device),
+            offsets=on_device(offsets.astype(np.int32), device),
+            positions=on_device(positions, device),
+            row_offsets=on_device(row_offsets.astype(np.int32), device),
+            rows=None if rows is None else on_device(rows, device),
+            lengths=lengths,
+            needed=counts,
         )
+
+
+def on_device(values: np.ndarray, device: torch.device | str) -> Tensor:
+    """`values` as a tensor on `device`, without waiting for what a GPU has been given to do."""
+    tensor = torch.from_numpy(values)
+    if torch.device(device).type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _with_filler(values: np.ndarray) -> np.ndarray:

@@ -6,7 +6,6 @@ torch takes seconds to import, so each command imports what it needs when it run
 import importlib
 import json
 import logging
-import os
 import platform
 import sys
 from dataclasses import asdict, replace
@@ -237,8 +236,8 @@ def info(
     """Print versions, device, dtype, implementations and cache directory."""
     import torch
 
+    from gen_fast import ops
     from gen_fast.device import resolve_dtype
-    from gen_fast.ops import all_ops
     from gen_fast.sources import cache_directory
 
     where = options.checked_device(device)
@@ -250,8 +249,8 @@ def info(
         "device": str(where),
         "dtype": str(computed_in).removeprefix("torch."),
         "implementations": {
-            name: op.chosen(where.type, computed_in, forced=os.environ.get("GEN_FAST_IMPL"))
-            for name, op in all_ops().items()
+            name: op.chosen(where.type, computed_in, forced=ops.FORCED)
+            for name, op in ops.all_ops().items()
         },
         "cache": str(cache_directory()),
     }

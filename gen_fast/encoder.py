@@ -16,7 +16,7 @@ from tqdm import tqdm
 from gen_fast import methods
 from gen_fast.adapter import DEFAULT_PROMPTS, Adapter
 from gen_fast.backbone import Backbone, PrefixKV
-from gen_fast.batching import PackedBatch, split_by_budget
+from gen_fast.batching import PackedBatch, on_device, split_by_budget
 from gen_fast.budget import TokenBudget
 from gen_fast.errors import ConfigError, NonFiniteError, PromptError
 from gen_fast.generation import AnswerGenerator
@@ -323,7 +323,7 @@ class Encoder:
             batch.row_offsets,
             backbone.final_norm,
             backbone.config.norm_eps,
-            None if weights is None else torch.from_numpy(weights).to(self.device),
+            None if weights is None else on_device(weights, self.device),
             projection,
             bias,
         )

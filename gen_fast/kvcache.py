@@ -7,14 +7,13 @@ given to attention as one more text, without queries.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gen_fast.batching import PackedBatch
+from gen_fast.batching import PackedBatch, on_device
 
 if TYPE_CHECKING:
     from gen_fast.backbone import BackboneConfig
@@ -69,10 +68,7 @@ class KVCache:
 
         Raises ValueError if a text has no room left.
         """
-        added, needed = (
-            np.array([b - a for a, b in pairwise(offsets.tolist())], dtype=np.int64)
-            for offsets in (batch.offsets, batch.row_offsets)
-        )
+        added, needed = batch.lengths, batch.needed
         first = self.starts[self.active] + self.lengths[self.active]
         if (first + added > self.starts[self.active + 1]).any():
             raise ValueError("a text has more tokens than its cache has room for")
@@ -91,13 +87,11 @@ class KVCache:
                 np.stack(pair, axis=1).ravel()
                 for pair in ((queries, zero), (wanted, zero), (used, slack))
             )
-        return Placement(
-            torch.from_numpy(rows).to(self.device), *map(self._offsets, (queries, wanted, used))
-        )
+        return Placement(on_device(rows, self.device), *map(self._offsets, (queries, wanted, used)))
 
     def _offsets(self, counts: np.ndarray) -> Tensor:
         offsets = np.concatenate(([0], counts.cumsum())).astype(np.int32)
-        return torch.from_numpy(offsets).to(self.device)
+        return on_device(offsets, self.device)
 
     def extend(self, layer: int, rows: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Put k, v [T, KV, D] at `rows` [n] of a layer (rows of k beyond n are filler)."""

@@ -300,10 +300,10 @@ def test_info(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(facts["prompts"]) == {"query", "document"}
     assert facts["fingerprint"]["family"] == "llama"
     assert "  attention: " in done("info", "--device", "cpu")
-    monkeypatch.setenv("GEN_FAST_IMPL", "reference")
+    monkeypatch.setattr(gen_fast.ops, "FORCED", "reference")
     facts = json.loads(done("info", "--device", "cpu", "--json"))
     assert set(facts["implementations"].values()) == {"reference"}
-    monkeypatch.setenv("GEN_FAST_IMPL", "nosuch")
+    monkeypatch.setattr(gen_fast.ops, "FORCED", "nosuch")
     assert "nosuch" in fails(2, "info", "--device", "cpu")
 
 

@@ -10,7 +10,6 @@ import torch
 
 import gen_fast
 from gen_fast import ops
-from gen_fast.ops import native
 from gen_fast.ops.append import append
 from gen_fast.ops.attention import OP as ATTENTION
 from gen_fast.ops.attention import attention
@@ -44,7 +43,7 @@ def test_one_stem_everywhere():
 def test_forced_implementation_that_is_missing_is_an_error(monkeypatch):
     with pytest.raises(gen_fast.ImplementationError, match="'turbo' does not exist"):
         swiglu(torch.ones(1, 2), impl="turbo")
-    monkeypatch.setenv("GEN_FAST_IMPL", "turbo")
+    monkeypatch.setattr(ops, "FORCED", "turbo")
     with pytest.raises(gen_fast.ImplementationError, match="'turbo' does not exist"):
         swiglu(torch.ones(1, 2))
 
@@ -55,7 +54,7 @@ def test_forced_implementation_on_the_wrong_device_is_an_error():
 
 
 def test_a_list_takes_the_first_that_an_op_has(monkeypatch):
-    monkeypatch.setenv("GEN_FAST_IMPL", "sdpa, reference")
+    monkeypatch.setattr(ops, "FORCED", "sdpa, reference")
     assert ATTENTION.choose_for(None, torch.zeros(1)).__module__.endswith("sdpa")
     assert torch.equal(swiglu(torch.zeros(1, 2)), torch.zeros(1, 1))
 
@@ -84,12 +83,12 @@ def test_an_op_without_a_gradient_says_so_when_one_is_asked_for(example):
         assert example(trained) == 0
 
 
-def test_a_forced_implementation_without_a_backward_pass_is_an_error_at_once():
-    if native.missing() is not None:
-        pytest.skip("needs the C++ ops")
-    hidden, offsets = torch.zeros(2, 8, requires_grad=True), torch.tensor([0, 2]).int()
-    with pytest.raises(gen_fast.ImplementationError, match=r"'pool_backward': .*'cpu' does"):
-        pool(hidden, offsets, torch.ones(8), 1e-5, impl="cpu")
+def test_a_forced_implementation_without_a_backward_pass_is_an_error_at_once(example):
+    example.backward = ops.Op("halfway", "(Tensor x) -> Tensor", torch.empty_like)
+    example.backward.register("reference")(torch.clone)
+    example.register("fast")(torch.clone)
+    with pytest.raises(gen_fast.ImplementationError, match=r"'halfway': .*'fast' does not exist"):
+        example(torch.zeros(1, requires_grad=True), impl="fast")
 
 
 def test_an_emulation_is_never_chosen_but_can_be_forced(example):
@@ -138,6 +137,18 @@ def test_torch_compile_traces_through_every_op_and_its_gradient():
     # compiler.
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(gradients(compiled), gradients(block))
+
+
+def test_the_environment_forces_an_implementation():
+    code = "from gen_fast.ops.swiglu import OP, op; print(OP.choose(None, op.torch.ones(1, 2)))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "GEN_FAST_IMPL": "turbo,reference"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "function swiglu" in done.stdout
 
 
 def test_importing_the_ops_imports_no_triton():

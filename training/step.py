@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gen_fast.batching import split_by_budget
+from gen_fast.batching import on_device, split_by_budget
 from gen_fast.ops.distill import distill
 from gen_fast.training import losses
 from gen_fast.training.config import TrainConfig
@@ -161,7 +161,7 @@ def _reconstructions(
     for part in split_by_budget(lengths, config.micro_batch_tokens or default):
         answers = [example.answer for example in examples[part]]
         states = student.answer_states(soft[part.start * c : part.stop * c], answers)
-        targets = torch.from_numpy(np.concatenate(answers).astype(np.int64)).to(states.device)
+        targets = on_device(np.concatenate(answers).astype(np.int64), states.device)
         yield part, states, targets
 
 

@@ -24,7 +24,7 @@ from triton.compiler import ASTSource
 
 from gen_fast.ops import gpu
 
-# Shared memory of a thread block in bytes, and the limit of registers of a thread.
+# Shared memory of a thread block in bytes.
 LIMITS = {80: 166_912, 90: 232_448}
 
 TYPES = {
@@ -92,7 +92,7 @@ def row_cases(hidden: int, wide: int, heads: int) -> Iterator[Case]:
         ("swiglu", "forward"): lambda: swiglu.swiglu(gate_up),
         ("swiglu", "backward"): lambda: swiglu.swiglu_backward(grad, gate_up),
         ("pool", "forward"): lambda: pool.pool(x, offsets, w, eps, None),
-        ("pool", "backward"): lambda: pool.pool_backward(x[:64], x, offsets, w, eps, None),
+        ("pool", "backward"): lambda: pool.pool_backward(x, x[:64], offsets, w, eps, None),
         ("distill", "row loss"): lambda: distill.row_loss(logits, ids, losses),
     }
     for (op, name), call in calls.items():
@@ -151,7 +151,8 @@ def compile_launch(launch: gpu.Launch, architecture: int) -> dict:
     signature, constexprs, attributes = {}, {}, {}
     for index, parameter in enumerate(launch.kernel.params):
         value = values[parameter.name]
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+        special = type(value) is int and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (special and value == 1):
             signature[parameter.name] = "constexpr"
             constexprs[(index,)] = value
         elif isinstance(value, torch.Tensor):
@@ -159,7 +160,7 @@ def compile_launch(launch: gpu.Launch, architecture: int) -> dict:
             attributes[(index,)] = [["tt.divisibility", 16]]
         else:
             signature[parameter.name] = "i32" if isinstance(value, int) else "fp32"
-            if isinstance(value, int) and value % 16 == 0:
+            if special and value % 16 == 0:
                 attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(launch.kernel, signature, constexprs, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)

@@ -1,9 +1,9 @@
 """The ops of the backbone. Each lives in kernels/<op> and is installed as gen_fast.ops.<op>.
 
 An op has a pure-torch `reference` and may have faster implementations. The choice is made from
-device and dtype; `impl=` or the environment variable GEN_FAST_IMPL forces one. GEN_FAST_IMPL may
-list several, comma-separated: each op takes the first it has. A forced implementation that is
-missing is an error: results are never silently computed another way.
+device and dtype; `impl=` forces one, and so does the environment variable GEN_FAST_IMPL, read when
+this module is imported. It may list several, comma-separated: each op takes the first it has. A
+forced implementation that is missing is an error: results are never silently computed another way.
 
 Each op is also torch.ops.gen_fast.<name>, with a fake implementation and, where it has one, a
 gradient: that is the way under torch.compile and wherever a gradient is asked for. A call that
@@ -26,6 +26,9 @@ from gen_fast.errors import ImplementationError
 logger = logging.getLogger(__name__)
 
 OP_NAMES = ("append", "attention", "distill", "norm", "pool", "qlinear", "rope", "swiglu")
+
+# Read once: to look it up costs as much as a small call.
+FORCED = os.environ.get("GEN_FAST_IMPL")
 
 _LIBRARY = torch.library.Library("gen_fast", "FRAGMENT")
 
@@ -60,16 +63,24 @@ class Op:
     """One operation and its implementations, in order of preference: the last registered wins."""
 
     def __init__(
-        self, name: str, schema: str, fake: Callable[..., Any], backward: "Op | None" = None
+        self,
+        name: str,
+        schema: str,
+        fake: Callable[..., Any],
+        backward: "Op | None" = None,
+        check: Callable[..., None] = lambda *arguments: None,
     ) -> None:
         """Define torch.ops.gen_fast.<name>.
 
         schema: arguments and results as torch.library writes them; `impl` is added. The first
         argument's device and dtype choose the implementation; a str argument named `variant` may
         narrow the choice. fake(*arguments): empty results. backward: the op of its gradient.
+        check(*arguments) raises OpError for what no implementation takes: some read and write by
+        address alone.
         """
         self.name = name
         self.backward = backward
+        self._check = check
         self._implementations: dict[str, Implementation] = {}
         self._chosen: dict[tuple[Any, ...], Callable[..., Any]] = {}
         arguments, results = schema.split(" -> ")
@@ -114,11 +125,24 @@ class Op:
             # Better now than in the middle of the backward pass.
             self.backward.choose_for(impl, args[0], self._variant_of(args))
             return self.torch_op(*args, impl=impl)
-        function = self.choose(impl, *args)
-        return function(*args, inplace=True) if inplace else function(*args)
+        self._check(*args)
+        options = {"inplace": True} if inplace else {}
+        return self._on_its_device(self.choose(impl, *args), args, options)
 
     def _run(self, *args: Any, impl: str | None = None) -> Any:
-        return self.choose(impl, *args)(*args)
+        self._check(*args)
+        return self._on_its_device(self.choose(impl, *args), args, {})
+
+    @staticmethod
+    def _on_its_device(
+        function: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]
+    ) -> Any:
+        """Call `function` with the first argument's GPU as the current one: kernels go there."""
+        device = args[0].device
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                return function(*args, **options)
+        return function(*args, **options)
 
     def register(
         self,
@@ -163,12 +187,12 @@ class Op:
 
     def choose_for(self, impl: str | None, first: Tensor, variant: str = "") -> Callable[..., Any]:
         """`choose` for a first argument and a variant, such as the gradient's of another op."""
-        forced = impl or os.environ.get("GEN_FAST_IMPL")
+        forced = impl or FORCED
         key = (first.device.type, first.dtype, variant, forced)
         function = self._chosen.get(key)
         if function is None:
             name = self.chosen(*key)
-            logger.info("%s on %s in %s: %s", self.name, first.device.type, first.dtype, name)
+            logger.info("%s on %s in %s: %s", self.name, key[0], first.dtype, name)
             function = self._chosen[key] = self._implementations[name].function
         return function
 

@@ -19,6 +19,11 @@ from gen_fast.errors import ImplementationError
 DEFAULT_ARCHITECTURE = 80
 
 
+# Arguments of a kernel that change from batch to batch: without this Triton compiles it anew for 1
+# and for multiples of 16.
+PER_BATCH = ("n_texts", "n_prefix", "window")
+
+
 @cache
 def missing() -> str | None:
     """Why Triton kernels cannot run here, or None."""

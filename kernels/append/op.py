@@ -5,9 +5,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gen_fast.errors import OpError
 from gen_fast.ops import Op, gpu, native
 
 from . import reference
+
+
+def _check(table: Tensor, special: Tensor | None, ids: Tensor) -> None:
+    if ids.dim() != 1 or ids.dtype != torch.int64:
+        raise OpError(f"ids must be a vector of int64, not {list(ids.shape)} of {ids.dtype}")
+    if special is not None and special.shape[1:] != table.shape[1:]:
+        raise OpError(
+            f"special tokens {list(special.shape)} must be as wide as the table {list(table.shape)}"
+        )
+
 
 BACKWARD = Op(
     "append_backward",
@@ -21,6 +32,7 @@ OP = Op(
     "(Tensor table, Tensor? special, Tensor ids) -> Tensor",
     lambda table, special, ids: table.new_empty(ids.shape[0], table.shape[1]),
     BACKWARD,
+    _check,
 )
 OP.register("reference")(reference.append)
 BACKWARD.register("reference")(reference.append_backward)
@@ -67,7 +79,8 @@ def _cpu(table: Tensor, special: Tensor | None, ids: Tensor) -> Tensor:
         table.shape[1] * table.element_size(),
     )
     if unknown >= 0:
-        raise IndexError(f"row {unknown}: no embedding for id {int(ids[unknown])}")
+        known = table.shape[0] + (0 if special is None else special.shape[0])
+        raise OpError(f"row {unknown}: id {int(ids[unknown])} is not one of 0 … {known - 1}")
     return out
 
 
@@ -110,6 +123,8 @@ def append(
     V + j means row j of `special` [k, h], the trained special tokens, which are not part of any
     vocabulary and so can never be produced by tokenising text. The gradient of `special` is
     summed in float32, in a fixed order.
+    Raises OpError for shapes and dtypes that do not fit, and on a CPU for an id that has no row;
+    on a GPU, where asking would stop the host, such an id gives zeros.
 
     Source: LLM2Vec-Gen, arXiv 2603.10913, §3 (special tokens appended to the query).
     """

@@ -17,22 +17,23 @@ PARTS = 16
 
 @triton.jit
 def _forward(
-    table, special, ids, out, vocabulary, size, table_stride, special_stride,
+    table, special, ids, out, vocabulary, n_special, size, table_stride, special_stride,
     HAS_SPECIAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < size
     token = tl.load(ids + row)
-    known = token < vocabulary
+    known = (token >= 0) & (token < vocabulary)
     values = tl.load(table + token * table_stride + columns, mask=inside & known, other=0.0)
     if HAS_SPECIAL:
         at = special + (token - vocabulary) * special_stride + columns
-        values += tl.load(at, mask=inside & (token >= vocabulary), other=0.0).to(values.dtype)
+        added = (token >= vocabulary) & (token < vocabulary + n_special)
+        values += tl.load(at, mask=inside & added, other=0.0).to(values.dtype)
     tl.store(out + row * size + columns, values, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "special"])
 def _backward(
     grad, ids, out, rows, vocabulary, special, size, grad_stride,
     PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
@@ -64,7 +65,8 @@ def append(table: Tensor, special: Tensor | None, ids: Tensor) -> Tensor:
     if out.numel():
         block = gpu.power_of_two(size)
         gpu.launch(
-            *(_forward, (rows,), table, special, ids.contiguous(), out, table.shape[0], size),
+            *(_forward, (rows,), table, special, ids.contiguous(), out),
+            *(table.shape[0], 0 if special is None else special.shape[0], size),
             *(table.stride(0), 0 if special is None else special.stride(0)),
             HAS_SPECIAL=special is not None,
             BLOCK=block,

@@ -18,6 +18,62 @@ _INPUTS = (
     " str variant, Tensor? blocks"
 )
 
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_offsets: Tensor,
+    k_offsets: Tensor,
+    prefix_k: Tensor | None,
+    prefix_v: Tensor | None,
+    window: int | None,
+    mask: str,
+    blocks: Tensor | None,
+) -> None:
+    (_, heads, size), (_, kv_heads, k_size) = q.shape, k.shape
+    if k.shape != v.shape or k_size != size or kv_heads == 0 or heads % kv_heads:
+        raise OpError(
+            f"q {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)} do not fit together"
+        )
+    if not q.dtype == k.dtype == v.dtype:
+        raise OpError(f"q, k and v must have one dtype, not {q.dtype}, {k.dtype}, {v.dtype}")
+    if not q_offsets.dtype == k_offsets.dtype == torch.int32:
+        raise OpError(f"offsets must be int32, not {q_offsets.dtype} and {k_offsets.dtype}")
+    if q_offsets.shape != k_offsets.shape or not q_offsets.numel():
+        raise OpError("offsets must be equally many, one more than there are texts")
+    if not (q_offsets.is_contiguous() and k_offsets.is_contiguous()):
+        raise OpError("offsets must be contiguous")
+    if prefix_k is not None or prefix_v is not None:
+        _check_prefix(prefix_k, prefix_v, k)
+    if window is not None and window < 1:
+        raise OpError(f"a sliding window is at least 1 token, not {window}")
+    if mask != "causal":
+        _check_mask(mask, len(q_offsets) - 1, window, blocks)
+
+
+def _check_prefix(prefix_k: Tensor | None, prefix_v: Tensor | None, k: Tensor) -> None:
+    if prefix_k is None or prefix_v is None or prefix_k.shape != prefix_v.shape:
+        raise OpError("a prefix has as many keys as values")
+    for prefix in (prefix_k, prefix_v):
+        if prefix.shape[1:] != k.shape[1:] or prefix.dtype != k.dtype:
+            raise OpError(
+                f"a prefix {list(prefix.shape)} in {prefix.dtype} does not go before keys"
+                f" {list(k.shape)} in {k.dtype}"
+            )
+
+
+def _check_mask(mask: str, texts: int, window: int | None, blocks: Tensor | None) -> None:
+    if mask not in MASKS:
+        raise OpError(f"mask must be one of {', '.join(MASKS)}, not {mask!r}")
+    if window is not None and mask == "bidirectional":
+        raise OpError("a sliding window has no meaning in a bidirectional mask")
+    if (blocks is None) == (mask == "gem"):
+        raise OpError("`blocks` goes with the gem mask, and only with it")
+    if blocks is not None and (blocks.shape != (texts, 2) or blocks.dtype != torch.int32):
+        raise OpError(f"blocks must be {[texts, 2]} of int32, not {list(blocks.shape)}")
+
+
 BACKWARD = Op(
     "attention_backward",
     f"(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_INPUTS})"
@@ -32,6 +88,7 @@ OP = Op(
         q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32)),
     ),
     BACKWARD,
+    _check,
 )
 OP.register("reference")(reference.attention)
 BACKWARD.register("reference")(reference.attention_backward)
@@ -55,7 +112,7 @@ def _triton_backward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 @OP.register("cpu", **native.ON_CPU)
 def _cpu(q: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
-    out = q.new_empty(q.shape)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(q.shape[:2])
     _run_cpu((q, *inputs), out, lse, (0, 0, 0, 0))
     return out, lse
@@ -92,7 +149,7 @@ def _run_cpu(
         *(q.data_ptr(), k.data_ptr(), v.data_ptr(), q.stride(0), k.stride(0), v.stride(0)),
         *(*prefix, out.data_ptr(), lse.data_ptr(), q_offsets.data_ptr(), k_offsets.data_ptr()),
         *(q_offsets.size(0) - 1, heads, k.size(1), size, window or 0),
-        *(MASKS.index(mask), native.address(blocks), *gradients),
+        *(MASKS.index(mask), 0 if blocks is None else blocks.contiguous().data_ptr(), *gradients),
     )
 
 
@@ -138,23 +195,14 @@ def attention(
     except that blocks[i] = (first, after) of blocks [B, 2] int32 marks special tokens at own
     positions first … after - 1, which do not see each other, and that tokens after them see
     neither the prefix nor the text before them.
-    Raises OpError for a mask that does not exist or cannot be combined.
+    Raises OpError for shapes and dtypes that do not fit, and for a mask that does not exist or
+    cannot be combined. What offsets and blocks hold is not looked at: on a GPU that would stop the
+    host.
 
     Source: Ainslie et al., arXiv 2305.13245 (grouped queries); Dao, arXiv 2307.08691 (varlen);
     BehnamGhader et al., arXiv 2404.05961, §2.1 (bidirectional); GEM, arXiv 2506.04344 (mask).
     """
-    if mask != "causal":
-        _check_mask(mask, window, blocks)
     result: Tensor = OP(
         *(q, k, v, q_offsets, k_offsets, prefix_k, prefix_v, window, mask, blocks), impl=impl
     )[0]
     return result
-
-
-def _check_mask(mask: str, window: int | None, blocks: Tensor | None) -> None:
-    if mask not in MASKS:
-        raise OpError(f"mask must be one of {', '.join(MASKS)}, not {mask!r}")
-    if window is not None and mask == "bidirectional":
-        raise OpError("a sliding window has no meaning in a bidirectional mask")
-    if (blocks is None) == (mask == "gem"):
-        raise OpError("`blocks` goes with the gem mask, and only with it")

@@ -39,7 +39,7 @@ def _query_gradient(
     return to_q
 
 
-@triton.jit
+@triton.jit(do_not_specialize=gpu.PER_BATCH)
 def _queries(
     grad, q, k, v, prefix_k, prefix_v, blocks, out, lse, delta, to_q, q_offsets, k_offsets,
     n_texts, n_prefix, q_stride, k_stride, v_stride, prefix_k_stride, prefix_v_stride, heads,
@@ -104,7 +104,7 @@ def _queries(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=gpu.PER_BATCH)
 def _keys(
     grad, q, k, v, blocks, lse, delta, to_k, to_v, q_offsets, k_offsets, n_texts, q_stride,
     k_stride, v_stride, heads, scale, window,

@@ -104,7 +104,7 @@ def _attend(
     return acc, mass, peak
 
 
-@triton.jit
+@triton.jit(do_not_specialize=gpu.PER_BATCH)
 def _forward(
     q, k, v, prefix_k, prefix_v, blocks, out, lse, q_offsets, k_offsets, n_texts, n_prefix,
     q_stride, k_stride, v_stride, prefix_k_stride, prefix_v_stride, heads, scale, window,

@@ -5,10 +5,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gen_fast.errors import OpError
 from gen_fast.ops import Op, gpu, native
 from gen_fast.ops.layout import dense_rows
 
 from . import reference
+
+
+def _check(x: Tensor, cos: Tensor, sin: Tensor, norm: Tensor | None, eps: float) -> None:
+    rows, heads, size = x.shape
+    if size % 2 or cos.shape != (rows, size // 2) or sin.shape != cos.shape:
+        raise OpError(
+            f"x {list(x.shape)} needs cosines and sines of half its even head size, not"
+            f" {list(cos.shape)} and {list(sin.shape)}"
+        )
+    if norm is not None and (norm.shape != (heads, size) or norm.dtype != x.dtype):
+        raise OpError(
+            f"the norm must be {[heads, size]} in {x.dtype}, not {list(norm.shape)} in {norm.dtype}"
+        )
+
 
 BACKWARD = Op(
     "rope_backward",
@@ -20,6 +35,7 @@ OP = Op(
     "(Tensor x, Tensor cos, Tensor sin, Tensor? norm, float eps) -> Tensor",
     lambda x, cos, sin, norm, eps: x.new_empty(x.shape),
     BACKWARD,
+    _check,
 )
 OP.register("reference")(reference.rope)
 BACKWARD.register("reference")(reference.rope_backward)
@@ -107,6 +123,7 @@ def rope(
     norm [N, D]: a norm weight for each head (Qwen3: the query weight H times, then the key weight
     KV times), or None; it is frozen and gets no gradient.
     inplace: the result may be written into `x`.
+    Raises OpError for shapes or dtypes that do not fit.
 
     Source: Su et al., arXiv 2104.09864; Qwen3 technical report, arXiv 2505.09388, §2.
     """

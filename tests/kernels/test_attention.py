@@ -154,6 +154,20 @@ def test_masks_that_make_no_sense_are_refused():
     ):
         with pytest.raises(gen_fast.OpError, match=message):
             attention(*arguments, **options)
+    q, k, v, starts, *_ = arguments
+    for changed, message in (
+        ((q[:, :, :8], k, v, starts, starts), "do not fit"),
+        ((torch.cat((q, q[:, :1]), 1), torch.cat((k, k), 1), v, starts, starts), "do not fit"),
+        ((q, k.bfloat16(), v, starts, starts), "one dtype"),
+        ((q, k, v, starts.long(), starts), "int32"),
+        ((q, k, v, torch.stack((starts, starts), 1)[:, 0], starts), "contiguous"),
+        ((q, k, v, starts, starts, k), "as many keys as values"),
+        ((q, k, v, starts, starts, k.bfloat16(), v.bfloat16()), "does not go before"),
+        ((q, k, v, starts, starts, None, None, 0), "at least 1 token"),
+        ((q, k, v, starts, starts, None, None, None, "gem", blocks.long()), "of int32"),
+    ):
+        with pytest.raises(gen_fast.OpError, match=message):
+            attention(*changed)
     with pytest.raises(gen_fast.ImplementationError, match="does not compute 'bidirectional'"):
         attention(*arguments, mask="bidirectional", impl="sdpa")
 

@@ -2,11 +2,13 @@ import pytest
 import torch
 from torch.library import opcheck
 
+import gen_fast
 from gen_fast.ops.rope import BACKWARD, OP, rope
 from gen_fast.ops.rope.reference import rope as reference
 from gen_fast.testing import assert_no_worse, check_gradients
 
 SHAPES = [(0, 3, 64), (1, 1, 2), (9, 12, 64), (5, 4, 80), (4, 3, 44)]
+SHAPES += [(3, 2, 96), (3, 2, 128), (2, 1, 256)]
 
 
 def inputs(rows, heads, size, dtype, with_norm):
@@ -57,6 +59,22 @@ def test_rotation_keeps_lengths_and_depends_on_relative_position_only():
 def test_every_instruction_set(isa_level, shape, with_norm, dtype):
     test_matches_float64(shape, with_norm, dtype, True, "cpu", "cpu")
     test_gradient(shape, with_norm, dtype, "cpu", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("size", "half", "norm", "message"),
+    [
+        (7, 3, None, "even head size"),
+        (8, 3, None, "even head size"),
+        (8, 4, torch.ones(2, 7), "norm must be"),
+        (8, 4, torch.ones(2, 8).bfloat16(), "norm must be"),
+    ],
+)
+def test_what_does_not_fit_is_refused(size, half, norm, message):
+    x, angles = torch.ones(3, 2, size), torch.ones(3, half)
+    for call in (rope, OP.torch_op):
+        with pytest.raises(gen_fast.OpError, match=message):
+            call(x, angles, angles, norm, 1e-6)
 
 
 def test_opcheck():

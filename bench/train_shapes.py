@@ -6,12 +6,13 @@ The peer is transformers' own model (SDPA) run as the reference package trains: 
 gradient checkpointing, full logits; one copy of the weights serves it for both roles, which the
 reference package does not do. Both start from the same weights, take the same batch, 128 query
 and 192 answer tokens ragged around them, and update the same parameters. Ratios are medians over
-interleaved rounds; peak memory is what a side's step allocates beyond the weights (CUDA only).
+interleaved rounds; peak memory is what a side's step allocates beyond the weights (CUDA only). The
+FLOPs of an MFU are those of gen_fast's products with frozen weights (`Work.flops`), for both.
 """
 
 import copy
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -88,7 +89,7 @@ class PaddedStep:
         return ids.to(self.special.device), mask.to(self.special.device)
 
 
-def measure_shape(shape: str, rounds: int, device: str) -> list[dict]:
+def measure_shape(shape: str, rounds: int, device: str) -> Iterator[dict]:
     """The rows of both sides."""
     backbone, model = make_models(shape, device)
     config = TrainConfig(answers=("-",), teacher="-", out="-", warmup_steps=0)
@@ -115,30 +116,28 @@ def measure_shape(shape: str, rounds: int, device: str) -> list[dict]:
         lambda: peaks.append(matmul_peak(torch.bfloat16, device)),
     )
     flops = stepper.work.flops(stepper.student)  # of the work that there is, for both
-    rows = []
     for name, times in seconds.items():
         median = statistics.median(times)
-        rows.append(
-            {
-                "shape": shape,
-                "provider": name,
-                "texts": len(examples),
-                "seconds": times,
-                "steps_per_second": 1 / median,
-                "mfu": flops / median / statistics.median(peaks),
-                "peak_memory_mb": memory[name],
-                "gen_fast_speedup": median_ratio(times, seconds["gen_fast"]),
-                "relative_difference_of_losses": max(agreement),
-            }
-        )
+        row = {
+            "shape": shape,
+            "provider": name,
+            "texts": len(examples),
+            "seconds": times,
+            "steps_per_second": 1 / median,
+            "flops": flops,
+            "mfu": flops / median / statistics.median(peaks),
+            "peak_memory_mb": memory[name],
+            "gen_fast_speedup": median_ratio(times, seconds["gen_fast"]),
+            "relative_difference_of_losses": max(agreement),
+        }
         allocated = "" if memory[name] is None else f", {memory[name]:.0f} MB"
         print(
-            f"{shape:<11} training {name:<13} {1 / median:.2f} steps/s, MFU {rows[-1]['mfu']:.2f}"
-            f"{allocated}, gen_fast is {rows[-1]['gen_fast_speedup']:.2f}x"
+            f"{shape:<11} training {name:<13} {1 / median:.2f} steps/s, MFU {row['mfu']:.2f}"
+            f"{allocated}, gen_fast is {row['gen_fast_speedup']:.2f}x"
             f" (losses differ by {max(agreement):.1e})",
             flush=True,
         )
-    return rows
+        yield row
 
 
 def _finished(step: Callable, examples: list[Example], device: str) -> None:

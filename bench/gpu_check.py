@@ -16,6 +16,7 @@ with tiny sizes, to check this script.
 """
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -59,11 +60,12 @@ def run(
     except subprocess.TimeoutExpired:
         in_time = False
         os.killpg(process.pid, signal.SIGINT)
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(GRACE)
-        except subprocess.TimeoutExpired:
+    finally:  # nothing of it outlives the step, nor this script if that is stopped
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    process.wait()
     showing.join(GRACE)
     seconds = round(time.perf_counter() - start, 1)
     log = (SCRATCH / f"{step}.log").read_text(errors="replace").split("\n")
@@ -211,6 +213,7 @@ def main() -> None:
     args = parser.parse_args()
     if not torch.cuda.is_available() and not args.dry_run:
         sys.exit("gpu-check: there is no CUDA GPU here; nothing was built, tested or measured")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("gpu-check: stopped"))
     end = time.perf_counter() + args.seconds
     about = machine()
     args.out.mkdir(parents=True, exist_ok=True)

@@ -5,8 +5,20 @@ import pytest
 import torch
 
 import gen_fast
+from gen_fast.adapter import Adapter
 from gen_fast.batching import PackedBatch
+from gen_fast.generation import Decoder
 from gen_fast.ops import all_ops
+from gen_fast.ops.append import append
+from gen_fast.ops.norm import add_rms_norm
+from gen_fast.ops.swiglu import swiglu
+from gen_fast.testing import relative_error
+from gen_fast.training.config import TrainConfig
+from gen_fast.training.data import Example
+from gen_fast.training.step import accumulate
+from gen_fast.training.student import Student
+from gen_fast.training.world import World
+from gen_fast.weights import load_backbone, load_head
 
 pytestmark = pytest.mark.gpu
 
@@ -36,6 +48,81 @@ def test_triton_is_chosen_on_a_gpu():
         assert op.chosen("cuda", torch.bfloat16) == "triton", name
 
 
+@pytest.fixture
+def adapter(tiny_model, tmp_path):
+    torch.manual_seed(0)
+    Adapter(
+        special=torch.randn(5, 48),
+        n_compression=3,
+        backbone=str(tiny_model),
+        fingerprint=load_backbone(tiny_model).fingerprint,
+        reconstruction=(torch.randn(48, 48), torch.randn(48)),
+        alignment=(torch.randn(20, 48), torch.randn(20)),
+    ).save(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_special_tokens_and_projections_give_the_embeddings_of_the_cpu(adapter):
+    cpu, gpu = (
+        gen_fast.load(adapter, device=device, dtype="float32").encode(TEXTS, prompt="Answer: ")
+        for device in ("cpu", "cuda")
+    )
+    assert np.abs(cpu - gpu).max() <= 1e-4 * np.abs(cpu).max()
+
+
+def test_decoding_writes_what_the_cpu_writes(tiny_model):
+    prompts = [np.array(ids) for ids in ([5], [9, 40, 7, 7, 100, 3], list(range(30, 60)))]
+    written = []
+    for device in ("cpu", "cuda"):
+        backbone = load_backbone(tiny_model, device=device)
+        decoded = Decoder(backbone, load_head(tiny_model, backbone), [1]).decode(
+            prompts, 8, prefix=backbone.prefill((4, 9, 77))
+        )
+        written.append([ids.tolist() for ids, _ in decoded])
+    assert written[0] == written[1]
+
+
+def test_a_training_step_has_the_losses_and_gradients_of_the_cpu(tiny_model):
+    config = TrainConfig(answers=("-",), teacher="-", out="-", n_compression=3, n_thought=2)
+    rng = np.random.default_rng(0)
+    examples = [
+        Example(rng.integers(3, 200, n), rng.integers(3, 200, m), rng.normal(size=16, scale=0.1))
+        for n, m in ((5, 9), (40, 1), (1, 30))
+    ]
+    found = []
+    for device in ("cpu", "cuda"):
+        backbone = load_backbone(tiny_model, device=device)
+        student = Student(backbone, load_head(tiny_model, backbone), 16, config)
+        if found:  # the same start, to the bit
+            student.load_state_dict(found[0][1])
+        start = {name: x.detach().clone() for name, x in student.state_dict().items()}
+        losses, _ = accumulate(student, examples, config, World())
+        grads = {name: p.grad.cpu() for name, p in student.named_parameters()}
+        found.append((losses, start, grads))
+    (cpu, _, expected), (gpu, _, actual) = found
+    assert gpu.reconstruction == pytest.approx(cpu.reconstruction, rel=1e-5)
+    assert gpu.alignment == pytest.approx(cpu.alignment, rel=1e-5)
+    for name, grad in expected.items():
+        assert relative_error(actual[name], grad) <= 1e-4, name
+
+
+@pytest.mark.parametrize("op", ["append", "norm", "swiglu"])
+def test_rows_beyond_two_billion_elements(op):
+    rows, size = (1 << 31) // 4096 + 64, 4096
+    x = torch.empty(rows, size, dtype=torch.bfloat16, device="cuda").normal_()
+    last = slice(rows - 8, rows)
+    if op == "append":
+        ids = torch.arange(rows, device="cuda")
+        assert torch.equal(append(x, None, ids)[last], x[last])
+    elif op == "norm":
+        weight = torch.ones(size, dtype=torch.bfloat16, device="cuda")
+        few = add_rms_norm(x[last], x[last], weight, 1e-6)
+        many = add_rms_norm(x, x, weight, 1e-6)
+        assert all(torch.equal(a[last], b) for a, b in zip(many, few, strict=True))
+    else:
+        assert torch.equal(swiglu(x)[last], swiglu(x[last]))
+
+
 def test_a_forward_pass_waits_for_nothing_and_fits_a_cuda_graph(tiny_model):
     backbone = gen_fast.load(tiny_model, device="cuda", dtype="bfloat16").backbone
     rng = np.random.default_rng(0)
@@ -56,3 +143,8 @@ def test_a_forward_pass_waits_for_nothing_and_fits_a_cuda_graph(tiny_model):
         captured.zero_()
         graph.replay()
         assert torch.equal(captured, expected)
+        # Other texts of the same lengths in the same memory.
+        batch.ids.copy_(batch.ids.flip(0))
+        graph.replay()
+        assert torch.equal(captured, backbone.forward(batch, prefix=prefix))
+        assert not torch.equal(captured, expected)

@@ -13,6 +13,7 @@ from gen_fast import ops
 from gen_fast.ops.append import append
 from gen_fast.ops.attention import OP as ATTENTION
 from gen_fast.ops.attention import attention
+from gen_fast.ops.distill import distill
 from gen_fast.ops.norm import add_rms_norm
 from gen_fast.ops.pool import pool
 from gen_fast.ops.rope import rope
@@ -115,18 +116,21 @@ def block(x, residual, weight, gate_up, table, special, ids):
     stream = append(table, special, ids) + x
     normed, stream = add_rms_norm(stream, residual, weight, 1e-6)
     heads = (normed @ gate_up).unflatten(-1, (4, 8))
-    angles = torch.arange(12.0).view(3, 4)
+    angles = torch.arange(12.0, device=x.device).view(3, 4)
     turned = rope(heads, angles.cos(), angles.sin())
-    offsets = torch.tensor([0, 1, 3]).int()
+    offsets = torch.tensor([0, 1, 3], device=x.device).int()
     mixed = attention(turned, turned, heads, offsets, offsets).flatten(1)
-    return pool(swiglu(mixed) + stream, offsets, weight, 1e-6).square().sum()
+    pooled = pool(swiglu(mixed) + stream, offsets, weight, 1e-6)
+    losses = distill(stream, table, ids % 7, pooled, pooled.detach() + 1)
+    return pooled.square().sum() + losses[0] + losses[1]
 
 
-def test_torch_compile_traces_through_every_op_and_its_gradient():
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_torch_compile_traces_through_every_op_and_its_gradient(device):
     torch.manual_seed(0)
     shapes = [(3, 16), (3, 16), (16,), (16, 32), (7, 16), (2, 16)]
-    inputs = [torch.randn(shape) for shape in shapes]
-    ids = torch.tensor([7, 3, 8])
+    inputs = [torch.randn(shape).to(device) for shape in shapes]
+    ids = torch.tensor([7, 3, 8], device=device)
 
     def gradients(function):
         trained = [inputs[0].clone().requires_grad_(), inputs[5].clone().requires_grad_()]

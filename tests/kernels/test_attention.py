@@ -78,20 +78,23 @@ def test_only_the_last_rows_are_queried(n_prefix, dtype, device, impl):
     check(inputs(*TRIMMED, n_prefix, 9, 3, 64, dtype), device, impl)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n_prefix", [0, 37])
-def test_gradient_where_only_the_last_rows_are_queried(n_prefix, device, grad_impl):
-    check_backward(inputs(*TRIMMED, n_prefix, 9, 3, 64, torch.float32), device, grad_impl)
+def test_gradient_where_only_the_last_rows_are_queried(n_prefix, dtype, device, grad_impl):
+    check_backward(inputs(*TRIMMED, n_prefix, 9, 3, 64, dtype), device, grad_impl)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("window", [1, 8, 1000])
-def test_sliding_window(window, device, impl):
-    arguments = inputs([20, 5, 90], [40, 5, 90], 7, 4, 4, 64, torch.float32)
+def test_sliding_window(window, dtype, device, impl):
+    arguments = inputs([20, 5, 90], [40, 5, 90], 7, 4, 4, 64, dtype)
     check(arguments, device, impl, window=window)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("window", [3, 8, 1000])  # with 1 the gradients of q and k are zero
-def test_gradient_with_a_sliding_window(window, device, grad_impl):
-    arguments = inputs([20, 5, 90], [40, 5, 90], 7, 4, 4, 64, torch.float32)
+def test_gradient_with_a_sliding_window(window, dtype, device, grad_impl):
+    arguments = inputs([20, 5, 90], [40, 5, 90], 7, 4, 4, 64, dtype)
     check_backward(arguments, device, grad_impl, window=window)
 
 
@@ -125,6 +128,20 @@ def test_other_masks(mask, size, n_prefix, dtype, where):
     check(inputs(counts, counts, n_prefix, 6, 2, size, dtype), device, impl, **MASKED[mask])
     few = inputs([1, 7, 5, 0, 33], counts, n_prefix, 6, 2, size, dtype)
     check_backward(few, device, impl, **MASKED[mask])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize("options", [{}, {"window": 200}, *MASKED.values()], ids=str)
+def test_many_tiles(options, size, dtype):
+    """Loops without a mask and filled pipelines, which a GPU has beyond some hundred keys.
+
+    Too much for the interpreter.
+    """
+    arguments = inputs([1, 700, 5, 130, 333], [9, 700, 5, 410, 333], 300, 6, 2, size, dtype)
+    check(arguments, "cuda", "triton", **options)
+    check_backward(arguments, "cuda", "triton", **options)
 
 
 def test_the_gem_mask_hides_what_it_should():

@@ -61,7 +61,10 @@ def cases() -> Iterator[Case]:
     for mask in ("bidirectional", "gem"):
         yield from attention_cases(128, torch.bfloat16, mask, prefix=True)
     yield from attention_cases(128, torch.bfloat16, "causal", prefix=True, window=4096)
-    yield from attention_cases(128, torch.float32, "causal", prefix=True)
+    # One text, one head and a prefix of one token: what Triton would make constants.
+    yield from attention_cases(128, torch.bfloat16, "causal", prefix=True, ones=True)
+    for size in (64, 128, 256):
+        yield from attention_cases(size, torch.float32, "causal", prefix=True)
 
 
 def row_cases(hidden: int, wide: int, heads: int) -> Iterator[Case]:
@@ -108,17 +111,24 @@ def row_cases(hidden: int, wide: int, heads: int) -> Iterator[Case]:
 
 
 def attention_cases(
-    size: int, dtype: torch.dtype, mask: str, prefix: bool, window: int | None = None
+    size: int,
+    dtype: torch.dtype,
+    mask: str,
+    prefix: bool,
+    window: int | None = None,
+    ones: bool = False,
 ) -> Iterator[Case]:
     from gen_fast.ops.attention import triton_backward, triton_kernel
 
-    q, k = empty(4096, 16, size, dtype=dtype), empty(4096, 8, size, dtype=dtype)
-    lse = empty(4096, 16, dtype=torch.float32)
-    offsets = empty(65, dtype=torch.int32)
-    blocks = empty(64, 2, dtype=torch.int32) if mask == "gem" else None
-    shared = (empty(100, 8, size, dtype=dtype),) * 2 if prefix else (None, None)
+    texts, heads, kv_heads, n_prefix = (1, 1, 1, 1) if ones else (64, 16, 8, 100)
+    q, k = empty(4096, heads, size, dtype=dtype), empty(4096, kv_heads, size, dtype=dtype)
+    lse = empty(4096, heads, dtype=torch.float32)
+    offsets = empty(texts + 1, dtype=torch.int32)
+    blocks = empty(texts, 2, dtype=torch.int32) if mask == "gem" else None
+    shared = (empty(n_prefix, kv_heads, size, dtype=dtype),) * 2 if prefix else (None, None)
     rest = (offsets, offsets, *shared, window, mask, blocks)
-    name = f"{mask}{' with prefix' * prefix}{' and window' * bool(window)}, {size}, {TYPES[dtype]}"
+    options = f"{' with prefix' * prefix}{' and window' * bool(window)}{' of one' * ones}"
+    name = f"{mask}{options}, {size}, {TYPES[dtype]}"
     yield Case("attention", f"forward, {name}", lambda: triton_kernel.attention(q, k, k, *rest))
     yield Case(
         *("attention", f"backward, {name}"),
@@ -129,7 +139,7 @@ def attention_cases(
 def compile_case(case: int, architecture: int) -> list[dict]:
     """Rows of the kernels that one case launches; `case` is its number, which pickles."""
     chosen = list(cases())[case]
-    with gpu.recording(architecture) as launches:
+    with gpu.recording(architecture, every_tile=True) as launches:
         chosen.call()
     return [
         {

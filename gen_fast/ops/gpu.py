@@ -71,6 +71,7 @@ class Tile:
 @dataclass
 class _Recording:
     architecture: int
+    every_tile: bool
     launches: list[Launch]
 
 
@@ -78,12 +79,15 @@ _recording: _Recording | None = None
 
 
 @contextmanager
-def recording(architecture: int) -> Iterator[list[Launch]]:
-    """Collect launches instead of making them, with the tiles of `architecture` (80, 90, …)."""
+def recording(architecture: int, *, every_tile: bool = False) -> Iterator[list[Launch]]:
+    """Collect launches instead of making them, with the tiles of `architecture` (80, 90, …).
+
+    every_tile: each pinned tile is a launch, not only the first.
+    """
     global _recording
     if _recording is not None:
         raise ImplementationError("launches are being recorded already")
-    _recording = _Recording(architecture, [])
+    _recording = _Recording(architecture, every_tile, [])
     try:
         yield _recording.launches
     finally:
@@ -114,7 +118,9 @@ def launch_tiled(
     if os.environ.get("GEN_FAST_AUTOTUNE") == "1" and _recording is None:
         _autotuned(kernel, tuple(key), _configs(tiles))[grid](*arguments, **constants)
         return
-    launch(kernel, grid, *arguments, **constants, **tiles[0].constants())
+    every = _recording is not None and _recording.every_tile
+    for tile in tiles if every else tiles[:1]:
+        launch(kernel, grid, *arguments, **constants, **tile.constants())
 
 
 def _configs(tiles: Sequence[Tile]) -> tuple[tuple[tuple[tuple[str, int], ...], int, int], ...]:
@@ -132,6 +138,15 @@ def _autotuned(kernel: Any, key: tuple[str, ...], configs: tuple[Any, ...]) -> A
         ],
         key=list(key),
     )(kernel)
+
+
+def tile_architecture(device: torch.device) -> int:
+    """Whose pinned tiles fit `device`: 90's where a block has 227 KiB of shared memory, else 80's.
+
+    Those need less than 99 KiB, which all others since sm_80 have (CUDA C++ Programming Guide,
+    table of technical specifications by compute capability).
+    """
+    return 90 if architecture(device) in (90, 100, 103) else 80
 
 
 def architecture(device: torch.device) -> int:

@@ -14,7 +14,17 @@ from gen_fast.ops import gpu
 from gen_fast.ops.gpu import Tile
 from gen_fast.ops.layout import dense_rows
 
-from .triton_kernel import LOG2_E, dot, load_rows, padded, seen_keys, text_of_tile, tile
+from .triton_kernel import (
+    LOG2_E,
+    dense_blocks,
+    dot,
+    load_rows,
+    padded,
+    pinned,
+    seen_keys,
+    text_of_tile,
+    tile,
+)
 
 
 @triton.jit
@@ -175,8 +185,8 @@ _TILES = {
         256: (tile(32, 32, 8, 1), tile(16, 32, 4, 1)),
     },
     90: {
-        64: (tile(64, 64, 4, 3), tile(64, 128, 8, 2)),
-        128: (tile(64, 64, 8, 2), tile(32, 64, 4, 2)),
+        64: (tile(64, 64, 4, 3), tile(64, 64, 8, 2)),
+        128: (tile(64, 64, 8, 2), tile(64, 32, 4, 2)),
         256: (tile(32, 32, 8, 2), tile(32, 64, 8, 1)),
     },
 }
@@ -188,10 +198,7 @@ _TILES_FLOAT32 = {
 
 
 def _tiles(q: Tensor) -> tuple[Tile, ...]:
-    size = padded(q.shape[2])
-    if q.dtype == torch.float32:
-        return _TILES_FLOAT32[size]
-    return _TILES[90 if gpu.architecture(q.device) >= 90 else 80][size]
+    return pinned(q, _TILES, _TILES_FLOAT32)
 
 
 def attention_backward(
@@ -216,7 +223,7 @@ def attention_backward(
     to_q, to_k, to_v = (x.new_empty(x.shape) for x in (q, k, v))
     if not rows:
         return to_q, to_k.zero_(), to_v.zero_()
-    delta = torch.empty_like(lse)
+    delta, blocks = torch.empty_like(lse), dense_blocks(blocks)
     has_prefix = prefix_k is not None and prefix_v is not None
     prefix = [dense_rows(x) for x in (prefix_k, prefix_v) if x is not None] or [k, v]
     group = heads // kv_heads

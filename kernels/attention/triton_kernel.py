@@ -7,12 +7,14 @@ counts the rows before it: enough for its own, increasing in i, and known withou
 """
 
 import math
+from collections.abc import Mapping
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from gen_fast.errors import OpError
 from gen_fast.ops import gpu
 from gen_fast.ops.gpu import Tile
 from gen_fast.ops.layout import dense_rows
@@ -191,7 +193,7 @@ def tile(block_q: int, block_k: int, warps: int, stages: int) -> Tile:
     return Tile({"BLOCK_Q": block_q, "BLOCK_K": block_k}, warps, stages)
 
 
-# Best first. Keys: padded head size; from sm_90 on there is shared memory for deeper pipelines.
+# Best first. Keys: padded head size; sm_90 has shared memory for deeper pipelines.
 _TILES = {
     80: {
         64: (tile(128, 64, 8, 3), tile(64, 64, 4, 3)),
@@ -199,8 +201,8 @@ _TILES = {
         256: (tile(64, 32, 8, 2), tile(64, 64, 8, 1)),
     },
     90: {
-        64: (tile(128, 128, 8, 3), tile(128, 64, 4, 3)),
-        128: (tile(128, 64, 8, 3), tile(128, 128, 8, 2)),
+        64: (tile(128, 128, 8, 3), tile(64, 64, 4, 3)),
+        128: (tile(128, 64, 8, 3), tile(64, 64, 4, 2)),
         256: (tile(64, 64, 8, 2), tile(128, 32, 8, 2)),
     },
 }
@@ -212,16 +214,29 @@ _TILES_FLOAT32 = {
 }
 
 
+def dense_blocks(blocks: Tensor | None) -> Tensor | None:
+    """The GEM mask's blocks as the kernels read them."""
+    return None if blocks is None else blocks.contiguous()
+
+
 def padded(size: int) -> int:
     """The head size in the tiles: 64, 128 or 256, so that few shapes are compiled and tuned."""
     return max(64, gpu.power_of_two(size))
 
 
-def _tiles(q: Tensor) -> tuple[Tile, ...]:
+Tiles = Mapping[int, tuple[Tile, ...]]  # by padded head size
+
+
+def pinned(q: Tensor, half: Mapping[int, Tiles], float32: Tiles) -> tuple[Tile, ...]:
+    """The tiles for q's dtype, head size and GPU, best first. OpError for a head size too large."""
     size = padded(q.shape[2])
-    if q.dtype == torch.float32:
-        return _TILES_FLOAT32[size]
-    return _TILES[90 if gpu.architecture(q.device) >= 90 else 80][size]
+    if size not in float32:
+        raise OpError(f"the Triton kernels take heads of up to {max(float32)}, not {q.shape[2]}")
+    return (float32 if q.dtype == torch.float32 else half[gpu.tile_architecture(q.device)])[size]
+
+
+def _tiles(q: Tensor) -> tuple[Tile, ...]:
+    return pinned(q, _TILES, _TILES_FLOAT32)
 
 
 def attention(
@@ -252,7 +267,7 @@ def attention(
         lambda constants: (rows * group // constants["BLOCK_Q"] + texts, kv_heads),
         _tiles(q),
         ("GROUP", "D"),
-        *(q, k, v, *prefix, blocks, out, lse, q_offsets, k_offsets, texts),
+        *(q, k, v, *prefix, dense_blocks(blocks), out, lse, q_offsets, k_offsets, texts),
         len(prefix[0]) if has_prefix else 0,
         *(x.stride(0) for x in (q, k, v, *prefix)),
         *(heads, LOG2_E * size**-0.5, window or 0),

@@ -38,8 +38,8 @@ bench: $(VENV)/.dev ## Measure encoding against other packages, quickly
 	$(BIN)/python bench/encode.py --quick
 
 # With the Python at hand, not .venv: a GPU machine has its own torch, and perhaps no network.
-gpu-check: ## On a machine with a CUDA GPU: build, test and measure there
-	$(PYTHON) bench/gpu_check.py
+gpu-check: ## On a machine with a CUDA GPU: build, test and measure there, or only STEPS="tests …"
+	$(PYTHON) bench/gpu_check.py $(if $(STEPS),--steps $(STEPS))
 
 clean: ## Remove the environment and everything built
 	rm -rf $(VENV) build dist *.egg-info gen_fast/*.so .pytest_cache .mypy_cache .ruff_cache

@@ -40,7 +40,8 @@ def _query_gradient(
         k_tile = load_rows(k, keys, k_stride, heads, n_keys, D, D_PADDED)
         v_tile = load_rows(v, keys, v_stride, heads, n_keys, D, D_PADDED)
         scores = dot(q, tl.trans(k_tile)) * scale
-        seen = seen_keys(position, base + keys, window, first, after, MASK, HAS_WINDOW)
+        places = (base + keys)[None, :]
+        seen = seen_keys(position[:, None], places, window, first, after, MASK, HAS_WINDOW)
         weights = tl.exp2(scores - lse[:, None])
         weights = tl.where(seen & (keys < n_keys)[None, :], weights, 0.0)
         to_weights = dot(grad, tl.trans(v_tile))
@@ -159,14 +160,15 @@ def _keys(
         at = q_rows.to(tl.int64) * heads + head
         mass = tl.load(lse + at, mask=inside, other=0.0) * 1.4426950408889634
         shift = tl.load(delta + at, mask=inside, other=0.0)
-        scores = dot(q_tile, tl.trans(k_tile)) * scale
-        position = n_key - n_query + query
-        seen = seen_keys(position, key, window, first, after, MASK, HAS_WINDOW)
-        weights = tl.where(seen & inside[:, None], tl.exp2(scores - mass[:, None]), 0.0)
-        total_v += dot(tl.trans(weights.to(grad_tile.dtype)), grad_tile)
-        to_weights = dot(grad_tile, tl.trans(v_tile))
-        to_scores = (weights * (to_weights - shift[:, None])).to(q_tile.dtype)
-        total_k += dot(tl.trans(to_scores), q_tile)
+        # Keys by queries: weights and their gradients are left sides of products as they are.
+        scores = dot(k_tile, tl.trans(q_tile)) * scale
+        position = (n_key - n_query + query)[None, :]
+        seen = seen_keys(position, key[:, None], window, first, after, MASK, HAS_WINDOW)
+        weights = tl.where(seen & inside[None, :], tl.exp2(scores - mass[None, :]), 0.0)
+        total_v += dot(weights.to(grad_tile.dtype), grad_tile)
+        to_weights = dot(v_tile, tl.trans(grad_tile))
+        to_scores = (weights * (to_weights - shift[None, :])).to(q_tile.dtype)
+        total_k += dot(to_scores, q_tile)
 
     column = tl.arange(0, D_PADDED)
     at = (k_rows.to(tl.int64) * (heads // GROUP) + kv_head)[:, None] * D + column[None, :]

@@ -50,9 +50,11 @@ def text_of_tile(tile, offsets, n_texts, GROUP: tl.constexpr, BLOCK: tl.constexp
 
 
 @triton.jit
-def seen_keys(position, key, window, first, after, MASK: tl.constexpr, HAS_WINDOW: tl.constexpr):
-    """Which keys [C] the queries at `position` [R] may attend; the prefix has negative keys."""
-    at, to = position[:, None], key[None, :]
+def seen_keys(at, to, window, first, after, MASK: tl.constexpr, HAS_WINDOW: tl.constexpr):
+    """Which keys `to` the queries `at` may attend, positions that broadcast; a prefix has negative.
+
+    The shape is theirs together: queries by keys or keys by queries.
+    """
     if MASK == "bidirectional":
         return (to <= at) | (to > at)
     seen = to <= at
@@ -88,16 +90,18 @@ def _attend(
     for block in range(begin, end, BLOCK_K):
         keys = block + tl.arange(0, BLOCK_K)
         k_tile = load_rows(k, keys, k_stride, heads, n_keys, D, D_PADDED)
-        # [BLOCK_Q, BLOCK_K], in powers of two
-        scores = dot(q, tl.trans(k_tile)) * scale
+        scores = dot(q, tl.trans(k_tile))  # [BLOCK_Q, BLOCK_K]
         if MASKED:
-            seen = seen_keys(position, base + keys, window, first, after, MASK, HAS_WINDOW)
+            places = (base + keys)[None, :]
+            seen = seen_keys(position[:, None], places, window, first, after, MASK, HAS_WINDOW)
             scores = tl.where(seen & (keys < n_keys)[None, :], scores, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(scores, 1))
         # A row that has seen nothing yet keeps peak -inf: shift by 0 instead of by -inf.
         shift = tl.where(new_peak == float("-inf"), 0.0, new_peak) if MASKED else new_peak
-        weights = tl.exp2(scores - shift[:, None])
-        decay = tl.exp2(peak - shift)
+        shift *= scale
+        # In powers of two. One multiply-add an element: the scale is applied here only.
+        weights = tl.exp2(scores * scale - shift[:, None])
+        decay = tl.exp2(peak * scale - shift)
         v_tile = load_rows(v, keys, v_stride, heads, n_keys, D, D_PADDED)
         acc = acc * decay[:, None]
         acc += dot(weights.to(v_tile.dtype), v_tile)
@@ -185,7 +189,7 @@ def _forward(
         (acc / mass[:, None]).to(out.dtype.element_ty),
         mask=inside[:, None] & (column < D)[None, :],
     )
-    tl.store(lse + at, (peak + tl.log2(mass)) * 0.6931471805599453, mask=inside)
+    tl.store(lse + at, (peak * scale + tl.log2(mass)) * 0.6931471805599453, mask=inside)
 
 
 def tile(block_q: int, block_k: int, warps: int, stages: int) -> Tile:

@@ -16,6 +16,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -125,24 +126,18 @@ class Op:
             # Better now than in the middle of the backward pass.
             self.backward.choose_for(impl, args[0], self._variant_of(args))
             return self.torch_op(*args, impl=impl)
-        self._check(*args)
-        options = {"inplace": True} if inplace else {}
-        return self._on_its_device(self.choose(impl, *args), args, options)
+        return self._run(*args, impl=impl, inplace=inplace)
 
-    def _run(self, *args: Any, impl: str | None = None) -> Any:
+    def _run(self, *args: Any, impl: str | None = None, inplace: bool = False) -> Any:
         self._check(*args)
-        return self._on_its_device(self.choose(impl, *args), args, {})
-
-    @staticmethod
-    def _on_its_device(
-        function: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]
-    ) -> Any:
-        """Call `function` with the first argument's GPU as the current one: kernels go there."""
-        device = args[0].device
-        if device.type == "cuda" and device.index != torch.cuda.current_device():
-            with torch.cuda.device(device):
-                return function(*args, **options)
-        return function(*args, **options)
+        first = args[0]
+        function = self.choose_for(impl, first, self._variant_of(args))
+        if inplace:
+            function = partial(function, inplace=True)
+        if first.is_cuda and first.device.index != torch.cuda.current_device():
+            with torch.cuda.device(first.device):  # kernels go to the current one
+                return function(*args)
+        return function(*args)
 
     def register(
         self,

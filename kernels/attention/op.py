@@ -12,6 +12,7 @@ from gen_fast.ops.layout import dense_rows
 from . import reference, sdpa
 
 MASKS = ("causal", "bidirectional", "gem")
+_NO_PREFIX = (0, 0, 0, 0, 0)  # addresses and strides of keys and values, length
 
 _INPUTS = (
     "Tensor q_offsets, Tensor k_offsets, Tensor? prefix_k, Tensor? prefix_v, int? window,"
@@ -112,8 +113,8 @@ def _triton_backward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 @OP.register("cpu", **native.ON_CPU)
 def _cpu(q: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = torch.empty(q.shape[:2])
+    out = q.new_empty(q.shape)
+    lse = torch.empty(q.size(0), q.size(1))
     _run_cpu((q, *inputs), out, lse, (0, 0, 0, 0))
     return out, lse
 
@@ -136,20 +137,21 @@ def _run_cpu(
     """Fill `out` and `lse`; or, given the addresses of all gradients, those of q, k and v."""
     q, k, v, q_offsets, k_offsets, prefix_k, prefix_v, window, mask, blocks = inputs
     q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
-    _, heads, size = q.shape
-    prefix = (0, 0, 0, 0, 0)  # addresses, strides, length
-    if prefix_k is not None and prefix_v is not None:
+    prefix = _NO_PREFIX
+    if prefix_k is not None:
         prefix_k, prefix_v = dense_rows(prefix_k), dense_rows(prefix_v)
         prefix = (
             *(prefix_k.data_ptr(), prefix_v.data_ptr()),
             *(prefix_k.stride(0), prefix_v.stride(0), prefix_k.size(0)),
         )
+    blocks = None if blocks is None else blocks.contiguous()
+    _, heads, size = q.shape
     native.module().attention(
-        q.dtype == torch.bfloat16,
-        *(q.data_ptr(), k.data_ptr(), v.data_ptr(), q.stride(0), k.stride(0), v.stride(0)),
-        *(*prefix, out.data_ptr(), lse.data_ptr(), q_offsets.data_ptr(), k_offsets.data_ptr()),
-        *(q_offsets.size(0) - 1, heads, k.size(1), size, window or 0),
-        *(MASKS.index(mask), 0 if blocks is None else blocks.contiguous().data_ptr(), *gradients),
+        *(q.dtype == torch.bfloat16, q.data_ptr(), k.data_ptr(), v.data_ptr()),
+        *(q.stride(0), k.stride(0), v.stride(0), *prefix),
+        *(out.data_ptr(), lse.data_ptr(), q_offsets.data_ptr(), k_offsets.data_ptr()),
+        *(q_offsets.size(0) - 1, heads, k.size(1), size, window or 0, MASKS.index(mask)),
+        *(native.address(blocks), *gradients),
     )
 
 

@@ -16,6 +16,11 @@ namespace gen_fast {
 // lower level that the tests have asked for.
 int isa_level();
 
+// Rows that a thread should have at least: starting it costs about as much as 16,384 elements.
+inline int64_t rows_worth_a_thread(int64_t elements_of_a_row) {
+  return 16384 / (elements_of_a_row + 1);
+}
+
 // Runs body(begin, end) over parts of [0, n), in parallel if each thread gets at least `grain`.
 template <class Body>
 void parallel_for(int64_t n, int64_t grain, const Body& body) {

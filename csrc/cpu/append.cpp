@@ -56,9 +56,9 @@ static void sum_special(const void* grad, const int64_t* ids, float* out, int64_
   });
 }
 
-static void append_backward(bool half, const void* grad, const int64_t* ids, float* out,
+static void append_backward(bool is_bf16, const void* grad, const int64_t* ids, float* out,
                             int64_t rows, int64_t vocabulary, int64_t n_special, int64_t size) {
-  (half ? sum_special<bf16> : sum_special<float>)(grad, ids, out, rows, vocabulary, n_special,
+  (is_bf16 ? sum_special<bf16> : sum_special<float>)(grad, ids, out, rows, vocabulary, n_special,
                                                   size);
 }
 

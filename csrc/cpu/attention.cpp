@@ -232,11 +232,11 @@ static void run(const AttentionArguments& args) {
   });
 }
 
-static void attention(bool half, const AttentionArguments& args) {
+static void attention(bool is_bf16, const AttentionArguments& args) {
 #if defined(GEN_FAST_BF16_DOT)
-  if (half) return run<PairOperand, bf16>(args);
+  if (is_bf16) return run<PairOperand, bf16>(args);
 #else
-  if (half) return run<FloatOperand, bf16>(args);
+  if (is_bf16) return run<FloatOperand, bf16>(args);
 #endif
   run<FloatOperand, float>(args);
 }

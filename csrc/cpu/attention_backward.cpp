@@ -270,12 +270,12 @@ static void run(const AttentionArguments& args, const AttentionGradients& grads)
 
 }  // namespace backward
 
-static void attention_backward(bool half, const AttentionArguments& args,
+static void attention_backward(bool is_bf16, const AttentionArguments& args,
                                const AttentionGradients& grads) {
 #if defined(GEN_FAST_BF16_DOT)
-  if (half) return backward::run<PairOperand, bf16>(args, grads);
+  if (is_bf16) return backward::run<PairOperand, bf16>(args, grads);
 #else
-  if (half) return backward::run<FloatOperand, bf16>(args, grads);
+  if (is_bf16) return backward::run<FloatOperand, bf16>(args, grads);
 #endif
   backward::run<FloatOperand, float>(args, grads);
 }

@@ -53,16 +53,16 @@ static float row_loss(T* logits, int64_t target, int64_t size) {
 template <class T>
 static void row_losses(void* logits, const int64_t* targets, float* losses, int64_t rows,
                        int64_t vocabulary) {
-  parallel_for(rows, 16384 / (vocabulary + 1), [&](int64_t begin, int64_t end) {
+  parallel_for(rows, rows_worth_a_thread(vocabulary), [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       losses[r] = row_loss((T*)logits + r * vocabulary, targets[r], vocabulary);
     }
   });
 }
 
-static void cross_entropy(bool half, void* logits, const int64_t* targets, float* losses,
+static void cross_entropy(bool is_bf16, void* logits, const int64_t* targets, float* losses,
                           int64_t rows, int64_t vocabulary) {
-  (half ? row_losses<bf16> : row_losses<float>)(logits, targets, losses, rows, vocabulary);
+  (is_bf16 ? row_losses<bf16> : row_losses<float>)(logits, targets, losses, rows, vocabulary);
 }
 
 }  // namespace gen_fast::GEN_FAST_ISA

@@ -89,7 +89,7 @@ static void norm_row_backward(const T* grad_normed, const T* grad_total, const T
 template <class T>
 static void norm_rows(const void* x, const void* residual, const void* weight, void* total,
                       void* out, int64_t rows, int64_t size, float eps) {
-  parallel_for(rows, 16384 / (size + 1), [&](int64_t begin, int64_t end) {
+  parallel_for(rows, rows_worth_a_thread(size), [&](int64_t begin, int64_t end) {
     for (int64_t r = begin * size; r < end * size; r += size) {
       norm_row((const T*)x + r, (const T*)residual + r, (const T*)weight, (T*)total + r,
                (T*)out + r, size, eps);
@@ -101,7 +101,7 @@ template <class T>
 static void norm_rows_quantized(const void* x, const void* residual, const void* weight,
                                 void* total, int8_t* out, float* scales, int64_t rows,
                                 int64_t size, float eps) {
-  parallel_for(rows, 16384 / (size + 1), [&](int64_t begin, int64_t end) {
+  parallel_for(rows, rows_worth_a_thread(size), [&](int64_t begin, int64_t end) {
     std::vector<float> normed(size);
     for (int64_t r = begin; r < end; ++r) {
       const int64_t at = r * size;
@@ -116,7 +116,7 @@ template <class T>
 static void norm_rows_backward(const void* grad_normed, const void* grad_total,
                                const void* total, const void* weight, void* out, int64_t rows,
                                int64_t size, float eps) {
-  parallel_for(rows, 16384 / (size + 1), [&](int64_t begin, int64_t end) {
+  parallel_for(rows, rows_worth_a_thread(size), [&](int64_t begin, int64_t end) {
     for (int64_t r = begin * size; r < end * size; r += size) {
       norm_row_backward((const T*)grad_normed + r, (const T*)grad_total + r,
                         (const T*)total + r, (const T*)weight, (T*)out + r, size, eps);
@@ -124,22 +124,22 @@ static void norm_rows_backward(const void* grad_normed, const void* grad_total,
   });
 }
 
-static void add_rms_norm(bool half, const void* x, const void* residual, const void* weight,
+static void add_rms_norm(bool is_bf16, const void* x, const void* residual, const void* weight,
                          void* total, void* out, int64_t rows, int64_t size, float eps) {
-  (half ? norm_rows<bf16> : norm_rows<float>)(x, residual, weight, total, out, rows, size, eps);
+  (is_bf16 ? norm_rows<bf16> : norm_rows<float>)(x, residual, weight, total, out, rows, size, eps);
 }
 
-static void add_rms_norm_quantized(bool half, const void* x, const void* residual,
+static void add_rms_norm_quantized(bool is_bf16, const void* x, const void* residual,
                                    const void* weight, void* total, int8_t* out, float* scales,
                                    int64_t rows, int64_t size, float eps) {
-  (half ? norm_rows_quantized<bf16> : norm_rows_quantized<float>)(x, residual, weight, total, out,
+  (is_bf16 ? norm_rows_quantized<bf16> : norm_rows_quantized<float>)(x, residual, weight, total, out,
                                                                   scales, rows, size, eps);
 }
 
-static void add_rms_norm_backward(bool half, const void* grad_normed, const void* grad_total,
+static void add_rms_norm_backward(bool is_bf16, const void* grad_normed, const void* grad_total,
                                   const void* total, const void* weight, void* out,
                                   int64_t rows, int64_t size, float eps) {
-  (half ? norm_rows_backward<bf16> : norm_rows_backward<float>)(grad_normed, grad_total, total,
+  (is_bf16 ? norm_rows_backward<bf16> : norm_rows_backward<float>)(grad_normed, grad_total, total,
                                                                 weight, out, rows, size, eps);
 }
 

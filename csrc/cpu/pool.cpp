@@ -46,7 +46,7 @@ template <class T>
 static void pool_texts(const void* hidden, const int32_t* offsets, const void* norm_weight,
                        const float* row_weights, float* out, int64_t texts, int64_t size,
                        float eps) {
-  parallel_for(texts, 16384 / (size + 1), [&](int64_t begin, int64_t end) {
+  parallel_for(texts, rows_worth_a_thread(size), [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       float* mean = out + t * size;
       std::memset(mean, 0, size * sizeof(float));
@@ -94,7 +94,7 @@ template <class T>
 static void differentiate_texts(const float* grad, const void* hidden, const int32_t* offsets,
                                 const void* norm_weight, const float* row_weights, void* out,
                                 int64_t texts, int64_t size, float eps) {
-  parallel_for(texts, 16384 / (size + 1), [&](int64_t begin, int64_t end) {
+  parallel_for(texts, rows_worth_a_thread(size), [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       const int32_t first = offsets[t], last = offsets[t + 1];
       for (int32_t r = first; r < last; ++r) {
@@ -106,16 +106,16 @@ static void differentiate_texts(const float* grad, const void* hidden, const int
   });
 }
 
-static void pool(bool half, const void* hidden, const int32_t* offsets, const void* norm_weight,
+static void pool(bool is_bf16, const void* hidden, const int32_t* offsets, const void* norm_weight,
                  const float* row_weights, float* out, int64_t texts, int64_t size, float eps) {
-  (half ? pool_texts<bf16> : pool_texts<float>)(hidden, offsets, norm_weight, row_weights, out,
+  (is_bf16 ? pool_texts<bf16> : pool_texts<float>)(hidden, offsets, norm_weight, row_weights, out,
                                                 texts, size, eps);
 }
 
-static void pool_backward(bool half, const float* grad, const void* hidden, const int32_t* offsets,
+static void pool_backward(bool is_bf16, const float* grad, const void* hidden, const int32_t* offsets,
                           const void* norm_weight, const float* row_weights, void* out,
                           int64_t texts, int64_t size, float eps) {
-  (half ? differentiate_texts<bf16> : differentiate_texts<float>)(
+  (is_bf16 ? differentiate_texts<bf16> : differentiate_texts<float>)(
       grad, hidden, offsets, norm_weight, row_weights, out, texts, size, eps);
 }
 

@@ -22,16 +22,16 @@ namespace gen_fast::GEN_FAST_ISA {
 
 template <class T>
 static void quantize_each(const void* x, int8_t* out, float* scales, int64_t rows, int64_t size) {
-  parallel_for(rows, 16384 / (size + 1), [&](int64_t begin, int64_t end) {
+  parallel_for(rows, rows_worth_a_thread(size), [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       scales[r] = quantize_row((const T*)x + r * size, out + r * size, size);
     }
   });
 }
 
-static void quantize_rows(bool half, const void* x, int8_t* out, float* scales, int64_t rows,
+static void quantize_rows(bool is_bf16, const void* x, int8_t* out, float* scales, int64_t rows,
                           int64_t size) {
-  (half ? quantize_each<bf16> : quantize_each<float>)(x, out, scales, rows, size);
+  (is_bf16 ? quantize_each<bf16> : quantize_each<float>)(x, out, scales, rows, size);
 }
 
 }  // namespace gen_fast::GEN_FAST_ISA

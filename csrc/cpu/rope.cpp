@@ -103,7 +103,7 @@ static void rope_head_backward(const T* grad, const T* x, T* out, const float* c
 
 template <class T>
 static void rope_rows(const RopeArguments& a) {
-  parallel_for(a.rows, 16384 / (a.heads * a.size + 1), [&](int64_t begin, int64_t end) {
+  parallel_for(a.rows, rows_worth_a_thread(a.heads * a.size), [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       const float *cos = a.cos + r * (a.size / 2), *sin = a.sin + r * (a.size / 2);
       for (int64_t h = 0; h < a.heads; ++h) {
@@ -117,7 +117,7 @@ static void rope_rows(const RopeArguments& a) {
 
 template <class T>
 static void rope_rows_backward(const RopeArguments& a) {
-  parallel_for(a.rows, 16384 / (a.heads * a.size + 1), [&](int64_t begin, int64_t end) {
+  parallel_for(a.rows, rows_worth_a_thread(a.heads * a.size), [&](int64_t begin, int64_t end) {
     std::vector<float> turned(a.size);
     for (int64_t r = begin; r < end; ++r) {
       const float *cos = a.cos + r * (a.size / 2), *sin = a.sin + r * (a.size / 2);
@@ -132,12 +132,12 @@ static void rope_rows_backward(const RopeArguments& a) {
   });
 }
 
-static void rope(bool half, const RopeArguments& arguments) {
-  (half ? rope_rows<bf16> : rope_rows<float>)(arguments);
+static void rope(bool is_bf16, const RopeArguments& arguments) {
+  (is_bf16 ? rope_rows<bf16> : rope_rows<float>)(arguments);
 }
 
-static void rope_backward(bool half, const RopeArguments& arguments) {
-  (half ? rope_rows_backward<bf16> : rope_rows_backward<float>)(arguments);
+static void rope_backward(bool is_bf16, const RopeArguments& arguments) {
+  (is_bf16 ? rope_rows_backward<bf16> : rope_rows_backward<float>)(arguments);
 }
 
 }  // namespace gen_fast::GEN_FAST_ISA

@@ -68,7 +68,7 @@ static void swiglu_row_backward(const T* grad, const T* gate, const T* up, T* to
 
 template <class T>
 static void swiglu_rows(const void* gate_up, void* out, int64_t rows, int64_t size) {
-  parallel_for(rows, 16384 / (size + 1), [&](int64_t begin, int64_t end) {
+  parallel_for(rows, rows_worth_a_thread(size), [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       const T* gate = (const T*)gate_up + r * 2 * size;
       swiglu_row(gate, gate + size, (T*)out + r * size, size);
@@ -79,7 +79,7 @@ static void swiglu_rows(const void* gate_up, void* out, int64_t rows, int64_t si
 template <class T>
 static void swiglu_rows_quantized(const void* gate_up, int8_t* out, float* scales, int64_t rows,
                                   int64_t size) {
-  parallel_for(rows, 16384 / (size + 1), [&](int64_t begin, int64_t end) {
+  parallel_for(rows, rows_worth_a_thread(size), [&](int64_t begin, int64_t end) {
     std::vector<float> result(size);
     for (int64_t r = begin; r < end; ++r) {
       const T* gate = (const T*)gate_up + r * 2 * size;
@@ -92,7 +92,7 @@ static void swiglu_rows_quantized(const void* gate_up, int8_t* out, float* scale
 template <class T>
 static void swiglu_rows_backward(const void* grad, const void* gate_up, void* out, int64_t rows,
                                  int64_t size) {
-  parallel_for(rows, 16384 / (size + 1), [&](int64_t begin, int64_t end) {
+  parallel_for(rows, rows_worth_a_thread(size), [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       const T* gate = (const T*)gate_up + r * 2 * size;
       T* to_gate = (T*)out + r * 2 * size;
@@ -102,19 +102,19 @@ static void swiglu_rows_backward(const void* grad, const void* gate_up, void* ou
   });
 }
 
-static void swiglu(bool half, const void* gate_up, void* out, int64_t rows, int64_t size) {
-  (half ? swiglu_rows<bf16> : swiglu_rows<float>)(gate_up, out, rows, size);
+static void swiglu(bool is_bf16, const void* gate_up, void* out, int64_t rows, int64_t size) {
+  (is_bf16 ? swiglu_rows<bf16> : swiglu_rows<float>)(gate_up, out, rows, size);
 }
 
-static void swiglu_quantized(bool half, const void* gate_up, int8_t* out, float* scales,
+static void swiglu_quantized(bool is_bf16, const void* gate_up, int8_t* out, float* scales,
                              int64_t rows, int64_t size) {
-  (half ? swiglu_rows_quantized<bf16> : swiglu_rows_quantized<float>)(gate_up, out, scales, rows,
+  (is_bf16 ? swiglu_rows_quantized<bf16> : swiglu_rows_quantized<float>)(gate_up, out, scales, rows,
                                                                       size);
 }
 
-static void swiglu_backward(bool half, const void* grad, const void* gate_up, void* out,
+static void swiglu_backward(bool is_bf16, const void* grad, const void* gate_up, void* out,
                             int64_t rows, int64_t size) {
-  (half ? swiglu_rows_backward<bf16> : swiglu_rows_backward<float>)(grad, gate_up, out, rows,
+  (is_bf16 ? swiglu_rows_backward<bf16> : swiglu_rows_backward<float>)(grad, gate_up, out, rows,
                                                                     size);
 }
 

@@ -35,12 +35,13 @@ def distill(
     texts: float,
     kind: str,
     memory: int,
+    gradients: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `op.distill`."""
     rows, vocabulary = hidden.shape[0], head.shape[0]
     targets = targets.contiguous()
     losses = hidden.new_zeros(rows, dtype=torch.float32)
-    to_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+    to_hidden = hidden.new_empty(rows if gradients else 0, hidden.shape[1])
     if rows:
         size = chunk_rows(rows, vocabulary, hidden.element_size(), memory)
         buffer = hidden.new_empty(size, vocabulary)
@@ -48,6 +49,8 @@ def distill(
             chunk = slice(start, min(start + size, rows))
             logits = torch.mm(hidden[chunk], head.T, out=buffer[: chunk.stop - start])
             row_loss(logits, targets[chunk], losses[chunk])
+            if not gradients:
+                continue
             # The scale belongs here: in float16 it would make small probabilities vanish.
             target = to_hidden[chunk]
             torch.addmm(target, logits, head, beta=0, alpha=1 / tokens, out=target)

@@ -21,10 +21,10 @@ CPU_MEMORY, GPU_MEMORY = 16 << 20, 2 << 30
 OP = Op(
     "distill",
     "(Tensor hidden, Tensor head, Tensor targets, Tensor student, Tensor teacher, float tokens,"
-    " float texts, str kind, int memory) -> (Tensor, Tensor, Tensor)",
+    " float texts, str kind, int memory, bool gradients) -> (Tensor, Tensor, Tensor)",
     lambda hidden, head, targets, student, *rest: (
         hidden.new_empty(2, dtype=torch.promote_types(hidden.dtype, torch.float32)),
-        hidden.new_empty(hidden.shape),
+        hidden.new_empty(hidden.shape if rest[-1] else (0, hidden.shape[1])),
         student.new_empty(student.shape),
     ),
 )
@@ -64,7 +64,7 @@ def _gradient(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     to_hidden, to_student = ctx.saved_tensors
     by_hidden = to_hidden * grad[0].to(to_hidden.dtype) if ctx.needs_input_grad[0] else None
     by_student = to_student * grad[1].to(to_student.dtype) if ctx.needs_input_grad[3] else None
-    return by_hidden, None, None, by_student, *(None,) * 5
+    return by_hidden, None, None, by_student, *(None,) * 6
 
 
 OP.differentiate(_save, _gradient)
@@ -123,6 +123,8 @@ def distill(
         float(max(1, hidden.shape[0]) if tokens is None else tokens),
         float(max(1, student.shape[0]) if texts is None else texts),
         *(alignment, memory),
+        # Of two products, loss alone takes one.
+        torch.is_grad_enabled() and hidden.requires_grad,
         impl=impl,
     )[0]
     return losses[0], losses[1]

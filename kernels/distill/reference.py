@@ -43,15 +43,19 @@ def distill(
     texts: float,
     kind: str,
     memory: int,
+    gradients: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses [2], and the gradients of each by `hidden` and `student`. See `op.distill`."""
+    """Losses [2], and their gradients by `hidden` (if `gradients`) and `student`. See `op.distill`."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
     losses = (
         reconstruction(hidden, head, targets) / tokens,
         alignment(student, teacher, kind).to(wide) / texts,
     )
+    aligned = alignment_gradient(student, teacher, kind) / texts
+    if not gradients:
+        return torch.stack(losses), hidden.new_empty(0, hidden.shape[1]), aligned
     # The gradient of cross-entropy by the logits: softmax - one-hot.
     to_logits = (hidden @ head.T).to(wide).softmax(-1)
     to_logits[torch.arange(len(targets), device=targets.device), targets] -= 1
     to_hidden = to_logits.to(hidden.dtype) @ head / tokens
-    return torch.stack(losses), to_hidden, alignment_gradient(student, teacher, kind) / texts
+    return torch.stack(losses), to_hidden, aligned

@@ -27,7 +27,7 @@ def _check(x: Tensor, cos: Tensor, sin: Tensor, norm: Tensor | None, eps: float)
 
 BACKWARD = Op(
     "rope_backward",
-    "(Tensor grad, Tensor x, Tensor cos, Tensor sin, Tensor? norm, float eps) -> Tensor",
+    "(Tensor grad, Tensor? x, Tensor cos, Tensor sin, Tensor? norm, float eps) -> Tensor",
     lambda grad, x, cos, sin, norm, eps: grad.new_empty(grad.shape),
 )
 OP = Op(
@@ -52,7 +52,7 @@ def _triton(
 
 @BACKWARD.register("triton", **gpu.ON_GPU)
 def _triton_backward(
-    grad: Tensor, x: Tensor, cos: Tensor, sin: Tensor, norm: Tensor | None, eps: float
+    grad: Tensor, x: Tensor | None, cos: Tensor, sin: Tensor, norm: Tensor | None, eps: float
 ) -> Tensor:
     from . import triton_kernel
 
@@ -77,14 +77,15 @@ def _cpu(
 
 @BACKWARD.register("cpu", **native.ON_CPU)
 def _cpu_backward(
-    grad: Tensor, x: Tensor, cos: Tensor, sin: Tensor, norm: Tensor | None, eps: float
+    grad: Tensor, x: Tensor | None, cos: Tensor, sin: Tensor, norm: Tensor | None, eps: float
 ) -> Tensor:
-    grad, x = dense_rows(grad), dense_rows(x)
+    grad = dense_rows(grad)
+    x = None if x is None else dense_rows(x)
     out = grad.new_empty(grad.shape)
     norm = None if norm is None else norm.contiguous()
     native.module().rope_backward(
         *(grad.dtype == torch.bfloat16, native.address(grad), grad.stride(0)),
-        *(native.address(x), x.stride(0), native.address(out)),
+        *(native.address(x), 0 if x is None else x.stride(0), native.address(out)),
         *map(native.address, (cos.float().contiguous(), sin.float().contiguous(), norm)),
         *(*grad.shape, eps),
     )
@@ -98,9 +99,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, cos, sin, norm = ctx.saved_tensors
-    x = grad if x is None else x
-    return BACKWARD.torch_op(grad, x, cos, sin, norm, ctx.eps, impl=ctx.impl), *(None,) * 4
+    return BACKWARD.torch_op(grad, *ctx.saved_tensors, ctx.eps, impl=ctx.impl), *(None,) * 4
 
 
 OP.differentiate(_save, _gradient)

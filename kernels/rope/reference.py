@@ -24,8 +24,11 @@ def rope(
 
 
 def rope_backward(
-    grad: Tensor, x: Tensor, cos: Tensor, sin: Tensor, norm: Tensor | None, eps: float
+    grad: Tensor, x: Tensor | None, cos: Tensor, sin: Tensor, norm: Tensor | None, eps: float
 ) -> Tensor:
-    """Gradient [T, N, D] of `x`."""
+    """Gradient [T, N, D] of `x`, which is needed only if there is a norm."""
     turned = rope(grad, cos, -sin)  # the transpose of a rotation is the rotation back
-    return turned if norm is None else rms_norm_backward(turned, x, norm, eps)
+    if norm is None:
+        return turned
+    assert x is not None
+    return rms_norm_backward(turned, x, norm, eps)

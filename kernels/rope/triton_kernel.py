@@ -103,17 +103,18 @@ def rope(
 
 
 def rope_backward(
-    grad: Tensor, x: Tensor, cos: Tensor, sin: Tensor, norm: Tensor | None, eps: float
+    grad: Tensor, x: Tensor | None, cos: Tensor, sin: Tensor, norm: Tensor | None, eps: float
 ) -> Tensor:
-    """Gradient [T, N, D] of `x`; `x` itself is read only if there is a norm."""
-    grad, x = dense_rows(grad), dense_rows(x)
+    """Gradient [T, N, D] of `x`, which is needed only if there is a norm."""
+    grad = dense_rows(grad)
+    x = None if x is None else dense_rows(x)
     rows, heads, size = grad.shape
     out = grad.new_empty(grad.shape)
     if grad.numel():
         gpu.launch(
             *(_backward, (rows,), grad, x, out, cos.float().contiguous()),
             *(sin.float().contiguous(), None if norm is None else norm.contiguous()),
-            *(grad.stride(0), x.stride(0), heads, eps),
+            *(grad.stride(0), 0 if x is None else x.stride(0), heads, eps),
             **_constants(heads, size, norm is not None),
         )
     return out

@@ -55,6 +55,14 @@ def test_a_target_that_is_no_row_of_the_head(bad):
         assert distill(hidden, head, targets, *rest, impl="triton")[0].isnan()
 
 
+def test_without_gradients_the_losses_are_the_same(device, impl):
+    tensors = [x.detach().to(device) for x in inputs(20, 8, 30, torch.float32)]
+    alone = OP.torch_op(*tensors, 20.0, 5.0, "mse", 1000, False, impl=impl)
+    whole = OP.torch_op(*tensors, 20.0, 5.0, "mse", 1000, True, impl=impl)
+    assert torch.equal(alone[0], whole[0])
+    assert (alone[1].shape, whole[1].shape) == ((0, 8), (20, 8))
+
+
 def test_targets_may_be_strided(device, impl):
     hidden, head, targets, *rest = (x.detach().to(device) for x in inputs(5, 24, 7, torch.float32))
     strided = torch.stack((targets, targets + 100), 1)[:, 0]
@@ -114,4 +122,5 @@ def test_every_instruction_set(isa_level, dtype):
 
 def test_opcheck():
     tensors = inputs(3, 8, 30, torch.float32)
-    opcheck(OP.torch_op, (*tensors, 3.0, 5.0, "mse", 1 << 20))
+    opcheck(OP.torch_op, (*tensors, 3.0, 5.0, "mse", 1 << 20, True))
+    opcheck(OP.torch_op, (*(x.detach() for x in tensors), 3.0, 5.0, "mse", 1 << 20, False))

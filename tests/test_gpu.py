@@ -10,6 +10,7 @@ from gen_fast.batching import PackedBatch
 from gen_fast.generation import Decoder
 from gen_fast.ops import all_ops
 from gen_fast.ops.append import append
+from gen_fast.ops.attention import attention
 from gen_fast.ops.norm import add_rms_norm
 from gen_fast.ops.swiglu import swiglu
 from gen_fast.testing import relative_error
@@ -148,3 +149,17 @@ def test_a_forward_pass_waits_for_nothing_and_fits_a_cuda_graph(tiny_model):
         graph.replay()
         assert torch.equal(captured, backbone.forward(batch, prefix=prefix))
         assert not torch.equal(captured, expected)
+
+
+def test_measured_tiles_give_the_results_of_the_pinned_ones(monkeypatch):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 300, 4, 64, dtype=torch.bfloat16, device="cuda").unbind()
+    offsets = torch.tensor([0, 1, 120, 300], device="cuda").int()
+    results = []
+    for tuned in ("0", "1"):
+        monkeypatch.setenv("GEN_FAST_AUTOTUNE", tuned)
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = attention(*leaves, offsets, offsets)
+        results.append([out, *torch.autograd.grad(out.float().square().sum(), leaves)])
+    for pinned, measured in zip(*results, strict=True):
+        assert relative_error(measured, pinned) <= 2e-2

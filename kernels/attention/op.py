@@ -113,8 +113,8 @@ def _triton_backward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 @OP.register("cpu", **native.ON_CPU)
 def _cpu(q: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
-    out = q.new_empty(q.shape)
-    lse = torch.empty(q.size(0), q.size(1))
+    out = native.empty_like(q)
+    lse = q.new_empty(q.size(0), q.size(1), dtype=torch.float32)
     _run_cpu((q, *inputs), out, lse, (0, 0, 0, 0))
     return out, lse
 

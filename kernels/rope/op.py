@@ -64,7 +64,7 @@ def _cpu(
     x: Tensor, cos: Tensor, sin: Tensor, norm: Tensor | None, eps: float, *, inplace: bool = False
 ) -> Tensor:
     x = dense_rows(x)
-    out = x if inplace else x.new_empty(x.shape)
+    out = x if inplace else native.empty_like(x)
     norm = None if norm is None else norm.contiguous()
     native.module().rope(
         *(x.dtype == torch.bfloat16, native.address(x), x.stride(0)),
@@ -81,7 +81,7 @@ def _cpu_backward(
 ) -> Tensor:
     grad = dense_rows(grad)
     x = None if x is None else dense_rows(x)
-    out = grad.new_empty(grad.shape)
+    out = native.empty_like(grad)
     norm = None if norm is None else norm.contiguous()
     native.module().rope_backward(
         *(grad.dtype == torch.bfloat16, native.address(grad), grad.stride(0)),

@@ -58,9 +58,9 @@ PYBIND11_MODULE(_C, m) {
                                      Address total, Address out, Address scales, int64_t rows,
                                      int64_t size, float eps) {
     py::gil_scoped_release release;
-    gen_fast::add_rms_norm_quantized(dtype(bf16), at<void>(x), at<void>(residual), at<void>(weight),
-                                     at<void>(total), at<int8_t>(out), at<float>(scales), rows, size,
-                                     eps);
+    gen_fast::add_rms_norm_quantized(dtype(bf16), at<void>(x), at<void>(residual),
+                                     at<void>(weight), at<void>(total), at<int8_t>(out),
+                                     at<float>(scales), rows, size, eps);
   });
   m.def("add_rms_norm_backward", [](bool bf16, Address grad_normed, Address grad_total,
                                     Address total, Address weight, Address out, int64_t rows,

@@ -54,7 +54,9 @@ struct TextMask {
     } else if (kind == Mask::gem && position >= block) {
       gap = block, resume = position;
     }
-    const auto clamp = [count](int64_t key) { return (int)(key < 0 ? 0 : key > count ? count : key); };
+    const auto clamp = [count](int64_t key) {
+      return (int)(key < 0 ? 0 : key > count ? count : key);
+    };
     Seen seen{clamp(first - start), clamp(reach(position, start, count)), clamp(gap - start),
               clamp(resume - start)};
     if (seen.gap <= seen.first && seen.first < seen.resume) seen.first = seen.resume;

@@ -16,9 +16,11 @@ namespace gen_fast {
 // lower level that the tests have asked for.
 int isa_level();
 
-// Rows that a thread should have at least: starting it costs about as much as 16,384 elements.
+// Starting a thread costs about as much as this many elements.
+constexpr int64_t WORTH_A_THREAD = 16384;
+
 inline int64_t rows_worth_a_thread(int64_t elements_of_a_row) {
-  return 16384 / (elements_of_a_row + 1);
+  return WORTH_A_THREAD / (elements_of_a_row + 1);
 }
 
 // Runs body(begin, end) over parts of [0, n), in parallel if each thread gets at least `grain`.
@@ -37,10 +39,11 @@ void parallel_for(int64_t n, int64_t grain, const Body& body) {
   }
 }
 
-// Runs body(i) for each i in [0, n); threads take the next one when they are free.
+// Runs body(i) for each i in [0, n); threads, if all tasks together touch enough elements, take the
+// next one when they are free.
 template <class Body>
-void parallel_tasks(int64_t n, const Body& body) {
-#pragma omp parallel for schedule(dynamic, 1) if (n > 1)
+void parallel_tasks(int64_t n, int64_t elements, const Body& body) {
+#pragma omp parallel for schedule(dynamic, 1) if (n > 1 && elements > WORTH_A_THREAD)
   for (int64_t i = 0; i < n; ++i) body(i);
 }
 

@@ -33,8 +33,8 @@ static inline float peak_of(const T* x, int64_t size) {
   return result;
 }
 
-// x / scale rounded to nearest even, scale = max |x| / 127, which is returned; not finite if the row
-// is not.
+// x / scale rounded to nearest even, scale = max |x| / 127, which is returned; not finite if the
+// row is not.
 template <class T>
 static inline float quantize_row(const T* x, int8_t* out, int64_t size) {
   const int64_t whole = size / W * W;

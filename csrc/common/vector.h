@@ -114,8 +114,8 @@ static inline float max_of(vf v) {
   return a > b ? a : b;
 }
 
-// 1/x for normal x up to 2^126, relative error below 1e-7; NaN for 0, infinity and NaN. The hardware's
-// division is the slowest thing a vector can do.
+// 1/x for normal x up to 2^126, relative error below 1e-7; where it is an estimate, NaN for 0 and
+// infinity. The hardware's division is the slowest thing a vector can do.
 static inline vf reciprocal(vf x) {
 #if defined(GEN_FAST_BF16_DOT)
   const vf guess = (vf)_mm512_maskz_rcp14_ps(0xffff, (__m512)x);
@@ -125,9 +125,9 @@ static inline vf reciprocal(vf x) {
 #endif
 }
 
-// 2^x, relative error below 3e-7; 0 or denormal below -126, NaN for NaN, and the caller keeps x at most 127.
-// 2^x = 2^n · 2^f with n the nearest integer. 2^f on [-1/2, 1/2] is the polynomial of degree 5 whose
-// largest relative error (9.2e-8) is least among those that are 1 at 0.
+// 2^x, relative error below 3e-7; 0 or denormal below -126, NaN for NaN, and the caller keeps x at
+// most 127. 2^x = 2^n · 2^f with n the nearest integer; 2^f on [-1/2, 1/2] is the polynomial of
+// degree 5 whose largest relative error (9.2e-8) is least among those that are 1 at 0.
 static inline vf exp2(vf x) {
 #if defined(GEN_FAST_BF16_DOT)
   const vf f = (vf)_mm512_maskz_reduce_ps(0xffff, (__m512)x, _MM_FROUND_TO_NEAREST_INT);

@@ -213,7 +213,9 @@ static void run(const AttentionArguments& args) {
   const int64_t rows = args.q_offsets[args.texts], group = args.heads / args.kv_heads;
   const int64_t tokens = tokens_of_chunk(group);
   const int64_t chunks = (rows + tokens - 1) / tokens;
-  parallel_tasks(chunks * args.kv_heads, [&](int64_t task) {
+  const int64_t keys = args.k_offsets[args.texts] + args.prefix;
+  const int64_t elements = (rows * args.heads + keys * args.kv_heads) * args.size;
+  parallel_tasks(chunks * args.kv_heads, elements, [&](int64_t task) {
     // One workspace a thread, kept between calls: its size depends on the model alone.
     static thread_local std::unique_ptr<Workspace<Op>> work;
     if (!work || work->size != args.size || work->rows < tokens * group) {

@@ -233,8 +233,9 @@ static void differentiate_text(const AttentionArguments& args, const AttentionGr
       put_rows<Op>(work.q_paired.data(), r, padded, q + r * depth, q + next * depth, d);
       put_rows<Op>(work.grad_paired.data(), r, padded, grad + r * depth, grad + next * depth, d);
     }
-    const auto differentiate = [&](const void* k, int64_t k_stride, const void* v, int64_t v_stride,
-                                   int64_t from, int64_t n, int64_t base, float* to_k, float* to_v) {
+    const auto differentiate = [&](const void* k, int64_t k_stride, const void* v,
+                                   int64_t v_stride, int64_t from, int64_t n, int64_t base,
+                                   float* to_k, float* to_v) {
       differentiate_keys<Op>(work, chunk, (const In*)k + from * k_stride + kv_head * d, k_stride,
                              (const In*)v + from * v_stride + kv_head * d, v_stride, n, base, scale,
                              to_k, to_v);
@@ -258,7 +259,10 @@ static void differentiate_text(const AttentionArguments& args, const AttentionGr
 template <class Op, class In>
 static void run(const AttentionArguments& args, const AttentionGradients& grads) {
   const int64_t group = args.heads / args.kv_heads, rows = tokens_of_chunk(group) * group;
-  parallel_tasks(args.texts * args.kv_heads, [&](int64_t task) {
+  const int64_t keys = args.k_offsets[args.texts] + args.prefix;
+  const int64_t queries = args.q_offsets[args.texts];
+  const int64_t elements = (queries * args.heads + keys * args.kv_heads) * args.size;
+  parallel_tasks(args.texts * args.kv_heads, elements, [&](int64_t task) {
     // One workspace a thread, kept between calls: sized by the model and its longest text so far.
     static thread_local std::unique_ptr<Workspace<Op>> work;
     if (!work || work->size != args.size || work->most < rows) {

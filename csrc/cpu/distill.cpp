@@ -7,8 +7,8 @@
 
 namespace gen_fast {
 
-int64_t cross_entropy(Dtype dtype, void* logits, const int64_t* targets, float* losses, int64_t rows,
-                      int64_t vocabulary) {
+int64_t cross_entropy(Dtype dtype, void* logits, const int64_t* targets, float* losses,
+                      int64_t rows, int64_t vocabulary) {
   for (int64_t r = 0; r < rows; ++r) {
     if (targets[r] < 0 || targets[r] >= vocabulary) return r;
   }

@@ -132,8 +132,8 @@ static void add_rms_norm(bool is_bf16, const void* x, const void* residual, cons
 static void add_rms_norm_quantized(bool is_bf16, const void* x, const void* residual,
                                    const void* weight, void* total, int8_t* out, float* scales,
                                    int64_t rows, int64_t size, float eps) {
-  (is_bf16 ? norm_rows_quantized<bf16> : norm_rows_quantized<float>)(x, residual, weight, total, out,
-                                                                  scales, rows, size, eps);
+  (is_bf16 ? norm_rows_quantized<bf16> : norm_rows_quantized<float>)(
+      x, residual, weight, total, out, scales, rows, size, eps);
 }
 
 static void add_rms_norm_backward(bool is_bf16, const void* grad_normed, const void* grad_total,

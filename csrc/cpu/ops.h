@@ -1,4 +1,4 @@
-// The C++ ops. Raw pointers in; strides in elements. What attention works in is kept by each thread.
+// The C++ ops. Raw pointers in; strides in elements. Each thread keeps what attention works in.
 #pragma once
 
 #include <cstdint>
@@ -71,10 +71,10 @@ void pool_backward(Dtype dtype, const float* grad, const void* hidden, const int
                    const void* norm_weight, const float* row_weights, void* out, int64_t texts,
                    int64_t size, float eps);
 
-// losses [rows]: cross-entropy; logits [rows, vocabulary] become softmax - one-hot. Returns the first
-// row whose target is no column, having written nothing; -1 if there is none.
-int64_t cross_entropy(Dtype dtype, void* logits, const int64_t* targets, float* losses, int64_t rows,
-                   int64_t vocabulary);
+// losses [rows]: cross-entropy; logits [rows, vocabulary] become softmax - one-hot. Returns the
+// first row whose target is no column, having written nothing; -1 if there is none.
+int64_t cross_entropy(Dtype dtype, void* logits, const int64_t* targets, float* losses,
+                      int64_t rows, int64_t vocabulary);
 
 enum class Mask { causal, bidirectional, gem };
 

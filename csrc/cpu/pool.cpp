@@ -112,9 +112,10 @@ static void pool(bool is_bf16, const void* hidden, const int32_t* offsets, const
                                                 texts, size, eps);
 }
 
-static void pool_backward(bool is_bf16, const float* grad, const void* hidden, const int32_t* offsets,
-                          const void* norm_weight, const float* row_weights, void* out,
-                          int64_t texts, int64_t size, float eps) {
+static void pool_backward(bool is_bf16, const float* grad, const void* hidden,
+                          const int32_t* offsets, const void* norm_weight,
+                          const float* row_weights, void* out, int64_t texts, int64_t size,
+                          float eps) {
   (is_bf16 ? differentiate_texts<bf16> : differentiate_texts<float>)(
       grad, hidden, offsets, norm_weight, row_weights, out, texts, size, eps);
 }

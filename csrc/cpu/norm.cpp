@@ -34,6 +34,7 @@ void add_rms_norm_backward(Dtype dtype, const void* grad_normed, const void* gra
 #else
 #include "common/vector.h"
 #include "common/quantize.h"
+#include "common/rms.h"
 
 namespace gen_fast::GEN_FAST_ISA {
 
@@ -57,26 +58,13 @@ static void norm_row(const T* x, const T* residual, const T* weight, T* total, O
   for (; i < size; ++i) assign(out + i, to_float(total[i]) * scale * to_float(weight[i]));
 }
 
-// d(s·r·w) with r = (mean(s²) + eps)^(-1/2): r·(g·w) − s·r³·mean(g·w·s), plus the stream's own.
+// r·(g·w − s·r²·mean(g·w·s)), plus the stream's own gradient.
 template <class T>
 static void norm_row_backward(const T* grad_normed, const T* grad_total, const T* total,
                               const T* weight, T* out, int64_t size, float eps) {
-  vf squares = {}, products = {};
-  float tail_squares = 0, tail_products = 0;
+  const auto [scale, shared] = rms_gradient(total, grad_normed, weight, size, eps);
   int64_t i = 0;
   for (; i + W <= size; i += W) {
-    const vf s = load(total + i);
-    squares += s * s;
-    products += s * (load(grad_normed + i) * load(weight + i));
-  }
-  for (; i < size; ++i) {
-    const float s = to_float(total[i]);
-    tail_squares += s * s;
-    tail_products += s * to_float(grad_normed[i]) * to_float(weight[i]);
-  }
-  const float scale = 1.0f / std::sqrt((sum(squares) + tail_squares) / (float)size + eps);
-  const float shared = scale * scale * (sum(products) + tail_products) / (float)size;
-  for (i = 0; i + W <= size; i += W) {
     const vf upstream = load(grad_normed + i) * load(weight + i);
     store(out + i, (upstream - load(total + i) * shared) * scale + load(grad_total + i));
   }

@@ -24,21 +24,15 @@ void pool_backward(Dtype dtype, const float* grad, const void* hidden, const int
 
 #else
 #include "common/vector.h"
+#include "common/rms.h"
 
 namespace gen_fast::GEN_FAST_ISA {
 
 template <class T>
 static void add_row(const T* row, float* out, int64_t size, float share, float eps) {
-  vf squares = {};
-  float tail = 0;
+  const float scale = share * inverse_rms(row, size, eps);
   int64_t i = 0;
-  for (; i + W <= size; i += W) {
-    const vf v = load(row + i);
-    squares += v * v;
-  }
-  for (; i < size; ++i) tail += to_float(row[i]) * to_float(row[i]);
-  const float scale = share / std::sqrt((sum(squares) + tail) / (float)size + eps);
-  for (i = 0; i + W <= size; i += W) store(out + i, load(out + i) + load(row + i) * scale);
+  for (; i + W <= size; i += W) store(out + i, load(out + i) + load(row + i) * scale);
   for (; i < size; ++i) out[i] += to_float(row[i]) * scale;
 }
 
@@ -62,27 +56,13 @@ static void pool_texts(const void* hidden, const int32_t* offsets, const void* n
   });
 }
 
-// With r = (mean(x²) + eps)^(-1/2): share · r · (g·w − x·r²·mean(g·w·x)), as in norm.
 template <class T>
 static void differentiate_row(const float* grad, const T* row, const T* weight, T* out,
                               int64_t size, float share, float eps) {
-  vf squares = {}, products = {};
-  float tail_squares = 0, tail_products = 0;
+  const auto [scale, shared] = rms_gradient(row, grad, weight, size, eps);
+  const float factor = share * scale;
   int64_t i = 0;
   for (; i + W <= size; i += W) {
-    const vf x = load(row + i);
-    squares += x * x;
-    products += x * (load(grad + i) * load(weight + i));
-  }
-  for (; i < size; ++i) {
-    const float x = to_float(row[i]);
-    tail_squares += x * x;
-    tail_products += x * grad[i] * to_float(weight[i]);
-  }
-  const float scale = 1.0f / std::sqrt((sum(squares) + tail_squares) / (float)size + eps);
-  const float shared = scale * scale * (sum(products) + tail_products) / (float)size;
-  const float factor = share * scale;
-  for (i = 0; i + W <= size; i += W) {
     store(out + i, (load(grad + i) * load(weight + i) - load(row + i) * shared) * factor);
   }
   for (; i < size; ++i) {

@@ -20,21 +20,9 @@ void rope_backward(Dtype dtype, const RopeArguments& arguments) {
 
 #else
 #include "common/vector.h"
+#include "common/rms.h"
 
 namespace gen_fast::GEN_FAST_ISA {
-
-template <class T>
-static inline float inverse_rms(const T* x, int64_t size, float eps) {
-  vf squares = {};
-  float tail = 0;
-  int64_t i = 0;
-  for (; i + W <= size; i += W) {
-    const vf v = load(x + i);
-    squares += v * v;
-  }
-  for (; i < size; ++i) tail += to_float(x[i]) * to_float(x[i]);
-  return 1.0f / std::sqrt((sum(squares) + tail) / (float)size + eps);
-}
 
 template <class T>
 static void rope_head(const T* x, T* out, const float* cos, const float* sin, const T* norm,

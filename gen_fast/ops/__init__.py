@@ -183,11 +183,12 @@ class Op:
     def choose_for(self, impl: str | None, first: Tensor, variant: str = "") -> Callable[..., Any]:
         """`choose` for a first argument and a variant, such as the gradient's of another op."""
         forced = impl or FORCED
-        key = (first.device.type, first.dtype, variant, forced)
+        device = "cpu" if first.is_cpu else first.device.type  # a device is slow to ask
+        key = (device, first.dtype, variant, forced)
         function = self._chosen.get(key)
         if function is None:
             name = self.chosen(*key)
-            logger.info("%s on %s in %s: %s", self.name, key[0], first.dtype, name)
+            logger.info("%s on %s in %s: %s", self.name, device, first.dtype, name)
             function = self._chosen[key] = self._implementations[name].function
         return function
 

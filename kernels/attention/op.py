@@ -12,7 +12,7 @@ from gen_fast.ops.layout import dense_rows
 from . import reference, sdpa
 
 MASKS = ("causal", "bidirectional", "gem")
-_NO_PREFIX = (0, 0, 0, 0, 0)  # addresses and strides of keys and values, length
+_MASK_NUMBERS = {mask: number for number, mask in enumerate(MASKS)}  # csrc/cpu/ops.h
 
 _INPUTS = (
     "Tensor q_offsets, Tensor k_offsets, Tensor? prefix_k, Tensor? prefix_v, int? window,"
@@ -39,18 +39,22 @@ def _check(
         )
     if not q.dtype == k.dtype == v.dtype:
         raise OpError(f"q, k and v must have one dtype, not {q.dtype}, {k.dtype}, {v.dtype}")
-    if not q_offsets.dtype == k_offsets.dtype == torch.int32:
-        raise OpError(f"offsets must be int32, not {q_offsets.dtype} and {k_offsets.dtype}")
-    if q_offsets.shape != k_offsets.shape or not q_offsets.numel():
-        raise OpError("offsets must be equally many, one more than there are texts")
-    if not (q_offsets.is_contiguous() and k_offsets.is_contiguous()):
-        raise OpError("offsets must be contiguous")
+    _check_offsets(q_offsets, q_offsets.numel())
+    if k_offsets is not q_offsets:
+        _check_offsets(k_offsets, q_offsets.numel())
     if prefix_k is not None or prefix_v is not None:
         _check_prefix(prefix_k, prefix_v, k)
     if window is not None and window < 1:
         raise OpError(f"a sliding window is at least 1 token, not {window}")
     if mask != "causal":
         _check_mask(mask, len(q_offsets) - 1, window, blocks)
+
+
+def _check_offsets(offsets: Tensor, count: int) -> None:
+    if offsets.dtype != torch.int32 or not offsets.is_contiguous():
+        raise OpError(f"offsets must be contiguous and int32, not {offsets.dtype}")
+    if offsets.numel() != count or not count:
+        raise OpError("offsets must be equally many, one more than there are texts")
 
 
 def _check_prefix(prefix_k: Tensor | None, prefix_v: Tensor | None, k: Tensor) -> None:
@@ -115,7 +119,7 @@ def _triton_backward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _cpu(q: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
     out = native.empty_like(q)
     lse = q.new_empty(q.size(0), q.size(1), dtype=torch.float32)
-    _run_cpu((q, *inputs), out, lse, (0, 0, 0, 0))
+    _run_cpu(out, lse, 0, 0, 0, 0, q, *inputs)
     return out, lse
 
 
@@ -126,32 +130,66 @@ def _cpu_backward(
     # Keys without queries, and filler, have no gradient.
     to_q, to_k, to_v = (x.new_zeros(x.shape) for x in (q, k, v))
     grad, out, lse = grad.contiguous(), out.contiguous(), lse.contiguous()
-    addresses = (grad.data_ptr(), to_q.data_ptr(), to_k.data_ptr(), to_v.data_ptr())
-    _run_cpu((q, k, v, *inputs), out, lse, addresses)
+    gradients = (grad.data_ptr(), to_q.data_ptr(), to_k.data_ptr(), to_v.data_ptr())
+    _run_cpu(out, lse, *gradients, q, k, v, *inputs)
     return to_q, to_k, to_v
 
 
 def _run_cpu(
-    inputs: tuple[Any, ...], out: Tensor, lse: Tensor, gradients: tuple[int, int, int, int]
+    out: Tensor,
+    lse: Tensor,
+    grad: int,
+    to_q: int,
+    to_k: int,
+    to_v: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_offsets: Tensor,
+    k_offsets: Tensor,
+    prefix_k: Tensor | None,
+    prefix_v: Tensor | None,
+    window: int | None,
+    mask: str,
+    blocks: Tensor | None,
 ) -> None:
     """Fill `out` and `lse`; or, given the addresses of all gradients, those of q, k and v."""
-    q, k, v, q_offsets, k_offsets, prefix_k, prefix_v, window, mask, blocks = inputs
     q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
-    prefix = _NO_PREFIX
-    if prefix_k is not None:
+    pk = pv = pk_stride = pv_stride = prefix = 0
+    if prefix_k is not None and prefix_v is not None:
         prefix_k, prefix_v = dense_rows(prefix_k), dense_rows(prefix_v)
-        prefix = (
-            *(prefix_k.data_ptr(), prefix_v.data_ptr()),
-            *(prefix_k.stride(0), prefix_v.stride(0), prefix_k.size(0)),
-        )
+        pk, pv = prefix_k.data_ptr(), prefix_v.data_ptr()
+        pk_stride, pv_stride, prefix = prefix_k.stride(0), prefix_v.stride(0), prefix_k.size(0)
     blocks = None if blocks is None else blocks.contiguous()
-    _, heads, size = q.shape
+    # Plain positional arguments: to gather so many in tuples takes as long as the smallest call.
     native.module().attention(
-        *(q.dtype == torch.bfloat16, q.data_ptr(), k.data_ptr(), v.data_ptr()),
-        *(q.stride(0), k.stride(0), v.stride(0), *prefix),
-        *(out.data_ptr(), lse.data_ptr(), q_offsets.data_ptr(), k_offsets.data_ptr()),
-        *(q_offsets.size(0) - 1, heads, k.size(1), size, window or 0, MASKS.index(mask)),
-        *(native.address(blocks), *gradients),
+        q.dtype == torch.bfloat16,
+        q.data_ptr(),
+        k.data_ptr(),
+        v.data_ptr(),
+        q.stride(0),
+        k.stride(0),
+        v.stride(0),
+        pk,
+        pv,
+        pk_stride,
+        pv_stride,
+        prefix,
+        out.data_ptr(),
+        lse.data_ptr(),
+        q_offsets.data_ptr(),
+        k_offsets.data_ptr(),
+        q_offsets.size(0) - 1,
+        q.size(1),
+        k.size(1),
+        q.size(2),
+        window or 0,
+        _MASK_NUMBERS[mask],
+        0 if blocks is None else blocks.data_ptr(),
+        grad,
+        to_q,
+        to_k,
+        to_v,
     )
 
 

@@ -45,7 +45,7 @@ def distill(
     memory: int,
     gradients: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses [2], their gradients by `hidden` (if `gradients`) and by `student`. See `op.distill`."""
+    """Losses [2], and their gradients by `hidden`, if wanted, and `student`. See `op.distill`."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
     losses = (
         reconstruction(hidden, head, targets) / tokens,

@@ -257,8 +257,9 @@ class PartStore:
     def manifest(self) -> dict[str, Any]:
         """The manifest of a finished job. Raises JobError if the job is not finished."""
         path = self.folder / MANIFEST
-        if not (self.folder / SUCCESS).exists() or not path.exists():
-            raise JobError(f"{self.folder}: this job is not finished (no {SUCCESS})")
+        for name in (SUCCESS, MANIFEST):
+            if not (self.folder / name).exists():
+                raise JobError(f"{self.folder}: this job is not finished (no {name})")
         try:
             manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             if not {"rows", "parts", "rejected_sha256"} <= set(manifest):

@@ -115,7 +115,8 @@ MASKED = {
 
 
 # Not every combination: Triton's interpreter takes seconds for one.
-MASKED_SIZES = [(size, 37, dtype) for size in (64, 80, 96, 128, 256) for dtype in DTYPES]
+MASKED_SIZES = [(size, 37, dtype) for size in (64, 128) for dtype in DTYPES]
+MASKED_SIZES += [(size, 37, torch.bfloat16) for size in (80, 96, 256)]
 MASKED_SIZES += [(64, 0, torch.float32), (64, 1, torch.bfloat16), (128, 0, torch.bfloat16)]
 
 

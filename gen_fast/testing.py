@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gen_fast.errors import ImplementationError
+
 # An implementation may err twice as much as the reference in its own dtype, plus this.
 TOLERANCE = {torch.float32: 5e-4, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 
@@ -76,6 +78,23 @@ def save_tiny_model(directory: Path, family: str, *, shards: bool = False, seed:
     return model
 
 
+def save_tiny_adapter(directory: Path, model: Path, **options: Any) -> None:
+    """Write a random adapter of five special tokens and 20 dimensions for a tiny model."""
+    from gen_fast.adapter import Adapter
+    from gen_fast.weights import load_backbone
+
+    torch.manual_seed(0)
+    Adapter(
+        special=torch.randn(5, 48),
+        n_compression=3,
+        backbone=str(model),
+        fingerprint=load_backbone(model).fingerprint,
+        reconstruction=(torch.randn(48, 48), torch.randn(48)),
+        alignment=(torch.randn(20, 48), torch.randn(20)),
+        **options,
+    ).save(directory)
+
+
 def byte_tokenizer() -> Any:
     """A byte-level tokenizer with a few merges, special tokens and a chat template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -133,10 +152,14 @@ def check_quantized(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> Non
 
 
 def refuses_fp8(op: Any, device: str, kind: str, impl: str) -> bool:
-    """Whether `impl` of a quantising op has no fp8; then also assert that forcing it says so."""
-    why = op._implementations[impl].why_not(device, torch.bfloat16, kind, True)
-    assert why is None or "does not compute 'fp8'" in why
-    return why is not None
+    """Whether forcing `impl` of a quantising op is refused; assert that it is for fp8 alone."""
+    refusal = None
+    try:
+        op.chosen(device, torch.bfloat16, kind, impl)
+    except ImplementationError as error:
+        refusal = str(error)
+    assert refusal is None or "does not compute 'fp8'" in refusal, refusal
+    return refusal is not None
 
 
 def check_gradients(

@@ -9,23 +9,13 @@ import torch
 
 import gen_fast
 from gen_fast.adapter import Adapter
-from gen_fast.testing import save_tiny_model
-from gen_fast.weights import load_backbone
+from gen_fast.testing import save_tiny_adapter, save_tiny_model
 
 
 @pytest.fixture(scope="module")
 def saved(tiny_model, tmp_path_factory):
-    torch.manual_seed(0)
     directory = tmp_path_factory.mktemp("adapter")
-    Adapter(
-        special=torch.randn(5, 48),
-        n_compression=3,
-        backbone=str(tiny_model),
-        fingerprint=load_backbone(tiny_model).fingerprint,
-        reconstruction=(torch.randn(48, 48), torch.randn(48)),
-        alignment=(torch.randn(20, 48), torch.randn(20)),
-        prompts={"query": "Q: "},
-    ).save(directory)
+    save_tiny_adapter(directory, tiny_model, prompts={"query": "Q: "})
     return directory
 
 

@@ -5,7 +5,6 @@ import pytest
 import torch
 
 import gen_fast
-from gen_fast.adapter import Adapter
 from gen_fast.batching import PackedBatch
 from gen_fast.generation import Decoder
 from gen_fast.ops import all_ops
@@ -13,7 +12,7 @@ from gen_fast.ops.append import append
 from gen_fast.ops.attention import attention
 from gen_fast.ops.norm import add_rms_norm
 from gen_fast.ops.swiglu import swiglu
-from gen_fast.testing import relative_error
+from gen_fast.testing import relative_error, save_tiny_adapter
 from gen_fast.training.config import TrainConfig
 from gen_fast.training.data import Example
 from gen_fast.training.step import accumulate
@@ -51,15 +50,7 @@ def test_triton_is_chosen_on_a_gpu():
 
 @pytest.fixture
 def adapter(tiny_model, tmp_path):
-    torch.manual_seed(0)
-    Adapter(
-        special=torch.randn(5, 48),
-        n_compression=3,
-        backbone=str(tiny_model),
-        fingerprint=load_backbone(tiny_model).fingerprint,
-        reconstruction=(torch.randn(48, 48), torch.randn(48)),
-        alignment=(torch.randn(20, 48), torch.randn(20)),
-    ).save(tmp_path / "adapter")
+    save_tiny_adapter(tmp_path / "adapter", tiny_model)
     return tmp_path / "adapter"
 
 

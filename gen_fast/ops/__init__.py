@@ -170,18 +170,14 @@ class Op:
             if implementation.why_not(device, dtype, "", True) is None
         ]
 
-    def choose(self, impl: str | None, *args: Any) -> Callable[..., Any]:
-        """Return the function for these inputs, judged by the first one's device and dtype.
-
-        Raises ImplementationError if `impl`, or GEN_FAST_IMPL, names one that cannot run.
-        """
-        return self.choose_for(impl, args[0], self._variant_of(args))
-
     def _variant_of(self, args: tuple[Any, ...]) -> str:
         return "" if self._variant is None else args[self._variant]
 
     def choose_for(self, impl: str | None, first: Tensor, variant: str = "") -> Callable[..., Any]:
-        """`choose` for a first argument and a variant, such as the gradient's of another op."""
+        """Return the function for a first argument, by its device and dtype, and a variant.
+
+        Raises ImplementationError if `impl`, or GEN_FAST_IMPL, names one that cannot run.
+        """
         forced = impl or FORCED
         device = "cpu" if first.is_cpu else first.device.type  # a device is slow to ask
         key = (device, first.dtype, variant, forced)

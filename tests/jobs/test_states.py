@@ -106,8 +106,9 @@ class JobMachine(RuleBasedStateMachine):
         try:
             return verify(self.out) == []
         except JobError as error:
-            assert "manifest.json" in str(error)  # noqa: PT017
-            return False
+            refusal = str(error)
+        assert "manifest.json" in refusal
+        return False
 
     def _expected(self, files: int | None = None) -> dict[str, bytes]:
         """The files of a job over the first inputs that nothing happened to."""

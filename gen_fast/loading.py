@@ -104,7 +104,7 @@ def identify(
     fingerprint = read_fingerprint(source)
     if adapter is not None:
         adapter.check_backbone(fingerprint)
-    tokenizer = load_tokenizer(source).backend_tokenizer.to_str()
+    tokenizer = load_tokenizer(source).backend.to_str()
     return {
         "method": "llm2vec-gen" if adapter else method or DEFAULT_METHOD,
         "dimension": adapter.dimension if adapter else fingerprint["hidden_size"],

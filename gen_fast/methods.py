@@ -12,13 +12,13 @@ The prompt's tokens are attended to and never pooled.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from gen_fast.errors import TextError
 from gen_fast.generation import AnswerGenerator
-from gen_fast.tokenizing import TextTokenizer
+from gen_fast.tokenizing import TextTokenizer, Tokenizer
 
 TRAINING_FREE = ("mean", "weighted-mean", "last-token", "echo", "hyde")
 
@@ -62,14 +62,14 @@ class SpecialTokens:
 
     def __init__(
         self,
-        rust: Any,
+        tokenizer: Tokenizer,
         prompt: str,
         max_length: int,
         vocab_size: int,
         n_special: int,
         n_compression: int,
     ) -> None:
-        self._text = TextTokenizer(rust, prompt, max_length - n_special)
+        self._text = TextTokenizer(tokenizer, prompt, max_length - n_special)
         self._special = np.arange(vocab_size, vocab_size + n_special, dtype=np.int32)
         self._needed = n_compression
 
@@ -95,14 +95,14 @@ class OwnTokens:
 
     def __init__(
         self,
-        rust: Any,
+        tokenizer: Tokenizer,
         prompt: str,
         max_length: int,
         method: str,
         generator: AnswerGenerator | None = None,
     ) -> None:
         # HyDE's prompt goes to the writer; what is embedded is the bare answer.
-        self._text = TextTokenizer(rust, "" if generator else prompt, max_length)
+        self._text = TextTokenizer(tokenizer, "" if generator else prompt, max_length)
         self._prompt = prompt
         self._method = method
         self._generator = generator
@@ -131,10 +131,10 @@ class OwnTokens:
 class Echo:
     """echo: the text twice, pooled over the second copy. Each copy gets half of max_length."""
 
-    def __init__(self, rust: Any, prompt: str, max_length: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt: str, max_length: int) -> None:
         half = max_length // 2
-        self._first = TextTokenizer(rust, prompt + ECHO_FIRST, half)
-        self._second = TextTokenizer(rust, ECHO_SECOND, half, add_special_tokens=False)
+        self._first = TextTokenizer(tokenizer, prompt + ECHO_FIRST, half)
+        self._second = TextTokenizer(tokenizer, ECHO_SECOND, half, add_special_tokens=False)
 
     @property
     def prompt_ids(self) -> np.ndarray:

@@ -30,7 +30,7 @@ class Reader:
         self._decoder = Decoder(
             encoder.backbone,
             load_head(encoder.source, encoder.backbone),
-            end_token_ids(encoder.source, encoder.tokenizer),
+            end_token_ids(encoder.source, encoder._tokenizer.eos_token_id),
         )
 
     @torch.inference_mode()
@@ -38,7 +38,7 @@ class Reader:
         """The soft prompts S of each text behind `prompt`: [n, C, h] float32."""
         encoder, adapter, backbone = self._encoder, self._adapter, self._encoder.backbone
         layout = SpecialTokens(
-            encoder._rust_tokenizer,
+            encoder._tokenizer,
             prompt,
             encoder.max_length,
             backbone.config.vocab_size,
@@ -69,7 +69,5 @@ class Reader:
         decoded = self._decoder.decode(
             list(ids), max_new_tokens, special=soft_prompts.flatten(0, 1)
         )
-        tokenizer = self._encoder.tokenizer
-        return [
-            Answer(tokenizer.decode(new, skip_special_tokens=True), why) for new, why in decoded
-        ]
+        tokenizer = self._encoder._tokenizer
+        return [Answer(tokenizer.decode(new), why) for new, why in decoded]

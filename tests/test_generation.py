@@ -116,16 +116,16 @@ def test_own_queries_begin_where_a_user_speaks(tiny_model):
     made = generator(tiny_model, max_new_tokens=10)
     queries = made.own_queries(5)
     assert len({query.text for query in queries}) > 1
-    made._tokenizer.chat_template = None
+    made._tokenizer.transformers.chat_template = None
     with pytest.raises(gen_fast.UnsupportedModelError, match="chat template"):
         made.own_queries(1)
 
 
 def test_end_tokens_of_the_generation_config_count(tiny_model, tmp_path):
     tokenizer = load_tokenizer(tiny_model)
-    assert end_token_ids(tmp_path, tokenizer) == [tokenizer.eos_token_id]
+    assert end_token_ids(tmp_path, tokenizer.eos_token_id) == [tokenizer.eos_token_id]
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
-    assert end_token_ids(tmp_path, tokenizer) == [tokenizer.eos_token_id, 7, 9]
+    assert end_token_ids(tmp_path, tokenizer.eos_token_id) == [tokenizer.eos_token_id, 7, 9]
 
 
 def test_answers_keep_their_order(tiny_model):

@@ -11,7 +11,7 @@ import numpy as np
 
 from gen_fast.embeddingfiles import read_embeddings
 from gen_fast.errors import ConfigError, InputError
-from gen_fast.tokenizing import TextTokenizer, without_special_tokens
+from gen_fast.tokenizing import TextTokenizer, Tokenizer
 from gen_fast.training.config import TrainConfig
 from gen_fast.training.records import Rejections, placed_records
 
@@ -102,7 +102,7 @@ class TrainingData:
     train, validation: rows; `examples` tokenises some of them. dimension: of the teacher.
     """
 
-    def __init__(self, config: TrainConfig, tokenizer: Any, rejections: Rejections) -> None:
+    def __init__(self, config: TrainConfig, tokenizer: Tokenizer, rejections: Rejections) -> None:
         self._config = config
         rows = read_rows(config.answers, rejections)
         if config.needs_negatives:
@@ -121,13 +121,12 @@ class TrainingData:
             raise ConfigError(
                 f"{len(rows)} rows, of which {config.validation_rows} for validation: none is left"
             )
-        self._core = without_special_tokens(tokenizer)
         room = config.max_length - config.n_special
-        self._query = TextTokenizer(self._core, config.prompt, room)
+        self._query = TextTokenizer(tokenizer, config.prompt, room)
         if config.needs_repeats or config.needs_negatives:
-            self._repeat = TextTokenizer(self._core, config.repeat_prompt, room)
+            self._repeat = TextTokenizer(tokenizer, config.repeat_prompt, room)
         self._answer = TextTokenizer(
-            self._core, "", config.max_answer_tokens, add_special_tokens=False
+            tokenizer, "", config.max_answer_tokens, add_special_tokens=False
         )
         self._end_text, self._end_ids = _answer_end(config.answer_end, tokenizer)
 
@@ -182,13 +181,13 @@ class TrainingData:
         return [np.concatenate((row[:room], self._end_ids)) for row in ids]
 
 
-def _answer_end(literal: str | None, tokenizer: Any) -> tuple[str, np.ndarray]:
+def _answer_end(literal: str | None, tokenizer: Tokenizer) -> tuple[str, np.ndarray]:
     """Text and ids that end an answer; one of them is empty."""
     if literal is None:
         if tokenizer.eos_token_id is None:
             raise ConfigError("the tokenizer has no end of text: give answer_end")
         return "", np.array([tokenizer.eos_token_id], dtype=np.int32)
-    known = tokenizer.get_added_vocab().get(literal)
+    known = tokenizer.added_token_id(literal)
     if known is None:
         return literal, np.empty(0, dtype=np.int32)
     return "", np.array([known], dtype=np.int32)

@@ -38,8 +38,11 @@ def test_examples_are_prompt_query_and_answer_with_its_end(make_config):
     tokenizer = load_tokenizer(config.backbone)
     rows = data.train[:10]
     for row, example in zip(rows, data.examples(rows), strict=True):
-        assert example.query.tolist() == tokenizer(f"Say: {row.query}").input_ids[:17]
-        answer = tokenizer(row.answer).input_ids[:8]
+        assert (
+            example.query.tolist()
+            == tokenizer.ids(f"Say: {row.query}", add_special_tokens=True).tolist()[:17]
+        )
+        answer = tokenizer.ids(row.answer, add_special_tokens=False).tolist()[:8]
         assert example.answer.tolist() == [*answer, tokenizer.eos_token_id]
 
 

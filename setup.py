@@ -1,18 +1,22 @@
 """Maps kernels/<op> to gen_fast.ops.<op> and builds the optional compiled extensions.
 
-GEN_FAST_BUILD=auto  build the C++ ops if a compiler works, and the CUDA ops if there is nvcc; else
-                     install without them (default)
-GEN_FAST_BUILD=cpu   build the C++ ops, and fail if they cannot be built
-GEN_FAST_BUILD=cuda  build both, and fail if one cannot be built; a GPU is not needed
-GEN_FAST_BUILD=none  pure Python
+GEN_FAST_BUILD=auto      build the C++ ops if a compiler works, and the CUDA ops if there is nvcc;
+                         else install without them (default)
+GEN_FAST_BUILD=auto-cpu  the same, without the CUDA ops
+GEN_FAST_BUILD=cpu       build the C++ ops, and fail if they cannot be built
+GEN_FAST_BUILD=cuda      build both, and fail if one cannot be built; a GPU is not needed
+GEN_FAST_BUILD=none      pure Python
 """
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -21,11 +25,13 @@ from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent
 BUILD = os.environ.get("GEN_FAST_BUILD", "auto")
-if BUILD not in {"auto", "cpu", "cuda", "none"}:
-    sys.exit(f"GEN_FAST_BUILD must be auto, cpu, cuda or none, not {BUILD!r}")
+if BUILD not in {"auto", "auto-cpu", "cpu", "cuda", "none"}:
+    sys.exit(f"GEN_FAST_BUILD must be auto, auto-cpu, cpu, cuda or none, not {BUILD!r}")
 
+MODULES = ("csrc/module.cpp", "csrc/cuda_module.cpp")
 OPS = sorted(path.parent.name for path in (ROOT / "kernels").glob("*/__init__.py"))
-FLAGS = ["-O3", "-fvisibility=hidden", "-Wall"]
+# -g0: Python's own flags may ask for debug information, which takes a fifth of the time.
+FLAGS = ["-O3", "-g0", "-fvisibility=hidden", "-Wall"]
 # Machine code for Ampere and Hopper; newer GPUs translate the PTX when they load it.
 ARCHITECTURES = [
     *("-gencode", "arch=compute_80,code=[sm_80,compute_80]"),
@@ -45,37 +51,65 @@ def files(*patterns: str) -> list[str]:
     return sorted(str(p.relative_to(ROOT)) for pattern in patterns for p in ROOT.glob(pattern))
 
 
+@dataclass(frozen=True)
+class Compilation:
+    """A source, the command that compiles it, and what that writes: object and list of headers."""
+
+    source: str
+    object: str
+    headers: str
+    command: tuple[str, ...]
+
+
 class BuildExtensions(build_ext):
-    """Compiles .cu sources with nvcc, the rest the usual way, and as many at once as cores."""
-
-    def build_extensions(self) -> None:
-        compile_all = self.compiler.compile
-
-        def compile_at_once(sources: list[str], **options: object) -> list[str]:
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                made = pool.map(lambda source: compile_all([source], **options), sources)
-                return [path for paths in made for path in paths]
-
-        self.compiler.compile = compile_at_once
-        super().build_extensions()
+    """Compiles with ninja: as many sources at once as there are cores, and what has changed."""
 
     def build_extension(self, ext: Extension) -> None:
-        kernels = [source for source in ext.sources if source.endswith(".cu")]
-        if kernels:
-            ext.sources = [source for source in ext.sources if source not in kernels]
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                ext.extra_objects = list(pool.map(self._compile_kernel, kernels))
+        # Not in setuptools' own folder, which an editable install makes anew each time.
+        folder = Path("build", "objects", f"{sysconfig.get_platform()}-{sys.version_info[1]}")
+        compilations = [self._compilation(ext, source, folder) for source in ext.sources]
+        compile_all(compilations, folder / f"{ext.name}.ninja")
+        ext.sources = []
+        ext.extra_objects = ext.depends = [made.object for made in compilations]
+        if any(made.source.endswith(".cu") for made in compilations):
             ext.library_dirs.append(cuda_library_folder())
         super().build_extension(ext)
 
-    def _compile_kernel(self, source: str) -> str:
-        target = Path(self.build_temp) / Path(source).with_suffix(".cu.o")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        command = [nvcc(), "-c", source, "-o", str(target), "-std=c++20", "-O3", "-Icsrc"]
-        command += [*ARCHITECTURES, "-Xcompiler", "-fPIC,-fvisibility=hidden"]
-        if subprocess.run(command, check=False).returncode:
-            raise CompileError(f"nvcc could not compile {source}")
-        return str(target)
+    def _compilation(self, ext: Extension, source: str, folder: Path) -> Compilation:
+        target = str(folder / f"{source}.o")
+        headers = f"{target}.d"
+        if source.endswith(".cu"):
+            command = [str(nvcc()), "-std=c++20", "-O3", *ARCHITECTURES]
+            command += ["-Xcompiler", "-fPIC,-fvisibility=hidden", "-Icsrc", "-MD", "-MF", headers]
+        else:
+            # Before setuptools 72 one compiler was for C and C++.
+            compiler = getattr(self.compiler, "compiler_so_cxx", self.compiler.compiler_so)
+            command = [*compiler, *ext.extra_compile_args, "-Icsrc"]
+            command += ["-MD", "-MF", headers]
+            if source in MODULES:  # the ops need no header of Python's, whose place may change
+                command += [f"-I{path}" for path in (*self.include_dirs, *ext.include_dirs)]
+        return Compilation(source, target, headers, (*command, "-c", source, "-o", target))
+
+
+def compile_all(compilations: list[Compilation], file: Path) -> None:
+    """Run ninja, or without one every command. Raises CompileError."""
+    for made in compilations:
+        Path(made.object).parent.mkdir(parents=True, exist_ok=True)
+    ninja = shutil.which("ninja")
+    if ninja is None:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            codes = pool.map(lambda made: subprocess.call(made.command), compilations)
+            failed = any(list(codes))
+    else:
+        rules = ["rule compile", " command = $cmd", " depfile = $headers", " deps = gcc"]
+        for made in compilations:
+            command = shlex.join(made.command).replace("$", "$$")
+            rules += [f"build {made.object}: compile {made.source}", f" cmd = {command}"]
+            rules.append(f" headers = {made.headers}")
+        file.write_text("\n".join(rules) + "\n")
+        failed = subprocess.call([ninja, "-f", str(file)]) != 0
+    if failed:
+        raise CompileError(f"{compilations[0].source} or one of its like could not be compiled")
 
 
 def cuda_library_folder() -> str:
@@ -95,33 +129,36 @@ def extensions() -> list[Extension]:
     import pybind11
 
     shared = {
-        "include_dirs": ["csrc", pybind11.get_include()],
+        "include_dirs": [pybind11.get_include()],
         "language": "c++",
         # With "auto" setuptools reports a failed compile as a warning and installs the rest.
-        "optional": BUILD == "auto",
+        "optional": BUILD.startswith("auto"),
     }
     cpu = Extension(
         "gen_fast._C",
-        sources=["csrc/module.cpp", *files("csrc/cpu/*.cpp")],
-        depends=files("csrc/common/*.h", "csrc/cpu/*.h"),
+        # The largest first: with few cores nothing waits for them at the end.
+        sources=["csrc/module.cpp", *sorted(files("csrc/cpu/*.cpp"), key=size, reverse=True)],
         extra_compile_args=["-std=c++17", "-fopenmp", *FLAGS],
         extra_link_args=["-fopenmp"],
         **shared,
     )
-    if BUILD == "cpu" or (BUILD == "auto" and nvcc() is None):
+    if BUILD in ("cpu", "auto-cpu") or (BUILD == "auto" and nvcc() is None):
         return [cpu]
     if nvcc() is None:
         sys.exit("GEN_FAST_BUILD=cuda needs nvcc: on the PATH, in $CUDA_HOME or in /usr/local/cuda")
     cuda = Extension(
         "gen_fast._cuda",
         sources=["csrc/cuda_module.cpp", *files("csrc/cuda/*.cu")],
-        depends=files("csrc/cuda/*.h", "csrc/cuda/*.cuh"),
         extra_compile_args=["-std=c++17", *FLAGS],
         # Linked statically, so that the module imports on a machine without CUDA.
         libraries=["cudart_static", "rt", "pthread", "dl"],
         **shared,
     )
     return [cpu, cuda]
+
+
+def size(source: str) -> int:
+    return (ROOT / source).stat().st_size
 
 
 setup(

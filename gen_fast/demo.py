@@ -36,7 +36,8 @@ def run() -> None:
     write = sys.stdout.write
     entries = [entry for entry in trivia() if entry.topic in TOPICS]
     texts = [f"{entry.question} {entry.answers[0]}" for entry in entries]
-    write(f"Loading {DEFAULT_MODEL} (the first time converts it, about 20 s) …\n")
+    write(f"Loading {DEFAULT_MODEL} (the first time it is converted, about ten seconds) …\n")
+    sys.stdout.flush()
     encoder = load(DEFAULT_MODEL)
     write(
         f"Embedding {len(texts):,} trivia questions with its adapter on {encoder.device} in "

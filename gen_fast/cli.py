@@ -100,8 +100,10 @@ def encode(
     )
     check_embedding_file(out, texts.ids, texts.texts)
     encoder = _load(model, method, backbone, device, dtype, max_length, deterministic, quiet)
-    if truncate_dim is not None and truncate_dim > encoder.dimension:
-        fail(f"--truncate-dim {truncate_dim}: embeddings have {encoder.dimension} dimensions")
+    if truncate_dim is not None and truncate_dim > encoder.full_dimension:
+        fail(f"--truncate-dim {truncate_dim}: embeddings have {encoder.full_dimension} dimensions")
+    if prompt is None and prompt_name is None:
+        prompt_name = encoder.default_prompt_name
     vectors = _embed(
         encoder,
         texts.texts,

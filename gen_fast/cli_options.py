@@ -17,6 +17,7 @@ class Method(StrEnum):
     echo = "echo"
     hyde = "hyde"
     llm2vec_gen = "llm2vec-gen"
+    sentence_transformers = "sentence-transformers"
 
 
 class Dtype(StrEnum):
@@ -41,7 +42,7 @@ ModelOption = Annotated[
     str | None,
     typer.Option(help="Known name, directory, .gguf file or Hub id.  [default: smollm2-135m]"),
 ]
-MethodOption = Annotated[Method | None, typer.Option(help="Default: mean, or the adapter's.")]
+MethodOption = Annotated[Method | None, typer.Option(help="Default: the model's own, else mean.")]
 BackboneOption = Annotated[str | None, typer.Option(help="Where an adapter's backbone lies.")]
 DeviceOption = Annotated[
     str | None, typer.Option(help="cpu, cuda, cuda:1, …  [default: CUDA if any]")

@@ -19,6 +19,7 @@ from gen_fast.backbone import Backbone, PrefixKV
 from gen_fast.batching import PackedBatch, on_device, split_by_budget
 from gen_fast.budget import TokenBudget
 from gen_fast.errors import ConfigError, NonFiniteError, PromptError
+from gen_fast.formats.sentence_transformers import SentenceModel
 from gen_fast.generation import AnswerGenerator
 from gen_fast.methods import Layout, Sequences
 from gen_fast.ops.pool import pool
@@ -58,7 +59,8 @@ class _Window:
 class Encoder:
     """Embeds texts with one backbone and one method. Made by `gen_fast.load`.
 
-    prompts: the instructions selectable by `prompt_name`. max_length: tokens of prompt, text and
+    prompts: the instructions selectable by `prompt_name`. default_prompt_name: the one of them that
+    `encode` uses where none is asked for, None for no prompt. max_length: tokens of prompt, text and
     special tokens together; longer texts lose their tail (counted and logged once a call).
     source: the backbone's directory, which also has the language-model head.
     """
@@ -70,6 +72,7 @@ class Encoder:
         method: str,
         *,
         adapter: Adapter | None = None,
+        sentence_model: SentenceModel | None = None,
         generator: AnswerGenerator | None = None,
         max_length: int | None = None,
         deterministic: bool = False,
@@ -80,10 +83,12 @@ class Encoder:
         self._tokenizer = tokenizer
         self.method = method
         self.adapter = adapter
+        self.sentence_model = sentence_model
         self.name = name
         self.source = source
         self.deterministic = deterministic
-        default_length = min(adapter.max_length if adapter else 512, backbone.config.max_positions)
+        own = adapter or sentence_model
+        default_length = min(own.max_length if own else 512, backbone.config.max_positions)
         self.max_length = default_length if max_length is None else max_length
         if not 1 <= self.max_length <= backbone.config.max_positions:
             raise ConfigError(
@@ -91,8 +96,9 @@ class Encoder:
                 "the positions that the model was made for"
             )
         self.prompts: dict[str, str] = (
-            dict(adapter.prompts) if adapter else dict.fromkeys(DEFAULT_PROMPTS, "")
+            dict(own.prompts) if own else dict.fromkeys(DEFAULT_PROMPTS, "")
         )
+        self.default_prompt_name = sentence_model.default_prompt_name if sentence_model else None
         self.prefixes = PrefixCache(backbone)
         self.budget = TokenBudget(backbone)
         self._generator = generator
@@ -105,11 +111,20 @@ class Encoder:
             if projection is not None:
                 weight, bias = (t.to(backbone.device) for t in projection)
                 self._projection = weight, bias
+        self._modules = tuple(
+            module.to(backbone.device) for module in (sentence_model.modules if sentence_model else ())
+        )
 
     @property
     def dimension(self) -> int:
-        """Size of an embedding."""
-        return self.adapter.dimension if self.adapter else self.backbone.config.hidden_size
+        """Size of an embedding, where a call asks for no other."""
+        own = self.adapter or self.sentence_model
+        return own.dimension if own else self.backbone.config.hidden_size
+
+    @property
+    def full_dimension(self) -> int:
+        """The most dimensions that an embedding can have: a layout may keep fewer by default."""
+        return self.sentence_model.full_dimension if self.sentence_model else self.dimension
 
     @property
     def device(self) -> torch.device:
@@ -194,8 +209,8 @@ class Encoder:
         Rows in errors, which are those of `encode`, are counted within a block.
         """
         dimension = self.dimension if truncate_dim is None else truncate_dim
-        if not 1 <= dimension <= self.dimension:
-            raise ConfigError(f"truncate_dim {truncate_dim} is outside 1…{self.dimension}")
+        if not 1 <= dimension <= self.full_dimension:
+            raise ConfigError(f"truncate_dim {truncate_dim} is outside 1…{self.full_dimension}")
         layout = self._layout(self._prompt(prompt, prompt_name))
         output = np.empty((0, dimension), dtype=np.float32)
         truncated = 0
@@ -216,12 +231,15 @@ class Encoder:
                 truncated = window.truncated
 
     def encode_query(self, texts: str | Iterable[str], **options: Any) -> np.ndarray | Tensor:
-        """`encode` with the prompt named "query"."""
-        return self.encode(texts, prompt_name="query", **options)
+        """`encode` with the prompt named "query", unless `options` name another."""
+        return self.encode(texts, **self._with_prompt(("query",), options))
 
     def encode_document(self, texts: str | Iterable[str], **options: Any) -> np.ndarray | Tensor:
-        """`encode` with the prompt named "document"."""
-        return self.encode(texts, prompt_name="document", **options)
+        """`encode` with the prompt named "document", unless `options` name another.
+
+        Without one of that name it is "passage", or else "corpus".
+        """
+        return self.encode(texts, **self._with_prompt(("document", "passage", "corpus"), options))
 
     def count_tokens(
         self, texts: Sequence[str], *, prompt: str | None = None, prompt_name: str | None = None
@@ -240,18 +258,36 @@ class Encoder:
             longest_prefix = max(longest_prefix, int(window.shared.max()))
         return total, computed + longest_prefix
 
-    @staticmethod
-    def similarity(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        """Cosine similarity of the rows of `a` [n, d] and `b` [m, d]: [n, m] float32."""
-        a, b = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (a, b))
+    def similarity(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """Similarity of the rows of `a` [n, d] and `b` [m, d]: [n, m] float32.
+
+        The cosine, unless a sentence-transformers layout names another: the dot product, or the
+        negative Euclidean or Manhattan distance.
+        """
+        name = self.sentence_model.similarity_fn_name if self.sentence_model else "cosine"
+        if name in ("euclidean", "manhattan"):
+            distance = torch.cdist(
+                torch.from_numpy(a), torch.from_numpy(b), p=2.0 if name == "euclidean" else 1.0
+            )
+            return -distance.numpy()
+        if name == "cosine":
+            a, b = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (a, b))
         product: np.ndarray = a @ b.T
         return product
 
     # ------------------------------------------------------------------ one call, step by step
 
+    def _with_prompt(self, names: Sequence[str], options: dict[str, Any]) -> dict[str, Any]:
+        """`options` of `encode`, with the first of the prompts `names` if they ask for none."""
+        asked = options.get("prompt") is not None or options.get("prompt_name") is not None
+        name = next((name for name in names if name in self.prompts), None)
+        return options if asked or name is None else {**options, "prompt_name": name}
+
     def _prompt(self, prompt: str | None, prompt_name: str | None) -> str:
         if prompt is not None and prompt_name is not None:
             raise PromptError("give prompt or prompt_name, not both")
+        if prompt is None and prompt_name is None:
+            prompt_name = self.default_prompt_name
         if prompt_name is None:
             return prompt or ""
         if prompt_name not in self.prompts:
@@ -269,6 +305,10 @@ class Encoder:
                 self.backbone.config.vocab_size,
                 self.adapter.n_special,
                 self.adapter.n_compression,
+            )
+        if self.sentence_model is not None:
+            return methods.WholeText(
+                self._tokenizer, prompt, self.max_length, self.sentence_model.pooling
             )
         if self.method == "echo":
             return methods.Echo(self._tokenizer, prompt, self.max_length)
@@ -319,18 +359,27 @@ class Encoder:
 
     def _run(self, batch: PackedBatch, needed: list[int], prefix: PrefixKV | None) -> Tensor:
         backbone = self.backbone
+        norm, eps = backbone.final_norm, backbone.config.norm_eps
         hidden = backbone.forward(batch, special=self._special, prefix=prefix)[: sum(needed)]
-        weights = methods.row_weights(needed, self.method)
-        projection, bias = self._projection or (None, None)
-        return pool(
-            hidden,
-            batch.row_offsets,
-            backbone.final_norm,
-            backbone.config.norm_eps,
-            None if weights is None else on_device(weights, self.device),
-            projection,
-            bias,
-        )
+        mode = self.sentence_model.pooling.mode if self.sentence_model else self.method
+        if mode == "max":
+            pooled = methods.max_rows(hidden, needed, norm, eps)
+        else:
+            lengths = batch.lengths + (0 if prefix is None else len(prefix))
+            weights = methods.row_weights(needed, lengths, mode)
+            projection, bias = self._projection or (None, None)
+            pooled = pool(
+                hidden,
+                batch.row_offsets,
+                norm,
+                eps,
+                None if weights is None else on_device(weights, self.device),
+                projection,
+                bias,
+            )
+        for module in self._modules:
+            pooled = module(pooled)
+        return pooled
 
 
 def _as_list(texts: Iterable[str]) -> list[str]:

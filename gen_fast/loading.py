@@ -3,6 +3,7 @@
 import hashlib
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,12 @@ from gen_fast.checkpoints import (
 from gen_fast.device import resolve_dtype
 from gen_fast.encoder import Encoder
 from gen_fast.errors import AdapterError, UnsupportedModelError
+from gen_fast.formats import sentence_transformers
+from gen_fast.formats.sentence_transformers import SentenceModel, read_sentence_model
 from gen_fast.generation import AnswerGenerator
 from gen_fast.methods import TRAINING_FREE
 from gen_fast.sources import resolve
-from gen_fast.tokenizing import load_tokenizer
+from gen_fast.tokenizing import Tokenizer, load_tokenizer, lower_case, special_tokens
 from gen_fast.weights import load_backbone, read_fingerprint, read_json
 
 logger = logging.getLogger(__name__)
@@ -48,9 +51,12 @@ def load(
     """Load a model and return an Encoder.
 
     model: "smollm2-135m", a Hub id, a .gguf file, or a directory that holds an adapter of ours, a
-    published llm2vec-gen checkpoint or a plain backbone. A plain backbone is embedded by a
-    training-free `method`: "mean" (default), "weighted-mean", "last-token", "echo" or "hyde";
-    "smollm2-135m" by the adapter that is shipped for it, unless such a method is given.
+    published llm2vec-gen checkpoint, a model in sentence-transformers' layout or a plain backbone.
+    method: None takes the directory's own: "llm2vec-gen" for an adapter, "sentence-transformers"
+    for that layout (its pooling, modules, prompts and maximum length). A backbone, also that of
+    such a layout, is embedded by a training-free method: "mean" (default), "weighted-mean",
+    "last-token", "echo" or "hyde"; "smollm2-135m" by the adapter that is shipped for it, unless
+    such a method is given.
     backbone: where an adapter's backbone lies, if not under the name it records.
     device: None takes CUDA if there is one. dtype: "auto" is bfloat16 where the device computes
     with it natively, else float32; or "float32", "bfloat16", "float16", or a torch.dtype.
@@ -63,28 +69,31 @@ def load(
     """
     chosen_device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     chosen_dtype = resolve_dtype(dtype, chosen_device)
-    directory, source, adapter = _locate(model, method, backbone, revision)
-    network = load_backbone(source, dtype=chosen_dtype, device=chosen_device)
-    tokenizer = load_tokenizer(source)
+    place = _locate(model, method, backbone, revision)
+    network = load_backbone(place.source, dtype=chosen_dtype, device=chosen_device)
+    tokenizer = _load_tokenizer(place)
+    adapter = place.adapter
     if adapter is not None:
         adapter.check_backbone(network.fingerprint)
-        if is_reference_checkpoint(directory):
-            check_embedding(directory, network.embedding)
+        if is_reference_checkpoint(place.directory):
+            check_embedding(place.directory, network.embedding)
             adapter = adapter.with_fingerprint(network.fingerprint)
-    method = "llm2vec-gen" if adapter else method or DEFAULT_METHOD
     network.pack()
-    generator = AnswerGenerator(network, source, tokenizer) if method == "hyde" else None
-    logger.info("%s: %s on %s in %s", model, method, chosen_device, chosen_dtype)
+    generator = None
+    if place.method == "hyde":
+        generator = AnswerGenerator(network, place.source, tokenizer)
+    logger.info("%s: %s on %s in %s", model, place.method, chosen_device, chosen_dtype)
     return Encoder(
         network,
         tokenizer,
-        method,
+        place.method,
         adapter=adapter,
+        sentence_model=place.sentence_model,
         generator=generator,
         max_length=max_length,
         deterministic=deterministic,
         name=str(model),
-        source=source,
+        source=place.source,
     )
 
 
@@ -98,45 +107,84 @@ def identify(
     """What decides the embeddings that `load` with these options would give, from files alone.
 
     Method, dimension, prompts and fingerprints, as JSON: of the backbone, the tokenizer and the
-    adapter (None without one). Raises as `load` does.
+    adapter (None without one); for sentence-transformers' layout also the prompt used by default
+    and what is done to the states. Raises as `load` does.
     """
-    _, source, adapter = _locate(model, method, backbone, revision)
-    fingerprint = read_fingerprint(source)
-    if adapter is not None:
-        adapter.check_backbone(fingerprint)
-    tokenizer = load_tokenizer(source).backend.to_str()
-    return {
-        "method": "llm2vec-gen" if adapter else method or DEFAULT_METHOD,
-        "dimension": adapter.dimension if adapter else fingerprint["hidden_size"],
-        "prompts": dict(adapter.prompts if adapter else dict.fromkeys(DEFAULT_PROMPTS, "")),
+    place = _locate(model, method, backbone, revision)
+    fingerprint = read_fingerprint(place.source)
+    if place.adapter is not None:
+        place.adapter.check_backbone(fingerprint)
+    own = place.adapter or place.sentence_model
+    tokenizer = _load_tokenizer(place).backend.to_str()
+    identity = {
+        "method": place.method,
+        "dimension": own.dimension if own else fingerprint["hidden_size"],
+        "prompts": dict(own.prompts if own else dict.fromkeys(DEFAULT_PROMPTS, "")),
         "backbone": fingerprint,
         "tokenizer": hashlib.sha256(tokenizer.encode()).hexdigest()[:16],
-        "adapter": adapter.weights_hash() if adapter else None,
-        "max_length": adapter.max_length if adapter else None,
+        "adapter": place.adapter.weights_hash() if place.adapter else None,
+        "max_length": own.max_length if own else None,
     }
+    if place.sentence_model is not None:
+        identity["default_prompt_name"] = place.sentence_model.default_prompt_name
+        identity["sentence_model"] = place.sentence_model.identity()
+    return identity
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a model and its backbone lie, and how its texts are embedded."""
+
+    directory: Path
+    source: Path
+    method: str
+    adapter: Adapter | None = None
+    sentence_model: SentenceModel | None = None
 
 
 def _locate(
     model: str | Path, method: str | None, backbone: str | Path | None, revision: str | None
-) -> tuple[Path, Path, Adapter | None]:
-    """The directory of `model`, that of its backbone, and the adapter in the first, if any."""
+) -> _Place:
     shipped = SHIPPED_ADAPTERS.get(str(model)) if method in (None, "llm2vec-gen") else None
     directory = shipped or resolve(model, revision)
     adapter = _adapter_in(directory)
-    if adapter is None:
-        if backbone is not None:
-            raise AdapterError(f"{directory} holds no adapter, so backbone= has no meaning")
-        if method is not None and method not in TRAINING_FREE:
+    if adapter is not None:
+        if method not in (None, "llm2vec-gen"):
             raise UnsupportedModelError(
-                f"method {method!r} is not one of {', '.join(TRAINING_FREE)}"
+                f"{directory} is an llm2vec-gen adapter; for method {method!r} load its backbone"
             )
-        return directory, directory, None
-    if method not in (None, "llm2vec-gen"):
-        raise UnsupportedModelError(
-            f"{directory} is an llm2vec-gen adapter; for method {method!r} load its backbone"
+        source = resolve(backbone or adapter.backbone, adapter.backbone_revision)
+        return _Place(directory, source, "llm2vec-gen", adapter)
+    if backbone is not None:
+        raise AdapterError(f"{directory} holds no adapter, so backbone= has no meaning")
+    is_sentence_model = sentence_transformers.is_sentence_model(directory)
+    if is_sentence_model and method in (None, sentence_transformers.METHOD):
+        sentence_model = read_sentence_model(directory)
+        return _Place(
+            directory,
+            sentence_model.transformer,
+            sentence_transformers.METHOD,
+            sentence_model=sentence_model,
         )
-    source = resolve(backbone or adapter.backbone, adapter.backbone_revision)
-    return directory, source, adapter
+    if method == sentence_transformers.METHOD:
+        raise UnsupportedModelError(
+            f"{directory} has no modules.json, so method {method!r} has no meaning"
+        )
+    if method is not None and method not in TRAINING_FREE:
+        raise UnsupportedModelError(f"method {method!r} is not one of {', '.join(TRAINING_FREE)}")
+    source = directory
+    if is_sentence_model:
+        source = sentence_transformers.transformer_directory(directory)
+    return _Place(directory, source, method or DEFAULT_METHOD)
+
+
+def _load_tokenizer(place: _Place) -> Tokenizer:
+    tokenizer = load_tokenizer(place.source)
+    if place.sentence_model is not None:
+        place.sentence_model.check_prompts(special_tokens(tokenizer.backend))
+        if place.sentence_model.do_lower_case:
+            lower_case(tokenizer.backend)
+    return tokenizer
 
 
 def load_generator(

@@ -6,8 +6,9 @@ weighted-mean position-weighted mean, later tokens count more (SGPT, arXiv 2202.
 last-token    the state of the last token
 echo          the text twice, mean over the second copy (arXiv 2402.15449)
 hyde          the mean of an answer that the model writes (HyDE, arXiv 2212.10496)
+sentence-transformers  the whole text, as a directory in that package's layout says
 
-The prompt's tokens are attended to and never pooled.
+The prompt's tokens are attended to and never pooled, except by the last, where the layout decides.
 """
 
 from collections.abc import Sequence
@@ -15,9 +16,13 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from gen_fast.errors import TextError
+from gen_fast.formats.sentence_transformers import Pooling
 from gen_fast.generation import AnswerGenerator
+from gen_fast.ops.norm import rms_norm
 from gen_fast.tokenizing import TextTokenizer, Tokenizer
 
 TRAINING_FREE = ("mean", "weighted-mean", "last-token", "echo", "hyde")
@@ -156,6 +161,46 @@ class Echo:
         return Sequences(ids, shared, own)
 
 
+class WholeText:
+    """sentence-transformers: prompt, text and special tokens, all of them pooled.
+
+    Unless the layout leaves the prompt out: then its tokens are those that the prompt has alone,
+    without a special token at its end, as sentence-transformers counts them.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, prompt: str, max_length: int, pooling: Pooling
+    ) -> None:
+        self._text = TextTokenizer(tokenizer, prompt, max_length)
+        self._mode = pooling.mode
+        self._skipped = 0
+        if prompt and not pooling.include_prompt:
+            alone = tokenizer.core.encode(prompt)
+            self._skipped = len(alone.ids) - alone.special_tokens_mask[-1]
+
+    @property
+    def prompt_ids(self) -> np.ndarray:
+        """See Layout."""
+        return self._text.prompt_ids
+
+    @property
+    def truncated(self) -> int:
+        """See Layout."""
+        return self._text.truncated
+
+    def __call__(self, texts: Sequence[str], first_row: int) -> Sequences:
+        """See Layout. Raises TextError for a text without a token to pool."""
+        ids, shared = self._text(texts)
+        own = np.array([len(row) for row in ids], dtype=np.int64) - self._skipped
+        _refuse_empty(own, f"sentence-transformers ({self._mode})", first_row)
+        if self._mode == "cls":
+            # The state of the first token: in a causal model none after it has a part in that.
+            ids = [row[: self._skipped + 1] for row in ids]
+        needed = np.ones_like(own) if self._mode in ("cls", "lasttoken") else own
+        lengths = np.array([len(row) for row in ids], dtype=np.int64)
+        return Sequences(ids, np.minimum(shared, lengths - needed), needed)
+
+
 def _refuse_empty(own: np.ndarray, method: str, first_row: int) -> None:
     rows = tuple(int(i) + first_row for i in np.flatnonzero(own < 1))
     if rows:
@@ -167,9 +212,29 @@ def _refuse_empty(own: np.ndarray, method: str, first_row: int) -> None:
         )
 
 
-def row_weights(needed: Sequence[int], method: str) -> np.ndarray | None:
-    """Pooling weights of the packed rows, float32, summing to 1 a text; None for the plain mean."""
-    if method != "weighted-mean":
+def row_weights(needed: Sequence[int], lengths: np.ndarray, mode: str) -> np.ndarray | None:
+    """Pooling weights of the packed rows, float32; None for the plain mean.
+
+    needed: rows of each text that are pooled, its last ones; lengths: all rows of each text.
+    mode: a method, or the pooling mode of a sentence-transformers layout, whose weighted mean counts
+    positions from the beginning of the text, whatever is pooled.
+    """
+    if mode == "mean_sqrt_len_tokens":
+        return np.repeat(1 / np.sqrt(needed), needed).astype(np.float32)
+    if mode not in ("weighted-mean", "weightedmean"):
         return None
-    weights = [np.arange(1, n + 1, dtype=np.float32) / (n * (n + 1) / 2) for n in needed]
-    return np.concatenate(weights)
+    starts = lengths - needed if mode == "weightedmean" else np.zeros_like(lengths)
+    positions = [
+        np.arange(1, n + 1, dtype=np.float64) + start
+        for n, start in zip(needed, starts, strict=True)
+    ]
+    return np.concatenate([row / row.sum() for row in positions]).astype(np.float32)
+
+
+def max_rows(hidden: Tensor, needed: Sequence[int], norm_weight: Tensor, eps: float) -> Tensor:
+    """The largest value of each dimension over the normed rows of each text: [B, h] float32.
+
+    hidden [R, h]: the pooled rows before the final norm, `needed[i]` of text i.
+    """
+    rows = rms_norm(hidden.float(), norm_weight.float(), eps)
+    return torch.stack([part.amax(0) for part in rows.split(list(needed))])

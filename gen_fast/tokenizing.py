@@ -1,6 +1,7 @@
 """Text to token ids: checked, truncated, and split into shared prompt tokens and own tokens."""
 
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -8,13 +9,23 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tokenizers import Tokenizer as RustTokenizer
+from tokenizers import normalizers, processors
 
-from gen_fast.errors import ModelNotFoundError, PromptError, TextError, TextTypeError, WeightsError
+from gen_fast.errors import (
+    ModelNotFoundError,
+    PromptError,
+    TextError,
+    TextTypeError,
+    UnsupportedModelError,
+    WeightsError,
+)
 from gen_fast.truncation import LeadingTokens
 from gen_fast.weights import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 # Tokenizer classes of transformers that run tokenizer.json as it is.
 _GENERIC_CLASSES = ("TokenizersBackend", "PreTrainedTokenizer", "PreTrainedTokenizerFast")
@@ -93,7 +104,8 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     """Load the fast tokenizer of a model directory. Never runs code from it.
 
     `tokenizer.json` is read directly where transformers' AutoTokenizer would give the same ids for
-    every text; elsewhere AutoTokenizer is asked. Raises ModelNotFoundError, WeightsError.
+    every text; elsewhere AutoTokenizer is asked. Raises ModelNotFoundError,
+    WeightsError, UnsupportedModelError.
     """
     directory = Path(directory)
     path = directory / "tokenizer.json"
@@ -104,6 +116,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     content = read_json(path)  # a damaged file is named
     settings_path = directory / "tokenizer_config.json"
     settings = read_json(settings_path) if settings_path.is_file() else {}
+    _refuse_own_code(settings, directory)
     config_path = directory / "config.json"
     family = str(read_json(config_path).get("model_type")) if config_path.is_file() else ""
     if _is_run_as_it_is(content, settings, family, directory):
@@ -116,6 +129,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     else:
         auto = _auto_tokenizer(directory)
         backend, eos_token = auto.backend_tokenizer, auto.eos_token
+    _append_declared_eos(backend, settings)
     backend.no_padding()
     backend.no_truncation()
     cleans_up = bool(settings.get("clean_up_tokenization_spaces"))
@@ -187,6 +201,57 @@ def _tokens_of(settings: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         yield {"content": content, "special": True}
     for token in (settings.get("added_tokens_decoder") or {}).values():
         yield {key: value for key, value in token.items() if not key.startswith("__")}
+
+
+def special_tokens(backend: RustTokenizer) -> list[str]:
+    """The special tokens of a tokenizer, as they are spelled in a text."""
+    added = backend.get_added_tokens_decoder().values()
+    return [token.content for token in added if token.special]
+
+
+def lower_case(backend: RustTokenizer) -> None:
+    """Make a tokenizer read every text in lower case, before what else it does to it."""
+    steps = backend.normalizer
+    steps = list(steps) if isinstance(steps, normalizers.Sequence) else [steps] if steps else []
+    if not any(isinstance(step, normalizers.Lowercase) for step in steps):
+        backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *steps])
+
+
+def _refuse_own_code(settings: Mapping[str, Any], directory: Path) -> None:
+    code = settings.get("auto_map") or {}
+    if isinstance(code, list) or "AutoTokenizer" in code:
+        raise UnsupportedModelError(
+            f"{directory}/tokenizer_config.json: auto_map names code of the tokenizer's own; it is "
+            "never run, and without it the tokens would be others"
+        )
+
+
+def _append_declared_eos(backend: RustTokenizer, settings: Mapping[str, Any]) -> None:
+    """Put the end token behind every text where only tokenizer_config.json asks for it.
+
+    e5-mistral-7b-instruct is published so, and its embedding is the state of that token. Its class,
+    LlamaTokenizer, did this in transformers 4; transformers 5 takes tokenizer.json as it is.
+    """
+    name = str(settings.get("tokenizer_class")).removesuffix("Fast")
+    if name != "LlamaTokenizer" or not settings.get("add_eos_token"):
+        return
+    bos, eos = (
+        token["content"] if isinstance(token, dict) else token
+        for token in (settings.get("bos_token", "<s>"), settings.get("eos_token", "</s>"))
+    )
+    eos_id = backend.token_to_id(eos)
+    if eos_id is None or backend.encode("a").ids[-1] == eos_id:
+        return
+    before = [bos] if settings.get("add_bos_token", True) else []
+    backend.post_processor = processors.TemplateProcessing(
+        single=[*before, "$A", eos],
+        special_tokens=[(token, backend.token_to_id(token)) for token in (*before, eos)],
+    )
+    logger.warning(
+        "tokenizer.json puts no %s behind a text, tokenizer_config.json asks for it: it is put "
+        "there, as by transformers 4",
+        eos,
+    )
 
 
 def check_texts(texts: Sequence[object]) -> None:

@@ -1,8 +1,8 @@
 """From Hugging Face safetensors and GGUF files to a Backbone.
 
 A closed list of families is read. A config key that changes the computation and is not supported,
-a missing tensor, a misshapen one or one nobody reads is an error that names it. Keys that would
-load code (`auto_map`) are never looked at.
+a missing tensor, a misshapen one or one nobody reads is an error that names it. So is code of the
+model's own (`auto_map`): it is never run, and without it the numbers would be others.
 """
 
 import hashlib
@@ -25,6 +25,16 @@ logger = logging.getLogger(__name__)
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 # Tensors that a checkpoint may carry and that the backbone does not need.
 _UNUSED_SUFFIXES = ("rotary_emb.inv_freq",)
+# Classes that a model's own code may replace so that the numbers are others.
+_OWN_CODE = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
+# Keys by which models of these families ask for attention to later tokens, and what they then say.
+_BIDIRECTIONAL = {
+    "is_causal": False,
+    "use_bidirectional_attention": True,
+    "use_bidirectional": True,
+    "bidirectional_attention": True,
+    "bidirectional": True,
+}
 
 
 def parse_config(raw: Mapping[str, Any]) -> BackboneConfig:
@@ -68,6 +78,24 @@ def parse_config(raw: Mapping[str, Any]) -> BackboneConfig:
 
 
 def _check_supported(raw: Mapping[str, Any], config: BackboneConfig) -> None:
+    own_code = [key for key in _OWN_CODE if key in (raw.get("auto_map") or ())]
+    if own_code:
+        raise UnsupportedModelError(
+            f"auto_map names code of the model's own for {', '.join(own_code)}; it is never run, "
+            "and without it the embeddings would be others"
+        )
+    for key, value in _BIDIRECTIONAL.items():
+        # Gemma spells the flag "all": anything but the causal value asks for later tokens.
+        if raw.get(key) is not None and bool(raw[key]) == value:
+            raise UnsupportedModelError(
+                f"{key} {raw[key]!r} asks for attention to later tokens, which is not supported"
+            )
+    known = {f"{config.family}{head}" for head in ("model", "forcausallm")}
+    unknown = [name for name in raw.get("architectures") or () if name.lower() not in known]
+    if unknown:
+        raise UnsupportedModelError(
+            f"architectures {', '.join(unknown)}: not a plain {config.family} model"
+        )
     activation = raw.get("hidden_act", "silu")
     if activation != "silu":
         raise UnsupportedModelError(f"hidden_act {activation!r} is not supported, only 'silu'")

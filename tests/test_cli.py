@@ -18,6 +18,7 @@ import gen_fast
 from gen_fast.cli import app
 from gen_fast.cli_options import Method
 from gen_fast.embeddingfiles import read_embeddings, write_embeddings
+from gen_fast.formats.sentence_transformers import METHOD
 from gen_fast.methods import TRAINING_FREE
 from gen_fast.testing import save_tiny_model
 
@@ -308,7 +309,7 @@ def test_info(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_method_can_be_chosen() -> None:
-    assert {str(method) for method in Method} == {*TRAINING_FREE, "llm2vec-gen"}
+    assert {str(method) for method in Method} == {*TRAINING_FREE, "llm2vec-gen", METHOD}
 
 
 def test_help_documents_exit_codes_without_importing_torch() -> None:

@@ -146,13 +146,47 @@ def test_pickled_weights_are_refused(model):
         load_backbone(model)
 
 
-def test_config_keys_that_load_code_are_ignored(model, tmp_path):
+@pytest.mark.parametrize("key", ["AutoModel", "AutoModelForCausalLM", "AutoConfig"])
+def test_own_code_of_a_model_is_refused_and_never_run(model, tmp_path, key):
     marker = tmp_path / "executed"
     (model / "evil.py").write_text(f"open({str(marker)!r}, 'w')")
-    edit_config(model, auto_map={"AutoModel": "evil.Model", "AutoConfig": "evil.Config"})
-    encoder = gen_fast.load(model, dtype="float32", device="cpu")
-    assert encoder.encode("text").shape == (48,)
+    edit_config(model, auto_map={key: "evil.Class"})
+    with pytest.raises(gen_fast.UnsupportedModelError, match=f"auto_map .* for {key}"):
+        gen_fast.load(model, dtype="float32", device="cpu")
     assert not marker.exists()
+
+
+def test_own_code_of_a_tokenizer_is_refused(model):
+    path = model / "tokenizer_config.json"
+    code = {"AutoTokenizer": [None, "evil.Tokenizer"]}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "auto_map": code}))
+    with pytest.raises(gen_fast.UnsupportedModelError, match=r"tokenizer_config\.json: auto_map"):
+        gen_fast.load(model, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("is_causal", False),
+        ("use_bidirectional_attention", True),
+        ("use_bidirectional_attention", "all"),
+        ("use_bidirectional", True),
+        ("bidirectional_attention", True),
+        ("bidirectional", True),
+    ],
+)
+def test_attention_to_later_tokens_is_refused(model, key, value):
+    edit_config(model, **{key: value})
+    with pytest.raises(gen_fast.UnsupportedModelError, match=f"^{key} .*later tokens"):
+        load_backbone(model)
+    edit_config(model, **{key: not value})
+    load_backbone(model)
+
+
+def test_another_architecture_of_a_known_family_is_refused(model):
+    edit_config(model, architectures=["LlamaBiModel"])
+    with pytest.raises(gen_fast.UnsupportedModelError, match="LlamaBiModel"):
+        load_backbone(model)
 
 
 @pytest.mark.parametrize("name", ["no-such-model", "./nowhere", "missing.gguf"])

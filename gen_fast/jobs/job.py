@@ -126,9 +126,10 @@ def embed_corpus(
         rows_per_part=rows_per_part,
     )
     settings.check()  # before a model is downloaded
-    settings = settings.of(
-        identify(model, method=method, backbone=backbone, revision=revision), prompt_name
-    )
+    identity = identify(model, method=method, backbone=backbone, revision=revision)
+    if prompt is None and prompt_name is None:
+        prompt_name = identity.get("default_prompt_name")
+    settings = settings.of(identity, prompt_name)
     shown = sys.stderr.isatty() if show_progress_bar is None else show_progress_bar
     if ranks:
         rank, count, first_ahead = torchrun_ranks()

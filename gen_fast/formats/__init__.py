@@ -1,0 +1,1 @@
+"""Readers of other packages' model directories: files in, plain dataclasses out, no model run."""

@@ -1,0 +1,414 @@
+"""Model directories in sentence-transformers' layout, read without that package.
+
+`modules.json` lists what is run one after another: a Transformer, a Pooling, then any of Dense and
+Normalize. `config_sentence_transformers.json` has the prompts, `sentence_bert_config.json` what is
+done to a text. What is not computed here is refused by name.
+
+Source: sentence-transformers 6.2, whose reading of these files, defaults included, is followed.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from gen_fast.backbone import BackboneConfig
+from gen_fast.errors import UnsupportedModelError, WeightsError
+from gen_fast.weights import parse_config, read_json
+
+METHOD = "sentence-transformers"
+
+POOLING_MODES = ("mean", "lasttoken", "cls", "weightedmean", "max", "mean_sqrt_len_tokens")
+SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
+
+_PACKAGES = (
+    "sentence_transformers.models",
+    "sentence_transformers.base.modules",
+    "sentence_transformers.sentence_transformer.modules",
+)
+_MODULES = ("Transformer", "Pooling", "Dense", "Normalize")
+# Every name under which a release has written a module: by its package or by its file.
+_TYPES = {
+    name: module
+    for module in _MODULES
+    for package in _PACKAGES
+    for name in (f"{package}.{module}", f"{package}.{module.lower()}.{module}")
+}
+# The flags of older releases.
+_POOLING_FLAGS = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
+_ACTIVATIONS = {
+    "torch.nn.modules.linear.Identity": "Identity",
+    "torch.nn.Identity": "Identity",
+    "torch.nn.modules.activation.Tanh": "Tanh",
+    "torch.nn.Tanh": "Tanh",
+}
+_TEXT_ONLY = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """How the states of a text's tokens become one vector; `mode` is one of POOLING_MODES.
+
+    Prompt and special tokens count as all others do, unless include_prompt is false.
+    """
+
+    mode: str
+    include_prompt: bool = True
+
+
+@dataclass(frozen=True)
+class Dense:
+    """activation(weight @ x + bias). weight [out, in], bias [out]; activation Identity or Tanh."""
+
+    weight: Tensor
+    bias: Tensor | None
+    activation: str
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Embeddings [n, in] to [n, out]."""
+        x = torch.nn.functional.linear(x, self.weight, self.bias)
+        return x.tanh() if self.activation == "Tanh" else x
+
+    def to(self, device: torch.device) -> "Dense":
+        """The same with its weights on `device`."""
+        bias = None if self.bias is None else self.bias.to(device)
+        return replace(self, weight=self.weight.to(device), bias=bias)
+
+    def identity(self) -> dict[str, Any]:
+        """What decides its numbers, as JSON."""
+        digest = hashlib.sha256(self.weight.cpu().numpy().tobytes())
+        if self.bias is not None:
+            digest.update(b"bias" + self.bias.cpu().numpy().tobytes())
+        return {
+            "type": "Dense",
+            "shape": list(self.weight.shape),
+            "activation": self.activation,
+            "sha256": digest.hexdigest()[:16],
+        }
+
+
+@dataclass(frozen=True)
+class Normalize:
+    """Division by the L2 norm."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Embeddings [n, d] of length 1."""
+        return torch.nn.functional.normalize(x, dim=-1)
+
+    def to(self, device: torch.device) -> "Normalize":
+        """The same: it has no weights."""
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """What decides its numbers, as JSON."""
+        return {"type": "Normalize"}
+
+
+@dataclass(frozen=True)
+class SentenceModel:
+    """Everything that such a directory says besides its backbone.
+
+    transformer: where config.json, tokenizer.json and the weights lie. modules: run on the pooled
+    vector in this order. prompts: "query" and "document" are always there. max_length: tokens,
+    special tokens included. truncate_dim: dimensions kept unless a call says otherwise.
+    """
+
+    transformer: Path
+    pooling: Pooling
+    modules: tuple[Dense | Normalize, ...]
+    hidden_size: int
+    prompts: Mapping[str, str]
+    default_prompt_name: str | None
+    similarity_fn_name: str
+    truncate_dim: int | None
+    max_length: int
+    do_lower_case: bool
+
+    @property
+    def full_dimension(self) -> int:
+        """Size of an embedding before `truncate_dim`."""
+        sizes = [len(m.weight) for m in self.modules if isinstance(m, Dense)]
+        return sizes[-1] if sizes else self.hidden_size
+
+    @property
+    def dimension(self) -> int:
+        """Size of an embedding."""
+        return min(self.full_dimension, self.truncate_dim or self.full_dimension)
+
+    def identity(self) -> dict[str, Any]:
+        """What decides an embedding besides backbone, tokenizer and prompts, as JSON."""
+        return {
+            "pooling": self.pooling.mode,
+            "include_prompt": self.pooling.include_prompt,
+            "modules": [module.identity() for module in self.modules],
+            "truncate_dim": self.truncate_dim,
+            "do_lower_case": self.do_lower_case,
+        }
+
+    def check_prompts(self, special_tokens: Iterable[str]) -> None:
+        """Raise UnsupportedModelError if a prompt spells a special token.
+
+        Here special tokens in a text are read as text, so the ids would be others.
+        """
+        for name, prompt in self.prompts.items():
+            for token in special_tokens:
+                if token in prompt:
+                    raise UnsupportedModelError(
+                        f"the prompt {name!r} holds the special token {token!r}, which is read as "
+                        "text here"
+                    )
+
+
+def is_sentence_model(directory: Path) -> bool:
+    """True if `directory` is in sentence-transformers' layout."""
+    return (directory / "modules.json").is_file()
+
+
+def transformer_directory(directory: Path) -> Path:
+    """Where the backbone of a directory in this layout lies: the same directory, or one in it.
+
+    Raises WeightsError for a damaged modules.json, UnsupportedModelError without a Transformer.
+    """
+    kind, path = _read_modules(directory)[0]
+    if kind not in _TYPES or _TYPES[kind] != "Transformer":
+        raise UnsupportedModelError(
+            f"{directory}/modules.json begins with {kind!r}, which is not a Transformer"
+        )
+    return path
+
+
+def read_sentence_model(directory: str | Path) -> SentenceModel:
+    """Read a directory in sentence-transformers' layout, all but the backbone's weights.
+
+    Raises UnsupportedModelError naming what is not computed here, WeightsError for damaged files
+    and for weights of a Dense that are missing, misshapen or pickled.
+    """
+    directory = Path(directory)
+    transformer = transformer_directory(directory)
+    if (transformer / "adapter_config.json").is_file():
+        raise UnsupportedModelError(f"{transformer} holds a PEFT adapter: merge it first")
+    config = parse_config(read_json(transformer / "config.json"))
+    text = _read_optional(transformer / "sentence_bert_config.json")
+    _check_text_settings(text)
+    settings = _read_optional(directory / "config_sentence_transformers.json")
+    prompts, default_prompt_name = _read_prompts(settings)
+    pooling, modules = _read_pooling_and_modules(directory, config.hidden_size)
+    truncate_dim = settings.get("truncate_dim")
+    similarity = settings.get("similarity_fn_name") or "cosine"
+    if similarity not in SIMILARITIES:
+        raise UnsupportedModelError(
+            f"similarity_fn_name {similarity!r} is not one of {', '.join(SIMILARITIES)}"
+        )
+    return SentenceModel(
+        transformer=transformer,
+        pooling=pooling,
+        modules=modules,
+        hidden_size=config.hidden_size,
+        prompts=prompts,
+        default_prompt_name=default_prompt_name,
+        similarity_fn_name=similarity,
+        truncate_dim=None if truncate_dim is None else int(truncate_dim),
+        max_length=_max_length(text, transformer, config),
+        do_lower_case=bool(text.get("do_lower_case")),
+    )
+
+
+def _read_modules(directory: Path) -> list[tuple[str, Path]]:
+    """Type and directory of each module, in their order."""
+    path = directory / "modules.json"
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        modules = [(str(entry["type"]), str(entry["path"])) for entry in entries]
+    except (ValueError, TypeError, KeyError) as error:
+        raise WeightsError(f"{path} is not a list of modules: {error!r}") from error
+    if not modules:
+        raise WeightsError(f"{path} lists no module")
+    for _, folder in modules:
+        pure = PurePosixPath(folder.replace("\\", "/"))
+        if pure.is_absolute() or ".." in pure.parts:
+            raise WeightsError(f"{path}: the path {folder!r} leads out of the directory")
+    return [(kind, directory / folder) for kind, folder in modules]
+
+
+def _read_pooling_and_modules(
+    directory: Path, hidden_size: int
+) -> tuple[Pooling, tuple[Dense | Normalize, ...]]:
+    """What follows the Transformer."""
+    pooling = None
+    size = hidden_size
+    modules: list[Dense | Normalize] = []
+    for kind, path in _read_modules(directory)[1:]:
+        module = _TYPES.get(kind)
+        if module == "Pooling" and pooling is None:
+            pooling = _read_pooling(path, hidden_size)
+        elif module == "Dense" and pooling is not None:
+            dense = _read_dense(path, size)
+            modules.append(dense)
+            size = len(dense.weight)
+        elif module == "Normalize" and pooling is not None:
+            _check_normalize(path)
+            modules.append(Normalize())
+        else:
+            raise UnsupportedModelError(
+                f"{directory}/modules.json: a module of type {kind!r} is not supported at this "
+                "place; supported are Transformer, Pooling, then Dense and Normalize"
+            )
+    if pooling is None:
+        raise UnsupportedModelError(f"{directory}/modules.json lists no Pooling")
+    return pooling, tuple(modules)
+
+
+def _read_pooling(path: Path, hidden_size: int) -> Pooling:
+    config = read_json(path / "config.json")
+    flags = {name: config.pop(name) for name in _POOLING_FLAGS if name in config}
+    mode = config.pop("pooling_mode", None)
+    if mode is None:
+        mode = [_POOLING_FLAGS[name] for name, is_set in flags.items() if is_set] or "mean"
+    modes = [mode] if isinstance(mode, str) else list(mode)
+    width = config.pop("embedding_dimension", None)
+    width = config.pop("word_embedding_dimension", width)
+    include_prompt = config.pop("include_prompt", True)
+    _refuse_unknown(config, path)
+    if len(modes) != 1 or modes[0] not in POOLING_MODES:
+        raise UnsupportedModelError(
+            f"{path}: pooling_mode {', '.join(map(repr, modes))} is not supported, only one of "
+            f"{', '.join(POOLING_MODES)}"
+        )
+    if width is not None and width != hidden_size:
+        raise UnsupportedModelError(
+            f"{path}: embedding_dimension {width} is not the backbone's {hidden_size}"
+        )
+    return Pooling(modes[0], bool(include_prompt))
+
+
+def _read_dense(path: Path, size: int) -> Dense:
+    config = read_json(path / "config.json")
+    _check_features(config, path)
+    if config.pop("use_residual", False):
+        raise UnsupportedModelError(f"{path}: a Dense with use_residual is not supported")
+    activation = config.pop("activation_function", "torch.nn.modules.activation.Tanh")
+    if activation not in _ACTIVATIONS:
+        raise UnsupportedModelError(
+            f"{path}: activation_function {activation!r} is not supported, only "
+            f"{' and '.join(sorted(set(_ACTIVATIONS.values())))}"
+        )
+    shape = config.pop("out_features", None), config.pop("in_features", None)
+    has_bias = bool(config.pop("bias", True))
+    _refuse_unknown(config, path)
+    if shape[1] != size:
+        raise UnsupportedModelError(f"{path}: in_features {shape[1]} meets vectors of size {size}")
+    tensors = _read_tensors(path)
+    weight, bias = tensors.pop("linear.weight", None), tensors.pop("linear.bias", None)
+    if (
+        tensors
+        or weight is None
+        or tuple(weight.shape) != shape
+        or (bias is not None) != has_bias
+        or (bias is not None and tuple(bias.shape) != shape[:1])
+    ):
+        raise WeightsError(f"{path}/model.safetensors does not hold a linear map of shape {shape}")
+    return Dense(weight.float(), None if bias is None else bias.float(), _ACTIVATIONS[activation])
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    file = path / "model.safetensors"
+    if not file.is_file():
+        pickled = ": its pickled pytorch_model.bin is not loaded, convert it to safetensors"
+        has_pickle = (path / "pytorch_model.bin").is_file()
+        raise WeightsError(f"{file} is missing" + (pickled if has_pickle else ""))
+    try:
+        tensors: dict[str, Tensor] = load_file(file)
+    except SafetensorError as error:
+        raise WeightsError(f"{file} is not a safetensors file, or damaged: {error}") from error
+    return tensors
+
+
+def _check_normalize(path: Path) -> None:
+    config = _read_optional(path / "config.json")
+    _check_features(config, path)
+    _refuse_unknown(config, path)
+
+
+def _check_features(config: dict[str, Any], path: Path) -> None:
+    """Take the names of what a module reads and writes out of `config`: the pooled vector."""
+    for key in ("module_input_name", "module_output_name"):
+        value = config.pop(key, None) or "sentence_embedding"
+        if value != "sentence_embedding":
+            raise UnsupportedModelError(f"{path}: {key} {value!r} is not supported")
+
+
+def _check_text_settings(text: Mapping[str, Any]) -> None:
+    """Refuse what a Transformer would do to texts or with states and is not done here."""
+    same_numbers = ("max_seq_length", "do_lower_case", "unpad_inputs")
+    defaults = {
+        "transformer_task": "feature-extraction",
+        "module_output_name": "token_embeddings",
+        "modality_config": _TEXT_ONLY,
+    }
+    for key, value in text.items():
+        # Anything else counts only if it asks for something.
+        if key in same_numbers or not value or value == defaults.get(key):
+            continue
+        if key == "modality_config" and "message" in value:
+            raise UnsupportedModelError(
+                "sentence_bert_config.json: modality_config has 'message', which puts every text "
+                "into the chat template; this is not supported"
+            )
+        raise UnsupportedModelError(f"sentence_bert_config.json: {key} {value!r} is not supported")
+
+
+def _read_prompts(settings: Mapping[str, Any]) -> tuple[dict[str, str], str | None]:
+    kind = settings.get("model_type", "SentenceTransformer")
+    if kind != "SentenceTransformer":
+        raise UnsupportedModelError(
+            f"config_sentence_transformers.json: model_type {kind!r} is not supported"
+        )
+    prompts = {"query": "", "document": ""}
+    for name, prompt in (settings.get("prompts") or {}).items():
+        if not isinstance(prompt, str | None):
+            raise WeightsError(f"config_sentence_transformers.json: prompt {name!r} is no text")
+        prompts[name] = prompt or ""
+    default = settings.get("default_prompt_name")
+    if default is not None and default not in prompts:
+        raise UnsupportedModelError(
+            f"default_prompt_name {default!r} is not one of the prompts {', '.join(prompts)}"
+        )
+    return prompts, default
+
+
+def _max_length(text: Mapping[str, Any], transformer: Path, config: BackboneConfig) -> int:
+    length = text.get("max_seq_length")
+    if length is None:
+        tokenizer = _read_optional(transformer / "tokenizer_config.json")
+        length = min(tokenizer.get("model_max_length") or config.max_positions, config.max_positions)
+    if not 1 <= length <= config.max_positions:
+        raise UnsupportedModelError(
+            f"max_seq_length {length} is outside 1…{config.max_positions}, the positions that the "
+            "model was made for"
+        )
+    return int(length)
+
+
+def _read_optional(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
+
+
+def _refuse_unknown(config: Mapping[str, Any], path: Path) -> None:
+    if config:
+        raise UnsupportedModelError(
+            f"{path}/config.json: {', '.join(sorted(config))} is not supported"
+        )

@@ -59,8 +59,8 @@ class _Window:
 class Encoder:
     """Embeds texts with one backbone and one method. Made by `gen_fast.load`.
 
-    prompts: the instructions selectable by `prompt_name`. default_prompt_name: the one of them that
-    `encode` uses where none is asked for, None for no prompt. max_length: tokens of prompt, text and
+    prompts: the instructions selectable by `prompt_name`. default_prompt_name: the one that is
+    used where none is asked for; None for no prompt. max_length: tokens of prompt, text and
     special tokens together; longer texts lose their tail (counted and logged once a call).
     source: the backbone's directory, which also has the language-model head.
     """
@@ -112,7 +112,8 @@ class Encoder:
                 weight, bias = (t.to(backbone.device) for t in projection)
                 self._projection = weight, bias
         self._modules = tuple(
-            module.to(backbone.device) for module in (sentence_model.modules if sentence_model else ())
+            module.to(backbone.device)
+            for module in (sentence_model.modules if sentence_model else ())
         )
 
     @property

@@ -216,8 +216,8 @@ def row_weights(needed: Sequence[int], lengths: np.ndarray, mode: str) -> np.nda
     """Pooling weights of the packed rows, float32; None for the plain mean.
 
     needed: rows of each text that are pooled, its last ones; lengths: all rows of each text.
-    mode: a method, or the pooling mode of a sentence-transformers layout, whose weighted mean counts
-    positions from the beginning of the text, whatever is pooled.
+    mode: a method, or the pooling mode of a sentence-transformers layout, whose weighted mean
+    counts positions from the beginning of the text, whatever is pooled.
     """
     if mode == "mean_sqrt_len_tokens":
         return np.repeat(1 / np.sqrt(needed), needed).astype(np.float32)

@@ -394,7 +394,8 @@ def _max_length(text: Mapping[str, Any], transformer: Path, config: BackboneConf
     length = text.get("max_seq_length")
     if length is None:
         tokenizer = _read_optional(transformer / "tokenizer_config.json")
-        length = min(tokenizer.get("model_max_length") or config.max_positions, config.max_positions)
+        limits = tokenizer.get("model_max_length"), config.max_positions
+        length = min(limit for limit in limits if limit is not None)
     if not 1 <= length <= config.max_positions:
         raise UnsupportedModelError(
             f"max_seq_length {length} is outside 1…{config.max_positions}, the positions that the "

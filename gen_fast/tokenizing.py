@@ -211,10 +211,10 @@ def special_tokens(backend: RustTokenizer) -> list[str]:
 
 def lower_case(backend: RustTokenizer) -> None:
     """Make a tokenizer read every text in lower case, before what else it does to it."""
-    steps = backend.normalizer
-    steps = list(steps) if isinstance(steps, normalizers.Sequence) else [steps] if steps else []
-    if not any(isinstance(step, normalizers.Lowercase) for step in steps):
-        backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *steps])
+    own = backend.normalizer
+    if '"Lowercase"' not in json.dumps(json.loads(backend.to_str())["normalizer"]):
+        steps = [normalizers.Lowercase(), *([] if own is None else [own])]
+        backend.normalizer = normalizers.Sequence(steps)
 
 
 def _refuse_own_code(settings: Mapping[str, Any], directory: Path) -> None:

@@ -101,7 +101,13 @@ def compile_all(compilations: list[Compilation], file: Path) -> None:
             codes = pool.map(lambda made: subprocess.call(made.command), compilations)
             failed = any(list(codes))
     else:
-        rules = ["rule compile", " command = $cmd", " depfile = $headers", " deps = gcc"]
+        rules = [
+            f"builddir = {file.parent}",
+            "rule compile",
+            " command = $cmd",
+            " depfile = $headers",
+            " deps = gcc",
+        ]
         for made in compilations:
             command = shlex.join(made.command).replace("$", "$$")
             rules += [f"build {made.object}: compile {made.source}", f" cmd = {command}"]

@@ -26,6 +26,7 @@ from gen_fast.ops.pool import pool
 from gen_fast.precision import sign_bits
 from gen_fast.prefix import PrefixCache
 from gen_fast.tokenizing import Tokenizer, check_texts
+from gen_fast.vectors import unit
 
 logger = logging.getLogger(__name__)
 
@@ -146,18 +147,27 @@ class Encoder:
         normalize_embeddings: bool = False,
         precision: Literal["float32", "binary", "ubinary"] = "float32",
         truncate_dim: int | None = None,
+        batch_size: int | None = None,
         show_progress_bar: bool | None = None,
+        convert_to_numpy: bool = True,
         convert_to_tensor: bool = False,
-    ) -> np.ndarray | Tensor:
+        output_value: str = "sentence_embedding",
+        device: str | torch.device | None = None,
+    ) -> np.ndarray | Tensor | list[Tensor]:
         """Embed a text, giving [d], or several texts, giving [n, d], in the order given.
 
-        prompt: instruction put before every text; prompt_name picks one of `self.prompts`.
+        Names and meaning are those of sentence-transformers.
+        prompt: instruction put before every text; prompt_name picks one of `self.prompts`, unless
+        there is a prompt.
         normalize_embeddings: divide by the L2 norm (after truncate_dim).
         precision: "float32", or the signs as bits, 8 dimensions a byte: "ubinary" uint8, "binary"
-        int8 (shifted by 128), as in sentence-transformers.
+        int8 (shifted by 128).
         truncate_dim: keep the first dimensions only.
+        batch_size: texts run at once, at most. Texts are not padded, and `budget` already says how
+        many tokens are run at once: fewer texts only take less memory.
         show_progress_bar: on stderr; None shows it when stderr is a terminal.
-        convert_to_tensor: return a CPU tensor instead of an array.
+        convert_to_numpy, convert_to_tensor: an array; a CPU tensor; a list of tensors if neither.
+        output_value, device: must be the default, and where the model is.
 
         Raises TextTypeError or TextError naming the row of a text that cannot be embedded,
         NonFiniteError naming the rows of embeddings with NaN or infinity, PromptError for an
@@ -166,9 +176,7 @@ class Encoder:
         single = isinstance(texts, str)
         rows = [texts] if isinstance(texts, str) else _as_list(texts)
         check_texts(rows)
-        if precision not in ("float32", "binary", "ubinary"):
-            raise ConfigError(f"precision {precision!r} is not float32, binary or ubinary")
-
+        self._refuse_options(precision, batch_size, output_value, device)
         if show_progress_bar is None:
             show_progress_bar = sys.stderr.isatty() and not single
         with tqdm(total=len(rows), unit="text", disable=not show_progress_bar) as bar:
@@ -178,6 +186,7 @@ class Encoder:
                 prompt_name=prompt_name,
                 normalize_embeddings=normalize_embeddings,
                 truncate_dim=truncate_dim,
+                batch_size=batch_size,
                 on_progress=bar.update,
             )
         if block.truncated:
@@ -190,8 +199,11 @@ class Encoder:
             result = sign_bits(result)
         if precision == "binary":
             result = (result.astype(np.int16) - 128).astype(np.int8)
-        result = result[0] if single else result
-        return torch.from_numpy(result) if convert_to_tensor else result
+        if convert_to_numpy and not convert_to_tensor:
+            return result[0] if single else result
+        tensor = torch.from_numpy(result)
+        rows_or_tensor = tensor if convert_to_tensor else list(tensor)
+        return rows_or_tensor[0] if single else rows_or_tensor
 
     def encode_blocks(
         self,
@@ -201,6 +213,7 @@ class Encoder:
         prompt_name: str | None = None,
         normalize_embeddings: bool = False,
         truncate_dim: int | None = None,
+        batch_size: int | None = None,
         on_progress: Callable[[int], object] = lambda texts: None,
     ) -> Generator["EncodedBlock", None, None]:
         """Embed blocks of texts, each to the bits that `encode` gives it alone.
@@ -212,14 +225,18 @@ class Encoder:
         dimension = self.dimension if truncate_dim is None else truncate_dim
         if not 1 <= dimension <= self.full_dimension:
             raise ConfigError(f"truncate_dim {truncate_dim} is outside 1…{self.full_dimension}")
-        layout = self._layout(self._prompt(prompt, prompt_name))
+        layout = self._layout(prompt, prompt_name)
         output = np.empty((0, dimension), dtype=np.float32)
         truncated = 0
-        for window in _ahead(_windows(blocks, layout)):
+        windows = _windows(blocks, layout)
+        # An answer is written by the model, which is not run in two threads.
+        for window in windows if self._generator else _ahead(windows):
             if window.start == 0:
                 output = np.empty((window.block_size, dimension), dtype=np.float32)
             with torch.inference_mode():
-                for members, embeddings in self._embed_window(window.sequences, layout.prompt_ids):
+                for members, embeddings in self._embed_window(
+                    window.sequences, layout.prompt_ids, batch_size
+                ):
                     part = embeddings[:, :dimension]
                     if normalize_embeddings:
                         part = torch.nn.functional.normalize(part, dim=-1)
@@ -250,7 +267,7 @@ class Encoder:
         All counts the prompt with every text; computed counts what is run, the shared prefix once.
         """
         check_texts(texts)
-        layout = self._layout(self._prompt(prompt, prompt_name))
+        layout = self._layout(prompt, prompt_name)
         total = computed = longest_prefix = 0
         for bound in _window_bounds(texts):
             window = layout(texts[bound], bound.start)
@@ -262,8 +279,8 @@ class Encoder:
     def similarity(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         """Similarity of the rows of `a` [n, d] and `b` [m, d]: [n, m] float32.
 
-        The cosine, unless a sentence-transformers layout names another: the dot product, or the
-        negative Euclidean or Manhattan distance.
+        The cosine, which is 0 for a zero vector, unless a sentence-transformers layout names
+        another: the dot product, or the negative Euclidean or Manhattan distance.
         """
         name = self.sentence_model.similarity_fn_name if self.sentence_model else "cosine"
         if name in ("euclidean", "manhattan"):
@@ -272,36 +289,69 @@ class Encoder:
             )
             return -distance.numpy()
         if name == "cosine":
-            a, b = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (a, b))
+            a, b = unit(a), unit(b)
         product: np.ndarray = a @ b.T
         return product
 
     # ------------------------------------------------------------------ one call, step by step
 
     def _with_prompt(self, names: Sequence[str], options: dict[str, Any]) -> dict[str, Any]:
-        """`options` of `encode`, with the first of the prompts `names` if they ask for none."""
-        asked = options.get("prompt") is not None or options.get("prompt_name") is not None
+        """`options` of `encode`, with the first of the prompts `names` unless they name one."""
         name = next((name for name in names if name in self.prompts), None)
-        return options if asked or name is None else {**options, "prompt_name": name}
+        named = options.get("prompt_name") is not None
+        return options if named or name is None else {**options, "prompt_name": name}
 
     def _prompt(self, prompt: str | None, prompt_name: str | None) -> str:
-        if prompt is not None and prompt_name is not None:
-            raise PromptError("give prompt or prompt_name, not both")
-        if prompt is None and prompt_name is None:
+        if prompt is not None:
+            return prompt
+        if prompt_name is None:
             prompt_name = self.default_prompt_name
         if prompt_name is None:
-            return prompt or ""
+            return ""
         if prompt_name not in self.prompts:
             raise PromptError(
                 f"no prompt named {prompt_name!r}; there are {', '.join(self.prompts) or 'none'}"
             )
         return self.prompts[prompt_name]
 
-    def _layout(self, prompt: str) -> Layout:
+    def _refuse_options(
+        self,
+        precision: str,
+        batch_size: int | None,
+        output_value: str,
+        device: str | torch.device | None,
+    ) -> None:
+        """Raise ConfigError for options of sentence-transformers that have no meaning here."""
+        if precision not in ("float32", "binary", "ubinary"):
+            raise ConfigError(
+                f"precision {precision!r} is not float32, binary or ubinary; int8 with a scale a "
+                "row is what embed_corpus writes"
+            )
+        if batch_size is not None and batch_size < 1:
+            raise ConfigError(f"batch_size must be at least 1, not {batch_size}")
+        if output_value != "sentence_embedding":
+            raise ConfigError(
+                f"output_value {output_value!r}: only sentence embeddings are kept, not tokens'"
+            )
+        if device is not None and not self._is_at(device):
+            raise ConfigError(
+                f"device {device!r}: the model stays on {self.device}, where "
+                "gen_fast.load(device=…) put it; embed_corpus(devices=…) uses several"
+            )
+
+    def _is_at(self, device: str | torch.device) -> bool:
+        try:
+            asked = torch.device(device)
+        except (RuntimeError, TypeError) as error:
+            raise ConfigError(f"device {device!r} is none that torch knows") from error
+        return asked.type == self.device.type and asked.index in (None, self.device.index)
+
+    def _layout(self, prompt: str | None, prompt_name: str | None = None) -> Layout:
+        text = self._prompt(prompt, prompt_name)
         if self.adapter is not None:
             return methods.SpecialTokens(
                 self._tokenizer,
-                prompt,
+                text,
                 self.max_length,
                 self.backbone.config.vocab_size,
                 self.adapter.n_special,
@@ -309,16 +359,20 @@ class Encoder:
             )
         if self.sentence_model is not None:
             return methods.WholeText(
-                self._tokenizer, prompt, self.max_length, self.sentence_model.pooling
+                self._tokenizer, text, self.max_length, self.sentence_model.pooling
             )
         if self.method == "echo":
-            return methods.Echo(self._tokenizer, prompt, self.max_length)
+            return methods.Echo(self._tokenizer, text, self.max_length)
         return methods.OwnTokens(
-            self._tokenizer, prompt, self.max_length, self.method, self._generator
+            self._tokenizer,
+            text,
+            self.max_length,
+            self.method,
+            None if prompt_name == "document" else self._generator,
         )
 
     def _embed_window(
-        self, window: Sequences, prompt_ids: np.ndarray
+        self, window: Sequences, prompt_ids: np.ndarray, batch_size: int | None
     ) -> Iterator[tuple[np.ndarray, Tensor]]:
         """Yield (positions in the window [n], embeddings [n, d] float32) until all are run.
 
@@ -331,10 +385,14 @@ class Encoder:
             prefix = self.prefixes.get(tuple(prompt_ids.tolist())) if shared else None
             if prefix is not None:
                 prefix = prefix.cut(int(shared))
-            yield from self._embed_group(window, group, prefix)
+            yield from self._embed_group(window, group, prefix, batch_size)
 
     def _embed_group(
-        self, window: Sequences, group: np.ndarray, prefix: PrefixKV | None
+        self,
+        window: Sequences,
+        group: np.ndarray,
+        prefix: PrefixKV | None,
+        batch_size: int | None,
     ) -> Iterator[tuple[np.ndarray, Tensor]]:
         """Run texts that share `prefix`, longest first, within the token budget."""
         skip = 0 if prefix is None else len(prefix)
@@ -342,7 +400,7 @@ class Encoder:
         while len(pending):
             lengths = [len(window.ids[i]) - skip for i in pending]
             budget = 1 if self.deterministic else self.budget.tokens
-            members = pending[next(split_by_budget(lengths, budget))]
+            members = pending[next(split_by_budget(lengths, budget))][:batch_size]
             batch = PackedBatch.pack(
                 [window.ids[i][skip:] for i in members],
                 needed=window.needed[members].tolist(),

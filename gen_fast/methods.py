@@ -5,7 +5,8 @@ mean          mean over the text's own tokens
 weighted-mean position-weighted mean, later tokens count more (SGPT, arXiv 2202.08904, eq. 2)
 last-token    the state of the last token
 echo          the text twice, mean over the second copy (arXiv 2402.15449)
-hyde          the mean of an answer that the model writes (HyDE, arXiv 2212.10496)
+hyde          the mean of an answer that the model writes to a query; a text behind the prompt
+              named "document" is embedded as it is (HyDE, arXiv 2212.10496)
 sentence-transformers  the whole text, as a directory in that package's layout says
 
 The prompt's tokens are attended to and never pooled, except by the last, where the layout decides.

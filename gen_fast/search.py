@@ -8,6 +8,7 @@ import numpy as np
 from gen_fast.embeddingfiles import Embeddings
 from gen_fast.encoder import Encoder
 from gen_fast.errors import InputError
+from gen_fast.vectors import unit
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,7 @@ def nearest(
     if center and len(corpus):
         mean = corpus.mean(axis=0)
         corpus, queries = corpus - mean, queries - mean
-    tiny = np.finfo(np.float32).tiny
-    corpus, queries = (
-        x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), tiny) for x in (corpus, queries)
-    )
-    scores = queries @ corpus.T
+    scores = unit(queries) @ unit(corpus).T
     order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
     return np.take_along_axis(scores, order, axis=1), order
 

@@ -1,5 +1,7 @@
 """The training-free methods, each against its definition written out with transformers."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -77,6 +79,29 @@ def test_hyde_embeds_the_greedy_answer(tiny_model):
     expected = torch.from_numpy(mean.encode(answer))
     actual = encoder.encode([TEXT, "a longer text of another length"], prompt=PROMPT)[0]
     assert relative_error(torch.from_numpy(actual), expected) <= 1e-3
+
+
+def test_hyde_does_not_answer_documents(tiny_model):
+    encoder = gen_fast.load(tiny_model, method="hyde", dtype="float32", device="cpu")
+    mean = gen_fast.load(tiny_model, method="mean", dtype="float32", device="cpu")
+    for prompt in (None, PROMPT):
+        documents = encoder.encode_document([TEXT, "b"], prompt=prompt)
+        np.testing.assert_array_equal(documents, mean.encode([TEXT, "b"], prompt=prompt))
+    assert not np.allclose(encoder.encode_query([TEXT, "b"]), mean.encode([TEXT, "b"]))
+
+
+def test_hyde_runs_the_model_in_one_thread(tiny_model, monkeypatch):
+    encoder = gen_fast.load(tiny_model, method="hyde", dtype="float32", device="cpu")
+    threads = set()
+    forward = encoder.backbone._run
+
+    def watched(*arguments, **options):
+        threads.add(threading.get_ident())
+        return forward(*arguments, **options)
+
+    monkeypatch.setattr(encoder.backbone, "_run", watched)
+    encoder.encode_query([TEXT, "another"])
+    assert threads == {threading.get_ident()}
 
 
 def test_unknown_method(tiny_model):

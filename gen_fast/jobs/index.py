@@ -23,6 +23,7 @@ from gen_fast.errors import JobError
 from gen_fast.jobs.parts import PartStore
 from gen_fast.jobs.plan import Part, Plan
 from gen_fast.precision import sign_bits
+from gen_fast.vectors import unit
 
 try:
     import faiss
@@ -366,13 +367,6 @@ def set_probes(index: Any, info: IndexInfo) -> None:
     elif info.kind == "hnsw":
         graph: Any = faiss.downcast_index(index.index)
         graph.hnsw.efSearch = info.probes
-
-
-def unit(vectors: np.ndarray) -> np.ndarray:
-    """Rows [n, d] float32 at L2 norm 1; zero rows stay zero."""
-    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    scaled: np.ndarray = vectors / np.maximum(norms, np.finfo(np.float32).tiny)
-    return scaled.astype(np.float32, copy=False)
 
 
 def centered_bits(vectors: np.ndarray, info: IndexInfo) -> np.ndarray:

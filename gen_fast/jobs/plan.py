@@ -86,6 +86,10 @@ class Settings:
 
     def of(self, identity: Mapping[str, Any], prompt_name: str | None) -> "Settings":
         """These settings for a model, with one of its prompts. Raises ConfigError, PromptError."""
+        if identity["method"] == "hyde":
+            raise ConfigError(
+                "HyDE answers queries and embeds documents as they are: for a corpus take 'mean'"
+            )
         full, prompts = int(identity["dimension"]), identity["prompts"]
         if self.truncate_dim is not None and not 1 <= self.truncate_dim <= full:
             raise ConfigError(f"truncate_dim {self.truncate_dim} is outside 1…{full}")

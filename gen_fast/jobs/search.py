@@ -17,12 +17,12 @@ from gen_fast.jobs.index import (
     contents_hash,
     read_index,
     set_probes,
-    unit,
 )
 from gen_fast.jobs.parts import PartStore
 from gen_fast.jobs.plan import Plan
 from gen_fast.jobs.worker import load_encoder
 from gen_fast.search import Match
+from gen_fast.vectors import unit
 
 _CACHED_PARTS = 64
 

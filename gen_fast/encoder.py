@@ -151,11 +151,13 @@ class Encoder:
     ) -> np.ndarray | Tensor:
         """Embed a text, giving [d], or several texts, giving [n, d], in the order given.
 
-        prompt: instruction put before every text; prompt_name picks one of `self.prompts`.
+        prompt: instruction put before every text; prompt_name picks one of `self.prompts`, and
+        without either it is the one named by `self.default_prompt_name`, if any.
         normalize_embeddings: divide by the L2 norm (after truncate_dim).
         precision: "float32", or the signs as bits, 8 dimensions a byte: "ubinary" uint8, "binary"
         int8 (shifted by 128), as in sentence-transformers.
-        truncate_dim: keep the first dimensions only.
+        truncate_dim: keep the first dimensions only, at most `full_dimension`; None keeps
+        `dimension`.
         show_progress_bar: on stderr; None shows it when stderr is a terminal.
         convert_to_tensor: return a CPU tensor instead of an array.
 

@@ -157,12 +157,13 @@ class Encoder:
         """Embed a text, giving [d], or several texts, giving [n, d], in the order given.
 
         Names and meaning are those of sentence-transformers.
-        prompt: instruction put before every text; prompt_name picks one of `self.prompts`, unless
-        there is a prompt.
+        prompt: instruction put before every text. prompt_name: one of `self.prompts`, unless there
+        is a prompt. Without either it is the one named by `self.default_prompt_name`, if any.
         normalize_embeddings: divide by the L2 norm (after truncate_dim).
         precision: "float32", or the signs as bits, 8 dimensions a byte: "ubinary" uint8, "binary"
         int8 (shifted by 128).
-        truncate_dim: keep the first dimensions only.
+        truncate_dim: keep the first dimensions only, at most `full_dimension`; None keeps
+        `dimension`.
         batch_size: texts run at once, at most. Texts are not padded, and `budget` already says how
         many tokens are run at once: fewer texts only take less memory.
         show_progress_bar: on stderr; None shows it when stderr is a terminal.

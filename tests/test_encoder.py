@@ -1,7 +1,6 @@
 """What a user of Encoder sees."""
 
 import logging
-import os
 import subprocess
 import sys
 

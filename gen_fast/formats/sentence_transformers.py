@@ -9,7 +9,7 @@ Source: sentence-transformers 6.2, whose reading of these files, defaults includ
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -159,7 +159,7 @@ class SentenceModel:
             "do_lower_case": self.do_lower_case,
         }
 
-    def check_prompts(self, special_tokens: Iterable[str]) -> None:
+    def check_prompts(self, special_tokens: Sequence[str]) -> None:
         """Raise UnsupportedModelError if a prompt spells a special token.
 
         Here special tokens in a text are read as text, so the ids would be others.
@@ -184,7 +184,7 @@ def transformer_directory(directory: Path) -> Path:
     Raises WeightsError for a damaged modules.json, UnsupportedModelError without a Transformer.
     """
     kind, path = _read_modules(directory)[0]
-    if kind not in _TYPES or _TYPES[kind] != "Transformer":
+    if _TYPES.get(kind) != "Transformer":
         raise UnsupportedModelError(
             f"{directory}/modules.json begins with {kind!r}, which is not a Transformer"
         )

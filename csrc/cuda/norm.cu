@@ -52,7 +52,7 @@ __global__ void norm_row(const T* x, const T* residual, const T* weight, T* tota
 #pragma unroll
     for (int j = 0; j < Width; ++j) {
       row[i][j] *= scale * to_float(w.element[j]);
-      top = fmaxf(top, fabsf(row[i][j]));
+      top = Max::of(top, fabsf(row[i][j]));
     }
   }
   float inverse = 1.0f;

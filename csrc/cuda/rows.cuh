@@ -33,8 +33,12 @@ struct Sum {
   __device__ static float of(float a, float b) { return a + b; }
 };
 
+// The larger of two numbers that are not negative, or NaN, which fmaxf drops. As bits they have the
+// order of the numbers, with NaN above infinity.
 struct Max {
-  __device__ static float of(float a, float b) { return fmaxf(a, b); }
+  __device__ static float of(float a, float b) {
+    return __int_as_float(max(__float_as_int(a), __float_as_int(b)));
+  }
 };
 
 // The reduction of `value` over the block, on every thread; 0 is neutral for what is reduced here.

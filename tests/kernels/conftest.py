@@ -2,15 +2,18 @@
 
 import pytest
 import torch
+from _pytest.mark import ParameterSet
 from torch import Tensor
 
+from gen_fast.errors import ImplementationError
 from gen_fast.ops import Op
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Parametrise (device, impl) over a module's OP; `grad_impl` over those with a backward op.
 
-    `quantized_impl` goes over its QUANTIZED.
+    `quantized_impl` goes over its QUANTIZED. A test that also takes `kind` runs for int8 and fp8, and
+    is skipped, with the reason, where the implementation refuses that format.
     Triton runs on the CPU in its interpreter (see tests/conftest.py).
     """
     for name in {"impl", "grad_impl", "quantized_impl"} & set(metafunc.fixturenames):
@@ -26,7 +29,22 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
                     marks = [pytest.mark.gpu] if device == "cuda" else []
                     case = pytest.param(device, impl, id=f"{device}-{impl}", marks=marks)
                     cases.append(case)
-        metafunc.parametrize(("device", name), cases)
+        if "kind" in metafunc.fixturenames:
+            cases = [with_kind(ops[0], case, kind) for case in cases for kind in ("int8", "fp8")]
+            metafunc.parametrize(("device", name, "kind"), cases)
+        else:
+            metafunc.parametrize(("device", name), cases)
+
+
+def with_kind(op: Op, case: ParameterSet, kind: str) -> ParameterSet:
+    """`case`, (device, implementation), with a format to quantise to."""
+    device, impl = case.values
+    marks = list(case.marks)
+    try:
+        op.chosen(device, torch.bfloat16, kind, impl)
+    except ImplementationError as error:
+        marks.append(pytest.mark.skip(reason=str(error)))
+    return pytest.param(device, impl, kind, id=f"{case.id}-{kind}", marks=marks)
 
 
 @pytest.fixture

@@ -48,6 +48,11 @@ def with_format(op: Op, case: ParameterSet, row_format: str) -> ParameterSet:
     return pytest.param(device, impl, row_format, id=f"{case.id}-{row_format}", marks=marks)
 
 
+@pytest.fixture(autouse=True)
+def _nan_in_fresh_memory(nan_in_fresh_memory):
+    """In every test of an op."""
+
+
 @pytest.fixture
 def with_carry():
     """Undo a fault of Triton's interpreter: rounding to fp8 loses the carry into the exponent.

@@ -53,7 +53,8 @@ def text_of_tile(tile, offsets, n_texts, GROUP: tl.constexpr, BLOCK: tl.constexp
 def rows_to_store(text, n_texts, start, count, n_rows):
     """Rows from `start` on that the tiles of a text store: its `count`; the last one's all.
 
-    Those behind the last text are padding. The grid has tiles for all rows, and those that no text begins belong to the last one.
+    Rows behind the last text are padding. The grid has tiles for all rows, and those that no text
+    begins belong to the last one.
     """
     return tl.where(text == n_texts - 1, n_rows - start, count)
 

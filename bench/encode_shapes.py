@@ -1,6 +1,7 @@
 """Encoding speed at the sizes of larger models, with random weights: what a GPU is checked with.
 
     python bench/encode_shapes.py [--shape qwen3-0.6b qwen3-8b] [--rounds N] [--json FILE]
+                                  [--profile SECONDS]
 
 The peer is transformers' own model (SDPA) in length-sorted, left-padded batches of 32, which is
 what the reference package runs; both embed the same token ids with the same weights in bf16, so
@@ -8,7 +9,9 @@ neither tokenises. Ratios are medians over interleaved rounds; FILE is rewritten
 workload. The FLOPs of an MFU are, for both, what gen_fast executes: the products with weights,
 without attention's own, of every token in all layers but the last, and there of its queries, keys
 and values; the rest of the last layer of the compression tokens alone. The peer runs that for all
-tokens and for padding too, which is not counted: no embedding needs it.
+tokens and for padding too, which is not counted: no embedding needs it. Beside it stands what
+cuBLAS reaches for each of a layer's four products at the rows of a full batch. --profile writes
+where gen_fast's time goes, over so many seconds of each shape, to text files beside FILE.
 """
 
 import argparse
@@ -21,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from measure import centred_cosine, interleaved, machine, median_ratio
+from measure import centred_cosine, interleaved, machine, median_ratio, product_tflops, profile
 
 from gen_fast.backbone import Backbone, BackboneConfig
 from gen_fast.batching import PackedBatch, split_by_budget
@@ -31,6 +34,8 @@ from gen_fast.ops.pool import pool
 from gen_fast.weights import backbone_from_tensors
 
 SPECIAL, COMPRESSION, BATCH = 20, 10, 32
+# Profiles a function under a name, if profiles are asked for.
+Profiled = Callable[[str, Callable[[], object]], None]
 
 # Qwen3's published configs; "tiny" checks this script where there is no GPU.
 SHAPES = {
@@ -140,13 +145,25 @@ def executed_flops(config: BackboneConfig, texts: int, tokens: int) -> float:
     return 2.0 * (every * tokens + (layer - qkv) * texts * COMPRESSION)
 
 
-def measure_shape(shape: str, rounds: int, device: str) -> Iterator[dict]:
+def layer_products(config: BackboneConfig, rows: int, device: str) -> dict[str, float]:
+    """TFLOP/s of a layer's four products with `rows` tokens."""
+    shapes = {
+        "qkv": (config.q_size + 2 * config.kv_size, config.hidden_size),
+        "out": (config.hidden_size, config.q_size),
+        "gate_up": (2 * config.intermediate_size, config.hidden_size),
+        "down": (config.hidden_size, config.intermediate_size),
+    }
+    return product_tflops(shapes, rows, device)
+
+
+def measure_shape(shape: str, rounds: int, device: str, profiled: Profiled) -> Iterator[dict]:
     """The rows of both sides, workload by workload."""
     backbone, model = make_models(shape, device)
     special = backbone.embedding[:SPECIAL].clone()
     runs = {"gen_fast": ours(backbone, special), "transformers": theirs(model, special)}
     peaks: list[float] = []
     made = workloads(shape, backbone.config.vocab_size)
+    products = layer_products(backbone.config, 256 if shape == "tiny" else 16384, device)
     for run in runs.values():  # compiled, and the most memory allocated
         run(max(made.values(), key=lambda texts: sum(map(len, texts))))
     for name, texts in made.items():
@@ -160,6 +177,7 @@ def measure_shape(shape: str, rounds: int, device: str) -> Iterator[dict]:
         peak = statistics.median(peaks)
         tokens = sum(map(len, texts)) + SPECIAL * len(texts)
         flops = executed_flops(backbone.config, len(texts), tokens)
+        profiled(f"encode {shape} {name}", lambda texts=texts: runs["gen_fast"](texts))
         for provider, times in seconds.items():
             median = statistics.median(times)
             row = {
@@ -171,6 +189,7 @@ def measure_shape(shape: str, rounds: int, device: str) -> Iterator[dict]:
                 "flops": flops,
                 "mfu": flops / median / peak,
                 "matmul_peak_tflops": peak / 1e12,
+                "product_tflops": products,
                 "gen_fast_speedup": median_ratio(times, seconds["gen_fast"]),
                 "centred_cosine_between": float(cosine.mean()),
                 "texts": len(texts),
@@ -185,17 +204,24 @@ def measure_shape(shape: str, rounds: int, device: str) -> Iterator[dict]:
             yield row
 
 
-def run_shapes(measure: Callable[[str, int, str], Iterator[dict]], about: str) -> None:
+def run_shapes(measure: Callable[[str, int, str, Profiled], Iterator[dict]], about: str) -> None:
     """Read the command line, measure each shape and write the rows as they come."""
     parser = argparse.ArgumentParser(description=about.split("\n", 1)[0])
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["qwen3-0.6b", "qwen3-8b"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--profile", type=float, default=0.0, help="seconds; needs --json")
     args = parser.parse_args()
+
+    def profiled(name: str, run: Callable[[], object]) -> None:
+        if args.profile and args.json:
+            table = args.json.with_name(f"profile_{name.replace(' ', '_')}.txt")
+            profile(run, args.profile, args.device, table)
+
     report = {"machine": machine(), "command": " ".join(sys.argv), "rows": []}
     for shape in args.shape:
-        for row in measure(shape, args.rounds, args.device):
+        for row in measure(shape, args.rounds, args.device, profiled):
             report["rows"].append(row)
             if args.json:
                 part = args.json.with_suffix(".part")

@@ -26,6 +26,44 @@ def interleaved(
     return seconds
 
 
+def profile(run: Callable[[], object], seconds: float, device: str, table: Path) -> None:
+    """Write where the time of `seconds` of `run` goes, by kernel and by operation, to `table`."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    activities += [torch.profiler.ProfilerActivity.CUDA] if device == "cuda" else []
+    with torch.profiler.profile(activities=activities) as recorded:
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            run()
+            if device == "cuda":
+                torch.cuda.synchronize()
+    key = "self_cuda_time_total" if device == "cuda" else "self_cpu_time_total"
+    lines = recorded.key_averages().table(sort_by=key, row_limit=60, max_name_column_width=90)
+    table.write_text(lines + "\n")
+
+
+def product_tflops(shapes: dict[str, tuple[int, int]], rows: int, device: str) -> dict[str, float]:
+    """TFLOP/s of x [rows, in] times weightᵀ [in, out] in bf16, by torch's own product.
+
+    shapes: (out, in) of each. The best of five runs of ten, after one that warms up.
+    """
+    speeds = {}
+    for name, (wide, deep) in shapes.items():
+        x = torch.randn(rows, deep, device=device).to(torch.bfloat16)
+        weight = torch.randn(wide, deep, device=device).to(torch.bfloat16)
+        seconds = []
+        for _ in range(6):
+            if device == "cuda":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(10):
+                torch.nn.functional.linear(x, weight)
+            if device == "cuda":
+                torch.cuda.synchronize()
+            seconds.append((time.perf_counter() - start) / 10)
+        speeds[name] = 2e-12 * rows * wide * deep / min(seconds[1:])
+    return speeds
+
+
 def median_ratio(slow: list[float], fast: list[float]) -> float:
     """Median over the rounds of slow/fast within a round."""
     return statistics.median(s / f for s, f in zip(slow, fast, strict=True))

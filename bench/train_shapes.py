@@ -1,6 +1,7 @@
 """Speed of a training step at the sizes of larger models, with random weights.
 
     python bench/train_shapes.py [--shape qwen3-0.6b qwen3-8b] [--rounds N] [--json FILE]
+                                 [--profile SECONDS]
 
 The peer is transformers' own model (SDPA) run as the reference package trains: left-padded,
 gradient checkpointing, full logits; one copy of the weights serves it for both roles, which the
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
-from encode_shapes import make_models, run_shapes
+from encode_shapes import Profiled, layer_products, make_models, run_shapes
 from measure import interleaved, median_ratio
 from torch import nn
 from train import DIMENSION, make_batch
@@ -89,7 +90,7 @@ class PaddedStep:
         return ids.to(self.special.device), mask.to(self.special.device)
 
 
-def measure_shape(shape: str, rounds: int, device: str) -> Iterator[dict]:
+def measure_shape(shape: str, rounds: int, device: str, profiled: Profiled) -> Iterator[dict]:
     """The rows of both sides."""
     backbone, model = make_models(shape, device)
     config = TrainConfig(answers=("-",), teacher="-", out="-", warmup_steps=0)
@@ -116,6 +117,8 @@ def measure_shape(shape: str, rounds: int, device: str) -> Iterator[dict]:
         lambda: peaks.append(matmul_peak(torch.bfloat16, device)),
     )
     flops = stepper.work.flops(stepper.student)  # of the work that there is, for both
+    products = layer_products(backbone.config, 256 if shape == "tiny" else 16384, device)
+    profiled(f"train {shape}", lambda: stepper.step(examples))
     for name, times in seconds.items():
         median = statistics.median(times)
         row = {
@@ -126,6 +129,7 @@ def measure_shape(shape: str, rounds: int, device: str) -> Iterator[dict]:
             "steps_per_second": 1 / median,
             "flops": flops,
             "mfu": flops / median / statistics.median(peaks),
+            "product_tflops": products,
             "peak_memory_mb": memory[name],
             "gen_fast_speedup": median_ratio(times, seconds["gen_fast"]),
             "relative_difference_of_losses": max(agreement),

@@ -150,7 +150,7 @@ PYBIND11_MODULE(_C, m) {
                         int64_t k_stride, int64_t v_stride, Address prefix_k, Address prefix_v,
                         int64_t prefix_k_stride, int64_t prefix_v_stride, int64_t prefix,
                         Address out, Address lse, Address q_offsets, Address k_offsets,
-                        int64_t texts, int64_t heads, int64_t kv_heads, int64_t size,
+                        int64_t rows, int64_t texts, int64_t heads, int64_t kv_heads, int64_t size,
                         int64_t window, int mask, Address blocks, Address grad, Address to_q,
                         Address to_k, Address to_v) {
     py::gil_scoped_release release;
@@ -159,7 +159,8 @@ PYBIND11_MODULE(_C, m) {
     a.lse = at<float>(lse);
     a.prefix_k = at<void>(prefix_k), a.prefix_v = at<void>(prefix_v);
     a.q_offsets = at<int32_t>(q_offsets), a.k_offsets = at<int32_t>(k_offsets);
-    a.texts = texts, a.heads = heads, a.kv_heads = kv_heads, a.size = size, a.prefix = prefix;
+    a.rows = rows, a.texts = texts, a.heads = heads, a.kv_heads = kv_heads, a.size = size;
+    a.prefix = prefix;
     a.q_stride = q_stride, a.k_stride = k_stride, a.v_stride = v_stride;
     a.prefix_k_stride = prefix_k_stride, a.prefix_v_stride = prefix_v_stride;
     a.window = window, a.mask = (gen_fast::Mask)mask, a.blocks = at<int32_t>(blocks);

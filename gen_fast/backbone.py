@@ -6,6 +6,7 @@ heads, D head size, f feed-forward size, P prefix length, V vocabulary, L layers
 """
 
 import math
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -130,6 +131,7 @@ class Backbone:
         self.fingerprint = dict(fingerprint)
         self._inverse_frequencies = inverse_frequencies(config)
         self._rotary: tuple[Tensor, Tensor] | None = None
+        self._rotary_lock = threading.Lock()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -176,7 +178,8 @@ class Backbone:
     ) -> Tensor:
         """Return the residual stream [R, h] at the needed rows, before the final norm.
 
-        Rows that are filler (see PackedBatch.pack) hold anything.
+        Rows that are padding (see PackedBatch.pack) hold finite numbers of no meaning: oneDNN's
+        products read over the end of a row, where NaN would spoil the last row of a text.
 
         special [k, h]: embeddings of ids V, V + 1, … . prefix: keys and values before each text.
         cache: the texts' own tokens so far, if they were begun in an earlier pass; the batch's are
@@ -270,13 +273,22 @@ class Backbone:
 
     def _rotary_rows(self, positions: Tensor, needed: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines [T, D/2] of positions below `needed`, float32, from a growing table."""
-        if self._rotary is None or self._rotary[0].shape[0] < needed:
-            size = 1 << max(needed - 1, 511).bit_length()
-            dtype = torch.promote_types(self.dtype, torch.float32)
-            angles = torch.arange(size, dtype=dtype).unsqueeze(1) * self._inverse_frequencies
-            self._rotary = angles.cos().to(self.device), angles.sin().to(self.device)
-        cos, sin = self._rotary
+        table = (
+            self._rotary
+        )  # once: another thread may put a larger one, or a smaller, in its place
+        if table is None or len(table[0]) < needed:
+            with self._rotary_lock:
+                table = self._rotary
+                if table is None or len(table[0]) < needed:
+                    table = self._rotary = self._rotary_table(needed)
+        cos, sin = table
         return cos[positions], sin[positions]
+
+    def _rotary_table(self, needed: int) -> tuple[Tensor, Tensor]:
+        size = 1 << max(needed - 1, 511).bit_length()
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        angles = torch.arange(size, dtype=dtype).unsqueeze(1) * self._inverse_frequencies
+        return angles.cos().to(self.device), angles.sin().to(self.device)
 
 
 def inverse_frequencies(config: BackboneConfig) -> Tensor:

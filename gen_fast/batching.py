@@ -18,7 +18,8 @@ class PackedBatch:
     row_offsets [B + 1]: int32; how the needed rows are split over the texts.
     lengths, needed [B]: tokens and needed rows of each text, on the host.
     rows [R]: int64 indices of the needed rows, the last ones of each text; None means all.
-    Rows beyond the offsets, and needed rows beyond row_offsets, are filler: see `pack`.
+    Rows beyond the offsets, and needed rows beyond row_offsets, are padding: see `filler` of
+    `pack`.
     """
 
     ids: Tensor
@@ -77,7 +78,8 @@ def on_device(values: np.ndarray, device: torch.device | str) -> Tensor:
     tensor = torch.from_numpy(values)
     if torch.device(device).type != "cuda":
         return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
+    with torch.cuda.device(device):  # pinning opens a context on the current GPU
+        return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _with_filler(values: np.ndarray) -> np.ndarray:

@@ -30,6 +30,17 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
     return _DTYPES[name]
 
 
+def make_current(device: str | torch.device) -> None:
+    """Make a GPU that is named by its number this process' current one; nothing for others.
+
+    What names no device, pinned memory for one, else opens a context on the first GPU too: some
+    hundred megabytes of each process beside the one whose GPU that is.
+    """
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+
+
 def has_native_bfloat16(device: torch.device) -> bool:
     """True if the device multiplies bfloat16 matrices in hardware."""
     if device.type == "cuda":

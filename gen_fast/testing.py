@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gen_fast.errors import ImplementationError
-
 # An implementation may err twice as much as the reference in its own dtype, plus this.
 TOLERANCE = {torch.float32: 5e-4, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 
@@ -161,17 +159,6 @@ def check_quantized(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> Non
     difference = (actual[0].int() - expected[0].int()).abs()
     assert difference.max() <= 1
     assert (difference > 0).float().mean() < 0.01
-
-
-def refuses_fp8(op: Any, device: str, kind: str, impl: str) -> bool:
-    """Whether forcing `impl` of a quantising op is refused; assert that it is for fp8 alone."""
-    refusal = None
-    try:
-        op.chosen(device, torch.bfloat16, kind, impl)
-    except ImplementationError as error:
-        refusal = str(error)
-    assert refusal is None or "does not compute 'fp8'" in refusal, refusal
-    return refusal is not None
 
 
 def check_gradients(

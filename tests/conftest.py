@@ -31,6 +31,18 @@ def log_level() -> Iterator[None]:
     logger.setLevel(before)
 
 
+@pytest.fixture
+def nan_in_fresh_memory() -> Iterator[None]:
+    """What torch.empty and its kin give holds NaN, or the largest integer.
+
+    Else a result that nobody wrote may pass: a reused allocation often holds the right numbers.
+    """
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama with a byte-level tokenizer; milliseconds to load and run."""

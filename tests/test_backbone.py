@@ -1,9 +1,14 @@
 """The backbone against transformers' own models."""
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
 
+from gen_fast.backbone import Backbone
 from gen_fast.batching import PackedBatch, split_by_budget
 from gen_fast.testing import FAMILY_OPTIONS, relative_error, save_tiny_model
 from gen_fast.weights import load_backbone
@@ -108,3 +113,48 @@ def test_packing_positions_and_rows():
 def test_budget_cuts_between_texts_and_never_starves():
     assert list(split_by_budget([9, 3, 3, 4], 6)) == [slice(0, 1), slice(1, 3), slice(3, 4)]
     assert list(split_by_budget([], 6)) == []
+
+
+def test_threads_that_grow_the_rotary_table_get_the_rows_they_need(tiny_model, monkeypatch):
+    """A slow small table that is put in the place of a larger one harms nobody."""
+    backbone = load_backbone(tiny_model)
+    build = Backbone._rotary_table
+    started = threading.Event()
+
+    def slow_if_small(self, needed):
+        table = build(self, needed)
+        if needed <= 512:
+            started.set()
+            time.sleep(0.2)  # meanwhile the other thread builds its own, or waits
+        return table
+
+    monkeypatch.setattr(Backbone, "_rotary_table", slow_if_small)
+
+    def rows(needed):
+        if needed > 512:
+            started.wait()
+        return backbone._rotary_rows(torch.tensor([needed - 1]), needed)
+
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(rows, [4, 3000]))
+    assert len(backbone._rotary[0]) == 4096
+    for needed, (cos, sin) in zip([4, 3000], results, strict=True):
+        angles = (needed - 1) * backbone._inverse_frequencies
+        torch.testing.assert_close(cos[0], angles.cos())
+        torch.testing.assert_close(sin[0], angles.sin())
+
+
+def test_many_threads_on_one_backbone_get_the_numbers_of_one(tiny_model):
+    """Every thread needs another length, so the table grows while others read it."""
+    backbone = load_backbone(tiny_model)
+    lengths = [3, 700, 1400, 5, 2900, 900]
+
+    def rows(needed):
+        return backbone._rotary_rows(torch.arange(needed), needed)
+
+    for _ in range(20):
+        backbone._rotary = None
+        with ThreadPoolExecutor(6) as pool:
+            for needed, (cos, _) in zip(lengths, pool.map(rows, lengths), strict=True):
+                assert len(cos) == needed
+        assert len(backbone._rotary[0]) == 4096

@@ -7,6 +7,8 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -57,8 +59,19 @@ def nvidia_tool(name):
     return shutil.which(name) or str(bundled)
 
 
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel of a CUDA file; threads: the most of a block that it may be launched with."""
+
+    where: str
+    registers: int
+    spilled_bytes: int
+    threads: int
+    code: str
+
+
 def compile_cuda(source, architecture, folder):
-    """The resources of each kernel of a CUDA file, and its disassembly."""
+    """Each kernel of a CUDA file, as compiler and disassembler describe it."""
     cubin = folder / f"{source.stem}_{architecture}.cubin"
     command = ["nvcc", "-cubin", f"-arch={architecture}", "-std=c++20", "-O3", "-I", ROOT / "csrc"]
     done = subprocess.run(
@@ -68,29 +81,63 @@ def compile_cuda(source, architecture, folder):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    code = subprocess.run(
-        [nvidia_tool("nvdisasm"), "-c", cubin], capture_output=True, text=True, check=True
-    ).stdout
-    return done.stderr, code
-
-
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
-def test_every_cuda_kernel_compiles_without_spills_and_moves_16_bytes(tmp_path):
-    jobs = [
-        (source, architecture)
-        for source in sorted((ROOT / "csrc/cuda").glob("*.cu"))
-        for architecture in ("sm_80", "sm_90a")
+    code, elf = (
+        subprocess.run([*tool, cubin], capture_output=True, text=True, check=True).stdout
+        for tool in ([nvidia_tool("nvdisasm"), "-c"], [nvidia_tool("cuobjdump"), "-elf"])
+    )
+    functions = dict(f.split(":", 1) for f in re.split(r"\n\.text\.", code)[1:])
+    threads = dict(
+        re.findall(r"^\.nv\.info\.(\S+)\n(?:(?!^\.).*\n)*?.*MAX_THREADS\n.*\n.*?(0x\w+)", elf, re.M)
+    )
+    resources = re.findall(
+        r"entry function '(\S+)'[\s\S]*?(\d+) bytes spill stores, (\d+) bytes spill loads"
+        r"[\s\S]*?Used (\d+) registers",
+        done.stderr,
+    )
+    return [
+        Kernel(
+            where=f"{source.name} {architecture} {name}",
+            registers=int(registers),
+            spilled_bytes=int(stores) + int(loads),
+            threads=int(threads.get(name, "0"), 16),
+            code=functions[name],
+        )
+        for name, stores, loads, registers in resources
     ]
-    assert jobs
+
+
+@pytest.fixture(scope="module")
+def cuda_kernels(tmp_path_factory):
+    """The kernels of each CUDA file for each architecture."""
+    if shutil.which("nvcc") is None:
+        pytest.skip("needs nvcc")
+    sources = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+    assert sources
+    jobs = [(source, architecture) for source in sources for architecture in ("sm_80", "sm_90a")]
+    folder = tmp_path_factory.mktemp("cuda")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = list(pool.map(lambda job: compile_cuda(*job, tmp_path), jobs))
-    for (source, architecture), (resources, code) in zip(jobs, results, strict=True):
-        where = f"{source.name} {architecture}"
-        spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", resources)
-        assert spills, where
-        assert not any(map(int, spills)), f"{where}: {resources}"
-        functions = re.split(r"\n\.text\.", code)[1:]
-        wide = [f for f in functions if "LDG.E.128" in f and "STG.E.128" in f]
-        assert wide, f"{where}: no kernel loads and stores 16 bytes at a time"
+        kernels = list(pool.map(lambda job: compile_cuda(*job, folder), jobs))
+    assert all(kernels)
+    return kernels
+
+
+def test_every_cuda_kernel_compiles_without_spills_and_moves_16_bytes(cuda_kernels):
+    for kernels in cuda_kernels:
+        assert not [kernel.where for kernel in kernels if kernel.spilled_bytes]
+        wide = [k for k in kernels if "LDG.E.128" in k.code and "STG.E.128" in k.code]
         # Of each kernel, the instances for aligned rows; width 1 serves the rest.
-        assert len(wide) >= len(functions) // 3, f"{where}: {len(wide)} of {len(functions)}"
+        assert len(wide) >= max(1, len(kernels) // 3), f"{kernels[0].where}: {len(wide)}"
+
+
+def test_every_cuda_kernel_has_registers_for_the_largest_block_it_is_launched_with(cuda_kernels):
+    """A multiprocessor has 65,536; a warp takes them 256 at a time, so 8 a thread."""
+    for kernel in chain.from_iterable(cuda_kernels):
+        assert 32 <= kernel.threads <= 1024, f"{kernel.where} has no launch bounds"
+        assert -(-kernel.registers // 8) * 8 * kernel.threads <= 65536, kernel.where
+
+
+def test_no_cuda_row_kernel_drops_nan_from_a_maximum(cuda_kernels):
+    """FMNMX returns the other operand."""
+    norms = [k for k in chain.from_iterable(cuda_kernels) if k.where.startswith("norm")]
+    assert norms
+    assert not [kernel.where for kernel in norms if re.search(r"FMNMX3?(?!\S*NAN)", kernel.code)]

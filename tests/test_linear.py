@@ -3,8 +3,11 @@ import pytest
 import torch
 
 import gen_fast
+from gen_fast import ops
+from gen_fast.backbone import Backbone
 from gen_fast.batching import PackedBatch, rounded_up
 from gen_fast.linear import can_pack, linear, pack
+from gen_fast.prefix import PrefixCache
 from gen_fast.testing import assert_no_worse
 from gen_fast.weights import load_backbone
 
@@ -57,3 +60,32 @@ def test_filler_makes_few_numbers_of_rows_and_changes_no_result(tiny_model):
             expected = backbone.forward(plain)
             actual = backbone.forward(filled)[: len(expected)]
         torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("impl", [None, "sdpa,reference", "reference"])
+def test_padding_rows_hold_numbers_and_embeddings_owe_nothing_to_fresh_memory(
+    tiny_model, monkeypatch, isa_level, impl, dtype, request
+):
+    """Hidden size 48 and feed-forward size 80: no multiples of what oneDNN's products read at once.
+
+    They read over the end of a row, so that NaN in a padding row would reach the row before it.
+    """
+    monkeypatch.setattr(ops, "FORCED", impl)
+    # As where weights are packed, which they are only for dtypes that this processor multiplies.
+    monkeypatch.setattr(Backbone, "packed", True)
+    encoder = gen_fast.load(tiny_model, device="cpu", dtype=dtype)
+    texts = ["a", "two words", "x" * 31, "a longer text, of more than one sentence."]
+    prompts = (None, "Say it again: ")
+    expected = [encoder.encode(texts, prompt=prompt) for prompt in prompts]
+    request.getfixturevalue("nan_in_fresh_memory")
+    encoder.prefixes = PrefixCache(encoder.backbone)
+    for prompt, embeddings in zip(prompts, expected, strict=True):
+        assert np.isfinite(embeddings).all()
+        np.testing.assert_array_equal(encoder.encode(texts, prompt=prompt), embeddings)
+    sequences = [np.arange(3, 3 + n) for n in (50, 1, 61)]
+    for needed in (None, [2, 1, 0]):
+        batch = PackedBatch.pack(sequences, needed=needed, filler=True)
+        assert len(batch.rows) == rounded_up(len(batch.rows))
+        with torch.no_grad():
+            assert encoder.backbone.forward(batch).isfinite().all()

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 
+from gen_fast.budget import is_out_of_memory
 from gen_fast.ops import native
 
 # Peak resident memory, in MB, while texts are encoded, less that of the loaded model (after a
@@ -119,3 +120,21 @@ def test_distill_takes_an_eighth_of_the_logits_at_most(dtype):
     )
     logits = 1536 * 49152 * getattr(torch, dtype).itemsize / 2**20
     assert float(done.stdout) <= logits / 8
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", True),
+        ("CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA`", True),
+        ("Triton Error [CUDA]: out of memory", True),
+        ("[enforce fail] DefaultCPUAllocator: can't allocate memory", True),
+        ("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`", False),
+        ("Triton Error [CUDA]: an illegal memory access was encountered", False),
+        ("CUDA error: device-side assert triggered", False),
+    ],
+)
+def test_every_library_s_failure_to_allocate_is_known(message, expected):
+    assert is_out_of_memory(RuntimeError(message)) == expected
+    assert is_out_of_memory(torch.OutOfMemoryError(""))

@@ -5,8 +5,9 @@ over parts of the batch; each leaves its gradient at the soft prompts, and one p
 back through the special tokens.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -20,13 +21,8 @@ from gen_fast.training.data import Example
 from gen_fast.training.student import Student
 from gen_fast.training.world import World
 
-# Tokens of reconstruction at a time. Their activations are kept for the backward pass: a layer
-# saves the stream twice, q, k, v, attention's output, gate and up, 345 kB a token for SmolLM2-135M
-# in bfloat16 by that count, and twice that in float32. There bench/train.py, equal lengths, two
-# rounds each, took 1.9 GB at 512 tokens and was 1.65 times as fast as the reference, 2.2 GB and
-# 1.74 times at 768 (commit a018736), 2.4 GB and 1.76 times at 1,024 (commit 0705c4d).
-CPU_TOKENS = {torch.bfloat16: 1024, torch.float16: 1024, torch.float32: 768}
-GPU_TOKENS = 16384
+T = TypeVar("T")
+
 # Bytes of logits at a time, on a CPU: twice the op's own. The head's products are the faster the
 # more rows they have, but glibc gives what is larger than 32 MiB back to the system every time, and
 # page faults then cost what more rows gain.
@@ -93,10 +89,9 @@ def accumulate(
     values = {item.name: leaf.new_zeros(()) for item in fields(Losses)}
 
     teacher = _vectors(examples, "vector", leaf)
-    reconstructions: Iterable[tuple[slice, Tensor, Tensor]] = ()
-    if config.reconstruction_weight:
-        reconstructions = _reconstructions(student, soft_leaf, examples, config)
-    for part, states, targets in reconstructions:
+
+    def run(part: slice) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        states, targets = _reconstruct(student, soft_leaf, examples, part)
         recon, aligned = distill(
             *(states, student.head, targets, embedded["query"][part], teacher[part]),
             tokens=tokens,
@@ -105,9 +100,15 @@ def accumulate(
             memory=_logits_memory(student),
         )
         weighted = config.reconstruction_weight * recon + config.alignment_weight * aligned
-        weighted.backward()
-        values["reconstruction"] += recon.detach()
-        values["alignment"] += aligned.detach()
+        # Not backward(): of a part that fails half-way nothing may have been added.
+        return recon.detach(), aligned.detach(), torch.autograd.grad(weighted, (soft_leaf, leaf))
+
+    if config.reconstruction_weight:
+        for recon, aligned, gradients in _in_parts(student, examples, config, run):
+            for end, gradient in zip((soft_leaf, leaf), gradients, strict=True):
+                end.grad = gradient if end.grad is None else end.grad.add_(gradient)
+            values["reconstruction"] += recon
+            values["alignment"] += aligned
     alone = 0.0 if config.reconstruction_weight else config.alignment_weight
     for name, weight, group, vectors in (
         ("alignment", alone, "query", "vector"),
@@ -150,32 +151,54 @@ def _groups(examples: Sequence[Example], config: TrainConfig) -> dict[str, list[
     return {name: [getattr(example, name) for example in examples] for name in names}
 
 
-def _reconstructions(
-    student: Student, soft: Tensor, examples: Sequence[Example], config: TrainConfig
-) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Yield (part of the batch, states [N, h], targets [N]), as much at a time as memory allows."""
+def _in_parts(
+    student: Student,
+    examples: Sequence[Example],
+    config: TrainConfig,
+    run: Callable[[slice], T],
+) -> Iterator[T]:
+    """`run` of each part of the batch, as much at a time as memory allows.
+
+    A part that it does not suffice for is tried again with half as many tokens.
+    """
+    lengths = [len(example.answer) + student.n_compression - 1 for example in examples]
+    start = 0
+    while start < len(lengths):
+        budget = student.part_budget.limit(config.micro_batch_tokens)
+        count = next(split_by_budget(lengths[start:], budget)).stop
+        part = slice(start, start + count)
+        try:
+            result = run(part)
+        except RuntimeError as error:  # only running out of memory is survived
+            student.part_budget.shrink(error, sum(lengths[part]), count)
+            continue
+        start = part.stop
+        yield result
+
+
+def _reconstruct(
+    student: Student, soft: Tensor, examples: Sequence[Example], part: slice
+) -> tuple[Tensor, Tensor]:
+    """States [N, h] and targets [N] of the answers of a part."""
     c = student.n_compression
-    on_cpu = student.backbone.device.type == "cpu"
-    default = CPU_TOKENS[student.backbone.dtype] if on_cpu else GPU_TOKENS
-    lengths = [len(example.answer) + c - 1 for example in examples]
-    for part in split_by_budget(lengths, config.micro_batch_tokens or default):
-        answers = [example.answer for example in examples[part]]
-        states = student.answer_states(soft[part.start * c : part.stop * c], answers)
-        targets = on_device(np.concatenate(answers).astype(np.int64), states.device)
-        yield part, states, targets
+    answers = [example.answer for example in examples[part]]
+    states = student.answer_states(soft[part.start * c : part.stop * c], answers)
+    return states, on_device(np.concatenate(answers).astype(np.int64), states.device)
 
 
 def reconstruction_loss(
     student: Student, soft: Tensor, examples: Sequence[Example], config: TrainConfig
 ) -> float:
     """Cross-entropy summed over the answers' tokens, without gradient."""
-    total = 0.0
     nothing = student.head.new_empty(0, 1)
-    memory = _logits_memory(student)
-    for _, states, targets in _reconstructions(student, soft, examples, config):
+
+    def run(part: slice) -> float:
+        states, targets = _reconstruct(student, soft, examples, part)
+        memory = _logits_memory(student)
         losses = distill(states, student.head, targets, nothing, nothing, tokens=1, memory=memory)
-        total += float(losses[0])
-    return total
+        return float(losses[0])
+
+    return sum(_in_parts(student, examples, config, run))
 
 
 def _logits_memory(student: Student) -> int | None:

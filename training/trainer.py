@@ -12,7 +12,7 @@ import yaml
 from torch import Tensor
 
 from gen_fast.backbone import Backbone
-from gen_fast.device import matmul_peak, resolve_dtype
+from gen_fast.device import make_current, matmul_peak, resolve_dtype
 from gen_fast.errors import ConfigError, NonFiniteLossError
 from gen_fast.sources import resolve
 from gen_fast.tokenizing import load_tokenizer
@@ -155,6 +155,7 @@ def _train(config: TrainConfig, show_progress_bar: bool | None) -> Path:
     if config.batch_size < world.size:
         raise ConfigError(f"batch_size {config.batch_size} is less than {world.size} processes")
     device = _device(config)
+    make_current(device)
     source = resolve(config.backbone, config.backbone_revision)
     tokenizer = load_tokenizer(source)
     out.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,12 @@
 """Packed attention, ragged and short texts, with and without a shared prefix."""
 
+from contextlib import contextmanager, nullcontext
+
 import pytest
 import torch
+import torch.nn.attention as attention_kernels
 from conftest import DEVICE, DTYPES, MODES, SIZES, random
+from torch.nn.attention.varlen import varlen_attn
 
 from gen_fast.ops.attention import OP, attention
 from gen_fast.ops.attention.reference import attention as reference
@@ -15,6 +19,8 @@ CASES = {
         "short behind 1,000": ([22] * 93, 1000),
     },
     "cuda": {
+        "256-276": ([256 + i % 21 for i in range(240)], 0),
+        "256-276 behind 100": ([256 + i % 21 for i in range(240)], 100),
         "short": ([32] * 512, 0),
         "ragged": ([20, 33, 60, 75, 90, 120, 150, 200, 240, 300, 340, 420] * 8, 0),
         "long": ([2048] * 8, 0),
@@ -26,8 +32,10 @@ CASES = {
 IMPLEMENTATIONS = [
     name for name in OP.implementations(DEVICE) if DEVICE == "cpu" or name != "reference"
 ]
-# FlashAttention as torch has it, and FlexAttention masked by text. Neither knows a prefix.
-PEERS = ["flash-attention", "flex-attention"] if DEVICE == "cuda" else []
+# FlashAttention 2 as torch has it, below and behind its public function, 3 where torch can load it,
+# and FlexAttention masked by text. None knows a prefix.
+FLASH = ["flash-attention", "varlen", "varlen-fa3"]
+PEERS = [*FLASH, "flex-attention"] if DEVICE == "cuda" else []
 # It takes long to compile: measured where it says most.
 FLEX = (next(iter(SIZES.values())), "ragged")
 
@@ -37,6 +45,28 @@ def flash_attention(q, k, v, offsets, lengths):
     return torch.ops.aten._flash_attention_forward(
         *(q, k, v, offsets, offsets, longest, longest), 0.0, True, False
     )[0]
+
+
+@contextmanager
+def flash_attention_3():
+    """Makes torch's varlen_attn run FlashAttention 3; skips where torch or its package lacks it."""
+    if "FA3" not in attention_kernels.list_flash_attention_impls():
+        pytest.skip("this torch has no FlashAttention 3")
+    try:
+        attention_kernels.activate_flash_attention_impl("FA3")
+    except (ImportError, RuntimeError) as error:
+        pytest.skip(f"FlashAttention 3 does not load: {error}")
+    try:
+        yield
+    finally:
+        attention_kernels.restore_flash_attention_impl()
+
+
+def varlen_attention(q, k, v, offsets, lengths):
+    longest = max(lengths)
+    return varlen_attn(
+        *(q, k, v, offsets, offsets, longest, longest), window_size=(-1, 0), enable_gqa=True
+    )
 
 
 def flex_attention(offsets, total):
@@ -79,8 +109,9 @@ def bench_attention(measure, size, case, dtype, mode, provider):
     pairs = sum(n * (n + 1) // 2 + n * n_prefix for n in lengths)
 
     def run(q, k, v, offsets, prefix):
-        if provider == "flash-attention":
-            return flash_attention(q, k, v, offsets, lengths)
+        if provider in FLASH:
+            flash = flash_attention if provider == "flash-attention" else varlen_attention
+            return flash(q, k, v, offsets, lengths)
         shared = prefix.unbind() if n_prefix else (None, None)
         return attention(q, k, v, offsets, offsets, *shared, impl=provider)
 
@@ -92,11 +123,12 @@ def bench_attention(measure, size, case, dtype, mode, provider):
         return reference(q, k, v, offsets, offsets, *shared)[0]
 
     moved = (2 * q.numel() + 2 * k.numel() + prefix.numel()) * q.element_size()
-    measure(
-        run,
-        plain,
-        (q, k, v, offsets, prefix),
-        moved_bytes=moved * (3 if trained else 1),
-        # Two products forward, five backward.
-        flops=(14 if trained else 4) * n_q * size.head_dim * pairs,
-    )
+    with flash_attention_3() if provider == "varlen-fa3" else nullcontext():
+        measure(
+            run,
+            plain,
+            (q, k, v, offsets, prefix),
+            moved_bytes=moved * (3 if trained else 1),
+            # Two products forward, five backward.
+            flops=(14 if trained else 4) * n_q * size.head_dim * pairs,
+        )

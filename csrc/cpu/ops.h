@@ -83,6 +83,7 @@ struct AttentionArguments {
   void* out;                              // [rows of q, heads, size], contiguous
   float* lse;                             // [rows of q, heads]: log-sum-exp of the scores
   const int32_t *q_offsets, *k_offsets;   // [texts + 1]
+  int64_t rows;                           // of q; those beyond the offsets are padding
   int64_t texts, heads, kv_heads, size, prefix;
   int64_t q_stride, k_stride, v_stride, prefix_k_stride, prefix_v_stride;  // of a row (token)
   int64_t window;                         // 0 for full attention
@@ -90,7 +91,7 @@ struct AttentionArguments {
   const int32_t* blocks;                  // [texts, 2] for the GEM mask
 };
 
-// Packed attention; see kernels/attention/README.md.
+// Packed attention; see kernels/attention/README.md. Padding rows get zeros.
 void attention(Dtype dtype, const AttentionArguments& arguments);
 
 // Gradient of the output, given, and of q, k and v, made; rows as dense as those of out.

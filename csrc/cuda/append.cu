@@ -7,9 +7,9 @@ namespace gen_fast::cuda {
 constexpr int WARPS = 8;
 
 template <class Piece>
-__global__ void append_row(const Piece* table, const Piece* special, const int64_t* ids,
-                           Piece* out, int64_t rows, int64_t vocabulary, int64_t n_special,
-                           int64_t pieces) {
+__global__ void __launch_bounds__(32 * WARPS)
+    append_row(const Piece* table, const Piece* special, const int64_t* ids, Piece* out,
+               int64_t rows, int64_t vocabulary, int64_t n_special, int64_t pieces) {
   const int64_t row = (int64_t)blockIdx.x * WARPS + threadIdx.y;
   if (row >= rows) return;
   const int64_t id = ids[row];

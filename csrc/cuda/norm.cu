@@ -1,5 +1,5 @@
 // Residual add + RMSNorm, one block a row: the row is read once, stays in registers between the
-// sum of squares and the scaling, and is written once, quantised if asked.
+// sum of squares and the scaling unless it is very long, and is written once, quantised if asked.
 #include "cuda/ops.h"
 #include "cuda/rows.cuh"
 
@@ -21,63 +21,56 @@ struct Stored<Store::fp8, T> {
 };
 
 template <class T, Store S, int Width, int Items>
-__global__ void norm_row(const T* x, const T* residual, const T* weight, T* total, void* out,
-                         float* scales, int64_t size, float eps) {
+__global__ void __launch_bounds__(most_threads(Items))
+    norm_row(const T* x, const T* residual, const T* weight, T* total, void* out, float* scales,
+             int64_t size, float eps) {
   typedef Vector<T, Width> V;
   typedef typename Stored<S, T>::type Out;
   const int64_t start = (int64_t)blockIdx.x * size;
-  float row[Items][Width];
+  V row[Items ? Items : 1];  // as rounded: the norm is of the stored stream
   float squares = 0;
-#pragma unroll
-  for (int i = 0; i < Items; ++i) {
-    const int64_t at = ((int64_t)i * blockDim.x + threadIdx.x) * Width;
-    if (at >= size) continue;
+  each_vector<Width, Items>(size, [&](int i, int64_t at) {
     const V a = *(const V*)(x + start + at), b = *(const V*)(residual + start + at);
-    V sum;
 #pragma unroll
     for (int j = 0; j < Width; ++j) {
-      assign(sum.element[j], to_float(a.element[j]) + to_float(b.element[j]));
-      row[i][j] = to_float(sum.element[j]);  // as rounded: the norm is of the stored stream
-      squares += row[i][j] * row[i][j];
+      assign(row[i].element[j], to_float(a.element[j]) + to_float(b.element[j]));
+      const float value = to_float(row[i].element[j]);
+      squares += value * value;
     }
-    *(V*)(total + start + at) = sum;
-  }
+    *(V*)(total + start + at) = row[i];
+  });
   const float scale = rsqrtf(reduce<Sum>(squares, 0) / (float)size + eps);
-  float top = 0;
-#pragma unroll
-  for (int i = 0; i < Items; ++i) {
-    const int64_t at = ((int64_t)i * blockDim.x + threadIdx.x) * Width;
-    if (at >= size) continue;
+  const auto normed = [&](int i, int64_t at, const auto& use) {
+    // A thread reads of `total` only what it has written itself.
+    const V sum = Items ? row[i] : *(const V*)(total + start + at);
     const V w = *(const V*)(weight + at);
 #pragma unroll
     for (int j = 0; j < Width; ++j) {
-      row[i][j] *= scale * to_float(w.element[j]);
-      top = fmaxf(top, fabsf(row[i][j]));
+      use(j, to_float(sum.element[j]) * (scale * to_float(w.element[j])));
     }
-  }
+  };
   float inverse = 1.0f;
   if constexpr (S != Store::plain) {
+    float top = 0;
+    each_vector<Width, Items>(size, [&](int i, int64_t at) {
+      normed(i, at, [&](int, float value) { top = Max::of(top, fabsf(value)); });
+    });
     const float step = reduce<Max>(top, 1) / Stored<S, T>::largest;
     if (threadIdx.x == 0) scales[blockIdx.x] = step;
     inverse = step > 0 ? 1.0f / step : 1.0f;
   }
-#pragma unroll
-  for (int i = 0; i < Items; ++i) {
-    const int64_t at = ((int64_t)i * blockDim.x + threadIdx.x) * Width;
-    if (at >= size) continue;
+  each_vector<Width, Items>(size, [&](int i, int64_t at) {
     Vector<Out, Width> result;
-#pragma unroll
-    for (int j = 0; j < Width; ++j) assign(result.element[j], row[i][j] * inverse);
+    normed(i, at, [&](int j, float value) { assign(result.element[j], value * inverse); });
     *(Vector<Out, Width>*)((Out*)out + start + at) = result;
-  }
+  });
 }
 
 template <class T, Store S>
 static const char* launch(const void* x, const void* residual, const void* weight, void* total,
                           void* out, float* scales, int64_t rows, int64_t size, float eps,
                           Stream stream) {
-  Spread s;
-  if (!spread(size, 16 / sizeof(T), &s)) return "rows are too long";
+  const Spread s = spread(size, 16 / sizeof(T));
   const auto run = [&]<int Width, int Items>() {
     norm_row<T, S, Width, Items><<<(unsigned)rows, s.threads, 0, (cudaStream_t)stream>>>(
         (const T*)x, (const T*)residual, (const T*)weight, (T*)total, out, scales, size, eps);

@@ -33,8 +33,12 @@ struct Sum {
   __device__ static float of(float a, float b) { return a + b; }
 };
 
+// The larger of two numbers that are not negative, or NaN, which fmaxf drops. As bits they have the
+// order of the numbers, with NaN above infinity.
 struct Max {
-  __device__ static float of(float a, float b) { return fmaxf(a, b); }
+  __device__ static float of(float a, float b) {
+    return __int_as_float(max(__float_as_int(a), __float_as_int(b)));
+  }
 };
 
 // The reduction of `value` over the block, on every thread; 0 is neutral for what is reduced here.
@@ -56,24 +60,41 @@ __device__ inline float reduce(float value, int half) {
   return value;
 }
 
-// How a row of `size` elements is spread over a block: `items` vectors of `width` a thread.
+// How a row is spread over a block: `items` vectors of `width` elements a thread, which it keeps in
+// registers; 0 items for a longer row, whose vectors it takes from memory each time.
 struct Spread {
   int width, items, threads;
 };
 
-// At most 8 vectors a thread, so that a row stays in registers: up to 65,536 bf16 elements.
-inline bool spread(int64_t size, int64_t aligned_width, Spread* out) {
-  out->width = size % aligned_width == 0 ? (int)aligned_width : 1;
-  const int64_t vectors = (size + out->width - 1) / out->width;
-  for (out->items = 1; out->items <= 8; out->items *= 2) {
-    const int64_t threads = (vectors + out->items - 1) / out->items;
-    // More than 256 threads only where fewer would need more than four vectors each.
-    if (threads <= (out->items < 4 ? 256 : 1024)) {
-      out->threads = (int)((threads + 31) / 32 * 32);
-      return true;
+// The most threads of a block with so many items. Kernels are compiled for it (__launch_bounds__):
+// else they may take more registers a thread than a block of that size has.
+constexpr int most_threads(int items) { return items == 0 ? 1024 : items == 4 ? 512 : 256; }
+
+// Up to 16,384 bf16 elements are kept in registers.
+inline Spread spread(int64_t size, int64_t aligned_width) {
+  const int64_t width = size % aligned_width == 0 ? aligned_width : 1;
+  const int64_t vectors = (size + width - 1) / width;
+  for (int items = 1; items <= 4; items *= 2) {
+    const int64_t threads = ((vectors + items - 1) / items + 31) / 32 * 32;
+    if (threads <= most_threads(items)) return {(int)width, items, (int)threads};
+  }
+  return {(int)width, 0, most_threads(0)};
+}
+
+// Calls f(i, at) for each vector of the thread: its i-th, which begins at element `at`.
+template <int Width, int Items, class F>
+__device__ inline void each_vector(int64_t size, const F& f) {
+  if constexpr (Items) {
+#pragma unroll
+    for (int i = 0; i < Items; ++i) {
+      const int64_t at = ((int64_t)i * blockDim.x + threadIdx.x) * Width;
+      if (at < size) f(i, at);
+    }
+  } else {
+    for (int64_t at = (int64_t)threadIdx.x * Width; at < size; at += (int64_t)blockDim.x * Width) {
+      f(0, at);
     }
   }
-  return false;
 }
 
 // Calls f with <width, items> as compile-time constants.
@@ -83,7 +104,7 @@ inline void with_items(int items, const F& f) {
     case 1: return f.template operator()<Width, 1>();
     case 2: return f.template operator()<Width, 2>();
     case 4: return f.template operator()<Width, 4>();
-    default: return f.template operator()<Width, 8>();
+    default: return f.template operator()<Width, 0>();
   }
 }
 

@@ -82,21 +82,18 @@ def run_local(run: Run) -> None:
     """
     devices = run.engine.devices
     count = len(devices)
-    environment = dict(os.environ)
-    if "cpu" in devices:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        environment["OMP_NUM_THREADS"] = str(max(1, (cores or 1) // count))
+    environments = [worker_environment(devices, index) for index in range(count)]
     command = [sys.executable, "-m", "gen_fast.jobs.worker", str(run.folder)]
     command += ["--count", str(count), *(["--strict"] if run.strict else [])]
     command += ["--stall-timeout", str(run.stall_timeout or DEFAULT_STALL_TIMEOUT)]
     workers = [
         # stdin is a pipe that closes when this process ends, and they with it.
         subprocess.Popen(
-            [*command, "--device", device, "--index", str(index)],
+            [*command, "--device", torch.device(device).type, "--index", str(index)],
             env=environment,
             stdin=subprocess.PIPE,
         )
-        for index, device in enumerate(devices)
+        for index, (device, environment) in enumerate(zip(devices, environments, strict=True))
     ]
     try:
         with progress(run) as refresh:
@@ -110,6 +107,26 @@ def run_local(run: Run) -> None:
             worker.kill()
             worker.wait()
     _check_complete(run, [f"worker {i}: {_ending(w)}" for i, w in enumerate(workers)])
+
+
+def worker_environment(devices: Sequence[str], index: int) -> dict[str, str]:
+    """The environment of the worker of `devices[index]`: it sees one GPU, or its share of the CPU.
+
+    With one GPU visible a process cannot open a context on another one. The numbers are those of
+    the GPUs that this process sees itself.
+    """
+    environment = dict(os.environ)
+    if "cpu" in devices:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        environment["OMP_NUM_THREADS"] = str(max(1, (cores or 1) // len(devices)))
+    device = torch.device(devices[index])
+    if device.type == "cuda":
+        number = device.index or 0
+        visible = [x.strip() for x in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if x]
+        if visible and number >= len(visible):
+            raise ConfigError(f"device {device} is not one of the {len(visible)} visible GPUs")
+        environment["CUDA_VISIBLE_DEVICES"] = visible[number] if visible else str(number)
+    return environment
 
 
 def _ending(worker: "subprocess.Popen[bytes]") -> str:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from tqdm import tqdm
 
-from gen_fast.device import resolve_dtype
+from gen_fast.device import make_current, resolve_dtype
 from gen_fast.errors import ConfigError, JobError, PromptError
 from gen_fast.jobs.claims import PLANNING, Claims
 from gen_fast.jobs.engines import Engine, Run, progress, run_local, run_ray, torchrun_ranks
@@ -141,6 +141,7 @@ def embed_corpus(
             return None
         run = Run(folder, Plan.load(folder), chosen, strict, stall_timeout, shown and rank == 0)
         device = chosen.devices[int(os.environ["LOCAL_RANK"]) % len(chosen.devices)]
+        make_current(device)
         _work(run, device, rank, count)
         return _published(run) if rank == 0 else None
 

@@ -24,6 +24,7 @@ from typing import NoReturn
 import torch
 
 from gen_fast.budget import is_out_of_memory
+from gen_fast.device import make_current
 from gen_fast.encoder import EncodedBlock, Encoder
 from gen_fast.errors import GenFastError, InputError, JobError, NonFiniteError, TextError
 from gen_fast.jobs.claims import Claims
@@ -294,6 +295,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
     end_with_parent()
+    make_current(options.device)
     try:
         plan = Plan.load(options.folder)
         with Worker(

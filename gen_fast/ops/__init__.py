@@ -44,6 +44,7 @@ class Implementation:
     variants: tuple[str, ...] = ()
     only_forced: tuple[str, ...] = ()
     missing: Callable[[], str | None] = lambda: None
+    refuses: Callable[[str, str], str | None] = lambda device, variant: None
 
     def why_not(
         self, device: str, dtype: torch.dtype | None, variant: str, forced: bool
@@ -57,7 +58,7 @@ class Implementation:
             return f"does not take {dtype}"
         if self.variants and variant and variant not in self.variants:
             return f"does not compute {variant!r}"
-        return self.missing()
+        return self.missing() or self.refuses(device, variant)
 
 
 class Op:
@@ -147,16 +148,18 @@ class Op:
         variants: tuple[str, ...] = (),
         only_forced: tuple[str, ...] = (),
         missing: Callable[[], str | None] = lambda: None,
+        refuses: Callable[[str, str], str | None] = lambda device, variant: None,
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """Return a decorator that adds `impl`.
 
         only_forced: devices where it runs if asked for and is never chosen (an emulation).
-        missing() says why it is not there, or None.
+        missing() says why it is not there, or None; refuses(device, variant) why the device cannot
+        compute a variant, or None.
         """
 
         def add(function: Callable[..., Any]) -> Callable[..., Any]:
             self._implementations[impl] = Implementation(
-                function, devices, dtypes, variants, only_forced, missing
+                function, devices, dtypes, variants, only_forced, missing, refuses
             )
             return function
 

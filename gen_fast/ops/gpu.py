@@ -17,11 +17,12 @@ from gen_fast.errors import ImplementationError
 
 # The architecture whose pinned tiles are taken where there is no GPU to ask: an A100.
 DEFAULT_ARCHITECTURE = 80
-
+# The first whose Triton kernels can store fp8 (e4m3).
+FP8_SINCE = 89
 
 # Arguments of a kernel that change from batch to batch: without this Triton compiles it anew for 1
 # and for multiples of 16.
-PER_BATCH = ("n_texts", "n_prefix", "window")
+PER_BATCH = ("n_rows", "n_texts", "n_prefix", "window")
 
 
 @cache
@@ -44,6 +45,17 @@ ON_GPU: dict[str, Any] = {
     "only_forced": ("cpu",) if interpreted() else (),
     "missing": missing,
 }
+
+
+def refuses_fp8(device: str, variant: str) -> str | None:
+    """Why Triton cannot quantise to fp8 on the GPUs of this process, or None.
+
+    Its compiler converts to e4m3 from sm_89 on. The oldest GPU decides for all of them.
+    """
+    if variant != "fp8" or device != "cuda":
+        return None
+    oldest = min(map(_capability, range(torch.cuda.device_count())), default=FP8_SINCE)
+    return None if oldest >= FP8_SINCE else f"needs sm_{FP8_SINCE} for fp8, not sm_{oldest}"
 
 
 @dataclass(frozen=True)

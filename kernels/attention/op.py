@@ -127,7 +127,7 @@ def _cpu(q: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
 def _cpu_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *inputs: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    # Keys without queries, and filler, have no gradient.
+    # Keys without queries, and padding rows, have no gradient.
     to_q, to_k, to_v = (x.new_zeros(x.shape) for x in (q, k, v))
     grad, out, lse = grad.contiguous(), out.contiguous(), lse.contiguous()
     gradients = (grad.data_ptr(), to_q.data_ptr(), to_k.data_ptr(), to_v.data_ptr())
@@ -179,6 +179,7 @@ def _run_cpu(
         lse.data_ptr(),
         q_offsets.data_ptr(),
         k_offsets.data_ptr(),
+        q.size(0),
         q_offsets.size(0) - 1,
         q.size(1),
         k.size(1),
@@ -227,7 +228,8 @@ def attention(
 
     q [Tq, H, D]: queries of each text's *last* rows; k, v [Tk, KV, D]: all its own tokens, with H
     a multiple of KV (grouped-query attention). q_offsets, k_offsets [B + 1]: int32, rows
-    offsets[i]:offsets[i+1] belong to text i; a text may have fewer queries than keys.
+    offsets[i]:offsets[i+1] belong to text i; a text may have fewer queries than keys. Rows beyond
+    the last offset are padding: their results and gradients are 0.
     prefix_k, prefix_v [P, KV, D]: keys and values that stand before every text; they are frozen
     and get no gradient.
     window: sliding window in tokens, counting the query itself; None for full attention.

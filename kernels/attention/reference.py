@@ -50,7 +50,7 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """softmax(q·kᵀ/√D)·v for each text, and the log-sum-exp of the scores. See `op.attention`."""
     wide = torch.promote_types(q.dtype, torch.float32)
-    # Rows beyond the offsets are filler.
+    # Rows beyond the offsets are padding.
     end = int(q_offsets[-1])
     outputs, masses = [], []
     for _, _, scores, values in _each_text(

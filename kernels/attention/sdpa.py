@@ -67,8 +67,9 @@ def attention(
     """See `op.attention`; the causal mask only."""
     if _narrow(k_offsets, prefix_k, window):
         return reference_attention(q, k, v, q_offsets, k_offsets, prefix_k, prefix_v, window)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
+    # Rows beyond the offsets are padding: 0.
+    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.zeros(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
     for rows, keys, texts, bias in _runs(q_offsets, k_offsets):
         own, own_lse = _flash(
             *(_heads_first(x, texts) for x in (q[rows], k[keys], v[keys])),
@@ -77,15 +78,18 @@ def attention(
         )
         _heads_first(out[rows], texts).copy_(own)
         _heads_first(lse[rows].unsqueeze(-1), texts).copy_(own_lse.unsqueeze(-1))
-    if prefix_k is None or prefix_v is None or not len(q):
+    end = int(q_offsets[-1])
+    if prefix_k is None or prefix_v is None or not end:
         return out, lse
     shared, shared_lse = _flash(
-        *(x.transpose(0, 1).unsqueeze(0) for x in (q, prefix_k, prefix_v)), 0.0, False
+        *(x.transpose(0, 1).unsqueeze(0) for x in (q[:end], prefix_k, prefix_v)), 0.0, False
     )
     # out = (out·e^lse + shared·e^shared_lse) / (e^lse + e^shared_lse), without overflow
-    shared_lse = shared_lse[0].transpose(0, 1)
-    share = torch.sigmoid(shared_lse - lse).unsqueeze(-1).to(out.dtype)
-    return torch.lerp(out, shared[0].transpose(0, 1), share), torch.logaddexp(lse, shared_lse)
+    own_out, own_lse, shared_lse = out[:end], lse[:end], shared_lse[0].transpose(0, 1)
+    share = torch.sigmoid(shared_lse - own_lse).unsqueeze(-1).to(out.dtype)
+    torch.lerp(own_out, shared[0].transpose(0, 1), share, out=own_out)
+    torch.logaddexp(own_lse, shared_lse, out=own_lse)
+    return out, lse
 
 
 def attention_backward(
@@ -127,8 +131,12 @@ def attention_backward(
             (to_v, own[2], keys),
         ):
             _heads_first(target[where], texts).copy_(part)
-    if prefix_k is not None and prefix_v is not None and len(q):
-        parts = [x.transpose(0, 1).unsqueeze(0) for x in (grad, q, prefix_k, prefix_v, out)]
-        shared = _flash_backward(*parts, lse.T.unsqueeze(0).contiguous(), 0.0, False)
-        to_q += shared[0][0].transpose(0, 1)
+    end = int(q_offsets[-1])
+    if prefix_k is not None and prefix_v is not None and end:
+        parts = [
+            x.transpose(0, 1).unsqueeze(0)
+            for x in (grad[:end], q[:end], prefix_k, prefix_v, out[:end])
+        ]
+        shared = _flash_backward(*parts, lse[:end].T.unsqueeze(0).contiguous(), 0.0, False)
+        to_q[:end] += shared[0][0].transpose(0, 1)
     return to_q, to_k, to_v

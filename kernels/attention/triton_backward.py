@@ -21,6 +21,7 @@ from .triton_kernel import (
     load_rows,
     padded,
     pinned,
+    rows_to_store,
     seen_keys,
     text_of_tile,
     tile,
@@ -53,8 +54,8 @@ def _query_gradient(
 @triton.jit(do_not_specialize=gpu.PER_BATCH)
 def _queries(
     grad, q, k, v, prefix_k, prefix_v, blocks, out, lse, delta, to_q, q_offsets, k_offsets,
-    n_texts, n_prefix, q_stride, k_stride, v_stride, prefix_k_stride, prefix_v_stride, heads,
-    scale, window,
+    n_rows, n_texts, n_prefix, q_stride, k_stride, v_stride, prefix_k_stride, prefix_v_stride,
+    heads, scale, window,
     MASK: tl.constexpr, HAS_PREFIX: tl.constexpr, HAS_WINDOW: tl.constexpr, GROUP: tl.constexpr,
     D: tl.constexpr, D_PADDED: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -64,23 +65,28 @@ def _queries(
     n_query = tl.load(q_offsets + text + 1) - q_start
     k_start = tl.load(k_offsets + text).to(tl.int64)
     n_key = tl.load(k_offsets + text + 1) - k_start.to(tl.int32)
+    row = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    query = row // GROUP
+    head = kv_head * GROUP + row % GROUP
+    q_rows = q_start + query
+    at = q_rows.to(tl.int64) * heads + head
+    column = tl.arange(0, D_PADDED)
+    stored = query < rows_to_store(text, n_texts, q_start, n_query, n_rows)
+    within = stored[:, None] & (column < D)[None, :]
     if tile * BLOCK_Q >= n_query * GROUP:
+        zeros = tl.zeros([BLOCK_Q, D_PADDED], to_q.dtype.element_ty)
+        tl.store(to_q + at[:, None] * D + column[None, :], zeros, mask=within)
         return
     first, after = 0, 0
     if MASK == "gem":
         first, after = tl.load(blocks + 2 * text), tl.load(blocks + 2 * text + 1)
 
-    row = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    query = row // GROUP
-    head = kv_head * GROUP + row % GROUP
     position = n_key - n_query + query
-    q_rows = q_start + query
     q_end = q_start + n_query
     q_tile = load_rows(q, q_rows, q_stride, head, q_end, D, D_PADDED)
     grad_tile = load_rows(grad, q_rows, heads * D, head, q_end, D, D_PADDED)
     out_tile = load_rows(out, q_rows, heads * D, head, q_end, D, D_PADDED)
     inside = query < n_query
-    at = q_rows.to(tl.int64) * heads + head
     mass = tl.load(lse + at, mask=inside, other=0.0) * 1.4426950408889634
     shift = tl.sum(grad_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
     tl.store(delta + at, shift, mask=inside)
@@ -106,18 +112,14 @@ def _queries(
         k_stride, v_stride, n_key, tl.maximum(oldest, 0) // BLOCK_K * BLOCK_K, end, 0, position,
         kv_head, scale, window, first, after, MASK, HAS_WINDOW, D, D_PADDED, BLOCK_K,
     )  # fmt: skip
-    column = tl.arange(0, D_PADDED)
-    tl.store(
-        to_q + at[:, None] * D + column[None, :],
-        # Scores were in powers of two: scale · ln 2 is 1/√D.
-        (total * (scale * 0.6931471805599453)).to(to_q.dtype.element_ty),
-        mask=inside[:, None] & (column < D)[None, :],
-    )
+    # Scores were in powers of two: scale · ln 2 is 1/√D.
+    total = tl.where(inside[:, None], total * (scale * 0.6931471805599453), 0.0)
+    tl.store(to_q + at[:, None] * D + column[None, :], total.to(to_q.dtype.element_ty), mask=within)
 
 
 @triton.jit(do_not_specialize=gpu.PER_BATCH)
 def _keys(
-    grad, q, k, v, blocks, lse, delta, to_k, to_v, q_offsets, k_offsets, n_texts, q_stride,
+    grad, q, k, v, blocks, lse, delta, to_k, to_v, q_offsets, k_offsets, n_rows, n_texts, q_stride,
     k_stride, v_stride, heads, scale, window,
     MASK: tl.constexpr, HAS_WINDOW: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
     D_PADDED: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -128,14 +130,21 @@ def _keys(
     n_query = tl.load(q_offsets + text + 1) - q_start
     k_start = tl.load(k_offsets + text)
     n_key = tl.load(k_offsets + text + 1) - k_start
+    key = tile * BLOCK_K + tl.arange(0, BLOCK_K)
+    k_rows = k_start + key
+    column = tl.arange(0, D_PADDED)
+    at = (k_rows.to(tl.int64) * (heads // GROUP) + kv_head)[:, None] * D + column[None, :]
+    stored = key < rows_to_store(text, n_texts, k_start, n_key, n_rows)
+    within = stored[:, None] & (column < D)[None, :]
     if tile * BLOCK_K >= n_key:
+        zeros = tl.zeros([BLOCK_K, D_PADDED], to_k.dtype.element_ty)
+        tl.store(to_k + at, zeros, mask=within)
+        tl.store(to_v + at, zeros, mask=within)
         return
     first, after = 0, 0
     if MASK == "gem":
         first, after = tl.load(blocks + 2 * text), tl.load(blocks + 2 * text + 1)
 
-    key = tile * BLOCK_K + tl.arange(0, BLOCK_K)
-    k_rows = k_start + key
     k_heads = tl.zeros([BLOCK_K], tl.int32) + kv_head
     k_tile = load_rows(k, k_rows, k_stride, k_heads, k_start + n_key, D, D_PADDED)
     v_tile = load_rows(v, k_rows, v_stride, k_heads, k_start + n_key, D, D_PADDED)
@@ -157,9 +166,9 @@ def _keys(
         q_tile = load_rows(q, q_rows, q_stride, head, q_end, D, D_PADDED)
         grad_tile = load_rows(grad, q_rows, heads * D, head, q_end, D, D_PADDED)
         inside = query < n_query
-        at = q_rows.to(tl.int64) * heads + head
-        mass = tl.load(lse + at, mask=inside, other=0.0) * 1.4426950408889634
-        shift = tl.load(delta + at, mask=inside, other=0.0)
+        of_query = q_rows.to(tl.int64) * heads + head
+        mass = tl.load(lse + of_query, mask=inside, other=0.0) * 1.4426950408889634
+        shift = tl.load(delta + of_query, mask=inside, other=0.0)
         # Keys by queries: weights and their gradients are left sides of products as they are.
         scores = dot(k_tile, tl.trans(q_tile)) * scale
         position = (n_key - n_query + query)[None, :]
@@ -170,12 +179,13 @@ def _keys(
         to_scores = (weights * (to_weights - shift[None, :])).to(q_tile.dtype)
         total_k += dot(to_scores, q_tile)
 
-    column = tl.arange(0, D_PADDED)
-    at = (k_rows.to(tl.int64) * (heads // GROUP) + kv_head)[:, None] * D + column[None, :]
-    mask = (key < n_key)[:, None] & (column < D)[None, :]
     total_k *= scale * 0.6931471805599453
-    tl.store(to_k + at, total_k.to(to_k.dtype.element_ty), mask=mask)
-    tl.store(to_v + at, total_v.to(to_v.dtype.element_ty), mask=mask)
+    # Of the rows of padding in the tile: nothing.
+    inside_k = (key < n_key)[:, None]
+    to_k_tile = tl.where(inside_k, total_k, 0.0).to(to_k.dtype.element_ty)
+    to_v_tile = tl.where(inside_k, total_v, 0.0).to(to_v.dtype.element_ty)
+    tl.store(to_k + at, to_k_tile, mask=within)
+    tl.store(to_v + at, to_v_tile, mask=within)
 
 
 # Best first; keys: padded head size. The accumulators take the registers: tiles are half those
@@ -223,8 +233,8 @@ def attention_backward(
     rows, heads, size = q.shape
     texts, kv_heads = q_offsets.shape[0] - 1, k.shape[1]
     to_q, to_k, to_v = (x.new_empty(x.shape) for x in (q, k, v))
-    if not rows:
-        return to_q, to_k.zero_(), to_v.zero_()
+    if not rows or not texts:
+        return to_q.zero_(), to_k.zero_(), to_v.zero_()
     delta, blocks = torch.empty_like(lse), dense_blocks(blocks)
     has_prefix = prefix_k is not None and prefix_v is not None
     prefix = [dense_rows(x) for x in (prefix_k, prefix_v) if x is not None] or [k, v]
@@ -242,7 +252,8 @@ def attention_backward(
         lambda constants: (rows * group // constants["BLOCK_Q"] + texts, kv_heads),
         _tiles(q),
         ("GROUP", "D"),
-        *(grad, q, k, v, *prefix, blocks, out, lse, delta, to_q, q_offsets, k_offsets, texts),
+        *(grad, q, k, v, *prefix, blocks, out, lse, delta, to_q, q_offsets, k_offsets),
+        *(rows, texts),
         len(prefix[0]) if has_prefix else 0,
         *(x.stride(0) for x in (q, k, v, *prefix)),
         *(heads, scale, window or 0),
@@ -254,7 +265,8 @@ def attention_backward(
         lambda constants: (len(k) // constants["BLOCK_K"] + texts, kv_heads),
         _tiles(q),
         ("GROUP", "D"),
-        *(grad, q, k, v, blocks, lse, delta, to_k, to_v, q_offsets, k_offsets, texts),
+        *(grad, q, k, v, blocks, lse, delta, to_k, to_v, q_offsets, k_offsets),
+        *(len(k), texts),
         *(*(x.stride(0) for x in (q, k, v)), heads, scale, window or 0),
         **shared,
     )

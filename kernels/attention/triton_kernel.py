@@ -50,6 +50,16 @@ def text_of_tile(tile, offsets, n_texts, GROUP: tl.constexpr, BLOCK: tl.constexp
 
 
 @triton.jit
+def rows_to_store(text, n_texts, start, count, n_rows):
+    """Rows from `start` on that the tiles of a text store: its `count`; the last one's all.
+
+    Rows behind the last text are padding. The grid has tiles for all rows, and those that no text
+    begins belong to the last one.
+    """
+    return tl.where(text == n_texts - 1, n_rows - start, count)
+
+
+@triton.jit
 def seen_keys(at, to, window, first, after, MASK: tl.constexpr, HAS_WINDOW: tl.constexpr):
     """Which keys `to` the queries `at` may attend, positions that broadcast; a prefix has negative.
 
@@ -112,7 +122,7 @@ def _attend(
 
 @triton.jit(do_not_specialize=gpu.PER_BATCH)
 def _forward(
-    q, k, v, prefix_k, prefix_v, blocks, out, lse, q_offsets, k_offsets, n_texts, n_prefix,
+    q, k, v, prefix_k, prefix_v, blocks, out, lse, q_offsets, k_offsets, n_rows, n_texts, n_prefix,
     q_stride, k_stride, v_stride, prefix_k_stride, prefix_v_stride, heads, scale, window,
     MASK: tl.constexpr, HAS_PREFIX: tl.constexpr, HAS_WINDOW: tl.constexpr, GROUP: tl.constexpr,
     D: tl.constexpr, D_PADDED: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -123,17 +133,24 @@ def _forward(
     n_query = tl.load(q_offsets + text + 1) - q_start
     k_start = tl.load(k_offsets + text).to(tl.int64)
     n_key = tl.load(k_offsets + text + 1) - k_start.to(tl.int32)
+    row = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    query = row // GROUP
+    head = kv_head * GROUP + row % GROUP
+    q_rows = q_start + query
+    at = q_rows.to(tl.int64) * heads + head
+    column = tl.arange(0, D_PADDED)
+    stored = query < rows_to_store(text, n_texts, q_start, n_query, n_rows)
     if tile * BLOCK_Q >= n_query * GROUP:
+        zeros = tl.zeros([BLOCK_Q, D_PADDED], out.dtype.element_ty)
+        within = stored[:, None] & (column < D)[None, :]
+        tl.store(out + at[:, None] * D + column[None, :], zeros, mask=within)
+        tl.store(lse + at, tl.zeros([BLOCK_Q], tl.float32), mask=stored)
         return
     first, after = 0, 0
     if MASK == "gem":
         first, after = tl.load(blocks + 2 * text), tl.load(blocks + 2 * text + 1)
 
-    row = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    query = row // GROUP
-    head = kv_head * GROUP + row % GROUP
     position = n_key - n_query + query
-    q_rows = q_start + query
     q_tile = load_rows(q, q_rows, q_stride, head, q_start + n_query, D, D_PADDED)
     acc = tl.zeros([BLOCK_Q, D_PADDED], tl.float32)
     mass = tl.zeros([BLOCK_Q], tl.float32)
@@ -180,16 +197,15 @@ def _forward(
         kv_head, scale, window, first, after, True, MASK, HAS_WINDOW, D, D_PADDED, BLOCK_K,
     )  # fmt: skip
 
-    column = tl.arange(0, D_PADDED)
     inside = query < n_query
     mass = tl.where(inside, mass, 1.0)  # rows beyond the text may have seen nothing
-    at = q_rows.to(tl.int64) * heads + head
     tl.store(
         out + at[:, None] * D + column[None, :],
-        (acc / mass[:, None]).to(out.dtype.element_ty),
-        mask=inside[:, None] & (column < D)[None, :],
+        tl.where(inside[:, None], acc / mass[:, None], 0.0).to(out.dtype.element_ty),
+        mask=stored[:, None] & (column < D)[None, :],
     )
-    tl.store(lse + at, (peak * scale + tl.log2(mass)) * 0.6931471805599453, mask=inside)
+    total = (peak * scale + tl.log2(mass)) * 0.6931471805599453
+    tl.store(lse + at, tl.where(inside, total, 0.0), mask=stored)
 
 
 def tile(block_q: int, block_k: int, warps: int, stages: int) -> Tile:
@@ -261,8 +277,8 @@ def attention(
     texts, kv_heads = q_offsets.shape[0] - 1, k.shape[1]
     out = q.new_empty(rows, heads, size)
     lse = q.new_empty(rows, heads, dtype=torch.float32)
-    if not rows:
-        return out, lse
+    if not rows or not texts:
+        return out.zero_(), lse.zero_()
     has_prefix = prefix_k is not None and prefix_v is not None
     prefix = [dense_rows(x) for x in (prefix_k, prefix_v) if x is not None] or [k, v]
     group = heads // kv_heads
@@ -271,7 +287,7 @@ def attention(
         lambda constants: (rows * group // constants["BLOCK_Q"] + texts, kv_heads),
         _tiles(q),
         ("GROUP", "D"),
-        *(q, k, v, *prefix, dense_blocks(blocks), out, lse, q_offsets, k_offsets, texts),
+        *(q, k, v, *prefix, dense_blocks(blocks), out, lse, q_offsets, k_offsets, rows, texts),
         len(prefix[0]) if has_prefix else 0,
         *(x.stride(0) for x in (q, k, v, *prefix)),
         *(heads, LOG2_E * size**-0.5, window or 0),

@@ -105,7 +105,7 @@ def _triton_backward(
     return triton_kernel.add_rms_norm_backward(grad_normed, grad_total, total, weight, eps)
 
 
-@QUANTIZED.register("triton", **gpu.ON_GPU)
+@QUANTIZED.register("triton", **gpu.ON_GPU, refuses=gpu.refuses_fp8)
 def _triton_quantized(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, variant: str
 ) -> tuple[Tensor, Tensor, Tensor]:

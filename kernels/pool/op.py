@@ -116,7 +116,7 @@ def _cpu_backward(
     hidden, norm_weight = hidden.contiguous(), norm_weight.to(hidden.dtype).contiguous()
     offsets, grad = offsets.to(torch.int32).contiguous(), grad.float().contiguous()
     weights = None if row_weights is None else row_weights.float().contiguous()
-    out = hidden.new_zeros(hidden.shape)  # filler has no gradient
+    out = hidden.new_zeros(hidden.shape)  # padding rows have no gradient
     native.module().pool_backward(
         hidden.dtype == torch.bfloat16,
         *map(native.address, (grad, hidden, offsets, norm_weight, weights, out)),

@@ -91,7 +91,7 @@ def pool_backward(
 ) -> Tensor:
     """Gradient [R, h] of `hidden`."""
     hidden = adjacent(hidden)
-    out = hidden.new_empty(hidden.shape)
+    out = hidden.new_zeros(hidden.shape)  # padding rows have no gradient
     texts, size = grad.shape
     if out.numel() and texts:
         block = gpu.power_of_two(size)

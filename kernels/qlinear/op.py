@@ -36,7 +36,7 @@ OP = Op(
 OP.register("reference")(reference.quantize_rows)
 
 
-@OP.register("triton", **gpu.ON_GPU)
+@OP.register("triton", **gpu.ON_GPU, refuses=gpu.refuses_fp8)
 def _triton(x: Tensor, variant: str) -> tuple[Tensor, Tensor]:
     from . import triton_kernel
 

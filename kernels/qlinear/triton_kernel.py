@@ -15,8 +15,13 @@ LARGEST = {name: largest for name, (_, largest) in FORMATS.items()}
 
 @triton.jit
 def store_quantized(row, out, scale_out, inside, LARGEST: tl.constexpr):
-    """Quantise one row (a block of float32, 0 outside) and store it and its scale."""
-    scale = tl.max(tl.abs(row), 0) / LARGEST
+    """Quantise one row (a block of float32, 0 outside) and store it and its scale.
+
+    The scale of a row with NaN is NaN, which tl.max drops: the largest magnitude is found as bits,
+    among which those of NaN are above those of infinity.
+    """
+    bits = row.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    scale = tl.max(bits, 0).to(tl.float32, bitcast=True) / LARGEST
     scaled = row / tl.where(scale > 0, scale, 1.0)
     if out.dtype.element_ty == tl.int8:
         # Adding 1.5·2²³ leaves no fraction bits: rounds to nearest even, as torch.round does.

@@ -54,7 +54,7 @@ def _triton_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
     return triton_kernel.swiglu_backward(grad, gate_up)
 
 
-@QUANTIZED.register("triton", **gpu.ON_GPU)
+@QUANTIZED.register("triton", **gpu.ON_GPU, refuses=gpu.refuses_fp8)
 def _triton_quantized(gate_up: Tensor, variant: str) -> tuple[Tensor, Tensor]:
     from . import triton_kernel
 

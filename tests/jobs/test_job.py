@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from tiny_corpus import (
     embed_in_process,
     files_of,
@@ -26,6 +27,7 @@ from tiny_corpus import (
 )
 
 import gen_fast
+from gen_fast.device import make_current
 from gen_fast.embeddingfiles import read_embeddings
 from gen_fast.errors import ConfigError, InputError, JobError, PromptError, TextError
 from gen_fast.jobs.engines import _wait_for_cluster
@@ -261,6 +263,43 @@ def test_all_workers_dead_is_an_error_that_says_so(
     (out / "log.jsonl").rmdir()
     embed_corpus(corpus, out, **options(tiny_model))
     assert files_of(out) == expected
+
+
+def test_each_worker_of_a_machine_sees_one_gpu(
+    corpus: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a process does not see it cannot open a context on."""
+    started = []
+
+    class Recorded(subprocess.Popen[bytes]):
+        def __init__(self, command: list[str], env: dict[str, str], **rest: Any) -> None:
+            started.append((command, env))
+            super().__init__([sys.executable, "-c", ""], env=env, **rest)
+
+    monkeypatch.setattr("gen_fast.jobs.engines.subprocess.Popen", Recorded)
+    for visible, expected in ((None, ["2", "0"]), ("5,1, GPU-8f6b", ["GPU-8f6b", "5"])):
+        started.clear()
+        if visible is not None:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        out = tmp_path / f"out-{visible}"
+        with pytest.raises(JobError, match="25 of 25 parts are missing"):
+            embed_corpus(corpus, out, **options(tiny_model), devices="cuda:2,cuda:0")
+        assert [env["CUDA_VISIBLE_DEVICES"] for _, env in started] == expected
+        for command, _ in started:
+            assert command[command.index("--device") + 1] == "cuda"
+    with pytest.raises(ConfigError, match="cuda:3 is not one of the 3 visible GPUs"):
+        embed_corpus(corpus, tmp_path / "none", **options(tiny_model), devices="cuda:0,cuda:3")
+    assert len(started) == 2
+
+
+def test_a_process_that_was_given_a_gpu_makes_it_the_current_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    current = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    for device in ("cpu", "cuda", "cuda:1"):
+        make_current(device)
+    assert current == [torch.device("cuda:1")]
 
 
 def test_what_failed_can_be_run_again_at_once(

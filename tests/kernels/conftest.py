@@ -2,15 +2,18 @@
 
 import pytest
 import torch
+from _pytest.mark import ParameterSet
 from torch import Tensor
 
+from gen_fast.errors import ImplementationError
 from gen_fast.ops import Op
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Parametrise (device, impl) over a module's OP; `grad_impl` over those with a backward op.
 
-    `quantized_impl` goes over its QUANTIZED.
+    `quantized_impl` goes over its QUANTIZED. A test that also takes `row_format` runs for int8 and
+    fp8, and is skipped, with the reason, where the implementation refuses that format.
     Triton runs on the CPU in its interpreter (see tests/conftest.py).
     """
     for name in {"impl", "grad_impl", "quantized_impl"} & set(metafunc.fixturenames):
@@ -26,7 +29,28 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
                     marks = [pytest.mark.gpu] if device == "cuda" else []
                     case = pytest.param(device, impl, id=f"{device}-{impl}", marks=marks)
                     cases.append(case)
-        metafunc.parametrize(("device", name), cases)
+        if "row_format" in metafunc.fixturenames:
+            formats = ("int8", "fp8")
+            cases = [with_format(ops[0], case, x) for case in cases for x in formats]
+            metafunc.parametrize(("device", name, "row_format"), cases)
+        else:
+            metafunc.parametrize(("device", name), cases)
+
+
+def with_format(op: Op, case: ParameterSet, row_format: str) -> ParameterSet:
+    """`case`, (device, implementation), with a format to quantise to."""
+    device, impl = case.values
+    marks = list(case.marks)
+    try:
+        op.chosen(device, torch.bfloat16, row_format, impl)
+    except ImplementationError as error:
+        marks.append(pytest.mark.skip(reason=str(error)))
+    return pytest.param(device, impl, row_format, id=f"{case.id}-{row_format}", marks=marks)
+
+
+@pytest.fixture(autouse=True)
+def _nan_in_fresh_memory(nan_in_fresh_memory):
+    """In every test of an op."""
 
 
 @pytest.fixture

@@ -196,6 +196,36 @@ def test_no_texts_and_no_rows(device, impl):
     check(inputs([0, 2, 0], [0, 2, 0], 3, 4, 2, 64, torch.float32), device, impl)
 
 
+@pytest.mark.parametrize("n_prefix", [0, 5])
+@pytest.mark.parametrize("padding", [1, 70])
+def test_padding_rows_give_zeros(padding, n_prefix, device, grad_impl):
+    """Rows of no text, behind the last: what multiplies whole tiles reads their results."""
+    counts = [1, 40, 7]
+    arguments = inputs([*counts, padding], [*counts, padding], n_prefix, 4, 2, 64, torch.float32)
+    q, k, v, starts, _, *prefix = (moved(x, device) for x in arguments)
+    starts, rows = starts[:-1].contiguous(), sum(counts)
+    rest = (starts, starts, *prefix, None, "causal", None)
+    out, lse = OP.torch_op(q, k, v, *rest, impl=grad_impl)
+    alone, alone_lse = OP.torch_op(q[:rows], k[:rows], v[:rows], *rest, impl=grad_impl)
+    torch.testing.assert_close(out[:rows], alone)
+    torch.testing.assert_close(lse[:rows], alone_lse)
+    assert not out[rows:].any()
+    assert not lse[rows:].any()
+    grads = BACKWARD.torch_op(torch.ones_like(out), q, k, v, out, lse, *rest, impl=grad_impl)
+    for grad in grads:
+        assert grad[:rows].isfinite().all()
+        assert not grad[rows:].any()
+
+
+def test_no_texts_but_padding(device, grad_impl):
+    q, k, v = (torch.ones(5, 2, 16, device=device) for _ in range(3))
+    starts = torch.zeros(1, dtype=torch.int32, device=device)
+    rest = (starts, starts, None, None, None, "causal", None)
+    out, lse = OP.torch_op(q, k, v, *rest, impl=grad_impl)
+    for result in (out, lse, *BACKWARD.torch_op(q, q, k, v, out, lse, *rest, impl=grad_impl)):
+        assert not result.any()
+
+
 def test_large_scores_stay_finite(device, impl):
     arguments = [moved(x, device) for x in inputs([50], [50], 20, 2, 1, 64, torch.float32)]
     arguments[0] = arguments[0] * 100

@@ -12,7 +12,7 @@ from gen_fast.ops.norm import (
     rms_norm,
 )
 from gen_fast.ops.norm.reference import add_rms_norm as reference
-from gen_fast.testing import assert_no_worse, check_gradients, check_quantized, refuses_fp8
+from gen_fast.testing import assert_no_worse, check_gradients, check_quantized
 
 SHAPES = [(0, 48), (1, 1), (1, 63), (7, 576), (33, 1000)]
 
@@ -49,6 +49,12 @@ def test_gradient(shape, dtype, device, grad_impl):
     check_gradients(run, plain, (x, residual, weight), grad_impl, device)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [8192, 9000, 40_001, 65_536])
+def test_long_rows(size, dtype, device, impl):
+    test_add_rms_norm_matches_float64((2, size), dtype, False, device, impl)
+
+
 def test_non_contiguous_input(device, impl):
     x, residual = torch.randn(2, 10, 96, device=device)[:, :, ::2]
     weight = torch.ones(48, device=device)
@@ -61,23 +67,37 @@ def test_non_contiguous_input(device, impl):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [1, 250, 1000])
-@pytest.mark.parametrize("kind", ["int8", "fp8"])
 def test_quantised_rows_are_those_of_the_unrounded_norm(
-    kind, size, dtype, with_carry, device, quantized_impl
+    row_format, size, dtype, with_carry, device, quantized_impl
 ):
-    if refuses_fp8(QUANTIZED, device, kind, quantized_impl):
-        return
     torch.manual_seed(0)
     x, residual = torch.randn(2, 5, size).to(device, dtype)
     weight = torch.randn(size).to(device, dtype)
-    q, scale, total = add_rms_norm_quantized(x, residual, weight, 1e-5, kind, impl=quantized_impl)
+    q, scale, total = add_rms_norm_quantized(
+        x, residual, weight, 1e-5, row_format, impl=quantized_impl
+    )
     normed, expected = reference(x.double(), residual.double(), weight.double(), 1e-5)
     assert_no_worse(total, x + residual, expected)
     scale = scale.unsqueeze(-1)
     restored = with_carry(q, normed / scale.where(scale > 0, 1.0)) * scale
-    step = scale * (0.51 if kind == "int8" else 16.1)
+    step = scale * (0.51 if row_format == "int8" else 16.1)
     # The norm is that of the stored, rounded stream.
     assert ((restored - normed).abs() <= step + 0.02 * normed.abs()).all()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")  # NumPy's, in the interpreter
+@pytest.mark.parametrize("size", [63, 1000])
+def test_nan_is_in_the_scale_of_its_row(size, row_format, device, quantized_impl):
+    torch.manual_seed(0)
+    x, residual = torch.randn(2, 3, size, device=device)
+    weight = torch.ones(size, device=device)
+    x[1, size // 2] = float("nan")
+    results = add_rms_norm_quantized(x, residual, weight, 1e-5, row_format, impl=quantized_impl)
+    assert results[1].isnan().tolist() == [False, True, False]
+    # The weight's own: then the norm of all rows but one element is a number.
+    x[1], weight[7] = 1.0, float("nan")
+    results = add_rms_norm_quantized(x, residual, weight, 1e-5, row_format, impl=quantized_impl)
+    assert results[1].isnan().all()
 
 
 def test_rms_norm_of_a_constant_row_is_the_weight():

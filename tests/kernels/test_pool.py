@@ -47,6 +47,12 @@ def test_matches_float64(size, normalize, weighted, projected, dtype, device, im
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [8192, 9000, 40_001, 65_536])
+def test_long_rows(size, dtype, device, impl):
+    test_matches_float64(size, False, True, False, dtype, device, impl)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize(("size", "normalize"), SHAPES)
 def test_gradient(size, normalize, weighted, dtype, device, grad_impl):

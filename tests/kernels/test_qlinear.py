@@ -3,26 +3,25 @@ import torch
 from torch.library import opcheck
 
 import gen_fast
+from gen_fast.ops import gpu
+from gen_fast.ops.norm import QUANTIZED as NORM
 from gen_fast.ops.qlinear import OP, quantize_rows
 from gen_fast.ops.qlinear.reference import dequantize_rows
 from gen_fast.ops.qlinear.reference import quantize_rows as reference
-from gen_fast.testing import refuses_fp8
+from gen_fast.ops.swiglu import QUANTIZED as SWIGLU
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(0, 8), (1, 1), (3, 63), (5, 1000)])
-@pytest.mark.parametrize("kind", ["int8", "fp8"])
-def test_matches_the_reference(kind, shape, dtype, with_carry, device, impl):
-    if refuses_fp8(OP, device, kind, impl):
-        return
+def test_matches_the_reference(row_format, shape, dtype, with_carry, device, impl):
     torch.manual_seed(0)
     x = (5 * torch.randn(shape)).to(device, dtype)
-    q, scale = quantize_rows(x, kind, impl=impl)
-    expected, expected_scale = reference(x, kind)
+    q, scale = quantize_rows(x, row_format, impl=impl)
+    expected, expected_scale = reference(x, row_format)
     assert q.dtype == expected.dtype
     torch.testing.assert_close(scale, expected_scale)
     # A quotient computed another way may fall on the other side of a rounding boundary.
-    step = 1 if kind == "int8" else 32
+    step = 1 if row_format == "int8" else 32
     steps = (with_carry(q, expected.float()) - expected.float()).abs() / step
     assert (steps <= 1).all()
     assert (steps > 0).float().mean().nan_to_num() < 0.01
@@ -52,8 +51,39 @@ def test_every_instruction_set(isa_level, size, dtype):
 def test_a_row_that_is_not_finite_has_such_a_scale(isa_level, bad, at):
     x = torch.randn(3, 100)
     x[1, at] = bad
-    for impl in ("cpu", "reference"):
-        assert quantize_rows(x, impl=impl)[1].isfinite().tolist() == [True, False, True]
+    assert quantize_rows(x, impl="cpu")[1].isfinite().tolist() == [True, False, True]
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")  # NumPy's, in the interpreter
+@pytest.mark.parametrize("size", [1, 63, 1000])
+@pytest.mark.parametrize("bad", [float("nan"), -float("nan"), float("inf"), -float("inf")])
+def test_nan_and_infinity_are_in_the_scale(bad, size, row_format, device, impl):
+    torch.manual_seed(0)
+    x = torch.randn(3, size, device=device)
+    x[1, size // 2] = bad
+    _, scale = quantize_rows(x, row_format, impl=impl)
+    assert scale.isnan().tolist() == [False, bad != bad, False]
+    assert scale.isinf().tolist() == [False, bad == bad, False]
+    _, expected = reference(x[::2], row_format)
+    torch.testing.assert_close(scale[::2], expected)
+
+
+def test_the_cpu_refuses_fp8():
+    with pytest.raises(gen_fast.ImplementationError, match="'cpu' does not compute 'fp8'"):
+        quantize_rows(torch.ones(1, 2), "fp8", impl="cpu")
+
+
+@pytest.mark.parametrize("op", [OP, NORM, SWIGLU], ids=lambda op: op.name)
+def test_triton_leaves_fp8_to_others_before_sm_89(op, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for oldest, chosen in ((80, False), (86, False), (89, True), (90, True)):
+        monkeypatch.setattr(gpu, "_capability", lambda index, oldest=oldest: (oldest, 90)[index])
+        assert (op.chosen("cuda", torch.bfloat16, "fp8") == "triton") == chosen
+        assert op.chosen("cuda", torch.bfloat16, "int8") == "triton"
+        if not chosen:
+            message = f"'triton' needs sm_89 for fp8, not sm_{oldest}"
+            with pytest.raises(gen_fast.ImplementationError, match=message):
+                op.chosen("cuda", torch.bfloat16, "fp8", forced="triton")
 
 
 def test_an_unknown_format_is_refused():
@@ -62,5 +92,5 @@ def test_an_unknown_format_is_refused():
 
 
 def test_opcheck():
-    for kind in ("int8", "fp8"):
-        opcheck(OP.torch_op, (torch.randn(3, 8), kind))
+    for row_format in ("int8", "fp8"):
+        opcheck(OP.torch_op, (torch.randn(3, 8), row_format))

@@ -10,6 +10,7 @@ from tiny_data import setup
 from torch.nn.functional import linear, mse_loss
 
 from gen_fast.batching import PackedBatch
+from gen_fast.budget import TokenBudget, saved_bytes_per_token
 from gen_fast.ops.norm import rms_norm
 from gen_fast.sources import resolve
 from gen_fast.testing import relative_error
@@ -19,6 +20,7 @@ from gen_fast.training.config import TrainConfig
 from gen_fast.training.data import Example, TrainingData
 from gen_fast.training.records import Rejections
 from gen_fast.training.step import accumulate
+from gen_fast.training.student import GPU_PART_TOKENS, Student
 from gen_fast.training.world import World
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
@@ -213,3 +215,71 @@ def test_bfloat16_is_close_to_float32(make_config, smollm2):
 def test_config_of_another_kind_is_refused():
     with pytest.raises(ValueError, match="must be given"):
         TrainConfig()
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("micro_batch_tokens", [None, 200])
+def test_a_part_that_runs_out_of_memory_is_halved_and_counted_once(
+    make_config, monkeypatch, where, micro_batch_tokens
+):
+    config = make_config(micro_batch_tokens=micro_batch_tokens)
+    student, data = setup(config)
+    examples = data.examples(data.step_rows(0))
+    expected_losses, _ = accumulate(student, examples, config, World())
+    expected = gradients(student)
+    whole = sum(len(e.answer) + student.n_compression - 1 for e in examples)
+    sizes = []
+    answer_states = Student.answer_states
+
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    def too_large(self, soft, answers):
+        """Fails where a part has more than half of the batch's tokens."""
+        states = answer_states(self, soft, answers)
+        tokens = sum(len(ids) + student.n_compression - 1 for ids in answers)
+        sizes.append(tokens)
+        if tokens > whole // 2:
+            if where == "forward":
+                fail()
+            # When the soft prompts have their gradient already.
+            soft.register_hook(fail)
+        return states
+
+    monkeypatch.setattr(Student, "answer_states", too_large)
+    student.zero_grad()
+    for _ in range(2):
+        found, _ = accumulate(student, examples, config, World())
+        assert found.total == pytest.approx(expected_losses.total, rel=1e-6)
+        for name, gradient in gradients(student).items():
+            assert relative_error(gradient, expected[name]) <= 1e-5
+    # The next step begins with what has fitted.
+    assert [size > whole // 2 for size in sizes].count(True) == 1
+
+
+def test_another_error_of_a_part_is_not_survived(make_config, monkeypatch):
+    config = make_config()
+    student, data = setup(config)
+
+    def fail(*_):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(Student, "answer_states", fail)
+    with pytest.raises(RuntimeError, match="illegal"):
+        accumulate(student, data.examples(data.step_rows(0)), config, World())
+
+
+def test_parts_on_a_gpu_fit_half_of_the_free_memory(make_config, monkeypatch):
+    student, _ = setup(make_config())
+    backbone = student.backbone
+    need = saved_bytes_per_token(backbone)
+    assert need == 4 * backbone.config.num_layers * (
+        2 * backbone.config.hidden_size
+        + 2 * backbone.config.intermediate_size
+        + 2 * (backbone.config.q_size + backbone.config.kv_size)
+    )
+    monkeypatch.setattr(type(backbone), "device", torch.device("cuda"))
+    for free, tokens in ((1 << 40, 16384), (2 * 4096 * need, 4096), (1, 512)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free, 1 << 40))
+        budget = TokenBudget(backbone, gpu_tokens=GPU_PART_TOKENS, bytes_per_token=need)
+        assert budget.tokens == tokens

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gen_fast.durable import file_sha256
-from gen_fast.errors import AdapterError, BackboneMismatchError
+from gen_fast.errors import AdapterError, BackboneMismatchError, WeightsError
 from gen_fast.weights import read_json
 
 FORMAT = "gen_fast.adapter/1"
@@ -161,7 +161,10 @@ class Adapter:
     def load(cls, directory: str | Path) -> "Adapter":
         """Read a directory written by `save`. Raises AdapterError."""
         directory = Path(directory)
-        config = read_json(directory / "config.json")
+        try:
+            config = read_json(directory / "config.json")
+        except WeightsError as error:
+            raise AdapterError(f"not an adapter: {error}") from error
         if config.get("format") != FORMAT:
             raise AdapterError(
                 f"{directory}/config.json has format {config.get('format')!r}, expected {FORMAT!r}"
@@ -205,6 +208,10 @@ class Adapter:
             expected = config["dimension"], config["n_thought"] + config["n_compression"]
         except KeyError as error:
             raise AdapterError(f"{path.parent} lacks {error.args[0]!r}") from error
+        except (TypeError, AttributeError) as error:
+            raise AdapterError(
+                f"{path.parent}/config.json holds a value of the wrong type: {error}"
+            ) from error
         if (adapter.dimension, adapter.n_special) != expected:
             raise AdapterError(
                 f"{path} has {adapter.n_special} special tokens and dimension "

@@ -56,8 +56,7 @@ class Commands(TyperGroup):
             result = super().invoke(ctx)
             sys.stdout.flush()
         except GenFastError as error:
-            codes = (code for kind, code in _EXIT_CODES if isinstance(error, kind))
-            fail(error, next(codes, FAILURE))
+            fail(error, code_of(error))
         except BrokenPipeError:
             # Python flushes stdout once more when it exits: let that go nowhere.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -68,7 +67,12 @@ class Commands(TyperGroup):
 
 
 def fail(message: object, code: int = USAGE) -> NoReturn:
-    """Print one line on stderr and exit."""
+    """Print one line on stderr and exit, within Typer or without."""
     line = " ".join(str(message).split())
     typer.echo(f"gen-fast: error: {line}", err=True)
-    raise typer.Exit(code)
+    sys.exit(code)
+
+
+def code_of(error: GenFastError) -> int:
+    """The exit code of an error."""
+    return next((code for kind, code in _EXIT_CODES if isinstance(error, kind)), FAILURE)

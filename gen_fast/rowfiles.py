@@ -34,6 +34,8 @@ SUFFIXES = {
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 
 _CHUNK_BYTES = 1 << 20
+# A longer line is no row: it is passed over without being held, and said.
+_LINE_BYTES = 1 << 25
 _BATCH_ROWS = 1024
 _SAMPLE_ROWS = 100
 
@@ -143,8 +145,10 @@ def named_errors(name: str) -> Iterator[None]:
         raise InputError(f"{name}: {error}") from error
 
 
-def _decoded(value: bytes) -> tuple[str, str | None]:
-    """The text of bytes, and what is wrong with it."""
+def _decoded(value: bytes | None) -> tuple[str, str | None]:
+    """The text of a line, and what is wrong with it; None is one that was too long to be held."""
+    if value is None:
+        return "", f"a line of more than {_LINE_BYTES} bytes"
     try:
         return value.decode("utf-8"), None
     except UnicodeDecodeError as error:
@@ -194,14 +198,31 @@ class _LineFile(RowFile):
                 stream.seek(start.offset)
             yield stream
 
-    def _numbered_lines(self, start: Position) -> Iterator[tuple[Position, bytes, Position]]:
+    def _bounded_lines(self, stream: IO[bytes], offset: int) -> Iterator[tuple[bytes | None, int]]:
+        """Each line with its end, and its size; None for one that is too long to be held.
+
+        offset: of the stream. A mark that some editors put first is no part of the first line.
+        """
+        while line := stream.readline(_LINE_BYTES):
+            size = len(line)
+            if size < _LINE_BYTES or line.endswith(b"\n"):
+                yield line if offset else line.removeprefix(_BOM), size
+            else:
+                while not line.endswith(b"\n") and (line := stream.readline(_CHUNK_BYTES)):
+                    self.alive()
+                    size += len(line)
+                yield None, size
+            offset += size
+
+    def _numbered_lines(self, start: Position) -> Iterator[tuple[Position, bytes | None, Position]]:
         """Lines without their ends; every one counts as a row. U+2028 and the like stay."""
         with self._lines(start) as stream:
             begin = start
-            for raw in stream:
-                end = Position(begin.row + 1, begin.offset + len(raw), begin.line + 1)
-                line = raw.removesuffix(b"\n").removesuffix(b"\r")
-                yield begin, line if begin.offset else line.removeprefix(_BOM), end
+            for line, size in self._bounded_lines(stream, start.offset):
+                end = Position(begin.row + 1, begin.offset + size, begin.line + 1)
+                if line is not None:
+                    line = line.removesuffix(b"\n").removesuffix(b"\r")
+                yield begin, line, end
                 begin = end
 
 
@@ -213,7 +234,7 @@ class _Txt(_LineFile):
 
     columns = ("text",)
 
-    def _spans(self, start: Position) -> Iterator[tuple[Position, bytes, Position]]:
+    def _spans(self, start: Position) -> Iterator[tuple[Position, bytes | None, Position]]:
         return self._numbered_lines(start)
 
     def rows(self, columns: Sequence[str], start: Position = START) -> Iterator[Row]:
@@ -225,10 +246,10 @@ class _Txt(_LineFile):
 class _Jsonl(_LineFile):
     """An object a line; empty lines are no rows."""
 
-    def _spans(self, start: Position) -> Iterator[tuple[Position, bytes, Position]]:
+    def _spans(self, start: Position) -> Iterator[tuple[Position, bytes | None, Position]]:
         skipped = 0
         for begin, line, end in self._numbered_lines(start):
-            if line.strip():
+            if line is None or line.strip():
                 row = begin.row - skipped
                 yield begin._replace(row=row), line, end._replace(row=row + 1)
             else:
@@ -278,12 +299,11 @@ class _Csv(_LineFile):
 
             def feed() -> Iterator[str]:
                 nonlocal offset, line, damage
-                for raw in stream:
-                    content = raw if offset else raw.removeprefix(_BOM)
-                    offset, line = offset + len(raw), line + 1
+                for content, size in self._bounded_lines(stream, offset):
+                    offset, line = offset + size, line + 1
                     text, problem = _decoded(content)
                     damage = damage or problem
-                    yield text if problem is None else content.decode("utf-8", "replace")
+                    yield text if problem is None else (content or b"?").decode("utf-8", "replace")
 
             reader = csv.reader(feed(), strict=True)
             while True:

@@ -86,6 +86,22 @@ def test_missing_config_key(directory, key):
         gen_fast.load(directory)
 
 
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"format"', "\xff"])
+def test_a_missing_or_damaged_config_is_an_adapter_error(directory, content):
+    path = directory / "config.json"
+    path.unlink() if content is None else path.write_text(content, encoding="latin-1")
+    with pytest.raises(gen_fast.AdapterError, match=r"config\.json"):
+        Adapter.load(directory)
+
+
+@pytest.mark.parametrize(("key", "value"), [("backbone", 3), ("n_compression", "three")])
+def test_a_config_value_of_the_wrong_type_is_named(directory, key, value):
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, key: value}))
+    with pytest.raises(gen_fast.AdapterError, match="wrong type"):
+        Adapter.load(directory)
+
+
 def test_another_format_version(directory):
     text = (directory / "config.json").read_text()
     (directory / "config.json").write_text(text.replace("gen_fast.adapter/1", "gen_fast.adapter/9"))

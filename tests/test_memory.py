@@ -82,6 +82,56 @@ def test_a_job_of_ten_times_the_rows_takes_at_most_50_mb_more(tiny_model, tmp_pa
     assert peaks[1] - peaks[0] < 50, peaks
 
 
+def test_a_line_of_150_mb_is_rejected_without_being_held(tiny_model, tmp_path):
+    peaks = []
+    for size in (10, 150_000_000):
+        corpus = tmp_path / f"{size}.jsonl"
+        with corpus.open("w") as file:
+            file.write('{"id": "a", "text": "one"}\n{"id": "b", "text": "')
+            file.write("x " * (size // 2))
+            file.write('"}\n{"id": "c", "text": "two"}\n')
+        done = subprocess.run(
+            [sys.executable, "-c", JOB, str(tiny_model), str(corpus), str(tmp_path / f"o{size}")],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        peaks.append(float(done.stdout))
+    assert peaks[1] - peaks[0] < 60, peaks
+    (rejected,) = (tmp_path / "o150000000" / "rejected.jsonl").read_text().splitlines()
+    assert "a line of more than" in rejected
+
+
+# Peak resident memory, in MB, beyond that of a loaded model, while one text is embedded.
+ONE_TEXT = """
+import sys
+from pathlib import Path
+import gen_fast
+
+def resident(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(x.split()[1]) for x in lines if x.startswith(field)) / 1024
+
+text = sys.argv[2] * (5_000_000 // len(sys.argv[2].encode()))
+encoder = gen_fast.load(sys.argv[1], device="cpu", dtype="float32")
+encoder.encode(text[:2000])
+Path("/proc/self/clear_refs").write_text("5")
+before = resident("VmRSS")
+encoder.encode(text)
+print(resident("VmHWM") - before)
+"""
+
+
+@pytest.mark.parametrize(
+    "sample", ["words of a text, and more. ", "\u4ed6\u5728\u5317\u4eac\uff0c"]
+)
+def test_a_text_of_5_mb_takes_what_its_first_tokens_do(smollm2, sample):
+    done = subprocess.run(
+        [sys.executable, "-c", ONE_TEXT, str(smollm2), sample],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    # The prompt is joined to the text, and the tokenizer's description is read once.
+    assert float(done.stdout) <= 120
+
+
 # The same for the losses of 8 answers of 192 tokens against SmolLM2's vocabulary.
 DISTILL = """
 import sys

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from gen_fast import rowfiles
 from gen_fast.errors import InputError
 from gen_fast.rowfiles import open_rows
 
@@ -79,6 +80,26 @@ def test_a_file_of_bad_rows_gives_the_good_ones(tmp_path: Path) -> None:
         rows = list(open_rows(tmp_path / f"a{suffix}").rows(["text"]))
         assert [row.values["text"] for row in rows if row.problem is None] == ["a", "b"], suffix
         assert sum(row.problem is not None for row in rows) == problems
+
+
+@pytest.mark.parametrize("suffix", [*FORMATS[:3], *COMPRESSED])
+@pytest.mark.parametrize("last", [False, True])
+def test_a_line_too_long_to_be_held_is_one_bad_row(
+    tmp_path: Path, suffix: str, last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rowfiles, "_LINE_BYTES", 1000)
+    texts = ["first", "x" * 5000] + ["after"] * (not last)
+    file = open_rows(write(tmp_path, suffix, texts))
+    rows = list(file.rows(["text"]))
+    problems = [row.problem is not None for row in rows]
+    assert problems[:2] == [False, True]
+    assert "more than 1000 bytes" in (rows[1].problem or "")
+    if not last:
+        assert rows[-1].values["text"].startswith("after")
+        assert rows[-1].problem is None
+    # Reading from the row behind it finds the place.
+    *starts, _ = file.positions(1)
+    assert list(file.rows(["text"], starts[-1])) == rows[-1:]
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])

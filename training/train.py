@@ -8,8 +8,8 @@ Flags are the fields of gen_fast.training.config.TrainConfig, with dashes.
 import logging
 import sys
 
-from gen_fast.cli_errors import FAILURE, USAGE, fail
-from gen_fast.errors import ConfigError, GenFastError
+from gen_fast.cli_errors import code_of, fail
+from gen_fast.errors import GenFastError
 from gen_fast.training.config import parse_flags, read_config
 from gen_fast.training.trainer import train
 
@@ -21,10 +21,8 @@ def main(arguments: list[str]) -> None:
     try:
         config = read_config(path, parse_flags(arguments[1 if path else 0 :]))
         train(config)
-    except ConfigError as error:
-        fail(error, USAGE)
     except GenFastError as error:
-        fail(error, FAILURE)
+        fail(error, code_of(error))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ ALIGNMENTS = ("mse", "cosine")
 # at some loss of speed (training takes more, see step.py); a GPU needs the gradient of some
 # thousand rows at once (7,000 of Qwen3's vocabulary in bfloat16) to have a tile for each of its
 # processors.
-CPU_MEMORY, GPU_MEMORY = 16 << 20, 2 << 30
+# On a CPU with AMX the products take up to 4 MiB of their own beside a chunk's logits.
+CPU_MEMORY, GPU_MEMORY = 12 << 20, 2 << 30
 
 OP = Op(
     "distill",
@@ -91,7 +92,7 @@ def distill(
     tokens, texts: what the sums over rows and texts are divided by; N and B by default. With the
     counts of the whole batch, sums over its parts (micro-batches, ranks) are exact means.
     alignment: "mse", the mean over texts and dimensions, or "cosine", the mean of 1 - cosine.
-    memory: bytes for logits, by default 16 MiB on a CPU and 2 GiB on a GPU; more of them are never
+    memory: bytes for logits, by default 12 MiB on a CPU and 2 GiB on a GPU; more of them are never
     stored, except by the reference.
     Gradients reach `hidden` and `student`. Raises OpError for shapes that do not fit, and on a CPU
     for a target that is no row of the head; on a GPU, where asking would stop the host, the loss

@@ -1,6 +1,9 @@
 """gen-fast generate, teach and train, as a user meets them."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -105,3 +108,22 @@ def test_wrong_usage(arguments, message):
     done = run(*arguments)
     assert done.exit_code == 2
     assert message in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--batch-size", "many"], 2, "batch_size"),
+        (["--no-such-setting", "1"], 2, "no_such_setting"),
+        (["missing.yaml"], 2, "missing.yaml"),
+    ],
+)
+def test_the_script_says_what_is_wrong_in_one_line(arguments, code, message, tmp_path):
+    script = Path(__file__).parents[2] / "training" / "train.py"
+    done = subprocess.run(
+        [sys.executable, script, *arguments],
+        capture_output=True, text=True, cwd=tmp_path, check=False,
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    assert message in done.stderr.splitlines()[-1]

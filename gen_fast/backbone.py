@@ -85,6 +85,16 @@ class LayerWeights:
     gate_up: Tensor  # [2f, h]
     down: Tensor  # [h, f]
 
+    def packed(self) -> "LayerWeights":
+        """The same, laid out as its device multiplies it fastest, where that gains anything.
+
+        For inference only: packed weights have no gradients, and no views of parts.
+        """
+        if not can_pack(self.qkv):
+            return self
+        names = ("qkv", "out", "gate_up", "down")
+        return replace(self, **{name: pack(getattr(self, name)) for name in names})
+
 
 @dataclass(frozen=True)
 class PrefixKV:
@@ -151,22 +161,8 @@ class Backbone:
 
     @property
     def packed(self) -> bool:
-        """Whether `pack` has changed the weights' layout."""
+        """Whether the weights are laid out for inference: see LayerWeights.packed."""
         return bool(self.layers[0].qkv.is_mkldnn)
-
-    def pack(self) -> None:
-        """Lay the weights out as this device multiplies them fastest, where that gains anything.
-
-        For inference only: packed weights have no gradients, and no views of parts.
-        """
-        if not can_pack(self.layers[0].qkv):
-            return
-        # One layer at a time, so that the model is never in memory twice.
-        layers, self.layers = list(self.layers), ()
-        for i in range(len(layers)):
-            names = ("qkv", "out", "gate_up", "down")
-            layers[i] = replace(layers[i], **{n: pack(getattr(layers[i], n)) for n in names})
-        self.layers = tuple(layers)
 
     def forward(
         self,

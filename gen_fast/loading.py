@@ -70,7 +70,7 @@ def load(
     chosen_device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     chosen_dtype = resolve_dtype(dtype, chosen_device)
     place = _locate(model, method, backbone, revision)
-    network = load_backbone(place.source, dtype=chosen_dtype, device=chosen_device)
+    network = load_backbone(place.source, dtype=chosen_dtype, device=chosen_device, packed=True)
     tokenizer = _load_tokenizer(place)
     adapter = place.adapter
     if adapter is not None:
@@ -78,7 +78,6 @@ def load(
         if is_reference_checkpoint(place.directory):
             check_embedding(place.directory, network.embedding)
             adapter = adapter.with_fingerprint(network.fingerprint)
-    network.pack()
     generator = None
     if place.method == "hyde":
         generator = AnswerGenerator(network, place.source, tokenizer)
@@ -198,8 +197,8 @@ def load_generator(
     """Load a backbone to write answers with. `options` are those of AnswerGenerator."""
     chosen_device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     source = resolve(model, revision)
-    network = load_backbone(source, dtype=resolve_dtype(dtype, chosen_device), device=chosen_device)
-    network.pack()
+    chosen_dtype = resolve_dtype(dtype, chosen_device)
+    network = load_backbone(source, dtype=chosen_dtype, device=chosen_device, packed=True)
     return AnswerGenerator(network, source, load_tokenizer(source), **options)
 
 

@@ -40,7 +40,7 @@ _QWEN2_PIECES = (
 class Tokenizer:
     """The tokenizer of a model directory, as its `tokenizer.json` and settings describe it.
 
-    backend: the Rust tokenizer, which recognises special tokens in a text.
+    core: the Rust tokenizer; from here on it reads special tokens in a text as text.
     eos_token: the end of a text, if the tokenizer has one.
     cleans_up: decoding takes spaces before punctuation away.
     """
@@ -48,22 +48,23 @@ class Tokenizer:
     def __init__(
         self,
         directory: Path,
-        backend: RustTokenizer,
+        core: RustTokenizer,
         eos_token: str | None,
         *,
         cleans_up: bool = False,
     ) -> None:
         self._directory = directory
         self._cleans_up = cleans_up
-        self.backend = backend
+        self.core = core
+        self.core.encode_special_tokens = True
+        self.core.no_padding()
+        self.core.no_truncation()
         self.eos_token = eos_token
 
     @cached_property
-    def core(self) -> RustTokenizer:
-        """A copy of `backend` that reads special tokens in a text as text."""
-        core = RustTokenizer.from_str(self.backend.to_str())
-        core.encode_special_tokens = True
-        return core
+    def backend(self) -> RustTokenizer:
+        """A copy of `core` that recognises special tokens in a text."""
+        return RustTokenizer.from_str(self.core.to_str())
 
     @cached_property
     def leading(self) -> LeadingTokens:
@@ -73,7 +74,7 @@ class Tokenizer:
     @property
     def eos_token_id(self) -> int | None:
         """Id of the end of a text."""
-        return None if self.eos_token is None else self.backend.token_to_id(self.eos_token)
+        return None if self.eos_token is None else self.core.token_to_id(self.eos_token)
 
     @cached_property
     def transformers(self) -> "PreTrainedTokenizerBase":
@@ -94,7 +95,7 @@ class Tokenizer:
 
     def added_token_id(self, token: str) -> int | None:
         """Id of a token that stands beside the vocabulary, such as a special one."""
-        for number, added in self.backend.get_added_tokens_decoder().items():
+        for number, added in self.core.get_added_tokens_decoder().items():
             if added.content == token:
                 return int(number)
         return None
@@ -121,19 +122,17 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     family = str(read_json(config_path).get("model_type")) if config_path.is_file() else ""
     if _is_run_as_it_is(content, settings, family, directory):
         try:
-            backend = RustTokenizer.from_file(str(path))
-        except Exception as error:
+            core = RustTokenizer.from_file(str(path))
+        except Exception as error:  # tokenizers raises nothing more specific
             raise WeightsError(f"{path} is not a tokenizer: {error}") from error
         eos = settings.get("eos_token")
         eos_token = eos["content"] if isinstance(eos, dict) else eos
     else:
         auto = _auto_tokenizer(directory)
-        backend, eos_token = auto.backend_tokenizer, auto.eos_token
-    _append_declared_eos(backend, settings)
-    backend.no_padding()
-    backend.no_truncation()
+        core, eos_token = auto.backend_tokenizer, auto.eos_token
+    _append_declared_eos(core, settings)
     cleans_up = bool(settings.get("clean_up_tokenization_spaces"))
-    return Tokenizer(directory, backend, eos_token, cleans_up=cleans_up)
+    return Tokenizer(directory, core, eos_token, cleans_up=cleans_up)
 
 
 def _auto_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":

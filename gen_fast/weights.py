@@ -232,15 +232,17 @@ def load_backbone(
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    packed: bool = False,
 ) -> Backbone:
     """Read a Hugging Face safetensors directory (sharded or not) into a Backbone.
 
+    packed: for inference only, laid out for fast products (see LayerWeights.packed).
     Raises UnsupportedModelError for a config the backbone cannot compute, WeightsError for
     damaged, missing, misshapen or unexpected tensors.
     """
     directory = Path(directory)
     config = read_json(directory / "config.json")
-    return _build(config, find_tensors(directory), dtype, device)
+    return _build(config, find_tensors(directory), dtype, device, packed)
 
 
 def read_fingerprint(directory: str | Path) -> dict[str, str | int | float]:
@@ -268,7 +270,7 @@ def backbone_from_tensors(
     """
     file = _Tensors(tensors)
     where = {name.removeprefix("model."): (file, name) for name in tensors}
-    return _build(config, TensorFiles(where, mapped=False), dtype, device)
+    return _build(config, TensorFiles(where, mapped=False), dtype, device, packed=False)
 
 
 class _Shard:
@@ -313,6 +315,7 @@ def _build(
     files: TensorFiles,
     dtype: torch.dtype,
     device: torch.device | str,
+    packed: bool,
 ) -> Backbone:
     config = parse_config(dict(values))
     _refuse_unexpected(files, config)
@@ -320,7 +323,9 @@ def _build(
     embedding = files.load("embed_tokens.weight", shape, dtype, device)
     layers = []
     for i in range(config.num_layers):
-        layers.append(_load_layer(files, config, f"layers.{i}.", dtype, device))
+        layer = _load_layer(files, config, f"layers.{i}.", dtype, device)
+        # At once, while the layer is in the caches, and so that no more is in memory twice.
+        layers.append(layer.packed() if packed else layer)
     final_norm = files.load("norm.weight", (config.hidden_size,), dtype, device)
     # Of the stored embedding, which float16 would have rounded otherwise.
     fingerprint = backbone_fingerprint(config, files.get("embed_tokens.weight", shape), files)

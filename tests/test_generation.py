@@ -86,8 +86,7 @@ def test_a_cache_continues_where_it_was_left(family):
 
 
 def generator(directory, **options):
-    backbone = load_backbone(directory)
-    backbone.pack()
+    backbone = load_backbone(directory, packed=True)
     return AnswerGenerator(backbone, directory, load_tokenizer(directory), **options)
 
 

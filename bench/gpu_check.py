@@ -239,12 +239,13 @@ def commands(step: str, folder: Folder, dry: bool) -> dict[str, list[str]]:
     bench += ["--benchmark-storage", f"file://{folder.work / 'benchmarks'}"]
     bench += ["--benchmark-disable"] if dry else []
     # What is measured last is left out before: torch.compile takes seconds a case to compile.
-    ours = "reference and forward and not backward and bf16" if dry else "not compile and not cuda"
+    ours = "reference and bf16" if dry else "not compile and not cuda"
     if step == "smoke":
         chosen = "tests/kernels/test_swiglu.py" if dry else "tests/test_gpu.py"
         return {step: [*marked, "-k", "nan" if dry else "half_precision or fits_a_cuda", chosen]}
     if step in ("encode", "train"):
-        script = [sys.executable, f"bench/{step}_shapes.py", *(["--shape", "tiny"] if dry else [])]
+        tiny = ["--shape", "tiny", "--rounds", "1"] if dry else []
+        script = [sys.executable, f"bench/{step}_shapes.py", *tiny]
         seconds = "0.1" if dry else str(PROFILE_SECONDS)
         return {
             step: [*script, "--profile", seconds, "--json", str(folder.results / f"{step}.json")]
@@ -252,6 +253,8 @@ def commands(step: str, folder: Folder, dry: bool) -> dict[str, list[str]]:
     if step == "attention":
         case = "short and not behind" if dry else "256-276"
         return {step: [*bench, "-k", f"{case} and {ours}", "bench/kernels/bench_attention.py"]}
+    if step == "distill" and dry:  # its smallest case takes minutes on a CPU
+        return {step: [*bench, "--collect-only", "bench/kernels/bench_distill.py"]}
     if step in (*ROW_OPS, "distill"):
         return {step: [*bench, "-k", ours, f"bench/kernels/bench_{step}.py"]}
     if step == "tests":

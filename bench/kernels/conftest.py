@@ -178,7 +178,7 @@ def expected() -> dict[tuple, tuple]:
 
 
 @pytest.fixture
-def measure(benchmark: Any, copy_bandwidth: float, peaks: Mapping, expected: dict, request: Any):
+def measure(benchmark: Any, expected: dict, request: Any):
     """Check, then time `run(*inputs)`; `plain` is the reference, which takes any dtype.
 
     exact: what results are compared with in float64, `plain` by default; compared: what of the
@@ -239,7 +239,8 @@ def measure(benchmark: Any, copy_bandwidth: float, peaks: Mapping, expected: dic
         rounds = max(5, min(200, int(0.5 / benchmark.stats.stats.median)))
         times = sorted(seconds_of(graph or timed, rounds))
         low, median, high = (times[int(q * (len(times) - 1))] for q in (0.2, 0.5, 0.8))
-        bound = max(moved_bytes / copy_bandwidth, flops / peaks[DTYPES[parameters["dtype"]]])
+        bandwidth, peaks = map(request.getfixturevalue, ("copy_bandwidth", "peaks"))
+        bound = max(moved_bytes / bandwidth, flops / peaks[DTYPES[parameters["dtype"]]])
         row |= {
             "timed": "graph" if graph else "calls",
             "p20": low,

@@ -31,6 +31,8 @@ from gen_fast.vectors import unit
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+# Embeddings as a caller asked for them: an array, a tensor, or a list of tensors.
+Embedded = np.ndarray | Tensor | list[Tensor]
 
 # Texts are sorted by length within a window. Large enough that equal lengths meet, small enough
 # that the window's ids take a few megabytes.
@@ -153,7 +155,7 @@ class Encoder:
         convert_to_tensor: bool = False,
         output_value: str = "sentence_embedding",
         device: str | torch.device | None = None,
-    ) -> np.ndarray | Tensor | list[Tensor]:
+    ) -> Embedded:
         """Embed a text, giving [d], or several texts, giving [n, d], in the order given.
 
         Names and meaning are those of sentence-transformers.
@@ -249,11 +251,11 @@ class Encoder:
                 yield EncodedBlock(output, window.truncated - truncated)
                 truncated = window.truncated
 
-    def encode_query(self, texts: str | Iterable[str], **options: Any) -> np.ndarray | Tensor:
+    def encode_query(self, texts: str | Iterable[str], **options: Any) -> Embedded:
         """`encode` with the prompt named "query", unless `options` name another."""
         return self.encode(texts, **self._with_prompt(("query",), options))
 
-    def encode_document(self, texts: str | Iterable[str], **options: Any) -> np.ndarray | Tensor:
+    def encode_document(self, texts: str | Iterable[str], **options: Any) -> Embedded:
         """`encode` with the prompt named "document", unless `options` name another.
 
         Without one of that name it is "passage", or else "corpus".

@@ -8,9 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from gen_fast.adapter import DEFAULT_PROMPTS, FORMAT, Adapter
 from gen_fast.checkpoints import (
@@ -19,7 +17,7 @@ from gen_fast.checkpoints import (
     load_reference_checkpoint,
 )
 from gen_fast.device import resolve_dtype
-from gen_fast.encoder import Encoder
+from gen_fast.encoder import Embedded, Encoder
 from gen_fast.errors import AdapterError, UnsupportedModelError
 from gen_fast.formats import sentence_transformers
 from gen_fast.formats.sentence_transformers import SentenceModel, read_sentence_model
@@ -229,7 +227,7 @@ def encode(
     device: str | None = None,
     dtype: str = "auto",
     **encode_options: Any,
-) -> np.ndarray | Tensor:
+) -> Embedded:
     """Embed texts in one line. The model loaded last stays in memory for the next call.
 
     encode_options are those of `Encoder.encode`: prompt, prompt_name, normalize_embeddings, … .

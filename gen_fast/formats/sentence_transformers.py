@@ -391,9 +391,15 @@ def _read_prompts(settings: Mapping[str, Any]) -> tuple[dict[str, str], str | No
 
 
 def _max_length(text: Mapping[str, Any], transformer: Path, config: BackboneConfig) -> int:
+    tokenizer = _read_optional(transformer / "tokenizer_config.json")
+    side = tokenizer.get("truncation_side", "right")
+    if side != "right":
+        raise UnsupportedModelError(
+            f"tokenizer_config.json: truncation_side {side!r} is not supported, a long text loses "
+            "its tail here"
+        )
     length = text.get("max_seq_length")
     if length is None:
-        tokenizer = _read_optional(transformer / "tokenizer_config.json")
         limits = tokenizer.get("model_max_length"), config.max_positions
         length = min(limit for limit in limits if limit is not None)
     if not 1 <= length <= config.max_positions:

@@ -343,6 +343,11 @@ REFUSED = {
         {"module_input_name": "token_embeddings"},
         "token_embeddings",
     ),
+    "truncation from the left": (
+        "tokenizer_config.json",
+        {"truncation_side": "left"},
+        "truncation_side 'left'",
+    ),
     "a PEFT adapter": ("adapter_config.json", {"peft_type": "LORA"}, "PEFT"),
     "own code": ("config.json", {"auto_map": {"AutoModel": "modeling.Model"}}, "auto_map"),
     "attention to later tokens": ("config.json", {"is_causal": False}, "is_causal"),

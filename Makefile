@@ -22,8 +22,9 @@ help: ## List the targets
 demo: $(VENV)/.demo ## Search a small corpus with a small model
 	$(BIN)/gen-fast demo
 
+# At most four processes: each holds a model of half a gigabyte.
 test: $(VENV)/.dev ## Run the tests, without the slow ones
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 lint: $(VENV)/.dev ## Check style and types
 	$(BIN)/ruff check .

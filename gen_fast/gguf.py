@@ -79,6 +79,8 @@ class GGUFFile:
             self._reader = GGUFReader(self.path)
         except (ValueError, IndexError, KeyError, OverflowError, OSError) as error:
             raise WeightsError(f"{path} is not a GGUF file, or damaged: {error}") from error
+        if self._value("split.count", 1) != 1:
+            raise UnsupportedModelError(f"{path} is one of several files: merge them first")
         self.architecture = str(self._value("general.architecture", "missing"))
         if self.architecture not in _ARCHITECTURES:
             raise UnsupportedModelError(

@@ -76,7 +76,8 @@ def save_tiny_model(
 
     tokenizer = byte_tokenizer()
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(tiny_config(family, len(tokenizer), **changes))
+    changes = {"vocab_size": len(tokenizer), **changes}
+    model = AutoModelForCausalLM.from_config(tiny_config(family, **changes))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # Zero biases and unit norms, as initialised, would hide a missing term.

@@ -2,6 +2,10 @@
 
 import os
 
+if (workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT")) is not None:
+    # Before torch is imported: the workers share the cores, and so do the processes they start.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
+
 import torch
 
 if not torch.cuda.is_available():

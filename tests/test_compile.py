@@ -19,12 +19,18 @@ ROOT = Path(__file__).parents[1]
 ALLOWED_SPILLS = 0
 
 
-@pytest.fixture(scope="module")
-def triton_report(tmp_path_factory):
-    """bench/kernels/compile.py in a process of its own: here Triton is its interpreter."""
+@pytest.fixture(
+    scope="module", params=["--quick", pytest.param(None, id="all", marks=pytest.mark.slow)]
+)
+def triton_report(tmp_path_factory, request):
+    """bench/kernels/compile.py in a process of its own: here Triton is its interpreter.
+
+    Every size and tile, which takes minutes, is compiled in the slow run.
+    """
     target = tmp_path_factory.mktemp("compile") / "report.json"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     script = [sys.executable, str(ROOT / "bench/kernels/compile.py"), "--json", str(target)]
+    script += [request.param] if request.param else []
     done = subprocess.run(script, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return json.loads(target.read_text())["rows"]

@@ -14,11 +14,12 @@ from gen_fast.errors import UnsupportedModelError, WeightsError
 from gen_fast.gguf import GGUFFile
 from gen_fast.sources import resolve
 from gen_fast.testing import save_tiny_model
+from gen_fast.tokenizing import load_tokenizer
 
 KINDS = gguf.GGMLQuantizationType
 
 
-def write_gguf(path, model, *, kind=KINDS.F32, **more):
+def write_gguf(path, model, *, kind=KINDS.F32, sentencepiece=False, **more):
     """The file that llama.cpp's converter makes of a model of transformers; more: other keys."""
     config = model.config
     architecture = {"mistral": "llama"}.get(config.model_type, config.model_type)
@@ -38,7 +39,7 @@ def write_gguf(path, model, *, kind=KINDS.F32, **more):
         writer.add_sliding_window(config.sliding_window)
     for key, value in more.items():
         getattr(writer, f"add_{key}")(value)
-    add_tokenizer(writer, config)
+    (add_sentencepiece if sentencepiece else add_tokenizer)(writer, config)
     names = gguf.get_tensor_name_map(
         next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture),
         config.num_hidden_layers,
@@ -62,6 +63,35 @@ def write_gguf(path, model, *, kind=KINDS.F32, **more):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def add_sentencepiece(writer, config):
+    """A vocabulary with scores, as of Llama 2 and Mistral."""
+    words = [
+        "\u2581the",
+        "\u2581t",
+        "\u2581a",
+        "th",
+        "he",
+        "the",
+        "\u2581c",
+        "at",
+        "cat",
+        "\u2581cat",
+    ]
+    letters = ["\u2581", *"abcdefghijklmnopqrstuvwxyz"]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *words, *letters]
+    kinds = [2, 3, 3, *[6] * 256, *[1] * (len(words) + len(letters))]
+    more = config.vocab_size - len(tokens)
+    tokens, kinds = tokens + [f"<filler{i}>" for i in range(more)], kinds + [5] * more
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([-float(i) for i in range(len(tokens))])
+    writer.add_token_types(kinds)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_add_bos_token(True)
 
 
 def add_tokenizer(writer, config):
@@ -147,6 +177,19 @@ def test_stored_floats_are_copied_and_blocks_dequantised(kind, tmp_path):
     name = "model.layers.0.self_attn.q_proj.weight"
     error = (file.tensor(name).float() - model.state_dict()[name]).abs().max()
     assert error <= 0.1 * model.state_dict()[name].abs().max()
+
+
+@pytest.mark.parametrize("sentencepiece", [False, True])
+def test_token_ids_are_those_of_transformers(sentencepiece, tmp_path, cache):
+    from transformers import AutoTokenizer
+
+    model = save_tiny_model(tmp_path / "model", "llama", vocab_size=384)
+    write_gguf(tmp_path / "model.gguf", model, sentencepiece=sentencepiece)
+    theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf")
+    ours = load_tokenizer(resolve(tmp_path / "model.gguf"))
+    for text in ["the cat", " the  cat", "", "Zahlen 123, \u00fc and \u4ed6", "a\n\nb </s> c"]:
+        ids = ours.ids(text, add_special_tokens=True).tolist()
+        assert ids == theirs(text).input_ids, repr(text)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Compile every Triton kernel to machine code, without a GPU, and report what it needs.
 
-    python bench/kernels/compile.py [--arch 80 90] [--json FILE] [--op NAME ...]
+    python bench/kernels/compile.py [--arch 80 90] [--json FILE] [--op NAME ...] [--quick]
 
 Each op is called as the backbone calls it, on tensors without memory, and its launches are
 recorded instead of made. A row is a kernel with its registers, spilled bytes and shared memory.
@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -53,9 +54,16 @@ def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def cases() -> Iterator[Case]:
-    """Qwen3-0.6B's and 8B's sizes, and for attention every head size, mask and dtype."""
+def cases(quick: bool) -> Iterator[Case]:
+    """Qwen3-0.6B's and 8B's sizes, and for attention every head size, mask and dtype.
+
+    quick: every kernel, at one model's sizes.
+    """
     yield from row_cases(1024, 3072, 24)
+    if quick:
+        for mask in ("causal", "bidirectional", "gem"):
+            yield from attention_cases(128, torch.bfloat16, mask, prefix=True)
+        return
     yield from row_cases(4096, 12288, 40)
     for size in (64, 80, 96, 128, 256):
         yield from attention_cases(size, torch.bfloat16, "causal", prefix=size in (64, 128))
@@ -137,10 +145,10 @@ def attention_cases(
     )
 
 
-def compile_case(case: int, architecture: int) -> list[dict]:
+def compile_case(quick: bool, case: int, architecture: int) -> list[dict]:
     """Rows of the kernels that one case launches; `case` is its number, which pickles."""
-    chosen = list(cases())[case]
-    with gpu.recording(architecture, every_tile=True) as launches:
+    chosen = list(cases(quick))[case]
+    with gpu.recording(architecture, every_tile=not quick) as launches:
         chosen.call()
     return [
         {
@@ -202,16 +210,17 @@ def main() -> None:
     parser.add_argument("--arch", type=int, nargs="+", choices=LIMITS, default=list(LIMITS))
     parser.add_argument("--op", nargs="+", help="only these ops")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--quick", action="store_true", help="one size and tile a kernel")
     args = parser.parse_args()
     jobs = [
         (i, architecture)
         for architecture in args.arch
-        for i, case in enumerate(cases())
+        for i, case in enumerate(cases(args.quick))
         if architecture >= case.since and (not args.op or case.op in args.op)
     ]
     rows = []
     with ProcessPoolExecutor() as pool:
-        for found in pool.map(compile_case, *zip(*jobs, strict=True)):
+        for found in pool.map(partial(compile_case, args.quick), *zip(*jobs, strict=True)):
             for row in found:
                 print(
                     f"{row['op']:<10} {row['case']:<50} {row['kernel']:<10} sm_{row['sm']}"

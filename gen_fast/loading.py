@@ -112,7 +112,7 @@ def identify(
     if place.adapter is not None:
         place.adapter.check_backbone(fingerprint)
     own = place.adapter or place.sentence_model
-    tokenizer = _load_tokenizer(place).backend.to_str()
+    tokenizer = _load_tokenizer(place).core.to_str()
     identity = {
         "method": place.method,
         "dimension": own.dimension if own else fingerprint["hidden_size"],
@@ -178,9 +178,9 @@ def _locate(
 def _load_tokenizer(place: _Place) -> Tokenizer:
     tokenizer = load_tokenizer(place.source)
     if place.sentence_model is not None:
-        place.sentence_model.check_prompts(special_tokens(tokenizer.backend))
+        place.sentence_model.check_prompts(special_tokens(tokenizer.core))
         if place.sentence_model.do_lower_case:
-            lower_case(tokenizer.backend)
+            lower_case(tokenizer.core)
     return tokenizer
 
 

@@ -301,7 +301,7 @@ DIRECT = [
     ("llama3", "PreTrainedTokenizerFast", "llama", {}),
     ("llama3", "LlamaTokenizerFast", "llama", {}),
     ("llama3", "TokenizersBackend", "qwen3", {}),
-    ("sentencepiece", "LlamaTokenizer", "mistral", {"add_bos_token": True, "add_eos_token": True}),
+    ("sentencepiece", "LlamaTokenizer", "mistral", {"add_bos_token": True}),
     ("qwen2", "Qwen2TokenizerFast", "qwen2", {}),
     ("qwen2", "Qwen2Tokenizer", "qwen3", {"add_bos_token": False}),
     ("qwen2", "PreTrainedTokenizerFast", "qwen2", {}),

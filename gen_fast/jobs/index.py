@@ -286,7 +286,9 @@ class _Builder:
                 "flat": "IDMap2,Flat",
                 "hnsw": f"IDMap2,HNSW{_HNSW_LINKS}",
                 "int8": "IDMap2,SQ8",
-            }.get(self._info.kind, f"IVF{lists},PQ{pq_bytes(dimension)}"),
+                # np: without polysemous training, which takes most of the time and serves a search
+                # by Hamming distance that nothing here asks for.
+            }.get(self._info.kind, f"IVF{lists},PQ{pq_bytes(dimension)}np"),
             faiss.METRIC_INNER_PRODUCT,
         )
         if not index.is_trained:

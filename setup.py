@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,10 +71,17 @@ class BuildExtensions(build_ext):
         compilations = [self._compilation(ext, source, folder) for source in ext.sources]
         compile_all(compilations, folder / f"{ext.name}.ninja")
         ext.sources = []
-        ext.extra_objects = ext.depends = [made.object for made in compilations]
-        if any(made.source.endswith(".cu") for made in compilations):
+        ext.extra_objects = ext.depends = [one.object for one in compilations]
+        if any(one.source.endswith(".cu") for one in compilations):
             ext.library_dirs.append(cuda_library_folder())
         super().build_extension(ext)
+
+    def _cxx(self) -> list[str]:
+        # Before setuptools 72 one compiler was for C and C++; Microsoft's is called otherwise.
+        for name in ("compiler_so_cxx", "compiler_so"):
+            if hasattr(self.compiler, name):
+                return getattr(self.compiler, name)
+        raise CompileError("the ops need a compiler with the options of GCC")
 
     def _compilation(self, ext: Extension, source: str, folder: Path) -> Compilation:
         target = str(folder / f"{source}.o")
@@ -82,9 +90,7 @@ class BuildExtensions(build_ext):
             command = [str(nvcc()), "-std=c++20", "-O3", *ARCHITECTURES]
             command += ["-Xcompiler", "-fPIC,-fvisibility=hidden", "-Icsrc", "-MD", "-MF", headers]
         else:
-            # Before setuptools 72 one compiler was for C and C++.
-            compiler = getattr(self.compiler, "compiler_so_cxx", self.compiler.compiler_so)
-            command = [*compiler, *ext.extra_compile_args, "-Icsrc"]
+            command = [*self._cxx(), *ext.extra_compile_args, "-Icsrc"]
             command += ["-MD", "-MF", headers]
             if source in MODULES:  # the ops need no header of Python's, whose place may change
                 command += [f"-I{path}" for path in (*self.include_dirs, *ext.include_dirs)]
@@ -93,29 +99,36 @@ class BuildExtensions(build_ext):
 
 def compile_all(compilations: list[Compilation], file: Path) -> None:
     """Run ninja, or without one every command. Raises CompileError."""
-    for made in compilations:
-        Path(made.object).parent.mkdir(parents=True, exist_ok=True)
+    for one in compilations:
+        Path(one.object).parent.mkdir(parents=True, exist_ok=True)
     ninja = shutil.which("ninja")
     if ninja is None:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            codes = pool.map(lambda made: subprocess.call(made.command), compilations)
-            failed = any(list(codes))
+            failed = any(list(pool.map(lambda one: call(one.command), compilations)))
     else:
         rules = [
-            f"builddir = {file.parent}",
+            f"builddir = {file.with_suffix('')}",
             "rule compile",
             " command = $cmd",
             " depfile = $headers",
             " deps = gcc",
         ]
-        for made in compilations:
-            command = shlex.join(made.command).replace("$", "$$")
-            rules += [f"build {made.object}: compile {made.source}", f" cmd = {command}"]
-            rules.append(f" headers = {made.headers}")
+        for one in compilations:
+            command = shlex.join(one.command).replace("$", "$$")
+            rules += [f"build {one.object}: compile {one.source}", f" cmd = {command}"]
+            rules.append(f" headers = {one.headers}")
         file.write_text("\n".join(rules) + "\n")
-        failed = subprocess.call([ninja, "-f", str(file)]) != 0
+        failed = call([ninja, "-f", str(file)])
     if failed:
         raise CompileError(f"{compilations[0].source} or one of its like could not be compiled")
+
+
+def call(command: Sequence[str]) -> bool:
+    """Run a command; whether it failed."""
+    try:
+        return subprocess.call(command) != 0
+    except OSError as error:
+        raise CompileError(f"{command[0]}: {error.strerror}") from error
 
 
 def cuda_library_folder() -> str:

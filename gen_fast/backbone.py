@@ -269,9 +269,8 @@ class Backbone:
 
     def _rotary_rows(self, positions: Tensor, needed: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines [T, D/2] of positions below `needed`, float32, from a growing table."""
-        table = (
-            self._rotary
-        )  # once: another thread may put a larger one, or a smaller, in its place
+        # Read once: another thread may put a larger one, or a smaller, in its place.
+        table = self._rotary
         if table is None or len(table[0]) < needed:
             with self._rotary_lock:
                 table = self._rotary

@@ -121,14 +121,17 @@ class GGUFFile:
             tensor = torch.from_numpy(np.array(stored.data).view(np.uint8)).view(dtype)
         tensor = tensor.reshape(shape)
         if self.architecture == "llama":
-            heads = {"q_proj": "head_count", "k_proj": "head_count_kv"}.get(name.split(".")[-2])
-            if heads is not None:
-                tensor = _halves_together(tensor, int(self._setting(f"attention.{heads}")))
+            heads, kv_heads = self._heads()
+            count = {"q_proj": heads, "k_proj": kv_heads}.get(name.split(".")[-2])
+            if count is not None:
+                tensor = _halves_together(tensor, count)
         return tensor
 
     def config(self) -> dict[str, Any]:
         """The content of the config.json of the same model."""
-        heads = int(self._setting("attention.head_count"))
+        heads, kv_heads = self._heads()
+        if "model.embed_tokens.weight" not in self._tensors:
+            raise WeightsError(f"{self.path} has no token embeddings")
         hidden = int(self._setting("embedding_length"))
         head_dim = int(self._setting("attention.key_length", hidden // heads))
         window = self._setting("attention.sliding_window", None)
@@ -141,7 +144,7 @@ class GGUFFile:
             "intermediate_size": int(self._setting("feed_forward_length")),
             "num_hidden_layers": int(self._setting("block_count")),
             "num_attention_heads": heads,
-            "num_key_value_heads": int(self._setting("attention.head_count_kv", heads)),
+            "num_key_value_heads": kv_heads,
             "head_dim": head_dim,
             "hidden_act": "silu",
             "max_position_embeddings": int(self._setting("context_length")),
@@ -157,6 +160,14 @@ class GGUFFile:
         }
         config["model_type"] = config["model_type"] or self.architecture
         return config
+
+    def _heads(self) -> tuple[int, int]:
+        """Query heads, and key and value heads, of every layer."""
+        heads = self._setting("attention.head_count")
+        kv_heads = self._setting("attention.head_count_kv", heads)
+        if not isinstance(heads, int) or not isinstance(kv_heads, int):
+            raise UnsupportedModelError(f"{self.path}: layers of different numbers of heads")
+        return heads, kv_heads
 
     def _refuse_settings(self, head_dim: int) -> None:
         """Raise UnsupportedModelError for settings that the backbone does not compute."""

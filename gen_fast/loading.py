@@ -123,6 +123,7 @@ def identify(
         "max_length": own.max_length if own else None,
     }
     if place.sentence_model is not None:
+        identity["full_dimension"] = place.sentence_model.full_dimension
         identity["default_prompt_name"] = place.sentence_model.default_prompt_name
         identity["sentence_model"] = place.sentence_model.identity()
     return identity

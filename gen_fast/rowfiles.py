@@ -145,9 +145,15 @@ def named_errors(name: str) -> Iterator[None]:
         raise InputError(f"{name}: {error}") from error
 
 
-def _decoded(value: bytes | None) -> tuple[str, str | None]:
-    """The text of a line, and what is wrong with it; None is one that was too long to be held."""
-    if value is None:
+class _TooLong(NamedTuple):
+    """In place of a line that was not held: the double quotes in it."""
+
+    quotes: int
+
+
+def _decoded(value: bytes | _TooLong) -> tuple[str, str | None]:
+    """The text of a line, and what is wrong with it."""
+    if isinstance(value, _TooLong):
         return "", f"a line of more than {_LINE_BYTES} bytes"
     try:
         return value.decode("utf-8"), None
@@ -198,29 +204,35 @@ class _LineFile(RowFile):
                 stream.seek(start.offset)
             yield stream
 
-    def _bounded_lines(self, stream: IO[bytes], offset: int) -> Iterator[tuple[bytes | None, int]]:
-        """Each line with its end, and its size; None for one that is too long to be held.
+    def _bounded_lines(
+        self, stream: IO[bytes], offset: int
+    ) -> Iterator[tuple[bytes | _TooLong, int]]:
+        """Each line with its end, and its size.
 
         offset: of the stream. A mark that some editors put first is no part of the first line.
         """
-        while line := stream.readline(_LINE_BYTES):
+        while line := stream.readline(_LINE_BYTES + 1):
             size = len(line)
-            if size < _LINE_BYTES or line.endswith(b"\n"):
+            if size <= _LINE_BYTES or line.endswith(b"\n"):
                 yield line if offset else line.removeprefix(_BOM), size
             else:
+                quotes = line.count(b'"')
                 while not line.endswith(b"\n") and (line := stream.readline(_CHUNK_BYTES)):
                     self.alive()
                     size += len(line)
-                yield None, size
+                    quotes += line.count(b'"')
+                yield _TooLong(quotes), size
             offset += size
 
-    def _numbered_lines(self, start: Position) -> Iterator[tuple[Position, bytes | None, Position]]:
+    def _numbered_lines(
+        self, start: Position
+    ) -> Iterator[tuple[Position, bytes | _TooLong, Position]]:
         """Lines without their ends; every one counts as a row. U+2028 and the like stay."""
         with self._lines(start) as stream:
             begin = start
             for line, size in self._bounded_lines(stream, start.offset):
                 end = Position(begin.row + 1, begin.offset + size, begin.line + 1)
-                if line is not None:
+                if isinstance(line, bytes):
                     line = line.removesuffix(b"\n").removesuffix(b"\r")
                 yield begin, line, end
                 begin = end
@@ -234,7 +246,7 @@ class _Txt(_LineFile):
 
     columns = ("text",)
 
-    def _spans(self, start: Position) -> Iterator[tuple[Position, bytes | None, Position]]:
+    def _spans(self, start: Position) -> Iterator[tuple[Position, bytes | _TooLong, Position]]:
         return self._numbered_lines(start)
 
     def rows(self, columns: Sequence[str], start: Position = START) -> Iterator[Row]:
@@ -246,10 +258,10 @@ class _Txt(_LineFile):
 class _Jsonl(_LineFile):
     """An object a line; empty lines are no rows."""
 
-    def _spans(self, start: Position) -> Iterator[tuple[Position, bytes | None, Position]]:
+    def _spans(self, start: Position) -> Iterator[tuple[Position, bytes | _TooLong, Position]]:
         skipped = 0
         for begin, line, end in self._numbered_lines(start):
-            if line is None or line.strip():
+            if isinstance(line, _TooLong) or line.strip():
                 row = begin.row - skipped
                 yield begin._replace(row=row), line, end._replace(row=row + 1)
             else:
@@ -303,7 +315,12 @@ class _Csv(_LineFile):
                     offset, line = offset + size, line + 1
                     text, problem = _decoded(content)
                     damage = damage or problem
-                    yield text if problem is None else (content or b"?").decode("utf-8", "replace")
+                    if isinstance(content, _TooLong):
+                        # It opens or closes a field if its quotes do: one before anything else
+                        # opens a field, and ends the record as damaged where one is open.
+                        yield '"' * (content.quotes % 2) + "?\n"
+                    else:
+                        yield text if problem is None else content.decode("utf-8", "replace")
 
             reader = csv.reader(feed(), strict=True)
             while True:

@@ -19,7 +19,7 @@ from gen_fast.errors import (
     UnsupportedModelError,
     WeightsError,
 )
-from gen_fast.truncation import LeadingTokens
+from gen_fast.truncation import QWEN2_PIECES, LeadingTokens
 from gen_fast.weights import read_json
 
 if TYPE_CHECKING:
@@ -29,11 +29,14 @@ logger = logging.getLogger(__name__)
 
 # Tokenizer classes of transformers that run tokenizer.json as it is.
 _GENERIC_CLASSES = ("TokenizersBackend", "PreTrainedTokenizer", "PreTrainedTokenizerFast")
-_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
-# What transformers' Qwen2Tokenizer builds around any vocabulary: the published tokenizers' own.
-_QWEN2_PIECES = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+_NAMED_TOKENS = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
 )
 
 
@@ -115,6 +118,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
             f"{directory} has no tokenizer.json; a fast (Rust) tokenizer is needed"
         )
     content = read_json(path)  # a damaged file is named
+    _check_content(content, path)
     settings_path = directory / "tokenizer_config.json"
     settings = read_json(settings_path) if settings_path.is_file() else {}
     _refuse_own_code(settings, directory)
@@ -135,6 +139,16 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     return Tokenizer(directory, core, eos_token, cleans_up=cleans_up)
 
 
+def _check_content(content: Mapping[str, Any], path: Path) -> None:
+    """Raise WeightsError for what is JSON and no tokenizer."""
+    added = content.get("added_tokens", [])
+    named = isinstance(added, list) and all(
+        isinstance(token, dict) and {"content", "special"} <= set(token) for token in added
+    )
+    if not named or not isinstance(content.get("model"), dict):
+        raise WeightsError(f"{path} is not a tokenizer: its model or added_tokens are none")
+
+
 def _auto_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
@@ -149,10 +163,14 @@ def _is_run_as_it_is(
     Source: transformers 5.23, AutoTokenizer.from_pretrained and TokenizersBackend.__init__. Its
     classes of other names rebuild normalizer and pre-tokenizer around the file's vocabulary.
     """
+    if "added_tokens_decoder" not in settings and any(
+        (directory / name).exists() for name in ("special_tokens_map.json", "added_tokens.json")
+    ):
+        return False  # older files, of which transformers then takes tokens too
     name = str(settings.get("tokenizer_class")).removesuffix("Fast")
     generic = name in [known.removesuffix("Fast") for known in _GENERIC_CLASSES]
     if family == "qwen2" or name == "Qwen2Tokenizer":  # qwen2 gets this class whatever it names
-        same = _is_built_as_qwen2(content)
+        same = _is_built_as_qwen2(content, settings)
     elif family == "mistral":  # the class that is named is passed over
         large = len(content.get("model", {}).get("vocab", ())) > 100_000  # its pieces are mended
         same = not large and not (directory / "tekken.json").exists()
@@ -162,14 +180,22 @@ def _is_run_as_it_is(
     return same and not _adds_tokens(content, settings)
 
 
-def _is_built_as_qwen2(content: Mapping[str, Any]) -> bool:
+def _is_built_as_qwen2(content: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
+    """Whether transformers' Qwen2Tokenizer builds the same around the file's vocabulary."""
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
-    split = {"type": "Split", "pattern": {"Regex": _QWEN2_PIECES}, "behavior": "Isolated"}
+    split = {"type": "Split", "pattern": {"Regex": QWEN2_PIECES}, "behavior": "Isolated"}
     pieces = content.get("pre_tokenizer") or {}
     steps = pieces.get("pretokenizers") or []
     model = content.get("model") or {}
+    # Of the file's added tokens it has those that the settings list, if they list any.
+    lists = "added_tokens_decoder" in settings
+    named = {token["content"] for token in _tokens_of(settings)}
+    added = {t["content"] for t in content.get("added_tokens", ()) if lists or not t["special"]}
     return (
-        (content.get("normalizer") or {}).get("type") == "NFC"
+        added <= named
+        and not settings.get("add_prefix_space")
+        and "eos_token" in settings
+        and (content.get("normalizer") or {}).get("type") == "NFC"
         and len(steps) == 2
         and all(steps[0].get(key) == value for key, value in {**split, "invert": False}.items())
         and all(steps[1].get(key) == value for key, value in byte_level.items())
@@ -235,13 +261,14 @@ def _append_declared_eos(backend: RustTokenizer, settings: Mapping[str, Any]) ->
     if name != "LlamaTokenizer" or not settings.get("add_eos_token"):
         return
     bos, eos = (
-        token["content"] if isinstance(token, dict) else token
+        token["content"] if isinstance(token, dict) else str(token)
         for token in (settings.get("bos_token", "<s>"), settings.get("eos_token", "</s>"))
     )
     eos_id = backend.token_to_id(eos)
     if eos_id is None or backend.encode("a").ids[-1] == eos_id:
         return
-    before = [bos] if settings.get("add_bos_token", True) else []
+    has_bos = settings.get("add_bos_token", True) and backend.token_to_id(bos) is not None
+    before = [bos] if has_bos else []
     backend.post_processor = processors.TemplateProcessing(
         single=[*before, "$A", eos],
         special_tokens=[(token, backend.token_to_id(token)) for token in (*before, eos)],

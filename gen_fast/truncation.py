@@ -27,15 +27,16 @@ _MARGIN = 1.15
 # Pieces of a text by published pre-tokenizers: GPT-2's, which is also ByteLevel's own, Qwen2's and
 # Llama 3's. In each a letter is followed, within its piece, by letters alone, and a space stands
 # only at the beginning of a piece or in one of white space.
-_KNOWN_PIECES = frozenset(
-    (
-        r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-        r"|\s*[\r\n]+|\s+(?!\S)|\s+",
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-    )
+GPT2_PIECES = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+QWEN2_PIECES = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+LLAMA3_PIECES = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_KNOWN_PIECES = (GPT2_PIECES, QWEN2_PIECES, LLAMA3_PIECES)
 _LETTERS = "A-Za-z\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fa5\uac00-\ud7a3"
 _FOLLOWING_A_LETTER = '\n\t.,;:!?()[]{}<>=+*/"#%&|~，。、；：？！…「」（）'  # noqa: RUF001
 _SPACE = " "
@@ -62,7 +63,9 @@ class SafeCuts:
         model = content["model"]
         if model.get("type") != "BPE" or model.get("dropout"):
             return None
-        if any(_spans_a_space(token) for token in content["added_tokens"]):
+        # Others than special tokens are found in a text, and must not be cut in two.
+        added = [token["content"] for token in content["added_tokens"] if not token["special"]]
+        if any(re.search(rf"\S{_SPACE}", token) for token in added):
             return None
         if _is_byte_level(content):
             following = _FOLLOWING_A_LETTER
@@ -74,6 +77,11 @@ class SafeCuts:
             following = "".join(c for c in _FOLLOWING_A_LETTER if c not in inside)
         else:
             return None
+        following = "".join(
+            c
+            for c in following
+            if not any(re.search(f"[{_LETTERS}]{re.escape(c)}", token) for token in added)
+        )
         # A mark may stand where a space does, and two of them may be one token.
         places = [rf"(?<=[^\s{_SPACE_MARK}])(?={_SPACE})"]
         if following:
@@ -128,12 +136,6 @@ class LeadingTokens:
 def _enough(characters: int, tokens: int, limit: int) -> int:
     """Characters that hold more than `limit` tokens, if all are as those that held `tokens`."""
     return int(_MARGIN * (limit + 1) * characters / max(tokens, 1))
-
-
-def _spans_a_space(token: dict[str, Any]) -> bool:
-    """Whether an added token that is found in a text could be cut in two."""
-    content = token["content"]
-    return not token["special"] and content != content.lstrip().replace(" ", "")
 
 
 def _is_byte_level(content: dict[str, Any]) -> bool:

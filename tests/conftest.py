@@ -42,9 +42,10 @@ def nan_in_fresh_memory() -> Iterator[None]:
     Else a result that nobody wrote may pass: a reused allocation often holds the right numbers.
     """
     assert torch.utils.deterministic.fill_uninitialized_memory
+    before = torch.get_deterministic_debug_mode()
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
-    torch.use_deterministic_algorithms(False)
+    torch.set_deterministic_debug_mode(before)
 
 
 @pytest.fixture(scope="session")

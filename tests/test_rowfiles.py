@@ -102,6 +102,27 @@ def test_a_line_too_long_to_be_held_is_one_bad_row(
     assert list(file.rows(["text"], starts[-1])) == rows[-1:]
 
 
+@pytest.mark.parametrize(
+    "record",
+    [
+        b'"one\n' + b"x" * 5000 + b'",1\n',  # the long line closes a field
+        b'"' + b"x" * 5000 + b'\none",1\n',  # opens one
+        b'a"' + b"x" * 5000 + b"\n",  # has a quote that means nothing
+    ],
+)
+def test_a_long_line_of_a_quoted_field_takes_no_rows_with_it(
+    tmp_path: Path, record: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rowfiles, "_LINE_BYTES", 1000)
+    good = b"".join(b'"good, %d",%d\n' % (i, i) for i in range(6))
+    (tmp_path / "in.csv").write_bytes(b"text,n\nfirst,0\n" + record + good)
+    rows = list(open_rows(tmp_path / "in.csv").rows(["text"]))
+    texts = [row.values["text"] for row in rows if row.problem is None]
+    assert texts[0] == "first"
+    assert texts[-5:] == [f"good, {i}" for i in range(1, 6)]
+    assert any("more than 1000 bytes" in (row.problem or "") for row in rows)
+
+
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
 def test_a_compressed_file_that_was_cut_off_is_an_error(tmp_path: Path, suffix: str) -> None:
     texts = [f"text {i} {i * i}" for i in range(5000)]

@@ -19,13 +19,16 @@ from tokenizers import (
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from gen_fast import tokenizing, truncation
+from gen_fast.errors import WeightsError
 from gen_fast.testing import edit_config, save_tiny_model
 from gen_fast.tokenizing import TextTokenizer, load_tokenizer
-from gen_fast.truncation import LeadingTokens, SafeCuts
+from gen_fast.truncation import LLAMA3_PIECES, QWEN2_PIECES, LeadingTokens, SafeCuts
 
 GPT2, QWEN2, LLAMA3 = sorted(
     truncation._KNOWN_PIECES, key=lambda piece: ("i:" in piece, len(piece))
 )
+SPECIAL = ["<s>", "</s>", "<unk>", "<|im_end|>"]
+THOUGHTS = ["<think>", "</think>", "two.parts", "line\nbreak", "  "]
 FRAGMENTS = [
     *("the", "Cat", "I'm", "don't", "x", "aaaa", "übermäßig", "naïve", "e\u0301t\u0301e", "İ", "ﬁ"),
     *("123", "4", "٣٤", "Ⅷ", "½", "²"),
@@ -71,7 +74,7 @@ FRAGMENTS = [
         "\u0000",
         "𝔘",
     ),
-    *("<|im_end|>", "<think>", "</s>", "▁the"),
+    *("<|im_end|>", "<think>", "</think>", "two.parts", "line\nbreak", "</s>", "▁the"),
 ]
 
 
@@ -89,9 +92,8 @@ def trained(model, normalizer=None, pieces=None, **options) -> Tokenizer:
         tokenizer.normalizer = normalizer
     if pieces is not None:
         tokenizer.pre_tokenizer = pieces
-    special = ["<s>", "</s>", "<unk>", "<|im_end|>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=900, special_tokens=special, show_progress=False, **options
+        vocab_size=900, special_tokens=SPECIAL, show_progress=False, **options
     )
     tokenizer.train_from_iterator((text_of(rng, 30) for _ in range(300)), trainer)
     return tokenizer
@@ -129,11 +131,19 @@ def sentencepiece(metaspace: bool) -> Tokenizer:
     return tokenizer
 
 
+def with_thoughts() -> Tokenizer:
+    """Qwen3's kind: tokens that are not special stand beside the vocabulary."""
+    tokenizer = byte_level(QWEN2_PIECES, normalizers.NFC())
+    tokenizer.add_tokens(THOUGHTS)
+    return tokenizer
+
+
 KINDS = {
     "gpt2": lambda: byte_level(),
     "smollm": lambda: byte_level(before=[pre_tokenizers.Digits(individual_digits=True)]),
-    "qwen2": lambda: byte_level(QWEN2, normalizers.NFC()),
-    "llama3": lambda: byte_level(LLAMA3),
+    "qwen2": lambda: byte_level(QWEN2_PIECES, normalizers.NFC()),
+    "qwen3": with_thoughts,
+    "llama3": lambda: byte_level(LLAMA3_PIECES),
     "metaspace": lambda: sentencepiece(True),
     "sentencepiece": lambda: sentencepiece(False),
 }
@@ -172,7 +182,7 @@ def check_against_whole(core, cases, seed):
 
 
 def test_a_cut_text_has_the_first_tokens_of_the_whole(core, eager):
-    # 6 kinds of 340 calls of 5 texts: 10,200 cases.
+    # 7 kinds of 340 calls of 5 texts: 11,900 cases.
     assert check_against_whole(core, 340, seed=0) > 50
 
 
@@ -279,6 +289,7 @@ def saved_tokenizer(directory, core, name, model_type="llama", **settings):
     edit_config(directory, model_type=model_type)
     core.save(str(directory / "tokenizer.json"))
     values = {"tokenizer_class": name, "eos_token": "</s>", "unk_token": "<unk>", **settings}
+    values = {key: value for key, value in values.items() if value is not None}
     (directory / "tokenizer_config.json").write_text(json.dumps(values))
 
 
@@ -297,6 +308,12 @@ def check_against_transformers(directory):
     return ours
 
 
+def added(content, **attributes):
+    """An entry of a tokenizer_config.json's added_tokens_decoder."""
+    plain = dict.fromkeys(("special", "lstrip", "rstrip", "normalized", "single_word"), False)
+    return {"content": content, **plain, **attributes}
+
+
 DIRECT = [
     ("llama3", "PreTrainedTokenizerFast", "llama", {}),
     ("llama3", "LlamaTokenizerFast", "llama", {}),
@@ -305,8 +322,23 @@ DIRECT = [
     ("qwen2", "Qwen2TokenizerFast", "qwen2", {}),
     ("qwen2", "Qwen2Tokenizer", "qwen3", {"add_bos_token": False}),
     ("qwen2", "PreTrainedTokenizerFast", "qwen2", {}),
+    (
+        "qwen3",
+        "Qwen2Tokenizer",
+        "qwen3",
+        {
+            "added_tokens_decoder": {
+                **{str(i): added(token, special=True) for i, token in enumerate(SPECIAL)},
+                **{str(900 + i): added(t, normalized=True) for i, t in enumerate(THOUGHTS)},
+            }
+        },
+    ),
+    ("qwen3", "TokenizersBackend", "qwen3", {}),
 ]
 REBUILT = [
+    ("qwen2", "Qwen2Tokenizer", "qwen2", {"add_prefix_space": True}),
+    ("qwen2", "Qwen2Tokenizer", "qwen2", {"eos_token": None}),
+    ("qwen3", "Qwen2Tokenizer", "qwen3", {}),
     ("sentencepiece", "LlamaTokenizer", "llama", {}),
     ("smollm", "GPT2Tokenizer", "llama", {}),
     ("gpt2", "PreTrainedTokenizerFast", "qwen2", {}),
@@ -315,18 +347,7 @@ REBUILT = [
         "llama3",
         "PreTrainedTokenizerFast",
         "llama",
-        {
-            "added_tokens_decoder": {
-                "7": {
-                    "content": "the",
-                    "special": False,
-                    "lstrip": True,
-                    "rstrip": False,
-                    "normalized": False,
-                    "single_word": False,
-                }
-            }
-        },
+        {"added_tokens_decoder": {"7": added("the", lstrip=True)}},
     ),
 ]
 
@@ -340,6 +361,27 @@ def test_ids_are_those_of_transformers(kind, name, family, settings, tmp_path, m
     monkeypatch.setattr(tokenizing, "_auto_tokenizer", lambda d: asked.append(d) or original(d))
     load_tokenizer(tmp_path)
     assert bool(asked) == ((kind, name, family, settings) in REBUILT)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("special_tokens_map.json", {"eos_token": "</s>"}), ("added_tokens.json", {"<new>": 900})],
+)
+def test_tokens_of_older_files_count_as_in_transformers(file, content, tmp_path):
+    saved_tokenizer(tmp_path, KINDS["llama3"](), "PreTrainedTokenizerFast", eos_token=None)
+    (tmp_path / file).write_text(json.dumps(content))
+    check_against_transformers(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content", [{"model": None}, {"added_tokens": None}, {"added_tokens": [1]}]
+)
+def test_json_that_is_no_tokenizer_is_named(content, tmp_path):
+    saved_tokenizer(tmp_path, KINDS["llama3"](), "PreTrainedTokenizerFast")
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **content}))
+    with pytest.raises(WeightsError, match="not a tokenizer"):
+        load_tokenizer(tmp_path)
 
 
 def test_ids_of_smollm2_are_those_of_transformers(smollm2):

@@ -57,12 +57,15 @@ def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 def cases(quick: bool) -> Iterator[Case]:
     """Qwen3-0.6B's and 8B's sizes, and for attention every head size, mask and dtype.
 
-    quick: every kernel, at one model's sizes.
+    quick: one model's sizes, and fewer masks and prefixes with each head size.
     """
     yield from row_cases(1024, 3072, 24)
     if quick:
+        for size in (64, 80, 96, 256):
+            yield from attention_cases(size, torch.bfloat16, "causal", prefix=False)
         for mask in ("causal", "bidirectional", "gem"):
             yield from attention_cases(128, torch.bfloat16, mask, prefix=True)
+        yield from attention_cases(128, torch.float32, "causal", prefix=True)
         return
     yield from row_cases(4096, 12288, 40)
     for size in (64, 80, 96, 128, 256):
@@ -210,7 +213,9 @@ def main() -> None:
     parser.add_argument("--arch", type=int, nargs="+", choices=LIMITS, default=list(LIMITS))
     parser.add_argument("--op", nargs="+", help="only these ops")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--quick", action="store_true", help="one size and tile a kernel")
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer sizes, and one tile of each kernel"
+    )
     args = parser.parse_args()
     jobs = [
         (i, architecture)

@@ -90,7 +90,9 @@ class Settings:
             raise ConfigError(
                 "HyDE answers queries and embeds documents as they are: for a corpus take 'mean'"
             )
-        full, prompts = int(identity["dimension"]), identity["prompts"]
+        # A layout may keep fewer dimensions than there are, unless it is asked for more.
+        full = int(identity.get("full_dimension", identity["dimension"]))
+        prompts = identity["prompts"]
         if self.truncate_dim is not None and not 1 <= self.truncate_dim <= full:
             raise ConfigError(f"truncate_dim {self.truncate_dim} is outside 1…{full}")
         if prompt_name is not None and prompt_name not in prompts:

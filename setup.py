@@ -120,7 +120,7 @@ def compile_all(compilations: list[Compilation], file: Path) -> None:
         file.write_text("\n".join(rules) + "\n")
         failed = call([ninja, "-f", str(file)])
     if failed:
-        raise CompileError(f"{compilations[0].source} or one of its like could not be compiled")
+        raise CompileError(f"command {compilations[0].command[0]!r} failed, see above")
 
 
 def call(command: Sequence[str]) -> bool:

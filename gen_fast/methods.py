@@ -60,7 +60,24 @@ class Layout(Protocol):
         """Lay out `texts`, the rows of the input from `first_row` on."""
 
 
-class SpecialTokens:
+class _OneText:
+    """What layouts of the prompt and the text once have in common."""
+
+    def __init__(self, text: TextTokenizer) -> None:
+        self._text = text
+
+    @property
+    def prompt_ids(self) -> np.ndarray:
+        """See Layout."""
+        return self._text.prompt_ids
+
+    @property
+    def truncated(self) -> int:
+        """See Layout."""
+        return self._text.truncated
+
+
+class SpecialTokens(_OneText):
     """llm2vec-gen: text, then k special tokens (ids V … V + k - 1); the last k_comp are pooled.
 
     A text longer than max_length - k loses its tail, never a special token.
@@ -75,19 +92,9 @@ class SpecialTokens:
         n_special: int,
         n_compression: int,
     ) -> None:
-        self._text = TextTokenizer(tokenizer, prompt, max_length - n_special)
+        super().__init__(TextTokenizer(tokenizer, prompt, max_length - n_special))
         self._special = np.arange(vocab_size, vocab_size + n_special, dtype=np.int32)
         self._needed = n_compression
-
-    @property
-    def prompt_ids(self) -> np.ndarray:
-        """See Layout."""
-        return self._text.prompt_ids
-
-    @property
-    def truncated(self) -> int:
-        """See Layout."""
-        return self._text.truncated
 
     def __call__(self, texts: Sequence[str], first_row: int) -> Sequences:
         """See Layout. An empty text is its special tokens alone."""
@@ -96,7 +103,7 @@ class SpecialTokens:
         return Sequences(full, shared, np.full(len(full), self._needed))
 
 
-class OwnTokens:
+class OwnTokens(_OneText):
     """mean, weighted-mean and last-token: the text as it is, or the answer to it (hyde)."""
 
     def __init__(
@@ -108,20 +115,10 @@ class OwnTokens:
         generator: AnswerGenerator | None = None,
     ) -> None:
         # HyDE's prompt goes to the writer; what is embedded is the bare answer.
-        self._text = TextTokenizer(tokenizer, "" if generator else prompt, max_length)
+        super().__init__(TextTokenizer(tokenizer, "" if generator else prompt, max_length))
         self._prompt = prompt
         self._method = method
         self._generator = generator
-
-    @property
-    def prompt_ids(self) -> np.ndarray:
-        """See Layout."""
-        return self._text.prompt_ids
-
-    @property
-    def truncated(self) -> int:
-        """See Layout."""
-        return self._text.truncated
 
     def __call__(self, texts: Sequence[str], first_row: int) -> Sequences:
         """See Layout. Raises TextError for a text without a token of its own."""
@@ -162,7 +159,7 @@ class Echo:
         return Sequences(ids, shared, own)
 
 
-class WholeText:
+class WholeText(_OneText):
     """sentence-transformers: prompt, text and special tokens, all of them pooled.
 
     Unless the layout leaves the prompt out: then its tokens are those that the prompt has alone,
@@ -172,22 +169,12 @@ class WholeText:
     def __init__(
         self, tokenizer: Tokenizer, prompt: str, max_length: int, pooling: Pooling
     ) -> None:
-        self._text = TextTokenizer(tokenizer, prompt, max_length)
+        super().__init__(TextTokenizer(tokenizer, prompt, max_length))
         self._mode = pooling.mode
         self._skipped = 0
         if prompt and not pooling.include_prompt:
             alone = tokenizer.core.encode(prompt)
             self._skipped = len(alone.ids) - alone.special_tokens_mask[-1]
-
-    @property
-    def prompt_ids(self) -> np.ndarray:
-        """See Layout."""
-        return self._text.prompt_ids
-
-    @property
-    def truncated(self) -> int:
-        """See Layout."""
-        return self._text.truncated
 
     def __call__(self, texts: Sequence[str], first_row: int) -> Sequences:
         """See Layout. Raises TextError for a text without a token to pool."""

@@ -22,9 +22,9 @@ import torch
 import workloads
 from measure import centred_cosine, interleaved, machine, median_ratio
 
-from gen_fast.device import matmul_peak
-from gen_fast.loading import load
-from gen_fast.sources import resolve
+from gen_fast.embed.loading import load
+from gen_fast.model.device import matmul_peak
+from gen_fast.model.sources import resolve
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WORKLOADS = ("queries", "documents", "fewshot")
@@ -52,7 +52,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         args.checkpoint = Path(folder)
-        peers.write_reference_checkpoint(backbone, args.checkpoint)
+        peers.llm2vec_gen.write_reference_checkpoint(backbone, args.checkpoint)
         rows = []
         for workload in args.workload:
             for dtype in args.dtype:

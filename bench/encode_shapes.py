@@ -26,12 +26,13 @@ import numpy as np
 import torch
 from measure import centred_cosine, interleaved, machine, median_ratio, product_tflops, profile
 
-from gen_fast.backbone import Backbone, BackboneConfig
-from gen_fast.batching import PackedBatch, split_by_budget
-from gen_fast.budget import TokenBudget
-from gen_fast.device import matmul_peak
+from gen_fast.model.backbone import Backbone
+from gen_fast.model.batch import PackedBatch, split_by_budget
+from gen_fast.model.config import BackboneConfig
+from gen_fast.model.device import matmul_peak
+from gen_fast.model.token_budget import TokenBudget
+from gen_fast.model.weights import backbone_from_tensors
 from gen_fast.ops.pool import pool
-from gen_fast.weights import backbone_from_tensors
 
 SPECIAL, COMPRESSION, BATCH = 20, 10, 32
 # Profiles a function under a name, if profiles are asked for.

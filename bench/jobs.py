@@ -22,17 +22,19 @@ from typing import Any
 from measure import interleaved, machine, median_ratio
 
 import gen_fast
-from gen_fast.corpora import wordnet
-from gen_fast.device import resolve_dtype
-from gen_fast.durable import replacing
-from gen_fast.jobs.index import KINDS, build_index
+from gen_fast.embed.loading import identify
+from gen_fast.evaluate.corpora import wordnet
+from gen_fast.io.durable import replacing
 from gen_fast.jobs.job import embed_corpus
 from gen_fast.jobs.parts import PartStore
-from gen_fast.jobs.plan import Plan, Settings, prepare
-from gen_fast.jobs.search import open_index
+from gen_fast.jobs.plan import Plan, prepare
+from gen_fast.jobs.settings import Settings
 from gen_fast.jobs.verify import verify
 from gen_fast.jobs.worker import LOG, Worker
-from gen_fast.loading import identify
+from gen_fast.model.device import resolve_dtype
+from gen_fast.search.build import build_index
+from gen_fast.search.corpus import open_index
+from gen_fast.search.index import KINDS
 
 MODEL = "smollm2-135m"
 

@@ -21,9 +21,9 @@ from pathlib import Path
 import numpy as np
 from measure import machine
 
-from gen_fast.corpora import debian_packages, trivia, wordnet
-from gen_fast.loading import load
-from gen_fast.search import nearest
+from gen_fast.embed.loading import load
+from gen_fast.evaluate.corpora import debian_packages, trivia, wordnet
+from gen_fast.search.exact import nearest
 from gen_fast.training.teach import sentence_transformer
 
 _SPEC = importlib.util.spec_from_file_location(

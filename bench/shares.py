@@ -17,11 +17,12 @@ from pathlib import Path
 import workloads
 from measure import interleaved, machine, median_ratio
 
-from gen_fast import backbone, encoder
-from gen_fast.device import matmul_peak
-from gen_fast.loading import load
-from gen_fast.sources import resolve
-from gen_fast.weights import load_backbone
+from gen_fast.embed import encoder
+from gen_fast.embed.loading import load
+from gen_fast.model import backbone
+from gen_fast.model.device import matmul_peak
+from gen_fast.model.sources import resolve
+from gen_fast.model.weights import load_backbone
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 # The name under which a module calls an op -> that module, and what would run without the op.

@@ -17,10 +17,10 @@ from pathlib import Path
 
 from measure import machine
 
-from gen_fast.device import resolve_dtype
-from gen_fast.loading import load
-from gen_fast.sources import resolve
-from gen_fast.tokenizing import TextTokenizer, load_tokenizer
+from gen_fast.embed.loading import load
+from gen_fast.model.device import resolve_dtype
+from gen_fast.model.sources import resolve
+from gen_fast.model.tokenizing import TextTokenizer, load_tokenizer
 
 MODEL = "smollm2-135m"
 FIRST_VECTOR = f"import gen_fast; gen_fast.load({MODEL!r}).encode('one text')"

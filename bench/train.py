@@ -21,12 +21,12 @@ import peers
 import torch
 from measure import interleaved, machine, median_ratio
 
-from gen_fast.device import matmul_peak
-from gen_fast.sources import resolve
+from gen_fast.model.device import matmul_peak
+from gen_fast.model.sources import resolve
+from gen_fast.model.weights import load_backbone, load_head
 from gen_fast.training.config import TrainConfig
 from gen_fast.training.data import Example
 from gen_fast.training.trainer import Stepper
-from gen_fast.weights import load_backbone, load_head
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PROVIDERS = ("gen_fast", "llm2vec-gen", "llm2vec-gen, no checkpointing")
@@ -88,7 +88,7 @@ def _provider(name: str, dtype: torch.dtype):
     backbone = load_backbone(directory, dtype=dtype)
     adapter = Stepper(backbone, backbone.embedding, DIMENSION, config).student.to_adapter(config)
     del backbone
-    peer = peers.ReferenceTraining(directory, adapter, dtype, "no check" not in name)
+    peer = peers.llm2vec_gen.ReferenceTraining(directory, adapter, dtype, "no check" not in name)
     return peer.step, peer
 
 

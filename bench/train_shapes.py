@@ -22,7 +22,7 @@ from measure import interleaved, median_ratio
 from torch import nn
 from train import DIMENSION, make_batch
 
-from gen_fast.device import matmul_peak
+from gen_fast.model.device import matmul_peak
 from gen_fast.training.config import TrainConfig
 from gen_fast.training.data import Example
 from gen_fast.training.student import Student

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gen_fast.corpora import trivia
+from gen_fast.evaluate.corpora import trivia
 
 QUERY_PROMPT = (
     "Answer the following trivia question with one short and factually correct sentence: "

@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING, Any
 from gen_fast.version import __version__
 
 if TYPE_CHECKING:
-    from gen_fast.adapter import Adapter
-    from gen_fast.encoder import Encoder
+    from gen_fast.embed.adapter import Adapter
+    from gen_fast.embed.encoder import Encoder
+    from gen_fast.embed.loading import encode, load
+    from gen_fast.embed.reading import Reader
     from gen_fast.errors import (
         AdapterError,
         BackboneMismatchError,
         CheckpointError,
         ConfigError,
+        CorpusError,
         GenFastError,
         ImplementationError,
         InputError,
@@ -32,25 +35,26 @@ if TYPE_CHECKING:
         UnsupportedModelError,
         WeightsError,
     )
-    from gen_fast.jobs.index import build_index
     from gen_fast.jobs.job import embed_columns, embed_corpus
-    from gen_fast.jobs.search import open_index
-    from gen_fast.loading import encode, load
+    from gen_fast.search.build import build_index
+    from gen_fast.search.corpus import open_index
 
 # Where each public name lives; resolved on first use, so that importing stays cheap.
 _HOME = {
-    "Adapter": "adapter",
-    "Encoder": "encoder",
+    "Adapter": "embed.adapter",
+    "Encoder": "embed.encoder",
+    "Reader": "embed.reading",
     "embed_columns": "jobs.job",
     "embed_corpus": "jobs.job",
-    "encode": "loading",
-    "build_index": "jobs.index",
-    "open_index": "jobs.search",
-    "load": "loading",
+    "encode": "embed.loading",
+    "build_index": "search.build",
+    "open_index": "search.corpus",
+    "load": "embed.loading",
     "AdapterError": "errors",
     "BackboneMismatchError": "errors",
     "CheckpointError": "errors",
     "ConfigError": "errors",
+    "CorpusError": "errors",
     "GenFastError": "errors",
     "ImplementationError": "errors",
     "InputError": "errors",
@@ -76,6 +80,7 @@ __all__ = [  # noqa: RUF022 - what people look for first stands first
     "open_index",
     "Encoder",
     "Adapter",
+    "Reader",
     "__version__",
     "GenFastError",
     "TextError",
@@ -90,6 +95,7 @@ __all__ = [  # noqa: RUF022 - what people look for first stands first
     "BackboneMismatchError",
     "PrefixCacheError",
     "JobError",
+    "CorpusError",
     "ConfigError",
     "CheckpointError",
     "NonFiniteLossError",

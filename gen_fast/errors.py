@@ -34,7 +34,7 @@ class NonFiniteError(GenFastError, ArithmeticError):
 
 
 class ModelNotFoundError(GenFastError, FileNotFoundError):
-    """A model name, directory or Hub id leads nowhere."""
+    """A model name, directory or Hub id was not found."""
 
 
 class UnsupportedModelError(GenFastError, ValueError):
@@ -67,6 +67,10 @@ class ImplementationError(GenFastError, RuntimeError):
 
 class ConfigError(GenFastError, ValueError):
     """A setting is unknown, or has a value that has no meaning."""
+
+
+class CorpusError(GenFastError):
+    """A corpus of the demo or of an evaluation could not be downloaded or read."""
 
 
 class JobError(GenFastError, RuntimeError):

@@ -91,8 +91,8 @@ def save_tiny_model(
 
 def save_tiny_adapter(directory: Path, model: Path, **options: Any) -> None:
     """Write a random adapter of five special tokens and 20 dimensions for a tiny model."""
-    from gen_fast.adapter import Adapter
-    from gen_fast.weights import load_backbone
+    from gen_fast.embed.adapter import Adapter
+    from gen_fast.model.weights import load_backbone
 
     torch.manual_seed(0)
     Adapter(

@@ -21,8 +21,8 @@ import pytest
 
 import gen_fast
 from gen_fast.errors import ModelNotFoundError
+from gen_fast.model.sources import resolve
 from gen_fast.ops import native
-from gen_fast.sources import resolve
 from gen_fast.testing import save_tiny_model
 
 

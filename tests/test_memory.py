@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from gen_fast.budget import is_out_of_memory
+from gen_fast.model.token_budget import is_out_of_memory
 from gen_fast.ops import native
 
 # Peak resident memory, in MB, while texts are encoded, less that of the loaded model (after a

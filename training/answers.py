@@ -9,8 +9,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from gen_fast.errors import InputError
-from gen_fast.generation import AnswerGenerator
-from gen_fast.textfiles import Texts
+from gen_fast.io.text_files import Texts
+from gen_fast.model.generation import AnswerGenerator
 from gen_fast.training.records import RecordFile, Rejections
 
 logger = logging.getLogger(__name__)

@@ -17,10 +17,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gen_fast.adapter import Adapter
-from gen_fast.durable import sync
+from gen_fast.embed.adapter import Adapter
 from gen_fast.errors import AdapterError, CheckpointError, WeightsError
-from gen_fast.weights import read_json
+from gen_fast.io.durable import sync
+from gen_fast.model.weights import read_json
 
 logger = logging.getLogger(__name__)
 

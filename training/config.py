@@ -9,7 +9,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
-from gen_fast.adapter import DEFAULT_PROMPTS
+from gen_fast.embed.adapter import DEFAULT_PROMPTS
 from gen_fast.errors import ConfigError
 
 # Where a run lies and how it reports does not change what it computes.

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from gen_fast.embeddingfiles import read_embeddings
 from gen_fast.errors import ConfigError, InputError
-from gen_fast.tokenizing import TextTokenizer, Tokenizer
+from gen_fast.io.embedding_files import read_embeddings
+from gen_fast.model.tokenizing import TextTokenizer, Tokenizer
 from gen_fast.training.config import TrainConfig
 from gen_fast.training.records import Rejections, placed_records
 

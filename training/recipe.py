@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gen_fast.generation import AnswerGenerator
-from gen_fast.loading import load
-from gen_fast.reading import Reader
-from gen_fast.sources import resolve
-from gen_fast.textfiles import Texts
-from gen_fast.tokenizing import load_tokenizer
+from gen_fast.embed.loading import load
+from gen_fast.embed.reading import Reader
+from gen_fast.io.text_files import Texts
+from gen_fast.model.generation import AnswerGenerator
+from gen_fast.model.sources import resolve
+from gen_fast.model.tokenizing import load_tokenizer
 from gen_fast.training.answers import generate_answers
 from gen_fast.training.config import TrainConfig
 from gen_fast.training.data import Row, TrainingData

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from gen_fast.durable import write_whole
 from gen_fast.errors import InputError
+from gen_fast.io.durable import write_whole
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from gen_fast.durable import write_whole
 from gen_fast.errors import ConfigError
+from gen_fast.io.durable import write_whole
 from gen_fast.training.config import TrainConfig
 from gen_fast.training.records import cut_torn_line, read_records
 

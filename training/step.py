@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gen_fast.batching import on_device, split_by_budget
+from gen_fast.model.batch import on_device, split_by_budget
 from gen_fast.ops.distill import distill
 from gen_fast.training import losses
 from gen_fast.training.config import TrainConfig

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gen_fast.adapter import Adapter
-from gen_fast.backbone import Backbone
-from gen_fast.batching import PackedBatch, split_by_budget
-from gen_fast.budget import CPU_TOKENS, TokenBudget, saved_bytes_per_token
-from gen_fast.kvcache import KVCache
+from gen_fast.embed.adapter import Adapter
+from gen_fast.model.backbone import Backbone
+from gen_fast.model.batch import PackedBatch, split_by_budget
+from gen_fast.model.kv_cache import KVCache
+from gen_fast.model.token_budget import CPU_TOKENS, TokenBudget, saved_bytes_per_token
 from gen_fast.ops.norm import rms_norm
 from gen_fast.training.config import TrainConfig
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from gen_fast.embeddingfiles import EmbeddingMetadata, Embeddings, write_embeddings
 from gen_fast.errors import ModelNotFoundError, NonFiniteError, UnsupportedModelError
+from gen_fast.io.embedding_files import EmbeddingMetadata, Embeddings, write_embeddings
 from gen_fast.training.data import read_rows, teacher_texts
 from gen_fast.training.records import Rejections
 
@@ -106,7 +106,7 @@ def _packaged(teacher: str) -> str:
 def _own(
     teacher: str, method: str, device: str | None, dtype: str, show_progress_bar: bool | None
 ) -> tuple[Embed, str]:
-    from gen_fast.loading import load
+    from gen_fast.embed.loading import load
 
     if (Path(teacher) / "adapter_config.json").is_file():
         raise UnsupportedModelError(f"{teacher}: LoRA checkpoints are not supported yet")

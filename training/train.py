@@ -8,7 +8,7 @@ Flags are the fields of gen_fast.training.config.TrainConfig, with dashes.
 import logging
 import sys
 
-from gen_fast.cli_errors import code_of, fail
+from gen_fast.cli.errors import code_of, fail
 from gen_fast.errors import GenFastError
 from gen_fast.training.config import parse_flags, read_config
 from gen_fast.training.trainer import train

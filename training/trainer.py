@@ -11,11 +11,12 @@ import torch
 import yaml
 from torch import Tensor
 
-from gen_fast.backbone import Backbone
-from gen_fast.device import make_current, matmul_peak, resolve_dtype
 from gen_fast.errors import ConfigError, NonFiniteLossError
-from gen_fast.sources import resolve
-from gen_fast.tokenizing import load_tokenizer
+from gen_fast.model.backbone import Backbone
+from gen_fast.model.device import make_current, matmul_peak, resolve_dtype
+from gen_fast.model.sources import resolve
+from gen_fast.model.tokenizing import load_tokenizer
+from gen_fast.model.weights import load_backbone, load_head
 from gen_fast.training.checkpoint import (
     Checkpoint,
     latest_checkpoint,
@@ -31,7 +32,6 @@ from gen_fast.training.step import Losses, Work, accumulate
 from gen_fast.training.student import Student
 from gen_fast.training.validation import validate
 from gen_fast.training.world import World, distributed
-from gen_fast.weights import load_backbone, load_head
 
 logger = logging.getLogger(__name__)
 

@@ -25,7 +25,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gen_fast.device import matmul_peak
+from gen_fast.model.device import matmul_peak
 from gen_fast.ops import Op
 from gen_fast.testing import assert_no_worse
 

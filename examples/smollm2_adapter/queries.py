@@ -11,7 +11,7 @@ import random
 import sys
 from pathlib import Path
 
-from gen_fast.corpora import Synset, wordnet
+from gen_fast.evaluate.corpora import Synset, wordnet
 
 SEED = 0
 WORD_QUESTIONS, NAME_QUESTIONS, SUMMARIES, REPEATS = 8000, 4000, 2000, 5000

@@ -19,9 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from gen_fast.backbone import BackboneConfig
 from gen_fast.errors import UnsupportedModelError, WeightsError
-from gen_fast.weights import parse_config, read_json
+from gen_fast.model.config import BackboneConfig
+from gen_fast.model.weights import parse_config, read_json
 
 METHOD = "sentence-transformers"
 

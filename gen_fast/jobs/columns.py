@@ -1,15 +1,12 @@
 """What of a row is its id and its text, and what keeps a row from being embedded."""
 
-import string
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from gen_fast.errors import ConfigError, InputError
-from gen_fast.rowfiles import Row, RowFile
-from gen_fast.textfiles import checked_columns, id_problem, only_column, text_problem
-
-if TYPE_CHECKING:
-    from gen_fast.jobs.plan import Settings
+from gen_fast.errors import InputError
+from gen_fast.io.row_files import Row, RowFile
+from gen_fast.io.text_files import checked_columns, id_problem, only_column, text_problem
+from gen_fast.jobs.settings import Settings, parse_template
 
 
 class RejectedError(Exception):
@@ -27,7 +24,7 @@ class Columns:
     Raises InputError if the file does not have them, ConfigError for a template without meaning.
     """
 
-    def __init__(self, file: RowFile, settings: "Settings") -> None:
+    def __init__(self, file: RowFile, settings: Settings) -> None:
         self._id_column = settings.id_column
         self._max_bytes = settings.max_text_bytes
         self._template = None if settings.template is None else parse_template(settings.template)
@@ -88,22 +85,7 @@ class Columns:
             raise RejectedError("too long", f"{size} bytes, {self._max_bytes} are allowed")
 
 
-def parse_template(template: str) -> list[tuple[str, str | None]]:
-    """Split "{title}\\n{text}" into (literal, column behind it or None). Raises ConfigError."""
-    try:
-        pieces = list(string.Formatter().parse(template))
-    except ValueError as error:
-        raise ConfigError(f"template {template!r}: {error}") from error
-    for _, name, form, conversion in pieces:
-        # Only names: attributes, indices and formats have no meaning for a column.
-        if name is not None and (not name or form or conversion or set(name) & set(".[]")):
-            raise ConfigError(f"template {template!r}: {{{name}}} is not the name of a column")
-    if all(name is None for _, name, _, _ in pieces):
-        raise ConfigError(f"template {template!r} names no column")
-    return [(literal, name) for literal, name, _, _ in pieces]
-
-
-def _text_column(file: RowFile, settings: "Settings") -> str:
+def _text_column(file: RowFile, settings: Settings) -> str:
     column = checked_columns(file, settings.text_column, settings.id_column)
     if column is not None:
         return column

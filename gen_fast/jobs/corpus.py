@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from gen_fast.errors import InputError
+from gen_fast.io.row_files import Row, RowFile
 from gen_fast.jobs.columns import Columns, RejectedError
 from gen_fast.jobs.plan import Part, Plan, open_input
-from gen_fast.rowfiles import Row, RowFile
 
 # Rows between two signs of life, when many are passed over.
 _STRIDE = 4096

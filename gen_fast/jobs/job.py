@@ -12,27 +12,19 @@ from typing import Any, Literal
 import torch
 from tqdm import tqdm
 
-from gen_fast.device import make_current, resolve_dtype
+from gen_fast.embed.loading import DEFAULT_MODEL, identify
 from gen_fast.errors import ConfigError, JobError, PromptError
+from gen_fast.io.precision import Precision
+from gen_fast.io.row_files import DATASETS
 from gen_fast.jobs.claims import PLANNING, Claims
 from gen_fast.jobs.engines import Engine, Run, progress, run_local, run_ray, torchrun_ranks
 from gen_fast.jobs.parts import PartStore
-from gen_fast.jobs.plan import (
-    DEFAULT_MAX_TEXT_BYTES,
-    DEFAULT_ROWS_PER_PART,
-    PLAN,
-    Plan,
-    Settings,
-    open_input,
-    prepare,
-    unpublish,
-)
-from gen_fast.jobs.stall import StallTimer
+from gen_fast.jobs.plan import PLAN, Plan, open_input, prepare, unpublish
+from gen_fast.jobs.settings import DEFAULT_MAX_TEXT_BYTES, DEFAULT_ROWS_PER_PART, Settings
+from gen_fast.jobs.watchdog import StallTimer
 from gen_fast.jobs.worker import DEFAULT_STALL_TIMEOUT, Worker, load_encoder
-from gen_fast.loading import DEFAULT_MODEL, identify
-from gen_fast.precision import Precision
-from gen_fast.rowfiles import DATASETS
-from gen_fast.sources import lasting_name
+from gen_fast.model.device import make_current, resolve_dtype
+from gen_fast.model.sources import lasting_name
 
 logger = logging.getLogger(__name__)
 

@@ -21,13 +21,13 @@ import pyarrow as pa
 import pyarrow.parquet
 from tqdm import tqdm
 
-from gen_fast.durable import file_sha256, replacing, sync, write_whole
-from gen_fast.embeddingfiles import EmbeddingMetadata
 from gen_fast.errors import JobError
+from gen_fast.io.durable import file_sha256, replacing, sync, write_whole
+from gen_fast.io.embedding_files import EmbeddingMetadata
+from gen_fast.io.precision import to_float32, to_precision
 from gen_fast.jobs.claims import Claims
 from gen_fast.jobs.corpus import PartRows
 from gen_fast.jobs.plan import MANIFEST, SUCCESS, Part, Plan
-from gen_fast.precision import to_float32, to_precision
 
 REJECTED = "rejected.jsonl"
 _RECORDS = "_parts"

@@ -10,19 +10,15 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from gen_fast.durable import file_sha256, write_whole
-from gen_fast.errors import ConfigError, InputError, JobError, PromptError
-from gen_fast.jobs.claims import CLAIMS
-from gen_fast.jobs.columns import Columns, RejectedError, parse_template
-from gen_fast.jobs.duplicates import duplicate_rows
-from gen_fast.precision import PRECISIONS, Precision
-from gen_fast.rowfiles import (
+from gen_fast.errors import InputError, JobError
+from gen_fast.io.durable import file_sha256, write_whole
+from gen_fast.io.row_files import (
     COMPRESSIONS,
     DATASETS,
     SUFFIXES,
@@ -31,79 +27,20 @@ from gen_fast.rowfiles import (
     named_errors,
     open_rows,
 )
+from gen_fast.jobs.claims import CLAIMS
+from gen_fast.jobs.columns import Columns, RejectedError
+from gen_fast.jobs.duplicates import duplicate_rows
+from gen_fast.jobs.settings import Settings
 
 FORMAT = "gen_fast.jobs.plan/1"
 PLAN = "plan.json"
 MANIFEST = "manifest.json"
 SUCCESS = "_SUCCESS"
-DEFAULT_ROWS_PER_PART = 8192
-DEFAULT_MAX_TEXT_BYTES = 1_000_000
 # Rows between two signs of life.
 _STRIDE = 4096
 
 # Called with the number of new rows found; 0 while other work of planning goes on.
 OnRows = Callable[[int], object]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How rows become embeddings. A job can only go on with the same settings.
-
-    text_column: None takes "text", else the only column of strings. template: such as
-    "{title}\\n{text}", instead of a text column. id_column: None numbers the rows of the job.
-    prompt: the instruction itself. truncate_dim: None keeps all dimensions.
-    max_text_bytes: longer texts are rejected. identity: what gen_fast.loading.identify says.
-    """
-
-    model: str
-    method: str | None = None
-    backbone: str | None = None
-    revision: str | None = None
-    dtype: str = "float32"
-    max_length: int | None = None
-    deterministic: bool = False
-    prompt: str = ""
-    normalize: bool = False
-    truncate_dim: int | None = None
-    precision: Precision = "float32"
-    text_column: str | None = None
-    id_column: str | None = None
-    template: str | None = None
-    file_format: str | None = None
-    split: str = "train"
-    max_text_bytes: int = DEFAULT_MAX_TEXT_BYTES
-    rows_per_part: int = DEFAULT_ROWS_PER_PART
-    identity: Mapping[str, Any] = field(default_factory=dict)
-
-    def check(self) -> None:
-        """Raises ConfigError for settings that mean nothing, whatever the model."""
-        if self.precision not in PRECISIONS:
-            raise ConfigError(f"precision {self.precision!r} is not one of {', '.join(PRECISIONS)}")
-        if self.template is not None:
-            if self.text_column is not None:
-                raise ConfigError("give a text column or a template, not both")
-            parse_template(self.template)
-
-    def of(self, identity: Mapping[str, Any], prompt_name: str | None) -> "Settings":
-        """These settings for a model, with one of its prompts. Raises ConfigError, PromptError."""
-        if identity["method"] == "hyde":
-            raise ConfigError(
-                "HyDE answers queries and embeds documents as they are: for a corpus take 'mean'"
-            )
-        # A layout may keep fewer dimensions than there are, unless it is asked for more.
-        full = int(identity.get("full_dimension", identity["dimension"]))
-        prompts = identity["prompts"]
-        if self.truncate_dim is not None and not 1 <= self.truncate_dim <= full:
-            raise ConfigError(f"truncate_dim {self.truncate_dim} is outside 1…{full}")
-        if prompt_name is not None and prompt_name not in prompts:
-            raise PromptError(f"no prompt named {prompt_name!r}; there are {', '.join(prompts)}")
-        prompt = self.prompt if prompt_name is None else prompts[prompt_name]
-        return replace(self, identity=identity, prompt=prompt)
-
-    @property
-    def dimension(self) -> int:
-        """Of the embeddings that are stored."""
-        return self.truncate_dim or int(self.identity["dimension"])
 
 
 @dataclass(frozen=True)

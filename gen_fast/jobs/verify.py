@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from gen_fast.durable import file_sha256
 from gen_fast.errors import JobError
+from gen_fast.io.durable import file_sha256
+from gen_fast.io.precision import Precision
 from gen_fast.jobs.parts import REJECTED, PartStore
 from gen_fast.jobs.plan import MANIFEST, Part, Plan
-from gen_fast.precision import Precision
 
 _DTYPES: dict[Precision, type] = {
     "float32": np.float32,

@@ -23,16 +23,17 @@ from typing import NoReturn
 
 import torch
 
-from gen_fast.budget import is_out_of_memory
-from gen_fast.device import make_current
-from gen_fast.encoder import EncodedBlock, Encoder
+from gen_fast.embed.encoder import EncodedBlock, Encoder
+from gen_fast.embed.loading import identify, load
 from gen_fast.errors import GenFastError, InputError, JobError, NonFiniteError, TextError
 from gen_fast.jobs.claims import Claims
 from gen_fast.jobs.corpus import CorpusReader, PartRows
 from gen_fast.jobs.parts import PartStore, Record
-from gen_fast.jobs.plan import Part, Plan, Settings
-from gen_fast.jobs.stall import StallTimer
-from gen_fast.loading import identify, load
+from gen_fast.jobs.plan import Part, Plan
+from gen_fast.jobs.settings import Settings
+from gen_fast.jobs.watchdog import StallTimer
+from gen_fast.model.device import make_current
+from gen_fast.model.token_budget import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 

@@ -23,10 +23,10 @@ from typer.testing import CliRunner
 
 import gen_fast
 from gen_fast.cli import app
+from gen_fast.embed.loading import identify
 from gen_fast.formats.sentence_transformers import POOLING_MODES
 from gen_fast.jobs.parts import PartStore
 from gen_fast.jobs.plan import Plan
-from gen_fast.loading import identify
 
 PROMPTS = {"query": "Find what answers the ", "passage": "About the", "sts": "Like: "}
 MODULES = {

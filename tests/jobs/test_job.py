@@ -27,15 +27,15 @@ from tiny_corpus import (
 )
 
 import gen_fast
-from gen_fast.device import make_current
-from gen_fast.embeddingfiles import read_embeddings
 from gen_fast.errors import ConfigError, InputError, JobError, PromptError, TextError
+from gen_fast.io.embedding_files import read_embeddings
 from gen_fast.jobs.engines import _wait_for_cluster
 from gen_fast.jobs.job import embed_columns, embed_corpus
 from gen_fast.jobs.parts import PartStore
 from gen_fast.jobs.plan import Plan, list_sources
-from gen_fast.jobs.stall import StallTimer
 from gen_fast.jobs.verify import verify
+from gen_fast.jobs.watchdog import StallTimer
+from gen_fast.model.device import make_current
 
 ROWS = 400
 
@@ -459,7 +459,7 @@ def test_texts_without_a_token_are_rejected(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What only the method can tell: here it finds nothing of its own in every tenth text."""
-    import gen_fast.methods as methods
+    import gen_fast.embed.methods as methods
 
     layout = methods.OwnTokens.__call__
 
@@ -546,7 +546,7 @@ def test_columns_with_prompts_of_their_own(tiny_model: Path, tmp_path: Path) -> 
 def test_precisions_and_dimensions(
     corpus: Path, tiny_model: Path, tmp_path: Path, precision: Any
 ) -> None:
-    from gen_fast.search import nearest
+    from gen_fast.search.exact import nearest
 
     out = tmp_path / "out"
     settings = options(tiny_model, precision=precision, truncate_dim=40)

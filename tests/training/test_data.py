@@ -9,7 +9,7 @@ import pytest
 from tiny_data import write_answers, write_teacher
 
 import gen_fast
-from gen_fast.tokenizing import load_tokenizer
+from gen_fast.model.tokenizing import load_tokenizer
 from gen_fast.training.data import Example, TrainingData, read_rows, share_of_rank
 from gen_fast.training.records import RecordFile, Rejections, read_records
 from gen_fast.training.trainer import train

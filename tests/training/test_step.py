@@ -1,20 +1,20 @@
 """Losses and gradients: of the whole computation, of the reference package, of any split."""
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from oracles import llm2vec_gen as oracle
 from tiny_data import setup
 from torch.nn.functional import linear, mse_loss
 
-from gen_fast.batching import PackedBatch
-from gen_fast.budget import TokenBudget, saved_bytes_per_token
+from gen_fast.model.batch import PackedBatch
+from gen_fast.model.sources import resolve
+from gen_fast.model.token_budget import TokenBudget, saved_bytes_per_token
+from gen_fast.model.tokenizing import load_tokenizer
 from gen_fast.ops.norm import rms_norm
-from gen_fast.sources import resolve
 from gen_fast.testing import relative_error
-from gen_fast.tokenizing import load_tokenizer
 from gen_fast.training import losses
 from gen_fast.training.config import TrainConfig
 from gen_fast.training.data import Example, TrainingData
@@ -22,9 +22,6 @@ from gen_fast.training.records import Rejections
 from gen_fast.training.step import accumulate
 from gen_fast.training.student import GPU_PART_TOKENS, Student
 from gen_fast.training.world import World
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
-import peers
 
 
 def gradients(student):
@@ -75,7 +72,7 @@ def test_frozen_queries_give_the_gradients_of_full_backpropagation(make_config, 
 
 
 def check_against_reference(config, student, examples, bound):
-    peer = peers.ReferenceTraining(
+    peer = oracle.ReferenceTraining(
         resolve(config.backbone), student.to_adapter(config), torch.float32
     )
     recon, aligned = peer.losses(examples)

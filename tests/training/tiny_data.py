@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gen_fast.embeddingfiles import Embeddings, write_embeddings
-from gen_fast.sources import resolve
-from gen_fast.tokenizing import load_tokenizer
+from gen_fast.io.embedding_files import Embeddings, write_embeddings
+from gen_fast.model.sources import resolve
+from gen_fast.model.tokenizing import load_tokenizer
+from gen_fast.model.weights import load_backbone, load_head
 from gen_fast.training.data import TrainingData, read_rows, teacher_texts
 from gen_fast.training.records import Rejections
 from gen_fast.training.student import Student
-from gen_fast.weights import load_backbone, load_head
 
 WORDS = ["the", "cat", "in", "a", "hat", "sat", "on", "that", "mat", "and", "then", "dog"]
 DIMENSION = 16

@@ -1,0 +1,214 @@
+"""The commands of `gen-fast` that make an adapter: generate, teach and train."""
+
+import logging
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+import gen_fast.cli.options as options
+from gen_fast.cli.errors import fail
+
+if TYPE_CHECKING:
+    from gen_fast.training.answers import Shard
+
+
+def generate(
+    source: Annotated[
+        str | None,
+        typer.Argument(metavar="[QUERIES]", help="txt, jsonl, csv, parquet, -, or datasets:NAME."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="jsonl of answers; an existing one is continued.")] = (
+        Path("answers.jsonl")
+    ),
+    model: options.ModelOption = None,
+    device: options.DeviceOption = None,
+    dtype: options.DtypeOption = options.Dtype.auto,
+    self_queries: Annotated[
+        int | None, typer.Option(min=1, help="Let the model write this many queries itself.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 500,
+    batch_size: Annotated[int, typer.Option(min=1, help="Answers at a time.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus sampling.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    shard: Annotated[
+        str, typer.Option(metavar="I/N", help="This machine's part of the queries, from 0/N.")
+    ] = "0/1",
+    text_column: options.TextColumnOption = None,
+    id_column: options.IdColumnOption = None,
+    file_format: options.FormatOption = None,
+    split: options.SplitOption = "train",
+    quiet: options.QuietOption = False,
+) -> None:
+    """Let the model answer queries: a row each, continued where it stopped."""
+    from gen_fast.embed.loading import DEFAULT_MODEL, load_generator
+    from gen_fast.io.text_files import read_texts
+    from gen_fast.model.generation import Sampling
+    from gen_fast.training.answers import generate_answers, write_own_queries
+
+    if (source is None) == (self_queries is None):
+        fail("give a file of queries or --self-queries N")
+    if out.suffix != ".jsonl":
+        fail(f"--out {out} does not end in .jsonl")
+    part = _shard(shard)
+    logging.getLogger("gen_fast").setLevel(logging.ERROR if quiet else logging.WARNING)
+    if source is not None:
+        queries = read_texts(
+            source,
+            file_format=file_format,
+            text_column=text_column,
+            id_column=id_column,
+            split=split,
+        )
+    generator = load_generator(
+        model or DEFAULT_MODEL,
+        device=options.checked_device(device),
+        dtype=str(dtype),
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        sampling=Sampling(temperature, top_p, seed),
+    )
+    if self_queries is not None:
+        own = out.with_name(f"{out.stem}.queries.jsonl")
+        queries = write_own_queries(self_queries, own, generator, show_progress_bar=not quiet)
+    generate_answers(queries, out, generator, shard=part, show_progress_bar=not quiet)
+
+
+def _shard(text: str) -> "Shard":
+    from gen_fast.training.answers import Shard
+
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if match is None or int(match[1]) >= int(match[2]):
+        fail(f"--shard {text} is not I/N with I below N")
+    return Shard(int(match[1]), int(match[2]))
+
+
+def teach(
+    answers: Annotated[
+        list[Path], typer.Argument(help="What generate wrote, one file or several.")
+    ],
+    teacher: Annotated[
+        str, typer.Option(help="minilm, a sentence-transformers model, or with --method any model.")
+    ] = "minilm",
+    out: Annotated[
+        Path | None, typer.Option(help=".parquet.  [default: beside the first file]")
+    ] = None,
+    method: options.MethodOption = None,
+    device: options.DeviceOption = None,
+    dtype: options.DtypeOption = options.Dtype.float32,
+    quiet: options.QuietOption = False,
+) -> None:
+    """Embed answers with a teacher, once, for training."""
+    from gen_fast.training.teach import teach as embed_answers
+
+    target = out or answers[0].with_suffix(".teacher.parquet")
+    if target.suffix != ".parquet":
+        fail(f"--out {target} does not end in .parquet")
+    if not target.parent.is_dir():
+        fail(f"--out {target} lies in no directory")
+    logging.getLogger("gen_fast").setLevel(logging.ERROR if quiet else logging.WARNING)
+    count = embed_answers(
+        answers,
+        target,
+        teacher,
+        method=method and str(method),
+        device=str(options.checked_device(device)),
+        dtype=str(dtype),
+        show_progress_bar=not quiet,
+    )
+    if not quiet:
+        typer.echo(f"{count} vectors in {target}", err=True)
+
+
+def train(
+    context: typer.Context,
+    source: Annotated[
+        str | None,
+        typer.Argument(metavar="[QUERIES]", help="txt, jsonl, csv, parquet, -, or datasets:NAME."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Directory for everything that is made.")] = Path("run"),
+    config: Annotated[
+        Path | None, typer.Option(help="YAML of training settings; --learning-rate 1e-3 … too.")
+    ] = None,
+    model: options.ModelOption = None,
+    teacher: Annotated[
+        str, typer.Option(help="minilm, a sentence-transformers model, or with a method any model.")
+    ] = "minilm",
+    teacher_method: Annotated[
+        options.Method | None, typer.Option(help="How a language model embeds as teacher.")
+    ] = None,
+    device: options.DeviceOption = None,
+    dtype: Annotated[
+        options.Dtype | None, typer.Option(help="What the backbone computes in.  [default: auto]")
+    ] = None,
+    self_queries: Annotated[
+        int | None, typer.Option(min=1, help="Let the model write this many queries itself.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 500,
+    answer_batch: Annotated[int, typer.Option(min=1, help="Answers at a time.")] = 64,
+    text_column: options.TextColumnOption = None,
+    id_column: options.IdColumnOption = None,
+    file_format: options.FormatOption = None,
+    split: options.SplitOption = "train",
+    quiet: options.QuietOption = False,
+) -> None:
+    """Make an adapter from queries: generate answers, teach, train, evaluate.
+
+    Answers, teacher's vectors and adapter go to --out, whatever --config says of them. Run again
+    after an interruption to go on. Training settings are also taken as flags; on several GPUs run
+    the stages one by one, the last with torchrun and training/train.py.
+    """
+    from gen_fast.embed.loading import load_generator
+    from gen_fast.io.text_files import read_texts
+    from gen_fast.training.answers import write_own_queries
+    from gen_fast.training.config import parse_flags, read_config
+    from gen_fast.training.recipe import run_recipe
+
+    if (source is None) == (self_queries is None):
+        fail("give a file of queries or --self-queries N")
+    logging.getLogger("gen_fast").setLevel(logging.ERROR if quiet else logging.WARNING)
+    shown = False if quiet else None
+    given = {
+        "backbone": model,
+        "device": device and str(options.checked_device(device)),
+        "dtype": dtype and str(dtype),
+    }
+    made = {
+        "answers": [str(out / "answers.jsonl")],
+        "teacher": str(out / "teacher.parquet"),
+        "out": str(out),
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    settings = read_config(config, {**parse_flags(context.args), **given, **made})
+    if source is not None:
+        queries = read_texts(
+            source,
+            file_format=file_format,
+            text_column=text_column,
+            id_column=id_column,
+            split=split,
+        )
+    generator = load_generator(
+        settings.backbone,
+        device=options.checked_device(settings.device),
+        dtype=settings.dtype,
+        revision=settings.backbone_revision,
+        max_new_tokens=max_new_tokens,
+        batch_size=answer_batch,
+    )
+    if self_queries is not None:
+        own = out / "queries.jsonl"
+        queries = write_own_queries(self_queries, own, generator, show_progress_bar=shown)
+    figures = run_recipe(
+        queries,
+        settings,
+        generator,
+        teacher,
+        teacher_method=teacher_method and str(teacher_method),
+        show_progress_bar=shown,
+    )
+    for key, value in figures.items():
+        if key != "examples":
+            typer.echo(f"{key}: {value}")

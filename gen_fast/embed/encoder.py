@@ -1,0 +1,495 @@
+"""Texts to embeddings: tokenise in the background, sort by length, pack, run, pool, reorder."""
+
+import logging
+import sys
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from gen_fast.embed import methods
+from gen_fast.embed.adapter import DEFAULT_PROMPTS, Adapter
+from gen_fast.embed.methods import Layout, Sequences
+from gen_fast.errors import ConfigError, NonFiniteError, PromptError
+from gen_fast.formats.sentence_transformers import SentenceModel
+from gen_fast.io.precision import sign_bits
+from gen_fast.io.texts import check_texts
+from gen_fast.io.vectors import unit
+from gen_fast.model.backbone import Backbone, PrefixKV
+from gen_fast.model.batch import PackedBatch, on_device, split_by_budget
+from gen_fast.model.generation import AnswerGenerator
+from gen_fast.model.prefix import PrefixCache
+from gen_fast.model.token_budget import TokenBudget
+from gen_fast.model.tokenizing import Tokenizer
+from gen_fast.ops.pool import pool
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+# Embeddings as a caller asked for them: an array, a tensor, or a list of tensors.
+Embedded = np.ndarray | Tensor | list[Tensor]
+
+# Texts are sorted by length within a window. Large enough that equal lengths meet, small enough
+# that the window's ids take a few megabytes.
+WINDOW_TEXTS = 4096
+WINDOW_CHARACTERS = 1 << 23
+
+
+@dataclass(frozen=True)
+class EncodedBlock:
+    """embeddings [n, d] float32; truncated: how many of the n texts lost their tail."""
+
+    embeddings: np.ndarray
+    truncated: int
+
+
+@dataclass(frozen=True)
+class _Window:
+    """Texts of a block from row `start` on, laid out; truncated: texts of all blocks so far."""
+
+    sequences: Sequences
+    start: int
+    block_size: int
+    truncated: int
+    is_last: bool
+
+
+class Encoder:
+    """Embeds texts with one backbone and one method. Made by `gen_fast.load`.
+
+    prompts: the instructions selectable by `prompt_name`. default_prompt_name: the one that is
+    used where none is asked for; None for no prompt. max_length: tokens of prompt, text and
+    special tokens together; longer texts lose their tail (counted and logged once a call).
+    source: the backbone's directory, which also has the language-model head.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        tokenizer: Tokenizer,
+        method: str,
+        *,
+        adapter: Adapter | None = None,
+        sentence_model: SentenceModel | None = None,
+        generator: AnswerGenerator | None = None,
+        max_length: int | None = None,
+        deterministic: bool = False,
+        name: str = "",
+        source: Path | None = None,
+    ) -> None:
+        self.backbone = backbone
+        self._tokenizer = tokenizer
+        self.method = method
+        self.adapter = adapter
+        self.sentence_model = sentence_model
+        self.name = name
+        self.source = source
+        self.deterministic = deterministic
+        own = adapter or sentence_model
+        default_length = min(own.max_length if own else 512, backbone.config.max_positions)
+        self.max_length = default_length if max_length is None else max_length
+        if not 1 <= self.max_length <= backbone.config.max_positions:
+            raise ConfigError(
+                f"max_length {max_length} is outside 1…{backbone.config.max_positions}, "
+                "the positions that the model was made for"
+            )
+        self.prompts: dict[str, str] = (
+            dict(own.prompts) if own else dict.fromkeys(DEFAULT_PROMPTS, "")
+        )
+        self.default_prompt_name = sentence_model.default_prompt_name if sentence_model else None
+        self.prefixes = PrefixCache(backbone)
+        self.budget = TokenBudget(backbone)
+        self._generator = generator
+        self._special: Tensor | None = None
+        self._projection: tuple[Tensor, Tensor] | None = None
+        if adapter is not None:
+            adapter.check_backbone(backbone.fingerprint)
+            self._special = adapter.special.to(backbone.device, backbone.dtype)
+            projection = adapter.projection()
+            if projection is not None:
+                weight, bias = (t.to(backbone.device) for t in projection)
+                self._projection = weight, bias
+        self._modules = tuple(
+            module.to(backbone.device)
+            for module in (sentence_model.modules if sentence_model else ())
+        )
+
+    @property
+    def dimension(self) -> int:
+        """Size of an embedding, where a call asks for no other."""
+        own = self.adapter or self.sentence_model
+        return own.dimension if own else self.backbone.config.hidden_size
+
+    @property
+    def full_dimension(self) -> int:
+        """The most dimensions that an embedding can have: a layout may keep fewer by default."""
+        return self.sentence_model.full_dimension if self.sentence_model else self.dimension
+
+    @property
+    def device(self) -> torch.device:
+        """Where the backbone runs."""
+        return self.backbone.device
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer as one of transformers, which is imported for it."""
+        return self._tokenizer.transformers
+
+    def encode(
+        self,
+        texts: str | Iterable[str],
+        *,
+        prompt: str | None = None,
+        prompt_name: str | None = None,
+        normalize_embeddings: bool = False,
+        precision: Literal["float32", "binary", "ubinary"] = "float32",
+        truncate_dim: int | None = None,
+        batch_size: int | None = None,
+        show_progress_bar: bool | None = None,
+        convert_to_numpy: bool = True,
+        convert_to_tensor: bool = False,
+        output_value: str = "sentence_embedding",
+        device: str | torch.device | None = None,
+    ) -> Embedded:
+        """Embed a text, giving [d], or several texts, giving [n, d], in the order given.
+
+        Names and meaning are those of sentence-transformers.
+        prompt: instruction put before every text. prompt_name: one of `self.prompts`, unless there
+        is a prompt. Without either it is the one named by `self.default_prompt_name`, if any.
+        normalize_embeddings: divide by the L2 norm (after truncate_dim).
+        precision: "float32", or the signs as bits, 8 dimensions a byte: "ubinary" uint8, "binary"
+        int8 (shifted by 128).
+        truncate_dim: keep the first dimensions only, at most `full_dimension`; None keeps
+        `dimension`.
+        batch_size: texts run at once, at most. Texts are not padded, and `budget` already says how
+        many tokens are run at once: fewer texts only take less memory.
+        show_progress_bar: on stderr; None shows it when stderr is a terminal.
+        convert_to_numpy, convert_to_tensor: an array; a CPU tensor; a list of tensors if neither.
+        output_value, device: must be the default, and where the model is.
+
+        Raises TextTypeError or TextError naming the row of a text that cannot be embedded,
+        NonFiniteError naming the rows of embeddings with NaN or infinity, PromptError for an
+        unknown prompt_name or a prompt longer than max_length.
+        """
+        single = isinstance(texts, str)
+        rows = [texts] if isinstance(texts, str) else _as_list(texts)
+        check_texts(rows)
+        self._refuse_options(precision, batch_size, output_value, device)
+        if show_progress_bar is None:
+            show_progress_bar = sys.stderr.isatty() and not single
+        with tqdm(total=len(rows), unit="text", disable=not show_progress_bar) as bar:
+            (block,) = self.encode_blocks(
+                [rows],
+                prompt=prompt,
+                prompt_name=prompt_name,
+                normalize_embeddings=normalize_embeddings,
+                truncate_dim=truncate_dim,
+                batch_size=batch_size,
+                on_progress=bar.update,
+            )
+        if block.truncated:
+            logger.warning(
+                "%d of %d texts were longer than max_length=%d tokens and lost their tail",
+                *(block.truncated, len(rows), self.max_length),
+            )
+        result = block.embeddings
+        if precision != "float32":
+            result = sign_bits(result)
+        if precision == "binary":
+            result = (result.astype(np.int16) - 128).astype(np.int8)
+        if convert_to_numpy and not convert_to_tensor:
+            return result[0] if single else result
+        tensor = torch.from_numpy(result)
+        rows_or_tensor = tensor if convert_to_tensor else list(tensor)
+        return rows_or_tensor[0] if single else rows_or_tensor
+
+    def encode_blocks(
+        self,
+        blocks: Iterable[Sequence[str]],
+        *,
+        prompt: str | None = None,
+        prompt_name: str | None = None,
+        normalize_embeddings: bool = False,
+        truncate_dim: int | None = None,
+        batch_size: int | None = None,
+        on_progress: Callable[[int], object] = lambda texts: None,
+    ) -> Generator["EncodedBlock", None, None]:
+        """Embed blocks of texts, each to the bits that `encode` gives it alone.
+
+        The next texts are drawn from `blocks` and tokenised in a thread while others are run.
+        on_progress is called with the number of texts of every batch that is done.
+        Rows in errors, which are those of `encode`, are counted within a block.
+        """
+        dimension = self.dimension if truncate_dim is None else truncate_dim
+        if not 1 <= dimension <= self.full_dimension:
+            raise ConfigError(f"truncate_dim {truncate_dim} is outside 1…{self.full_dimension}")
+        layout = self._layout(prompt, prompt_name)
+        output = np.empty((0, dimension), dtype=np.float32)
+        truncated = 0
+        windows = _windows(blocks, layout)
+        # An answer is written by the model, which is not run in two threads.
+        for window in windows if self._generator else _ahead(windows):
+            if window.start == 0:
+                output = np.empty((window.block_size, dimension), dtype=np.float32)
+            with torch.inference_mode():
+                for members, embeddings in self._embed_window(
+                    window.sequences, layout.prompt_ids, batch_size
+                ):
+                    part = embeddings[:, :dimension]
+                    if normalize_embeddings:
+                        part = torch.nn.functional.normalize(part, dim=-1)
+                    indices = members + window.start
+                    output[indices] = part.cpu().numpy()
+                    _check_finite(output, indices)
+                    on_progress(len(indices))
+            if window.is_last:
+                yield EncodedBlock(output, window.truncated - truncated)
+                truncated = window.truncated
+
+    def encode_query(self, texts: str | Iterable[str], **options: Any) -> Embedded:
+        """`encode` with the prompt named "query", unless `options` name another."""
+        return self.encode(texts, **self._with_prompt(("query",), options))
+
+    def encode_document(self, texts: str | Iterable[str], **options: Any) -> Embedded:
+        """`encode` with the prompt named "document", unless `options` name another.
+
+        Without one of that name it is "passage", or else "corpus".
+        """
+        return self.encode(texts, **self._with_prompt(("document", "passage", "corpus"), options))
+
+    def count_tokens(
+        self, texts: Sequence[str], *, prompt: str | None = None, prompt_name: str | None = None
+    ) -> tuple[int, int]:
+        """Tokens of a call to `encode`: (all, computed), special tokens included.
+
+        All counts the prompt with every text; computed counts what is run, the shared prefix once.
+        """
+        check_texts(texts)
+        layout = self._layout(prompt, prompt_name)
+        total = computed = longest_prefix = 0
+        for bound in _window_bounds(texts):
+            window = layout(texts[bound], bound.start)
+            total += sum(len(ids) for ids in window.ids)
+            computed += sum(len(ids) for ids in window.ids) - int(window.shared.sum())
+            longest_prefix = max(longest_prefix, int(window.shared.max()))
+        return total, computed + longest_prefix
+
+    def similarity(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """Similarity of the rows of `a` [n, d] and `b` [m, d]: [n, m] float32.
+
+        The cosine, which is 0 for a zero vector, unless a sentence-transformers layout names
+        another: the dot product, or the negative Euclidean or Manhattan distance.
+        """
+        name = self.sentence_model.similarity_fn_name if self.sentence_model else "cosine"
+        if name in ("euclidean", "manhattan"):
+            distance = torch.cdist(
+                torch.from_numpy(a), torch.from_numpy(b), p=2.0 if name == "euclidean" else 1.0
+            )
+            return -distance.numpy()
+        if name == "cosine":
+            a, b = unit(a), unit(b)
+        product: np.ndarray = a @ b.T
+        return product
+
+    # ------------------------------------------------------------------ one call, step by step
+
+    def _with_prompt(self, names: Sequence[str], options: dict[str, Any]) -> dict[str, Any]:
+        """`options` of `encode`, with the first of the prompts `names` unless they name one."""
+        name = next((name for name in names if name in self.prompts), None)
+        named = options.get("prompt_name") is not None
+        return options if named or name is None else {**options, "prompt_name": name}
+
+    def _prompt(self, prompt: str | None, prompt_name: str | None) -> str:
+        if prompt is not None:
+            return prompt
+        if prompt_name is None:
+            prompt_name = self.default_prompt_name
+        if prompt_name is None:
+            return ""
+        if prompt_name not in self.prompts:
+            raise PromptError(
+                f"no prompt named {prompt_name!r}; there are {', '.join(self.prompts) or 'none'}"
+            )
+        return self.prompts[prompt_name]
+
+    def _refuse_options(
+        self,
+        precision: str,
+        batch_size: int | None,
+        output_value: str,
+        device: str | torch.device | None,
+    ) -> None:
+        """Raise ConfigError for options of sentence-transformers that have no meaning here."""
+        if precision not in ("float32", "binary", "ubinary"):
+            raise ConfigError(
+                f"precision {precision!r} is not float32, binary or ubinary; int8 with a scale a "
+                "row is what embed_corpus writes"
+            )
+        if batch_size is not None and batch_size < 1:
+            raise ConfigError(f"batch_size must be at least 1, not {batch_size}")
+        if output_value != "sentence_embedding":
+            raise ConfigError(
+                f"output_value {output_value!r}: only sentence embeddings are kept, not tokens'"
+            )
+        if device is not None and not self._is_at(device):
+            raise ConfigError(
+                f"device {device!r}: the model stays on {self.device}, where "
+                "gen_fast.load(device=…) put it; embed_corpus(devices=…) uses several"
+            )
+
+    def _is_at(self, device: str | torch.device) -> bool:
+        try:
+            asked = torch.device(device)
+        except (RuntimeError, TypeError) as error:
+            raise ConfigError(f"device {device!r} is none that torch knows") from error
+        return asked.type == self.device.type and asked.index in (None, self.device.index)
+
+    def _layout(self, prompt: str | None, prompt_name: str | None = None) -> Layout:
+        text = self._prompt(prompt, prompt_name)
+        if self.adapter is not None:
+            return methods.SpecialTokens(
+                self._tokenizer,
+                text,
+                self.max_length,
+                self.backbone.config.vocab_size,
+                self.adapter.n_special,
+                self.adapter.n_compression,
+            )
+        if self.sentence_model is not None:
+            return methods.WholeText(
+                self._tokenizer, text, self.max_length, self.sentence_model.pooling
+            )
+        if self.method == "echo":
+            return methods.Echo(self._tokenizer, text, self.max_length)
+        return methods.OwnTokens(
+            self._tokenizer,
+            text,
+            self.max_length,
+            self.method,
+            None if prompt_name == "document" else self._generator,
+        )
+
+    def _embed_window(
+        self, window: Sequences, prompt_ids: np.ndarray, batch_size: int | None
+    ) -> Iterator[tuple[np.ndarray, Tensor]]:
+        """Yield (positions in the window [n], embeddings [n, d] float32) until all are run.
+
+        Texts are grouped by how much of the prompt's prefix they share.
+        """
+        lengths = np.array([len(row) for row in window.ids])
+        longest_first = np.argsort(-lengths, kind="stable")
+        for shared in np.unique(window.shared):
+            group = longest_first[window.shared[longest_first] == shared]
+            prefix = self.prefixes.get(tuple(prompt_ids.tolist())) if shared else None
+            if prefix is not None:
+                prefix = prefix.cut(int(shared))
+            yield from self._embed_group(window, group, prefix, batch_size)
+
+    def _embed_group(
+        self,
+        window: Sequences,
+        group: np.ndarray,
+        prefix: PrefixKV | None,
+        batch_size: int | None,
+    ) -> Iterator[tuple[np.ndarray, Tensor]]:
+        """Run texts that share `prefix`, longest first, within the token budget."""
+        skip = 0 if prefix is None else len(prefix)
+        pending = group
+        while len(pending):
+            lengths = [len(window.ids[i]) - skip for i in pending]
+            budget = 1 if self.deterministic else self.budget.tokens
+            members = pending[next(split_by_budget(lengths, budget))][:batch_size]
+            batch = PackedBatch.pack(
+                [window.ids[i][skip:] for i in members],
+                needed=window.needed[members].tolist(),
+                prefix_length=skip,
+                filler=self.backbone.packed,
+                device=self.device,
+            )
+            try:
+                embeddings = self._run(batch, window.needed[members].tolist(), prefix)
+            except RuntimeError as error:  # only running out of memory is survived
+                self.budget.shrink(error, sum(lengths[: len(members)]), len(members))
+                continue
+            pending = pending[len(members) :]
+            yield members, embeddings
+
+    def _run(self, batch: PackedBatch, needed: list[int], prefix: PrefixKV | None) -> Tensor:
+        backbone = self.backbone
+        norm, eps = backbone.final_norm, backbone.config.norm_eps
+        hidden = backbone.forward(batch, special=self._special, prefix=prefix)[: sum(needed)]
+        mode = self.sentence_model.pooling.mode if self.sentence_model else self.method
+        if mode == "max":
+            pooled = methods.max_rows(hidden, needed, norm, eps)
+        else:
+            lengths = batch.lengths + (0 if prefix is None else len(prefix))
+            weights = methods.row_weights(needed, lengths, mode)
+            projection, bias = self._projection or (None, None)
+            pooled = pool(
+                hidden,
+                batch.row_offsets,
+                norm,
+                eps,
+                None if weights is None else on_device(weights, self.device),
+                projection,
+                bias,
+            )
+        for module in self._modules:
+            pooled = module(pooled)
+        return pooled
+
+
+def _as_list(texts: Iterable[str]) -> list[str]:
+    """A list of any iterable but bytes; something else is refused as if it were a lone text."""
+    if isinstance(texts, bytes | bytearray) or not isinstance(texts, Iterable):
+        check_texts([texts])
+    return list(texts)
+
+
+def _window_bounds(texts: Sequence[str]) -> Iterator[slice]:
+    """Cut the texts into windows of bounded count and size."""
+    start = characters = 0
+    for i, text in enumerate(texts):
+        full = i - start >= WINDOW_TEXTS or characters + len(text) > WINDOW_CHARACTERS
+        if i > start and full:
+            yield slice(start, i)
+            start, characters = i, 0
+        characters += len(text)
+    if start < len(texts):
+        yield slice(start, len(texts))
+
+
+def _windows(blocks: Iterable[Sequence[str]], layout: Layout) -> Iterator["_Window"]:
+    for rows in blocks:
+        check_texts(rows)
+        bounds = list(_window_bounds(rows)) or [slice(0, 0)]
+        for bound in bounds:
+            sequences = layout(rows[bound], bound.start)
+            yield _Window(sequences, bound.start, len(rows), layout.truncated, bound is bounds[-1])
+
+
+def _ahead(items: Iterator[T]) -> Iterator[T]:
+    """Draw each item in a thread while the one before it is used."""
+    with ThreadPoolExecutor(1, "gen_fast-tokenize") as executor:
+        pending = executor.submit(next, items, None)
+        while (item := pending.result()) is not None:
+            pending = executor.submit(next, items, None)
+            yield item
+
+
+def _check_finite(output: np.ndarray, indices: np.ndarray) -> None:
+    bad = indices[~np.isfinite(output[indices]).all(axis=1)]
+    if len(bad):
+        rows = tuple(int(i) for i in np.sort(bad))
+        raise NonFiniteError(
+            f"the embedding of row {rows[0]} holds NaN or infinity"
+            + (f", and so do {len(rows) - 1} more" if rows[1:] else "")
+            + "; float16 overflows on some models: use bfloat16 or float32",
+            rows,
+        )

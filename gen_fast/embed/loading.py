@@ -1,0 +1,233 @@
+"""`load` and the one-line `encode`: from a model name to an Encoder."""
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gen_fast.embed.adapter import DEFAULT_PROMPTS, FORMAT, Adapter
+from gen_fast.embed.encoder import Embedded, Encoder
+from gen_fast.embed.methods import TRAINING_FREE
+from gen_fast.errors import AdapterError, UnsupportedModelError
+from gen_fast.formats import llm2vec_gen, sentence_transformers
+from gen_fast.formats.sentence_transformers import SentenceModel, read_sentence_model
+from gen_fast.model.device import resolve_dtype
+from gen_fast.model.generation import AnswerGenerator
+from gen_fast.model.sources import resolve
+from gen_fast.model.tokenizing import Tokenizer, load_tokenizer, lower_case, special_tokens
+from gen_fast.model.weights import load_backbone, read_fingerprint, read_json
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_MODEL = "smollm2-135m"
+DEFAULT_METHOD = "mean"
+# Adapters that come with the package, by the name of their backbone.
+SHIPPED_ADAPTERS = {"smollm2-135m": Path(__file__).parents[1] / "adapters" / "smollm2-135m"}
+
+
+def load(
+    model: str | Path = DEFAULT_MODEL,
+    *,
+    method: str | None = None,
+    backbone: str | Path | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype = "auto",
+    revision: str | None = None,
+    max_length: int | None = None,
+    deterministic: bool = False,
+) -> Encoder:
+    """Load a model and return an Encoder.
+
+    model: "smollm2-135m", a Hub id, a .gguf file, or a directory that holds an adapter of ours, a
+    published llm2vec-gen checkpoint, a model in sentence-transformers' layout or a plain backbone.
+    method: None takes the directory's own: "llm2vec-gen" for an adapter, "sentence-transformers"
+    for that layout (its pooling, modules, prompts and maximum length). A backbone, also that of
+    such a layout, is embedded by a training-free method: "mean" (default), "weighted-mean",
+    "last-token", "echo" or "hyde"; "smollm2-135m" by the adapter that is shipped for it, unless
+    such a method is given.
+    backbone: where an adapter's backbone lies, if not under the name it records.
+    device: None takes CUDA if there is one. dtype: "auto" is bfloat16 where the device computes
+    with it natively, else float32; or "float32", "bfloat16", "float16", or a torch.dtype.
+    revision: of the Hub repository `model`. max_length: tokens, special tokens included.
+    deterministic: a text's embedding has the same bits whatever else is in the call (one text a
+    batch: slower).
+
+    Raises ModelNotFoundError, UnsupportedModelError, WeightsError, AdapterError or
+    BackboneMismatchError.
+    """
+    chosen_device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    chosen_dtype = resolve_dtype(dtype, chosen_device)
+    place = _locate(model, method, backbone, revision)
+    network = load_backbone(place.source, dtype=chosen_dtype, device=chosen_device, packed=True)
+    tokenizer = _load_tokenizer(place)
+    adapter = place.adapter
+    if adapter is not None:
+        adapter.check_backbone(network.fingerprint)
+        if llm2vec_gen.is_checkpoint(place.directory):
+            llm2vec_gen.check_embedding(place.directory, network.embedding)
+            adapter = adapter.with_fingerprint(network.fingerprint)
+    generator = None
+    if place.method == "hyde":
+        generator = AnswerGenerator(network, place.source, tokenizer)
+    logger.info("%s: %s on %s in %s", model, place.method, chosen_device, chosen_dtype)
+    return Encoder(
+        network,
+        tokenizer,
+        place.method,
+        adapter=adapter,
+        sentence_model=place.sentence_model,
+        generator=generator,
+        max_length=max_length,
+        deterministic=deterministic,
+        name=str(model),
+        source=place.source,
+    )
+
+
+def identify(
+    model: str | Path = DEFAULT_MODEL,
+    *,
+    method: str | None = None,
+    backbone: str | Path | None = None,
+    revision: str | None = None,
+) -> dict[str, Any]:
+    """What decides the embeddings that `load` with these options would give, from files alone.
+
+    Method, dimension, prompts and fingerprints, as JSON: of the backbone, the tokenizer and the
+    adapter (None without one); for sentence-transformers' layout also the prompt used by default
+    and what is done to the states. Raises as `load` does.
+    """
+    place = _locate(model, method, backbone, revision)
+    fingerprint = read_fingerprint(place.source)
+    if place.adapter is not None:
+        place.adapter.check_backbone(fingerprint)
+    own = place.adapter or place.sentence_model
+    tokenizer = _load_tokenizer(place).core.to_str()
+    identity = {
+        "method": place.method,
+        "dimension": own.dimension if own else fingerprint["hidden_size"],
+        "prompts": dict(own.prompts if own else dict.fromkeys(DEFAULT_PROMPTS, "")),
+        "backbone": fingerprint,
+        "tokenizer": hashlib.sha256(tokenizer.encode()).hexdigest()[:16],
+        "adapter": place.adapter.weights_hash() if place.adapter else None,
+        "max_length": own.max_length if own else None,
+    }
+    if place.sentence_model is not None:
+        identity["full_dimension"] = place.sentence_model.full_dimension
+        identity["default_prompt_name"] = place.sentence_model.default_prompt_name
+        identity["sentence_model"] = place.sentence_model.identity()
+    return identity
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a model and its backbone lie, and how its texts are embedded."""
+
+    directory: Path
+    source: Path
+    method: str
+    adapter: Adapter | None = None
+    sentence_model: SentenceModel | None = None
+
+
+def _locate(
+    model: str | Path, method: str | None, backbone: str | Path | None, revision: str | None
+) -> _Place:
+    shipped = SHIPPED_ADAPTERS.get(str(model)) if method in (None, "llm2vec-gen") else None
+    directory = shipped or resolve(model, revision)
+    adapter = _adapter_in(directory)
+    if adapter is not None:
+        if method not in (None, "llm2vec-gen"):
+            raise UnsupportedModelError(
+                f"{directory} is an llm2vec-gen adapter; for method {method!r} load its backbone"
+            )
+        source = resolve(backbone or adapter.backbone, adapter.backbone_revision)
+        return _Place(directory, source, "llm2vec-gen", adapter)
+    if backbone is not None:
+        raise AdapterError(f"{directory} holds no adapter, so backbone= has no meaning")
+    is_sentence_model = sentence_transformers.is_sentence_model(directory)
+    if is_sentence_model and method in (None, sentence_transformers.METHOD):
+        sentence_model = read_sentence_model(directory)
+        return _Place(
+            directory,
+            sentence_model.transformer,
+            sentence_transformers.METHOD,
+            sentence_model=sentence_model,
+        )
+    if method == sentence_transformers.METHOD:
+        raise UnsupportedModelError(
+            f"{directory} has no modules.json, so method {method!r} has no meaning"
+        )
+    if method is not None and method not in TRAINING_FREE:
+        raise UnsupportedModelError(f"method {method!r} is not one of {', '.join(TRAINING_FREE)}")
+    source = directory
+    if is_sentence_model:
+        source = sentence_transformers.transformer_directory(directory)
+    return _Place(directory, source, method or DEFAULT_METHOD)
+
+
+def _load_tokenizer(place: _Place) -> Tokenizer:
+    tokenizer = load_tokenizer(place.source)
+    if place.sentence_model is not None:
+        place.sentence_model.check_prompts(special_tokens(tokenizer.core))
+        if place.sentence_model.do_lower_case:
+            lower_case(tokenizer.core)
+    return tokenizer
+
+
+def load_generator(
+    model: str | Path = DEFAULT_MODEL,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype = "auto",
+    revision: str | None = None,
+    **options: Any,
+) -> AnswerGenerator:
+    """Load a backbone to write answers with. `options` are those of AnswerGenerator."""
+    chosen_device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    source = resolve(model, revision)
+    chosen_dtype = resolve_dtype(dtype, chosen_device)
+    network = load_backbone(source, dtype=chosen_dtype, device=chosen_device, packed=True)
+    return AnswerGenerator(network, source, load_tokenizer(source), **options)
+
+
+def _adapter_in(directory: Path) -> Adapter | None:
+    """The adapter in `directory`, of ours or of the reference package; None for a backbone."""
+    if llm2vec_gen.is_checkpoint(directory):
+        return Adapter(**vars(llm2vec_gen.read_checkpoint(directory)))
+    config = directory / "config.json"
+    if config.is_file() and str(read_json(config).get("format", "")).startswith("gen_fast."):
+        return Adapter.load(directory)
+    if (directory / "adapter.safetensors").exists():
+        raise AdapterError(f"{directory} has adapter.safetensors without a {FORMAT} config.json")
+    if (directory / "alignment_mlp").exists() or (directory / "run_config.yml").exists():
+        raise AdapterError(f"{directory} is a llm2vec-gen checkpoint without encoder/")
+    return None
+
+
+@lru_cache(maxsize=1)
+def _shared_encoder(model: str, options: tuple[tuple[str, Any], ...]) -> Encoder:
+    return load(model, **dict(options))
+
+
+def encode(
+    texts: str | Sequence[str],
+    model: str | Path = DEFAULT_MODEL,
+    *,
+    method: str | None = None,
+    device: str | None = None,
+    dtype: str = "auto",
+    **encode_options: Any,
+) -> Embedded:
+    """Embed texts in one line. The model loaded last stays in memory for the next call.
+
+    encode_options are those of `Encoder.encode`: prompt, prompt_name, normalize_embeddings, … .
+    """
+    options = (("method", method), ("device", device), ("dtype", dtype))
+    encoder: Encoder = _shared_encoder(str(model), options)
+    return encoder.encode(texts, **encode_options)

@@ -1,0 +1,1 @@
+"""How good embeddings are; and the real texts that measure it, fetched when asked for."""

@@ -1,0 +1,1 @@
+"""Rows in, embeddings out: files of texts and of embeddings, written whole, in fewer bytes."""

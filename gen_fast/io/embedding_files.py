@@ -1,0 +1,208 @@
+"""Embeddings to npy, parquet or safetensors files and back, or to stdout as jsonl."""
+
+import json
+import os
+import stat
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from gen_fast.errors import InputError
+from gen_fast.io.durable import replacing
+from gen_fast.io.row_files import named_errors
+
+STDOUT = "-"
+EMBEDDING_SUFFIXES = (".npy", ".parquet", ".safetensors")
+_METADATA_KEY = "gen_fast"
+# safetensors refuses to read a larger header; some room is left for its other fields.
+_SAFETENSORS_HEADER_BYTES = 100_000_000 - 4096
+
+
+@dataclass(frozen=True)
+class EmbeddingMetadata:
+    """How embeddings were made: what a search needs to embed queries the same way.
+
+    Kept as a JSON object under the key "gen_fast" of a file's metadata.
+
+    dimension: of the embeddings; model_dimension: of the model, larger if they were truncated.
+    dtype: what the backbone computed in; embeddings are always stored as float32.
+    backbone: given for an adapter by hand, else empty.
+    fingerprint: of the backbone's weights, see weights.backbone_fingerprint; empty if unknown.
+    """
+
+    model: str
+    method: str
+    prompt: str
+    normalized: bool
+    dimension: int
+    model_dimension: int
+    dtype: str
+    backbone: str = ""
+    fingerprint: Mapping[str, str | int | float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """vectors [n, d] float32 with n ids; texts and metadata are None where the file has none."""
+
+    ids: list[str]
+    vectors: np.ndarray
+    texts: list[str] | None = None
+    metadata: EmbeddingMetadata | None = None
+
+
+def check_embedding_file(target: str | Path, ids: Sequence[str], texts: Sequence[str]) -> None:
+    """Raise InputError if the format of `target` cannot hold these ids and texts.
+
+    Worth asking before the embeddings are computed.
+    """
+    suffix = Path(target).suffix
+    if str(target) != STDOUT and suffix not in EMBEDDING_SUFFIXES:
+        raise InputError(
+            f"{target}: embeddings go to {', '.join(EMBEDDING_SUFFIXES)}, not {suffix!r}"
+        )
+    if suffix == ".safetensors":
+        header = json.dumps(_header(ids, texts), ensure_ascii=False)
+        if len(header.encode()) > _SAFETENSORS_HEADER_BYTES:
+            raise InputError(
+                f"{target}: safetensors keeps ids and texts in a header of at most 100 MB, and "
+                "these take more; write parquet"
+            )
+
+
+def write_embeddings(target: str | Path, embeddings: Embeddings) -> None:
+    """Write embeddings to a .npy, .parquet or .safetensors file, or to stdout if `target` is "-".
+
+    npy holds the vectors [n, d] alone. parquet has the columns id, text and embedding
+    (fixed-size list of d float32), safetensors the tensor "embeddings" and, in its metadata, ids
+    and texts as JSON lists; both carry EmbeddingMetadata. stdout gets an object {"id",
+    "embedding"} a line. A file appears under its name only when it is complete.
+
+    Raises InputError as check_embedding_file does, and OSError.
+    """
+    check_embedding_file(target, embeddings.ids, embeddings.texts or [])
+    if str(target) == STDOUT:
+        for identifier, vector in zip(embeddings.ids, embeddings.vectors, strict=True):
+            record = {"id": identifier, "embedding": vector.tolist()}
+            sys.stdout.buffer.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+        sys.stdout.buffer.flush()
+        return
+    target = Path(target)
+    with replacing(target) as temporary:
+        with temporary.open("xb") as file:
+            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+            if target.suffix == ".npy":
+                np.save(file, embeddings.vectors)
+            elif target.suffix == ".parquet":
+                pyarrow.parquet.write_table(_table(embeddings), file, use_dictionary=False)
+        if target.suffix == ".safetensors":
+            _save_safetensors(temporary, embeddings)
+            temporary.chmod(mode)  # safetensors makes files that only their owner may read
+
+
+def _header(
+    ids: Sequence[str], texts: Sequence[str] | None, metadata: EmbeddingMetadata | None = None
+) -> dict[str, str]:
+    values = {"ids": ids, "texts": texts, _METADATA_KEY: metadata and asdict(metadata)}
+    return {
+        key: json.dumps(value, ensure_ascii=False)
+        for key, value in values.items()
+        if value is not None
+    }
+
+
+def _save_safetensors(path: Path, embeddings: Embeddings) -> None:
+    header = _header(embeddings.ids, embeddings.texts, embeddings.metadata)
+    try:
+        save_file({"embeddings": np.ascontiguousarray(embeddings.vectors)}, path, header)
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from error
+
+
+def _table(embeddings: Embeddings) -> Any:
+    flat = pa.array(embeddings.vectors.ravel(), pa.float32())
+    columns = {"id": pa.array(embeddings.ids, pa.large_string())}
+    if embeddings.texts is not None:
+        columns["text"] = pa.array(embeddings.texts, pa.large_string())
+    columns["embedding"] = pa.FixedSizeListArray.from_arrays(flat, embeddings.vectors.shape[1])
+    metadata = _header([], None, embeddings.metadata)
+    return pa.table(columns, metadata={k: v for k, v in metadata.items() if k == _METADATA_KEY})
+
+
+def read_embeddings(source: str | Path) -> Embeddings:
+    """Read what write_embeddings wrote, or another file of the same columns or tensor.
+
+    Without ids in the file, rows are numbered from 0. Raises InputError if the file is damaged or
+    an embedding holds NaN or infinity.
+    """
+    path = Path(source)
+    if path.suffix not in EMBEDDING_SUFFIXES:
+        raise InputError(f"{path}: not one of {', '.join(EMBEDDING_SUFFIXES)}")
+    try:
+        with named_errors(str(path)):
+            values = _EMBEDDING_READERS[path.suffix](path)
+            made = values.get(_METADATA_KEY)
+            metadata = None if made is None else EmbeddingMetadata(**made)
+    except (ValueError, EOFError, KeyError, TypeError, SafetensorError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: not a readable file of embeddings: {error}") from error
+    vectors: np.ndarray = values["embeddings"]
+    if vectors.ndim != 2 or vectors.dtype.kind != "f":
+        raise InputError(
+            f"{path}: expected embeddings [n, d] of floats, got {vectors.dtype} of shape "
+            f"{vectors.shape}"
+        )
+    vectors = np.asarray(vectors, dtype=np.float32)
+    for row in np.flatnonzero(~np.isfinite(vectors).all(axis=1))[:1]:
+        raise InputError(f"{path}, row {row}: the embedding holds NaN or infinity")
+    texts = values.get("texts")
+    ids = values.get("ids") or [str(row) for row in range(len(vectors))]
+    for name, column in (("ids", ids), ("texts", texts)):
+        if column is not None and len(column) != len(vectors):
+            raise InputError(f"{path}: {len(vectors)} embeddings but {len(column)} {name}")
+    return Embeddings(ids, vectors, texts, metadata)
+
+
+def _load_npy(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"embeddings": np.lib.format.read_array(file, allow_pickle=False)}
+
+
+def _load_safetensors(path: Path) -> dict[str, Any]:
+    with safe_open(path, "numpy") as file:
+        header = file.metadata() or {}
+        known = {k: json.loads(header[k]) for k in ("ids", "texts", _METADATA_KEY) if k in header}
+        return {**known, "embeddings": file.get_tensor("embeddings")}
+
+
+def _load_parquet(path: Path) -> dict[str, Any]:
+    table = pyarrow.parquet.read_table(path)
+    chunks = table["embedding"].chunks
+    kind = table.schema.field("embedding").type
+    if not pa.types.is_fixed_size_list(kind) or table["embedding"].null_count:
+        raise InputError(f"{path}: column 'embedding' is {kind}, not a fixed-size list per row")
+    # The empty part is for a file without rows, which has no chunks.
+    parts = [np.empty((0, kind.list_size), np.float32)]
+    parts += [np.asarray(c.flatten()).reshape(len(c), kind.list_size) for c in chunks]
+    values: dict[str, Any] = {"embeddings": np.concatenate(parts)}
+    for key, column in (("ids", "id"), ("texts", "text")):
+        if column in table.column_names:
+            values[key] = table[column].cast(pa.large_string()).to_pylist()
+    header = (table.schema.metadata or {}).get(_METADATA_KEY.encode())
+    return values if header is None else {**values, _METADATA_KEY: json.loads(header)}
+
+
+_EMBEDDING_READERS = {
+    ".npy": _load_npy,
+    ".parquet": _load_parquet,
+    ".safetensors": _load_safetensors,
+}

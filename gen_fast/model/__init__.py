@@ -1,0 +1,1 @@
+"""The frozen decoder: weights, tokens, one forward pass, and the text it writes."""

@@ -1,0 +1,73 @@
+"""What a device computes with, and how fast its matrix products are."""
+
+import time
+
+import torch
+
+from gen_fast.errors import ConfigError
+from gen_fast.model.linear import can_pack, linear, pack
+
+_DTYPES = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+}
+
+
+def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """Turn a dtype's name into a torch.dtype; "auto" asks the device."""
+    if isinstance(dtype, torch.dtype):
+        name = str(dtype).removeprefix("torch.")
+    elif dtype == "auto":
+        name = "bfloat16" if has_native_bfloat16(device) else "float32"
+    else:
+        name = dtype
+    if name not in _DTYPES:
+        raise ConfigError(f"dtype {dtype!r} is not auto, float32, bfloat16 or float16")
+    return _DTYPES[name]
+
+
+def make_current(device: str | torch.device) -> None:
+    """Make a GPU that is named by its number this process' current one; nothing for others.
+
+    What names no device, pinned memory for one, else opens a context on the first GPU too: some
+    hundred megabytes of each process beside the one whose GPU that is.
+    """
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+
+
+def has_native_bfloat16(device: torch.device) -> bool:
+    """True if the device multiplies bfloat16 matrices in hardware."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    # AVX512-BF16 or AMX on x86, BF16 instructions on Arm; oneDNN decides, as for the matmuls.
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and (
+        torch.cpu._is_avx512_bf16_supported()
+        or torch.cpu._is_amx_tile_supported()
+        or torch.cpu.get_capabilities().get("bf16", False)
+    )
+
+
+def matmul_peak(dtype: torch.dtype, device: torch.device | str = "cpu") -> float:
+    """FLOP/s of a square matrix product, the best of five: the peak that an MFU is a share of.
+
+    The weight is packed where the backbone's are, so that no product is faster than the peak.
+    """
+    size = 8192 if torch.device(device).type == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    b = pack(b) if can_pack(b) else b
+    best = float("inf")
+    for _ in range(5):
+        if a.is_cuda:
+            torch.cuda.synchronize(a.device)
+        start = time.perf_counter()
+        linear(a, b)
+        if a.is_cuda:
+            torch.cuda.synchronize(a.device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best

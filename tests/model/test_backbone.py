@@ -1,0 +1,160 @@
+"""The backbone against transformers' own models."""
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+
+from gen_fast.model.backbone import Backbone
+from gen_fast.model.batch import PackedBatch, split_by_budget
+from gen_fast.model.weights import load_backbone
+from gen_fast.testing import FAMILY_OPTIONS, relative_error, save_tiny_model
+
+LENGTHS = [1, 17, 2, 40, 17, 9]
+
+
+def random_ids(vocab_size, lengths, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, vocab_size, n) for n in lengths]
+
+
+@pytest.fixture(scope="module", params=list(FAMILY_OPTIONS))
+def family_models(request, tmp_path_factory):
+    directory = tmp_path_factory.mktemp(request.param.replace("/", "-"))
+    return save_tiny_model(directory, request.param), load_backbone(directory)
+
+
+def transformers_states(model, ids, dtype=torch.float32):
+    """Hidden states before the final norm, one text at a time, no padding."""
+    states = []
+    keep = []
+    hook = model.model.norm.register_forward_pre_hook(lambda _, args: keep.append(args[0]))
+    with torch.no_grad():
+        for row in ids:
+            model.model(input_ids=torch.from_numpy(row).unsqueeze(0), use_cache=False)
+            states.append(keep.pop()[0])
+    hook.remove()
+    return states
+
+
+@pytest.mark.parametrize("needed", [None, [1, 10, 0, 3, 17, 9]])
+def test_every_family_equals_transformers(family_models, needed):
+    model, backbone = family_models
+    ids = random_ids(backbone.config.vocab_size, LENGTHS)
+    counts = needed or LENGTHS
+    expected = torch.cat(
+        [s[len(s) - n :] for s, n in zip(transformers_states(model, ids), counts, strict=True)]
+    )
+    actual = backbone.forward(PackedBatch.pack(ids, needed=needed))
+    assert relative_error(actual, expected) <= 1e-4
+
+
+@pytest.mark.parametrize("n_prefix", [1, 12])
+def test_every_family_behind_a_shared_prefix(family_models, n_prefix):
+    model, backbone = family_models
+    prefix_ids = random_ids(backbone.config.vocab_size, [20], seed=1)[0]
+    own = random_ids(backbone.config.vocab_size, LENGTHS)
+    joined = [np.concatenate((prefix_ids[:n_prefix], row)) for row in own]
+    expected = torch.cat([s[n_prefix:] for s in transformers_states(model, joined)])
+    # A cut of a longer prefix is as good as one computed at that length: attention is causal.
+    prefix = backbone.prefill(tuple(prefix_ids.tolist())).cut(n_prefix)
+    batch = PackedBatch.pack(own, prefix_length=n_prefix)
+    assert relative_error(backbone.forward(batch, prefix=prefix), expected) <= 1e-4
+
+
+def test_special_ids_take_rows_beyond_the_vocabulary(tiny_model):
+    backbone = load_backbone(tiny_model)
+    vocab = backbone.config.vocab_size
+    copied = backbone.embedding[[5, 9]]
+    with_specials = PackedBatch.pack([np.array([3, vocab, vocab + 1]), np.array([vocab + 1])])
+    with_tokens = PackedBatch.pack([np.array([3, 5, 9]), np.array([9])])
+    assert torch.equal(
+        backbone.forward(with_specials, special=copied), backbone.forward(with_tokens)
+    )
+
+
+def test_training_keeps_no_query_before_its_rotation(tiny_model):
+    backbone = load_backbone(tiny_model)
+    config, saved = backbone.config, []
+    special = torch.randn(7, config.hidden_size, requires_grad=True)
+    batch = PackedBatch.pack([np.arange(config.vocab_size, config.vocab_size + 7)], needed=[7])
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        backbone.forward(batch, special=special)
+    assert saved
+    fused = 7 * (config.q_size + 2 * config.kv_size) * special.element_size()
+    assert fused not in {x.untyped_storage().nbytes() for x in saved}
+
+
+def test_real_weights_equal_transformers(smollm2, smollm2_encoder):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
+    ids = random_ids(model.config.vocab_size, [3, 120, 33])
+    expected = torch.cat(transformers_states(model, ids))
+    actual = smollm2_encoder.backbone.forward(PackedBatch.pack(ids))
+    assert relative_error(actual, expected) <= 1e-4
+
+
+def test_packing_positions_and_rows():
+    batch = PackedBatch.pack([np.array([5, 6, 7]), np.array([8])], needed=[2, 0], prefix_length=4)
+    assert batch.ids.tolist() == [5, 6, 7, 8]
+    assert batch.positions.tolist() == [4, 5, 6, 4]
+    assert batch.offsets.tolist() == [0, 3, 4]
+    assert batch.rows.tolist() == [1, 2]
+    assert batch.row_offsets.tolist() == [0, 2, 2]
+    assert PackedBatch.pack([np.array([5]), np.array([8])], needed=[1, 1]).rows is None
+    with pytest.raises(ValueError, match="more needed rows"):
+        PackedBatch.pack([np.array([5])], needed=[2])
+
+
+def test_budget_cuts_between_texts_and_never_starves():
+    assert list(split_by_budget([9, 3, 3, 4], 6)) == [slice(0, 1), slice(1, 3), slice(3, 4)]
+    assert list(split_by_budget([], 6)) == []
+
+
+def test_threads_that_grow_the_rotary_table_get_the_rows_they_need(tiny_model, monkeypatch):
+    """A slow small table that is put in the place of a larger one harms nobody."""
+    backbone = load_backbone(tiny_model)
+    build = Backbone._rotary_table
+    started = threading.Event()
+
+    def slow_if_small(self, needed):
+        table = build(self, needed)
+        if needed <= 512:
+            started.set()
+            time.sleep(0.2)  # meanwhile the other thread builds its own, or waits
+        return table
+
+    monkeypatch.setattr(Backbone, "_rotary_table", slow_if_small)
+
+    def rows(needed):
+        if needed > 512:
+            started.wait()
+        return backbone._rotary_rows(torch.tensor([needed - 1]), needed)
+
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(rows, [4, 3000]))
+    assert len(backbone._rotary[0]) == 4096
+    for needed, (cos, sin) in zip([4, 3000], results, strict=True):
+        angles = (needed - 1) * backbone._inverse_frequencies
+        torch.testing.assert_close(cos[0], angles.cos())
+        torch.testing.assert_close(sin[0], angles.sin())
+
+
+def test_many_threads_on_one_backbone_get_the_numbers_of_one(tiny_model):
+    """Every thread needs another length, so the table grows while others read it."""
+    backbone = load_backbone(tiny_model)
+    lengths = [3, 700, 1400, 5, 2900, 900]
+
+    def rows(needed):
+        return backbone._rotary_rows(torch.arange(needed), needed)
+
+    for _ in range(20):
+        backbone._rotary = None
+        with ThreadPoolExecutor(6) as pool:
+            for needed, (cos, _) in zip(lengths, pool.map(rows, lengths), strict=True):
+                assert len(cos) == needed
+        assert len(backbone._rotary[0]) == 4096

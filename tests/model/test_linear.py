@@ -1,0 +1,100 @@
+import numpy as np
+import pytest
+import torch
+
+import gen_fast
+from gen_fast import ops
+from gen_fast.model.backbone import Backbone
+from gen_fast.model.batch import PackedBatch, rounded_up
+from gen_fast.model.linear import can_pack, linear, pack
+from gen_fast.model.prefix import PrefixCache
+from gen_fast.model.weights import load_backbone
+from gen_fast.testing import assert_no_worse
+
+packing = pytest.mark.skipif(not can_pack(torch.zeros(1, 1)), reason="this torch has no oneDNN")
+PACKED_DTYPES = [
+    pytest.param(
+        dtype,
+        marks=pytest.mark.skipif(
+            not can_pack(torch.zeros(1, 1, dtype=dtype)),
+            reason=f"this processor has no packed products in {dtype}",
+        ),
+    )
+    for dtype in (torch.float32, torch.bfloat16)
+]
+
+
+@pytest.mark.parametrize("dtype", PACKED_DTYPES)
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("rows", [0, 1, 33, 2049])
+def test_a_packed_weight_gives_the_product_of_the_plain_one(rows, biased, dtype):
+    torch.manual_seed(0)
+    x, weight = torch.randn(rows, 50).to(dtype), torch.randn(70, 50).to(dtype)
+    bias = torch.randn(70).to(dtype) if biased else None
+    exact = linear(x.double(), weight.double(), None if bias is None else bias.double())
+    with torch.no_grad():
+        assert_no_worse(linear(x, pack(weight), bias), linear(x, weight, bias), exact)
+
+
+@packing
+def test_asking_for_a_gradient_through_a_packed_weight_is_an_error():
+    x = torch.randn(2, 5, requires_grad=True)
+    with pytest.raises(gen_fast.OpError, match="without packing"):
+        linear(x, pack(torch.randn(3, 5)))
+
+
+@packing
+def test_an_encoder_packs_its_backbone_and_keeps_its_numbers(tiny_model):
+    texts = ["one text", "and another, longer one"]
+    packed = gen_fast.load(tiny_model, device="cpu", dtype="float32")
+    assert all(layer.qkv.is_mkldnn for layer in packed.backbone.layers)
+    plain = gen_fast.load(tiny_model, device="cpu", dtype="float32")
+    plain.backbone = load_backbone(tiny_model)
+    assert packed.backbone.nbytes == plain.backbone.nbytes
+    difference = abs(packed.encode(texts) - plain.encode(texts)).max()
+    assert difference <= 1e-5 * abs(plain.encode(texts)).max()
+
+
+def test_filler_makes_few_numbers_of_rows_and_changes_no_result(tiny_model):
+    assert len({rounded_up(n) for n in range(1024, 2049)}) == 33
+    assert max(rounded_up(n) / n for n in range(1, 5000)) < 1.04
+    backbone = load_backbone(tiny_model)
+    sequences = [np.arange(3, 3 + n) for n in (50, 1, 61)]
+    for needed in (None, [2, 1, 0]):
+        plain, filled = (
+            PackedBatch.pack(sequences, needed=needed, filler=filler) for filler in (False, True)
+        )
+        assert len(filled.ids) == 112
+        with torch.no_grad():
+            expected = backbone.forward(plain)
+            actual = backbone.forward(filled)[: len(expected)]
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("impl", [None, "sdpa,reference", "reference"])
+def test_padding_rows_hold_numbers_and_embeddings_owe_nothing_to_fresh_memory(
+    tiny_model, monkeypatch, isa_level, impl, dtype, request
+):
+    """Hidden size 48 and feed-forward size 80: no multiples of what oneDNN's products read at once.
+
+    They read over the end of a row, so that NaN in a padding row would reach the row before it.
+    """
+    monkeypatch.setattr(ops, "FORCED", impl)
+    # As where weights are packed, which they are only for dtypes that this processor multiplies.
+    monkeypatch.setattr(Backbone, "packed", True)
+    encoder = gen_fast.load(tiny_model, device="cpu", dtype=dtype)
+    texts = ["a", "two words", "x" * 31, "a longer text, of more than one sentence."]
+    prompts = (None, "Say it again: ")
+    expected = [encoder.encode(texts, prompt=prompt) for prompt in prompts]
+    request.getfixturevalue("nan_in_fresh_memory")
+    encoder.prefixes = PrefixCache(encoder.backbone)
+    for prompt, embeddings in zip(prompts, expected, strict=True):
+        assert np.isfinite(embeddings).all()
+        np.testing.assert_array_equal(encoder.encode(texts, prompt=prompt), embeddings)
+    sequences = [np.arange(3, 3 + n) for n in (50, 1, 61)]
+    for needed in (None, [2, 1, 0]):
+        batch = PackedBatch.pack(sequences, needed=needed, filler=True)
+        assert len(batch.rows) == rounded_up(len(batch.rows))
+        with torch.no_grad():
+            assert encoder.backbone.forward(batch).isfinite().all()

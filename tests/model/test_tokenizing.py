@@ -1,0 +1,401 @@
+# ruff: noqa: RUF001 - other scripts are what is tested
+"""Token ids: those of transformers, special tokens aside, and of a whole text though it is cut."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+from tokenizers import (
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from gen_fast.errors import WeightsError
+from gen_fast.model import tokenizing, truncation
+from gen_fast.model.tokenizing import TextTokenizer, load_tokenizer
+from gen_fast.model.truncation import LLAMA3_PIECES, QWEN2_PIECES, LeadingTokens, SafeCuts
+from gen_fast.testing import edit_config, save_tiny_model
+
+GPT2, QWEN2, LLAMA3 = sorted(
+    truncation._KNOWN_PIECES, key=lambda piece: ("i:" in piece, len(piece))
+)
+SPECIAL = ["<s>", "</s>", "<unk>", "<|im_end|>"]
+THOUGHTS = ["<think>", "</think>", "two.parts", "line\nbreak", "  "]
+FRAGMENTS = [
+    *("the", "Cat", "I'm", "don't", "x", "aaaa", "übermäßig", "naïve", "e\u0301t\u0301e", "İ", "ﬁ"),
+    *("123", "4", "٣٤", "Ⅷ", "½", "²"),
+    *(
+        " ",
+        "  ",
+        "   ",
+        "\t",
+        "\n",
+        "\r\n",
+        "\n\n  \n",
+        " \n ",
+        "\u00a0",
+        "\u3000",
+        "\u2003",
+        "\x1c",
+    ),
+    *(".", ",", "...", "!?", "'", "'s", "'S", '"', "(", ")", "{};", "//", "_", "-", "<", ">"),
+    *(
+        "他们在北京",
+        "，",
+        "。",
+        "東京タワー",
+        "「",
+        "」",
+        "ﾊﾝ",
+        "한국어",
+        "สวัสดี",
+        "हिन्दी",
+        "عربي",
+        "עברית",
+        "ελ",
+    ),
+    *(
+        "😀",
+        "👩‍👩‍👧",
+        "\u200b",
+        "\u200d",
+        "\ufeff",
+        "\u2581",
+        "\u2581\u2581",
+        "\u0338",
+        "\u0000",
+        "𝔘",
+    ),
+    *("<|im_end|>", "<think>", "</think>", "two.parts", "line\nbreak", "</s>", "▁the"),
+]
+
+
+def text_of(rng: random.Random, fragments: int) -> str:
+    """Fragments in any order; some alone, some repeated."""
+    chosen = rng.choices(FRAGMENTS, k=rng.randint(1, fragments))
+    return "".join(piece * rng.choice((1, 1, 1, 2, 5)) for piece in chosen)
+
+
+def trained(model, normalizer=None, pieces=None, **options) -> Tokenizer:
+    """A tokenizer with merges of its own, learned from the fragments."""
+    rng = random.Random(1)
+    tokenizer = Tokenizer(model)
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    if pieces is not None:
+        tokenizer.pre_tokenizer = pieces
+    trainer = trainers.BpeTrainer(
+        vocab_size=900, special_tokens=SPECIAL, show_progress=False, **options
+    )
+    tokenizer.train_from_iterator((text_of(rng, 30) for _ in range(300)), trainer)
+    return tokenizer
+
+
+def byte_level(pattern=None, normalizer=None, before=()) -> Tokenizer:
+    last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
+    steps = list(before)
+    if pattern is not None:
+        steps.append(pre_tokenizers.Split(Regex(pattern), "isolated"))
+    pieces = pre_tokenizers.Sequence([*steps, last]) if steps else last
+    return trained(
+        models.BPE(), normalizer, pieces, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+
+
+def sentencepiece(metaspace: bool) -> Tokenizer:
+    """Llama 2's and Mistral's kind: one piece, spaces as marks at the beginning of tokens."""
+    learned = trained(
+        models.BPE(unk_token="<unk>", fuse_unk=True), pieces=pre_tokenizers.Metaspace()
+    )
+    content = json.loads(learned.to_str())
+    content["model"]["byte_fallback"] = True
+    tokenizer = Tokenizer.from_str(json.dumps(content))
+    if metaspace:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(split=False)
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([])
+        content = json.loads(tokenizer.to_str())
+        content["pre_tokenizer"] = None
+        tokenizer = Tokenizer.from_str(json.dumps(content))
+        tokenizer.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        )
+    return tokenizer
+
+
+def with_thoughts() -> Tokenizer:
+    """Qwen3's kind: tokens that are not special stand beside the vocabulary."""
+    tokenizer = byte_level(QWEN2_PIECES, normalizers.NFC())
+    tokenizer.add_tokens(THOUGHTS)
+    return tokenizer
+
+
+KINDS = {
+    "gpt2": lambda: byte_level(),
+    "smollm": lambda: byte_level(before=[pre_tokenizers.Digits(individual_digits=True)]),
+    "qwen2": lambda: byte_level(QWEN2_PIECES, normalizers.NFC()),
+    "qwen3": with_thoughts,
+    "llama3": lambda: byte_level(LLAMA3_PIECES),
+    "metaspace": lambda: sentencepiece(True),
+    "sentencepiece": lambda: sentencepiece(False),
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def core(request):
+    tokenizer = KINDS[request.param]()
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+@pytest.fixture
+def eager(monkeypatch):
+    """Cut texts of a few characters as if they were long."""
+    monkeypatch.setattr(truncation, "_SHORT", 4)
+    monkeypatch.setattr(truncation, "_SHORT_PER_TOKEN", 0)
+    monkeypatch.setattr(truncation, "_PROBE", 3)
+    monkeypatch.setattr(truncation, "_MARGIN", 0.5)
+
+
+def check_against_whole(core, cases, seed):
+    rng = random.Random(seed)
+    leading, cuts = LeadingTokens(core), SafeCuts.of(core)
+    cut = 0
+    for _ in range(cases):
+        texts = [text_of(rng, 12) for _ in range(5)]
+        limit = rng.randint(1, 30)
+        rows, truncated = leading(texts, limit)
+        whole = [row.ids for row in core.encode_batch_fast(texts, add_special_tokens=False)]
+        for text, row, ids in zip(texts, rows, whole, strict=True):
+            assert row.tolist() == ids[:limit], repr(text)
+        assert truncated == sum(len(ids) > limit for ids in whole)
+        cut += len(cuts.cut(texts[0], 3)) < len(texts[0])
+    return cut
+
+
+def test_a_cut_text_has_the_first_tokens_of_the_whole(core, eager):
+    # 7 kinds of 340 calls of 5 texts: 11,900 cases.
+    assert check_against_whole(core, 340, seed=0) > 50
+
+
+def test_a_cut_text_has_the_first_tokens_of_the_whole_in_smollm2(smollm2, eager):
+    assert check_against_whole(load_tokenizer(smollm2).core, 400, seed=2) > 100
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(10))
+def test_many_more_cut_texts(core, eager, seed):
+    check_against_whole(core, 2000, seed=100 + seed)
+
+
+@pytest.mark.parametrize(
+    "tokenizer",
+    [
+        trained(models.BPE(unk_token="<unk>")),  # merges reach across spaces
+        byte_level(r"\w+ \w+|."),  # pieces that nobody has looked at
+        Tokenizer(models.WordLevel({"a": 0}, unk_token="a")),
+    ],
+    ids=["spaces inside tokens", "unknown pieces", "another model"],
+)
+def test_nothing_is_cut_where_nothing_is_proved(tokenizer, eager):
+    assert SafeCuts.of(tokenizer) is None
+    rows, _ = LeadingTokens(tokenizer)(["the cat sat on the mat"], 3)
+    assert rows[0].tolist() == tokenizer.encode("the cat sat on the mat").ids[:3]
+
+
+def test_an_added_token_with_a_space_inside_is_not_cut():
+    tokenizer = byte_level()
+    tokenizer.add_tokens(["two words"])
+    assert SafeCuts.of(tokenizer) is None
+
+
+class Counting:
+    """A tokenizer that counts the characters it is given."""
+
+    def __init__(self, core):
+        self.core, self.characters = core, 0
+
+    def to_str(self):
+        return self.core.to_str()
+
+    def encode_batch_fast(self, texts, **options):
+        self.characters += sum(map(len, texts))
+        return self.core.encode_batch_fast(texts, **options)
+
+
+@pytest.mark.parametrize(
+    "sample", ["The cat sat on the mat, twice. ", "他们在北京，我们在东京。", "x=f(y);"]
+)
+def test_a_megabyte_costs_what_its_first_tokens_do(smollm2, sample):
+    core = load_tokenizer(smollm2).core
+    text = sample * (1_000_000 // len(sample.encode()))
+    counting = Counting(core)
+    rows, truncated = LeadingTokens(counting)([text], 512)
+    assert (len(rows[0]), truncated) == (512, 1)
+    offsets = core.encode(text[:20_000], add_special_tokens=False).offsets
+    needed = offsets[511][1]
+    assert counting.characters <= 2 * needed
+
+
+# ---------------------------------------------------------------- special tokens around a text
+
+
+def around(directory, *, before=(), after=()):
+    """A tiny model whose tokenizer puts special tokens around a text."""
+    save_tiny_model(directory, "llama")
+    path = directory / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(path))
+    names = [*before, *after]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=[*before, "$A", *after],
+        special_tokens=[(name, tokenizer.token_to_id(name)) for name in names],
+    )
+    tokenizer.save(str(path))
+    return load_tokenizer(directory)
+
+
+@pytest.mark.parametrize("before", [(), ("<|im_start|>",)])
+@pytest.mark.parametrize("after", [(), ("<|im_end|>",)])
+def test_truncation_is_that_of_hugging_face(before, after, tmp_path):
+    tokenizer = around(tmp_path, before=before, after=after)
+    texts = ["", "a", "the cat sat", "the cat sat on the mat in the hat " * 9]
+    for prompt in ("", "say:"):
+        ours = TextTokenizer(tokenizer, prompt, 16)
+        rows, shared = ours(texts)
+        theirs = tokenizer.transformers(
+            [prompt + text for text in texts], truncation=True, max_length=16
+        ).input_ids
+        assert [row.tolist() for row in rows] == theirs
+        assert ours.truncated == 1
+        assert shared.tolist() == [len(before) + len(prompt)] * 4
+    if after:
+        assert rows[-1][-1] == tokenizer.backend.token_to_id("<|im_end|>")
+
+
+# ---------------------------------------------------------------- the ids of AutoTokenizer
+
+
+def saved_tokenizer(directory, core, name, model_type="llama", **settings):
+    """A model directory with this tokenizer.json and a tokenizer_config.json of that class."""
+    save_tiny_model(directory, "llama")
+    edit_config(directory, model_type=model_type)
+    core.save(str(directory / "tokenizer.json"))
+    values = {"tokenizer_class": name, "eos_token": "</s>", "unk_token": "<unk>", **settings}
+    values = {key: value for key, value in values.items() if value is not None}
+    (directory / "tokenizer_config.json").write_text(json.dumps(values))
+
+
+def check_against_transformers(directory):
+    ours, theirs = load_tokenizer(directory), AutoTokenizer.from_pretrained(directory)
+    rng = random.Random(3)
+    texts = [text_of(rng, 12) for _ in range(200)]
+    for text in texts:
+        ids = ours.ids(text, add_special_tokens=True).tolist()
+        assert ids == theirs(text).input_ids, repr(text)
+    core = theirs.backend_tokenizer
+    core.encode_special_tokens = True
+    for text in texts:
+        assert ours.core.encode(text).ids == core.encode(text).ids, repr(text)
+    assert ours.eos_token_id == theirs.eos_token_id
+    return ours
+
+
+def added(content, **attributes):
+    """An entry of a tokenizer_config.json's added_tokens_decoder."""
+    plain = dict.fromkeys(("special", "lstrip", "rstrip", "normalized", "single_word"), False)
+    return {"content": content, **plain, **attributes}
+
+
+DIRECT = [
+    ("llama3", "PreTrainedTokenizerFast", "llama", {}),
+    ("llama3", "LlamaTokenizerFast", "llama", {}),
+    ("llama3", "TokenizersBackend", "qwen3", {}),
+    ("sentencepiece", "LlamaTokenizer", "mistral", {"add_bos_token": True}),
+    ("qwen2", "Qwen2TokenizerFast", "qwen2", {}),
+    ("qwen2", "Qwen2Tokenizer", "qwen3", {"add_bos_token": False}),
+    ("qwen2", "PreTrainedTokenizerFast", "qwen2", {}),
+    (
+        "qwen3",
+        "Qwen2Tokenizer",
+        "qwen3",
+        {
+            "added_tokens_decoder": {
+                **{str(i): added(token, special=True) for i, token in enumerate(SPECIAL)},
+                **{str(900 + i): added(t, normalized=True) for i, t in enumerate(THOUGHTS)},
+            }
+        },
+    ),
+    ("qwen3", "TokenizersBackend", "qwen3", {}),
+]
+REBUILT = [
+    ("qwen2", "Qwen2Tokenizer", "qwen2", {"add_prefix_space": True}),
+    ("qwen2", "Qwen2Tokenizer", "qwen2", {"eos_token": None}),
+    ("qwen3", "Qwen2Tokenizer", "qwen3", {}),
+    ("sentencepiece", "LlamaTokenizer", "llama", {}),
+    ("smollm", "GPT2Tokenizer", "llama", {}),
+    ("gpt2", "PreTrainedTokenizerFast", "qwen2", {}),
+    ("llama3", "PreTrainedTokenizerFast", "llama", {"pad_token": "<pad>"}),
+    (
+        "llama3",
+        "PreTrainedTokenizerFast",
+        "llama",
+        {"added_tokens_decoder": {"7": added("the", lstrip=True)}},
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "name", "family", "settings"), DIRECT + REBUILT)
+def test_ids_are_those_of_transformers(kind, name, family, settings, tmp_path, monkeypatch):
+    saved_tokenizer(tmp_path, KINDS[kind](), name, family, **settings)
+    check_against_transformers(tmp_path)
+    asked = []
+    original = tokenizing._auto_tokenizer
+    monkeypatch.setattr(tokenizing, "_auto_tokenizer", lambda d: asked.append(d) or original(d))
+    load_tokenizer(tmp_path)
+    assert bool(asked) == ((kind, name, family, settings) in REBUILT)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("special_tokens_map.json", {"eos_token": "</s>"}), ("added_tokens.json", {"<new>": 900})],
+)
+def test_tokens_of_older_files_count_as_in_transformers(file, content, tmp_path):
+    saved_tokenizer(tmp_path, KINDS["llama3"](), "PreTrainedTokenizerFast", eos_token=None)
+    (tmp_path / file).write_text(json.dumps(content))
+    check_against_transformers(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content", [{"model": None}, {"added_tokens": None}, {"added_tokens": [1]}]
+)
+def test_json_that_is_no_tokenizer_is_named(content, tmp_path):
+    saved_tokenizer(tmp_path, KINDS["llama3"](), "PreTrainedTokenizerFast")
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **content}))
+    with pytest.raises(WeightsError, match="not a tokenizer"):
+        load_tokenizer(tmp_path)
+
+
+def test_ids_of_smollm2_are_those_of_transformers(smollm2):
+    check_against_transformers(smollm2)
+
+
+def test_a_tokenizer_saved_by_transformers(tmp_path):
+    save_tiny_model(tmp_path, "llama")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=KINDS["llama3"](), eos_token="</s>", additional_special_tokens=["<new>"]
+    )
+    fast.backend_tokenizer.decoder = decoders.ByteLevel()
+    fast.save_pretrained(tmp_path)
+    ours = check_against_transformers(tmp_path)
+    ids = ours.ids("the cat</s>", add_special_tokens=False)
+    assert ours.decode(ids) == "the cat"
+    assert np.array_equal(ids, ours.transformers("the cat</s>").input_ids)

@@ -1,0 +1,1 @@
+"""Other packages, run as they run themselves: what ours are compared with."""

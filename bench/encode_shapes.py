@@ -103,7 +103,9 @@ def ours(backbone: Backbone, special: torch.Tensor) -> Callable:
             batch = PackedBatch.pack(chosen, needed=needed, device=backbone.device)
             hidden = backbone.forward(batch, special=special)
             config = backbone.config
-            parts.append(pool(hidden, batch.row_offsets, backbone.final_norm, config.norm_eps))
+            parts.append(
+                pool(hidden, batch.needed.cu_seqlens, backbone.final_norm, config.norm_eps)
+            )
         return torch.cat(parts)[np.argsort(order)].cpu()
 
     return run

@@ -22,7 +22,6 @@ from typing import Any
 from measure import interleaved, machine, median_ratio
 
 import gen_fast
-from gen_fast.embed.loading import identify
 from gen_fast.evaluate.corpora import wordnet
 from gen_fast.io.durable import replacing
 from gen_fast.jobs.job import embed_corpus
@@ -31,10 +30,9 @@ from gen_fast.jobs.plan import Plan, prepare
 from gen_fast.jobs.settings import Settings
 from gen_fast.jobs.verify import verify
 from gen_fast.jobs.worker import LOG, Worker
-from gen_fast.model.device import resolve_dtype
 from gen_fast.search.build import build_index
+from gen_fast.search.choices import KINDS
 from gen_fast.search.corpus import open_index
-from gen_fast.search.index import KINDS
 
 MODEL = "smollm2-135m"
 
@@ -71,16 +69,13 @@ def _write_definitions(path: Path, count: int) -> list[str]:
 
 def _overhead(args: argparse.Namespace) -> dict[str, Any]:
     encoder = gen_fast.load(MODEL, device="cpu")
-    identity = identify(MODEL)
     settings = Settings(
         model=MODEL,
-        dtype=str(resolve_dtype("auto", encoder.device)).removeprefix("torch."),
-        prompt=encoder.prompts["document"],
+        prompt_name="document",
         id_column="id",
         text_column="text",
         rows_per_part=256,  # several parts, so that the stages overlap as in a long job
-        identity=identity,
-    )
+    ).resolved("cpu")
     with tempfile.TemporaryDirectory() as scratch:
         corpus = Path(scratch) / "corpus.jsonl"
         texts = _write_definitions(corpus, args.count or 1000)

@@ -17,7 +17,7 @@ from pathlib import Path
 import workloads
 from measure import interleaved, machine, median_ratio
 
-from gen_fast.embed import encoder
+from gen_fast.embed import methods
 from gen_fast.embed.loading import load
 from gen_fast.model import backbone
 from gen_fast.model.device import matmul_peak
@@ -32,7 +32,7 @@ OPS = {
     "rope": (backbone, "reference"),
     "attention": (backbone, "sdpa"),
     "swiglu": (backbone, "reference"),
-    "pool": (encoder, "reference"),
+    "pool": (methods, "reference"),
 }
 
 

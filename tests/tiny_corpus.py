@@ -10,7 +10,7 @@ from typing import Any
 from gen_fast.jobs.job import embed_corpus
 from gen_fast.jobs.parts import PartStore
 from gen_fast.jobs.plan import Plan
-from gen_fast.jobs.worker import Worker, load_encoder
+from gen_fast.jobs.worker import Worker
 
 # Its server has imported what a job needs and run nothing: children start in milliseconds.
 processes = multiprocessing.get_context("forkserver")
@@ -74,7 +74,7 @@ def work_in_process(out: Path, index: int, count: int) -> multiprocessing.proces
 def _work(out: Path, index: int, count: int) -> None:
     _quiet()
     plan = Plan.load(out)
-    Worker(out, plan, load_encoder(plan.settings, "cpu"), index=index, count=count).run()
+    Worker(out, plan, plan.settings.load_encoder("cpu"), index=index, count=count).run()
 
 
 def _quiet() -> None:

@@ -6,8 +6,9 @@ import time
 import numpy as np
 import torch
 
+from gen_fast.embed.choices import DEFAULT_MODEL
 from gen_fast.embed.encoder import Encoder
-from gen_fast.embed.loading import DEFAULT_MODEL, load
+from gen_fast.embed.loading import load
 from gen_fast.embed.reading import Reader
 from gen_fast.evaluate.corpora import trivia
 from gen_fast.model.device import matmul_peak

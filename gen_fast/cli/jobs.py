@@ -2,47 +2,27 @@
 
 import logging
 import re
-from enum import StrEnum
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 import gen_fast.cli.options as options
 from gen_fast.cli.errors import BAD_INPUT, fail
+from gen_fast.embed.choices import DEFAULT_MODEL
+from gen_fast.io.choices import Precision
+from gen_fast.jobs.choices import (
+    DEFAULT_MAX_TEXT_BYTES,
+    DEFAULT_ROWS_PER_PART,
+    DEFAULT_SPLIT,
+    DEFAULT_STALL_TIMEOUT,
+)
+from gen_fast.search.choices import KINDS
 
 if TYPE_CHECKING:
     from gen_fast.jobs.job import Summary
     from gen_fast.search.exact import Match
-
-
-class StoredPrecision(StrEnum):
-    """What embeddings are stored as."""
-
-    float32 = "float32"
-    float16 = "float16"
-    int8 = "int8"
-    ubinary = "ubinary"
-
-
-class IndexKind(StrEnum):
-    """Kinds of indexes."""
-
-    auto = "auto"
-    flat = "flat"
-    hnsw = "hnsw"
-    int8 = "int8"
-    binary = "binary"
-    ivfpq = "ivfpq"
-    ondisk = "ondisk"
-
-
-class EngineName(StrEnum):
-    """What runs the processes of a job."""
-
-    local = "local"
-    ray = "ray"
 
 
 def embed(
@@ -57,7 +37,7 @@ def embed(
     model: options.ModelOption = None,
     method: options.MethodOption = None,
     backbone: options.BackboneOption = None,
-    dtype: options.DtypeOption = options.Dtype.auto,
+    dtype: options.DtypeOption = "auto",
     prompt: options.PromptOption = None,
     prompt_name: Annotated[
         list[str] | None,
@@ -66,8 +46,8 @@ def embed(
     normalize: options.NormalizeOption = False,
     truncate_dim: options.TruncateDimOption = None,
     precision: Annotated[
-        StoredPrecision, typer.Option(help="What is stored; ubinary is a bit a dimension.")
-    ] = StoredPrecision.float32,
+        options.Precision, typer.Option(help="What is stored; ubinary is a bit a dimension.")
+    ] = "float32",
     text_column: Annotated[
         list[str] | None,
         typer.Option(
@@ -79,13 +59,13 @@ def embed(
         str | None, typer.Option(help='Text of several columns, such as "{title}\\n{text}".')
     ] = None,
     file_format: options.FormatOption = None,
-    split: options.SplitOption = "train",
+    split: options.SplitOption = DEFAULT_SPLIT,
     max_length: options.MaxLengthOption = None,
     deterministic: options.DeterministicOption = False,
-    rows_per_part: Annotated[int, typer.Option(min=1, help="In a part.")] = 8192,
+    rows_per_part: Annotated[int, typer.Option(min=1, help="In a part.")] = DEFAULT_ROWS_PER_PART,
     max_text_bytes: Annotated[
         int, typer.Option(min=1, help="Longer texts are rejected.")
-    ] = 1_000_000,
+    ] = DEFAULT_MAX_TEXT_BYTES,
     append: Annotated[
         bool, typer.Option("--append", help="Add inputs that the job does not have.")
     ] = False,
@@ -97,11 +77,11 @@ def embed(
         typer.Option(help="all, a number, or cuda:0,cuda:1: a process each.  [default: one, here]"),
     ] = None,
     engine: Annotated[
-        EngineName, typer.Option(help="ray runs on a Ray cluster, --devices actors at a time.")
-    ] = EngineName.local,
+        options.Engine, typer.Option(help="ray runs on a Ray cluster, --devices actors at a time.")
+    ] = "local",
     stall_timeout: Annotated[
         float, typer.Option(min=1, help="Seconds without progress that end a process.")
-    ] = 600.0,
+    ] = DEFAULT_STALL_TIMEOUT,
     plan_only: Annotated[
         bool, typer.Option("--plan-only", help="Read the inputs, write the plan, embed nothing.")
     ] = False,
@@ -111,8 +91,8 @@ def embed(
 
     Under torchrun every rank takes parts: torchrun --nproc-per-node 8 -m gen_fast.cli embed ...
     """
-    from gen_fast.embed.loading import DEFAULT_MODEL
     from gen_fast.jobs.job import embed_columns, embed_corpus
+    from gen_fast.jobs.settings import Settings
 
     logging.getLogger("gen_fast").setLevel(logging.ERROR if quiet else logging.WARNING)
     columns, names = text_column or [], prompt_name or []
@@ -122,25 +102,30 @@ def embed(
         fail("give --template or --text-column, not both")
     if len(names) not in (0, 1, len(columns)) or len(set(columns)) < len(columns):
         fail("give each --text-column once, and one --prompt-name for all or one for each")
-    common: dict[str, Any] = {
-        "model": model or DEFAULT_MODEL,
-        "method": method and str(method),
-        "backbone": backbone,
-        "dtype": str(dtype),
-        "max_length": max_length,
-        "deterministic": deterministic,
-        "normalize_embeddings": normalize,
-        "truncate_dim": truncate_dim,
-        "precision": precision.value,
-        "id_column": id_column,
-        "file_format": file_format and str(file_format),
-        "split": split,
-        "rows_per_part": rows_per_part,
-        "max_text_bytes": max_text_bytes,
+    settings = Settings(
+        model=model or DEFAULT_MODEL,
+        method=method and str(method),
+        backbone=backbone,
+        dtype=str(dtype),
+        max_length=max_length,
+        deterministic=deterministic,
+        prompt=prompt,
+        normalize_embeddings=normalize,
+        truncate_dim=truncate_dim,
+        precision=cast(Precision, str(precision)),
+        id_column=id_column,
+        # A shell gives a backslash and an n.
+        template=template and template.replace("\\n", "\n"),
+        file_format=file_format and str(file_format),
+        split=split,
+        max_text_bytes=max_text_bytes,
+        rows_per_part=rows_per_part,
+    )
+    run: dict[str, Any] = {
         "append": append,
         "strict": strict,
         "devices": devices,
-        "engine": engine.value,
+        "engine": str(engine),
         "stall_timeout": stall_timeout,
         "show_progress_bar": False if quiet else None,
         "plan_only": plan_only,
@@ -150,19 +135,17 @@ def embed(
             fail("give several --text-column their prompts by --prompt-name")
         each: list[str] = names * len(columns) if len(names) == 1 else names
         prompts = dict(zip_longest(columns, each))
-        for column, summary in embed_columns(sources, out, prompts, **common).items():
+        for column, summary in embed_columns(sources, out, prompts, settings, **run).items():
             if summary is not None and not quiet:
                 _print_summary(f"{column}: ", summary, out / column)
         return
     summary = embed_corpus(
         sources,
         out,
-        prompt=prompt,
+        settings,
         prompt_name=next(iter(names), None),
         text_column=next(iter(columns), None),
-        # A shell gives a backslash and an n.
-        template=template and template.replace("\\n", "\n"),
-        **common,
+        **run,
     )
     if summary is not None and not quiet:
         _print_summary("", summary, out)
@@ -200,8 +183,8 @@ def index(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="What embed made.")],
     out: Annotated[Path, typer.Option(help="The index; one that is there gets what it lacks.")],
     kind: Annotated[
-        IndexKind, typer.Option(help="auto goes by the number of rows and --memory.")
-    ] = IndexKind.auto,
+        options.IndexKind, typer.Option(help="auto goes by the number of rows and --memory.")
+    ] = "auto",
     memory: Annotated[
         str | None,
         typer.Option(help="That it may take, like 4GB.  [default: half of what is free]"),
@@ -214,7 +197,6 @@ def index(
     """Index the embeddings of a finished job with FAISS, and measure recall@10."""
     from gen_fast.io.embedding_files import EMBEDDING_SUFFIXES
     from gen_fast.search.build import build_index
-    from gen_fast.search.index import KINDS
 
     if out.suffix in EMBEDDING_SUFFIXES:
         fail(f"--out {out}: {out.suffix} is for what encode writes; take another, such as .faiss")

@@ -1,42 +1,36 @@
 """Options that several commands of `gen-fast` take, and the values they may have."""
 
+from collections.abc import Iterable
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from gen_fast.cli.errors import fail
+from gen_fast.embed.choices import METHODS
+from gen_fast.io.choices import PRECISIONS, TEXT_FORMATS
+from gen_fast.jobs.choices import ENGINES
+from gen_fast.model.choices import DTYPES
+from gen_fast.search.choices import KINDS
 
+if TYPE_CHECKING:  # their values are only known when they are made below
+    Method = str
+    Dtype = str
+    TextFormat = str
+    Precision = str
+    IndexKind = str
+    Engine = str
+else:
 
-class Method(StrEnum):
-    """How a model's hidden states become an embedding."""
+    def _enumeration(name: str, values: Iterable[str]) -> type[StrEnum]:
+        return StrEnum(name, {value.replace("-", "_"): value for value in values})
 
-    mean = "mean"
-    weighted_mean = "weighted-mean"
-    last_token = "last-token"
-    echo = "echo"
-    hyde = "hyde"
-    llm2vec_gen = "llm2vec-gen"
-    sentence_transformers = "sentence-transformers"
-
-
-class Dtype(StrEnum):
-    """What the backbone computes in."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-class Format(StrEnum):
-    """Formats of text files."""
-
-    txt = "txt"
-    jsonl = "jsonl"
-    csv = "csv"
-    parquet = "parquet"
-
+    Method = _enumeration("Method", METHODS)
+    Dtype = _enumeration("Dtype", ("auto", *DTYPES))
+    TextFormat = _enumeration("TextFormat", TEXT_FORMATS)
+    Precision = _enumeration("Precision", PRECISIONS)
+    IndexKind = _enumeration("IndexKind", ("auto", *KINDS))
+    Engine = _enumeration("Engine", ENGINES)
 
 ModelOption = Annotated[
     str | None,
@@ -51,7 +45,8 @@ DtypeOption = Annotated[Dtype, typer.Option(help="What the backbone computes in.
 PromptOption = Annotated[str | None, typer.Option(help="Instruction put before every text.")]
 MaxLengthOption = Annotated[int | None, typer.Option(min=1, help="Tokens, prompt included.")]
 FormatOption = Annotated[
-    Format | None, typer.Option("--format", help="Of the texts.  [default: by suffix; stdin: txt]")
+    TextFormat | None,
+    typer.Option("--format", help="Of the texts.  [default: by suffix; stdin: txt]"),
 ]
 TextColumnOption = Annotated[
     str | None, typer.Option(help="Default: text, else the only column of strings.")

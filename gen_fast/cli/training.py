@@ -9,6 +9,8 @@ import typer
 
 import gen_fast.cli.options as options
 from gen_fast.cli.errors import fail
+from gen_fast.embed.choices import DEFAULT_MODEL
+from gen_fast.jobs.choices import DEFAULT_SPLIT
 
 if TYPE_CHECKING:
     from gen_fast.training.answers import Shard
@@ -24,7 +26,7 @@ def generate(
     ),
     model: options.ModelOption = None,
     device: options.DeviceOption = None,
-    dtype: options.DtypeOption = options.Dtype.auto,
+    dtype: options.DtypeOption = "auto",
     self_queries: Annotated[
         int | None, typer.Option(min=1, help="Let the model write this many queries itself.")
     ] = None,
@@ -39,11 +41,11 @@ def generate(
     text_column: options.TextColumnOption = None,
     id_column: options.IdColumnOption = None,
     file_format: options.FormatOption = None,
-    split: options.SplitOption = "train",
+    split: options.SplitOption = DEFAULT_SPLIT,
     quiet: options.QuietOption = False,
 ) -> None:
     """Let the model answer queries: a row each, continued where it stopped."""
-    from gen_fast.embed.loading import DEFAULT_MODEL, load_generator
+    from gen_fast.embed.loading import load_generator
     from gen_fast.io.text_files import read_texts
     from gen_fast.model.generation import Sampling
     from gen_fast.training.answers import generate_answers, write_own_queries
@@ -97,7 +99,7 @@ def teach(
     ] = None,
     method: options.MethodOption = None,
     device: options.DeviceOption = None,
-    dtype: options.DtypeOption = options.Dtype.float32,
+    dtype: options.DtypeOption = "float32",
     quiet: options.QuietOption = False,
 ) -> None:
     """Embed answers with a teacher, once, for training."""
@@ -151,7 +153,7 @@ def train(
     text_column: options.TextColumnOption = None,
     id_column: options.IdColumnOption = None,
     file_format: options.FormatOption = None,
-    split: options.SplitOption = "train",
+    split: options.SplitOption = DEFAULT_SPLIT,
     quiet: options.QuietOption = False,
 ) -> None:
     """Make an adapter from queries: generate answers, teach, train, evaluate.

@@ -13,21 +13,18 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from gen_fast.embed import methods
-from gen_fast.embed.adapter import DEFAULT_PROMPTS, Adapter
-from gen_fast.embed.methods import Layout, Sequences
+from gen_fast.embed.adapter import Adapter
+from gen_fast.embed.layouts import Layout, Sequences
+from gen_fast.embed.methods import LLM2VecGen, Method
 from gen_fast.errors import ConfigError, NonFiniteError, PromptError
-from gen_fast.formats.sentence_transformers import SentenceModel
 from gen_fast.io.precision import sign_bits
 from gen_fast.io.texts import check_texts
 from gen_fast.io.vectors import unit
 from gen_fast.model.backbone import Backbone, PrefixKV
-from gen_fast.model.batch import PackedBatch, on_device, split_by_budget
-from gen_fast.model.generation import AnswerGenerator
+from gen_fast.model.batch import PackedBatch, split_by_budget
 from gen_fast.model.prefix import PrefixCache
 from gen_fast.model.token_budget import TokenBudget
 from gen_fast.model.tokenizing import Tokenizer
-from gen_fast.ops.pool import pool
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +32,8 @@ T = TypeVar("T")
 # Embeddings as a caller asked for them: an array, a tensor, or a list of tensors.
 Embedded = np.ndarray | Tensor | list[Tensor]
 
+# Tokens of a text where neither the call nor the method says otherwise.
+DEFAULT_MAX_LENGTH = 512
 # Texts are sorted by length within a window. Large enough that equal lengths meet, small enough
 # that the window's ids take a few megabytes.
 WINDOW_TEXTS = 4096
@@ -73,11 +72,8 @@ class Encoder:
         self,
         backbone: Backbone,
         tokenizer: Tokenizer,
-        method: str,
+        method: Method,
         *,
-        adapter: Adapter | None = None,
-        sentence_model: SentenceModel | None = None,
-        generator: AnswerGenerator | None = None,
         max_length: int | None = None,
         deterministic: bool = False,
         name: str = "",
@@ -85,51 +81,42 @@ class Encoder:
     ) -> None:
         self.backbone = backbone
         self._tokenizer = tokenizer
-        self.method = method
-        self.adapter = adapter
-        self.sentence_model = sentence_model
+        self._method = method
         self.name = name
         self.source = source
         self.deterministic = deterministic
-        own = adapter or sentence_model
-        default_length = min(own.max_length if own else 512, backbone.config.max_positions)
-        self.max_length = default_length if max_length is None else max_length
-        if not 1 <= self.max_length <= backbone.config.max_positions:
+        limit = backbone.config.max_positions
+        default = min(method.max_length or DEFAULT_MAX_LENGTH, limit)
+        self.max_length = default if max_length is None else max_length
+        if not 1 <= self.max_length <= limit:
             raise ConfigError(
-                f"max_length {max_length} is outside 1…{backbone.config.max_positions}, "
+                f"max_length {max_length} is outside 1…{limit}, "
                 "the positions that the model was made for"
             )
-        self.prompts: dict[str, str] = (
-            dict(own.prompts) if own else dict.fromkeys(DEFAULT_PROMPTS, "")
-        )
-        self.default_prompt_name = sentence_model.default_prompt_name if sentence_model else None
+        self.prompts: dict[str, str] = dict(method.prompts)
+        self.default_prompt_name = method.default_prompt_name
         self.prefixes = PrefixCache(backbone)
         self.budget = TokenBudget(backbone)
-        self._generator = generator
-        self._special: Tensor | None = None
-        self._projection: tuple[Tensor, Tensor] | None = None
-        if adapter is not None:
-            adapter.check_backbone(backbone.fingerprint)
-            self._special = adapter.special.to(backbone.device, backbone.dtype)
-            projection = adapter.projection()
-            if projection is not None:
-                weight, bias = (t.to(backbone.device) for t in projection)
-                self._projection = weight, bias
-        self._modules = tuple(
-            module.to(backbone.device)
-            for module in (sentence_model.modules if sentence_model else ())
-        )
+
+    @property
+    def method(self) -> str:
+        """Name of the method."""
+        return self._method.name
+
+    @property
+    def adapter(self) -> Adapter | None:
+        """The LLM2Vec-Gen adapter, where the method has one."""
+        return self._method.adapter if isinstance(self._method, LLM2VecGen) else None
 
     @property
     def dimension(self) -> int:
         """Size of an embedding, where a call asks for no other."""
-        own = self.adapter or self.sentence_model
-        return own.dimension if own else self.backbone.config.hidden_size
+        return self._method.dimension or self.backbone.config.hidden_size
 
     @property
     def full_dimension(self) -> int:
         """The most dimensions that an embedding can have: a layout may keep fewer by default."""
-        return self.sentence_model.full_dimension if self.sentence_model else self.dimension
+        return self._method.full_dimension or self.dimension
 
     @property
     def device(self) -> torch.device:
@@ -234,7 +221,7 @@ class Encoder:
         truncated = 0
         windows = _windows(blocks, layout)
         # An answer is written by the model, which is not run in two threads.
-        for window in windows if self._generator else _ahead(windows):
+        for window in windows if self._method.writes else _ahead(windows):
             if window.start == 0:
                 output = np.empty((window.block_size, dimension), dtype=np.float32)
             with torch.inference_mode():
@@ -286,7 +273,7 @@ class Encoder:
         The cosine, which is 0 for a zero vector, unless a sentence-transformers layout names
         another: the dot product, or the negative Euclidean or Manhattan distance.
         """
-        name = self.sentence_model.similarity_fn_name if self.sentence_model else "cosine"
+        name = self._method.similarity_fn_name
         if name in ("euclidean", "manhattan"):
             distance = torch.cdist(
                 torch.from_numpy(a), torch.from_numpy(b), p=2.0 if name == "euclidean" else 1.0
@@ -351,28 +338,8 @@ class Encoder:
         return asked.type == self.device.type and asked.index in (None, self.device.index)
 
     def _layout(self, prompt: str | None, prompt_name: str | None = None) -> Layout:
-        text = self._prompt(prompt, prompt_name)
-        if self.adapter is not None:
-            return methods.SpecialTokens(
-                self._tokenizer,
-                text,
-                self.max_length,
-                self.backbone.config.vocab_size,
-                self.adapter.n_special,
-                self.adapter.n_compression,
-            )
-        if self.sentence_model is not None:
-            return methods.WholeText(
-                self._tokenizer, text, self.max_length, self.sentence_model.pooling
-            )
-        if self.method == "echo":
-            return methods.Echo(self._tokenizer, text, self.max_length)
-        return methods.OwnTokens(
-            self._tokenizer,
-            text,
-            self.max_length,
-            self.method,
-            None if prompt_name == "document" else self._generator,
+        return self._method.layout(
+            self._tokenizer, self._prompt(prompt, prompt_name), self.max_length, prompt_name
         )
 
     def _embed_window(
@@ -407,42 +374,18 @@ class Encoder:
             members = pending[next(split_by_budget(lengths, budget))][:batch_size]
             batch = PackedBatch.pack(
                 [window.ids[i][skip:] for i in members],
-                needed=window.needed[members].tolist(),
+                needed=window.needed[members],
                 prefix_length=skip,
-                filler=self.backbone.packed,
                 device=self.device,
             )
             try:
-                embeddings = self._run(batch, window.needed[members].tolist(), prefix)
+                hidden = self.backbone.forward(batch, special=self._method.special, prefix=prefix)
+                embeddings = self._method.pool(hidden, batch, skip, self.backbone)
             except RuntimeError as error:  # only running out of memory is survived
                 self.budget.shrink(error, sum(lengths[: len(members)]), len(members))
                 continue
             pending = pending[len(members) :]
             yield members, embeddings
-
-    def _run(self, batch: PackedBatch, needed: list[int], prefix: PrefixKV | None) -> Tensor:
-        backbone = self.backbone
-        norm, eps = backbone.final_norm, backbone.config.norm_eps
-        hidden = backbone.forward(batch, special=self._special, prefix=prefix)[: sum(needed)]
-        mode = self.sentence_model.pooling.mode if self.sentence_model else self.method
-        if mode == "max":
-            pooled = methods.max_rows(hidden, needed, norm, eps)
-        else:
-            lengths = batch.lengths + (0 if prefix is None else len(prefix))
-            weights = methods.row_weights(needed, lengths, mode)
-            projection, bias = self._projection or (None, None)
-            pooled = pool(
-                hidden,
-                batch.row_offsets,
-                norm,
-                eps,
-                None if weights is None else on_device(weights, self.device),
-                projection,
-                bias,
-            )
-        for module in self._modules:
-            pooled = module(pooled)
-        return pooled
 
 
 def _as_list(texts: Iterable[str]) -> list[str]:

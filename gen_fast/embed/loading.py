@@ -10,24 +10,28 @@ from typing import Any
 
 import torch
 
-from gen_fast.embed.adapter import DEFAULT_PROMPTS, FORMAT, Adapter
+from gen_fast.embed.adapter import FORMAT, Adapter
+from gen_fast.embed.choices import (
+    DEFAULT_METHOD,
+    DEFAULT_MODEL,
+    LLM2VEC_GEN,
+    SENTENCE_TRANSFORMERS,
+)
 from gen_fast.embed.encoder import Embedded, Encoder
-from gen_fast.embed.methods import TRAINING_FREE
+from gen_fast.embed.methods import TRAINING_FREE, LLM2VecGen, Method, SentenceTransformers
 from gen_fast.errors import AdapterError, UnsupportedModelError
 from gen_fast.formats import llm2vec_gen, sentence_transformers
-from gen_fast.formats.sentence_transformers import SentenceModel, read_sentence_model
+from gen_fast.model.backbone import Backbone
 from gen_fast.model.device import resolve_dtype
 from gen_fast.model.generation import AnswerGenerator
 from gen_fast.model.sources import resolve
-from gen_fast.model.tokenizing import Tokenizer, load_tokenizer, lower_case, special_tokens
+from gen_fast.model.tokenizing import Tokenizer, load_tokenizer
 from gen_fast.model.weights import load_backbone, read_fingerprint, read_json
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_MODEL = "smollm2-135m"
-DEFAULT_METHOD = "mean"
 # Adapters that come with the package, by the name of their backbone.
-SHIPPED_ADAPTERS = {"smollm2-135m": Path(__file__).parents[1] / "adapters" / "smollm2-135m"}
+SHIPPED_ADAPTERS = {DEFAULT_MODEL: Path(__file__).parents[1] / "adapters" / DEFAULT_MODEL}
 
 
 def load(
@@ -60,32 +64,21 @@ def load(
     Raises ModelNotFoundError, UnsupportedModelError, WeightsError, AdapterError or
     BackboneMismatchError.
     """
-    chosen_device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    chosen_dtype = resolve_dtype(dtype, chosen_device)
-    place = _locate(model, method, backbone, revision)
-    network = load_backbone(place.source, dtype=chosen_dtype, device=chosen_device, packed=True)
-    tokenizer = _load_tokenizer(place)
-    adapter = place.adapter
-    if adapter is not None:
-        adapter.check_backbone(network.fingerprint)
-        if llm2vec_gen.is_checkpoint(place.directory):
-            llm2vec_gen.check_embedding(place.directory, network.embedding)
-            adapter = adapter.with_fingerprint(network.fingerprint)
-    generator = None
-    if place.method == "hyde":
-        generator = AnswerGenerator(network, place.source, tokenizer)
-    logger.info("%s: %s on %s in %s", model, place.method, chosen_device, chosen_dtype)
+    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    resolved_dtype = resolve_dtype(dtype, target)
+    location = _locate(model, method, backbone, revision)
+    network = load_backbone(location.source, dtype=resolved_dtype, device=target, packed=True)
+    tokenizer = _load_tokenizer(location)
+    location.method.check_backbone(network.fingerprint)
+    logger.info("%s: %s on %s in %s", model, location.method.name, target, resolved_dtype)
     return Encoder(
         network,
         tokenizer,
-        place.method,
-        adapter=adapter,
-        sentence_model=place.sentence_model,
-        generator=generator,
+        _checked_method(location, network).bound(network, tokenizer, location.source),
         max_length=max_length,
         deterministic=deterministic,
         name=str(model),
-        source=place.source,
+        source=location.source,
     )
 
 
@@ -102,82 +95,76 @@ def identify(
     adapter (None without one); for sentence-transformers' layout also the prompt used by default
     and what is done to the states. Raises as `load` does.
     """
-    place = _locate(model, method, backbone, revision)
-    fingerprint = read_fingerprint(place.source)
-    if place.adapter is not None:
-        place.adapter.check_backbone(fingerprint)
-    own = place.adapter or place.sentence_model
-    tokenizer = _load_tokenizer(place).core.to_str()
-    identity = {
-        "method": place.method,
-        "dimension": own.dimension if own else fingerprint["hidden_size"],
-        "prompts": dict(own.prompts if own else dict.fromkeys(DEFAULT_PROMPTS, "")),
+    location = _locate(model, method, backbone, revision)
+    fingerprint = read_fingerprint(location.source)
+    location.method.check_backbone(fingerprint)
+    tokenizer = _load_tokenizer(location).core.to_str()
+    return {
+        "method": location.method.name,
+        "dimension": location.method.dimension or fingerprint["hidden_size"],
+        "prompts": dict(location.method.prompts),
         "backbone": fingerprint,
         "tokenizer": hashlib.sha256(tokenizer.encode()).hexdigest()[:16],
-        "adapter": place.adapter.weights_hash() if place.adapter else None,
-        "max_length": own.max_length if own else None,
+        **location.method.identity(),
     }
-    if place.sentence_model is not None:
-        identity["full_dimension"] = place.sentence_model.full_dimension
-        identity["default_prompt_name"] = place.sentence_model.default_prompt_name
-        identity["sentence_model"] = place.sentence_model.identity()
-    return identity
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Location:
     """Where a model and its backbone lie, and how its texts are embedded."""
 
     directory: Path
     source: Path
-    method: str
-    adapter: Adapter | None = None
-    sentence_model: SentenceModel | None = None
+    method: Method
 
 
 def _locate(
     model: str | Path, method: str | None, backbone: str | Path | None, revision: str | None
-) -> _Place:
-    shipped = SHIPPED_ADAPTERS.get(str(model)) if method in (None, "llm2vec-gen") else None
+) -> _Location:
+    shipped = SHIPPED_ADAPTERS.get(str(model)) if method in (None, LLM2VEC_GEN) else None
     directory = shipped or resolve(model, revision)
     adapter = _adapter_in(directory)
     if adapter is not None:
-        if method not in (None, "llm2vec-gen"):
+        if method not in (None, LLM2VEC_GEN):
             raise UnsupportedModelError(
                 f"{directory} is an llm2vec-gen adapter; for method {method!r} load its backbone"
             )
         source = resolve(backbone or adapter.backbone, adapter.backbone_revision)
-        return _Place(directory, source, "llm2vec-gen", adapter)
+        return _Location(directory, source, LLM2VecGen(adapter))
     if backbone is not None:
         raise AdapterError(f"{directory} holds no adapter, so backbone= has no meaning")
     is_sentence_model = sentence_transformers.is_sentence_model(directory)
-    if is_sentence_model and method in (None, sentence_transformers.METHOD):
-        sentence_model = read_sentence_model(directory)
-        return _Place(
-            directory,
-            sentence_model.transformer,
-            sentence_transformers.METHOD,
-            sentence_model=sentence_model,
+    if is_sentence_model and method in (None, SENTENCE_TRANSFORMERS):
+        sentence_model = sentence_transformers.read_sentence_model(directory)
+        return _Location(
+            directory, sentence_model.transformer, SentenceTransformers(sentence_model)
         )
-    if method == sentence_transformers.METHOD:
+    if method == SENTENCE_TRANSFORMERS:
         raise UnsupportedModelError(
             f"{directory} has no modules.json, so method {method!r} has no meaning"
         )
-    if method is not None and method not in TRAINING_FREE:
+    name = method or DEFAULT_METHOD
+    if name not in TRAINING_FREE:
         raise UnsupportedModelError(f"method {method!r} is not one of {', '.join(TRAINING_FREE)}")
     source = directory
     if is_sentence_model:
         source = sentence_transformers.transformer_directory(directory)
-    return _Place(directory, source, method or DEFAULT_METHOD)
+    return _Location(directory, source, TRAINING_FREE[name](name))
 
 
-def _load_tokenizer(place: _Place) -> Tokenizer:
-    tokenizer = load_tokenizer(place.source)
-    if place.sentence_model is not None:
-        place.sentence_model.check_prompts(special_tokens(tokenizer.core))
-        if place.sentence_model.do_lower_case:
-            lower_case(tokenizer.core)
+def _load_tokenizer(location: _Location) -> Tokenizer:
+    tokenizer = load_tokenizer(location.source)
+    location.method.prepare(tokenizer)
     return tokenizer
+
+
+def _checked_method(location: _Location, backbone: Backbone) -> Method:
+    """The method; a checkpoint without a fingerprint is checked by the rows that it stores."""
+    method = location.method
+    if isinstance(method, LLM2VecGen) and llm2vec_gen.is_checkpoint(location.directory):
+        llm2vec_gen.check_embedding(location.directory, backbone.embedding)
+        return LLM2VecGen(method.adapter.with_fingerprint(backbone.fingerprint))
+    return method
 
 
 def load_generator(
@@ -189,10 +176,9 @@ def load_generator(
     **options: Any,
 ) -> AnswerGenerator:
     """Load a backbone to write answers with. `options` are those of AnswerGenerator."""
-    chosen_device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     source = resolve(model, revision)
-    chosen_dtype = resolve_dtype(dtype, chosen_device)
-    network = load_backbone(source, dtype=chosen_dtype, device=chosen_device, packed=True)
+    network = load_backbone(source, dtype=resolve_dtype(dtype, target), device=target, packed=True)
     return AnswerGenerator(network, source, load_tokenizer(source), **options)
 
 

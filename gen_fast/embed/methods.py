@@ -1,4 +1,4 @@
-"""What is embedded: for each method, the ids that are run, the rows kept and how they are pooled.
+"""What is embedded: each method is one object.
 
 llm2vec-gen   the trained compression tokens after the text (arXiv 2603.10913)
 mean          mean over the text's own tokens
@@ -8,221 +8,293 @@ echo          the text twice, mean over the second copy (arXiv 2402.15449)
 hyde          the mean of an answer that the model writes to a query; a text behind the prompt
               named "document" is embedded as it is (HyDE, arXiv 2212.10496)
 sentence-transformers  the whole text, as a directory in that package's layout says
-
-The prompt's tokens are attended to and never pooled, except by the last, where the layout decides.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gen_fast.errors import TextError
-from gen_fast.formats.sentence_transformers import Pooling
+from gen_fast.embed import layouts
+from gen_fast.embed.adapter import DEFAULT_PROMPTS, Adapter
+from gen_fast.embed.choices import LLM2VEC_GEN, SENTENCE_TRANSFORMERS
+from gen_fast.embed.layouts import Layout
+from gen_fast.formats.sentence_transformers import SentenceModel
+from gen_fast.model.backbone import Backbone
+from gen_fast.model.batch import PackedBatch, on_device
 from gen_fast.model.generation import AnswerGenerator
-from gen_fast.model.tokenizing import TextTokenizer, Tokenizer
+from gen_fast.model.tokenizing import Tokenizer, lower_case, special_tokens
 from gen_fast.ops.norm import rms_norm
+from gen_fast.ops.pool import pool
 
-TRAINING_FREE = ("mean", "weighted-mean", "last-token", "echo", "hyde")
-
-ECHO_FIRST = "Rewrite the sentence: "
-ECHO_SECOND = "\nRewritten sentence: "
+Projection = tuple[Tensor, Tensor]
 
 
-@dataclass(frozen=True)
-class Sequences:
-    """Tokenised texts, ready to be packed.
+class Method(ABC):
+    """How texts become embeddings: what is run of each, which rows are pooled, and how.
 
-    ids: all ids of a text, prompt included. shared [n]: leading ids that are the prompt's.
-    needed [n]: last rows of the text that are pooled.
+    Made from files alone; `bound` gives the same method at work with a loaded backbone.
+
+    name: of METHODS. prompts: the instructions that have names; default_prompt_name: the one used
+    where none is asked for. max_length: tokens of a text with everything around it; None sets no
+    limit. dimension: of an embedding where a call asks for no other; None is the backbone's hidden
+    size. full_dimension: the most that a call may ask for. special [k, h]: embeddings of the
+    token ids V, V + 1, … . writes: the model writes while texts are laid out.
     """
 
-    ids: list[np.ndarray]
-    shared: np.ndarray
-    needed: np.ndarray
+    prompts: Mapping[str, str] = dict.fromkeys(DEFAULT_PROMPTS, "")
+    default_prompt_name: str | None = None
+    similarity_fn_name: str = "cosine"
+    max_length: int | None = None
+    dimension: int | None = None
+    full_dimension: int | None = None
+    special: Tensor | None = None
+    writes: ClassVar[bool] = False
 
+    def __init__(self, name: str) -> None:
+        self.name = name
 
-class Layout(Protocol):
-    """Lays texts out as token sequences, for one call of `encode`."""
-
-    @property
-    def prompt_ids(self) -> np.ndarray:
-        """Ids that many of the sequences begin with."""
-
-    @property
-    def truncated(self) -> int:
-        """How many texts have lost their tail so far."""
-
-    def __call__(self, texts: Sequence[str], first_row: int) -> Sequences:
-        """Lay out `texts`, the rows of the input from `first_row` on."""
-
-
-class _OneText:
-    """What layouts of the prompt and the text once have in common."""
-
-    def __init__(self, text: TextTokenizer) -> None:
-        self._text = text
-
-    @property
-    def prompt_ids(self) -> np.ndarray:
-        """See Layout."""
-        return self._text.prompt_ids
-
-    @property
-    def truncated(self) -> int:
-        """See Layout."""
-        return self._text.truncated
-
-
-class SpecialTokens(_OneText):
-    """llm2vec-gen: text, then k special tokens (ids V … V + k - 1); the last k_comp are pooled.
-
-    A text longer than max_length - k loses its tail, never a special token.
-    """
-
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        prompt: str,
-        max_length: int,
-        vocab_size: int,
-        n_special: int,
-        n_compression: int,
+    def check_backbone(  # noqa: B027 - most fit any
+        self, fingerprint: Mapping[str, str | int | float]
     ) -> None:
-        super().__init__(TextTokenizer(tokenizer, prompt, max_length - n_special))
-        self._special = np.arange(vocab_size, vocab_size + n_special, dtype=np.int32)
-        self._needed = n_compression
+        """Raise BackboneMismatchError if the method was made for another backbone."""
 
-    def __call__(self, texts: Sequence[str], first_row: int) -> Sequences:
-        """See Layout. An empty text is its special tokens alone."""
-        ids, shared = self._text(texts)
-        full = [np.concatenate((row, self._special)) for row in ids]
-        return Sequences(full, shared, np.full(len(full), self._needed))
+    def prepare(self, tokenizer: Tokenizer) -> None:  # noqa: B027 - most take it as it is
+        """Make a tokenizer, just loaded, read texts as the method does."""
 
+    def bound(self, backbone: Backbone, tokenizer: Tokenizer, source: Path) -> Self:
+        """The method with its tensors where the backbone is. source: the backbone's directory."""
+        return self
 
-class OwnTokens(_OneText):
-    """mean, weighted-mean and last-token: the text as it is, or the answer to it (hyde)."""
+    @abstractmethod
+    def layout(
+        self, tokenizer: Tokenizer, prompt: str, max_length: int, prompt_name: str | None
+    ) -> Layout:
+        """Lays out the texts of one call, behind `prompt`, which may have a name."""
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        prompt: str,
-        max_length: int,
-        method: str,
-        generator: AnswerGenerator | None = None,
-    ) -> None:
-        # HyDE's prompt goes to the writer; what is embedded is the bare answer.
-        super().__init__(TextTokenizer(tokenizer, "" if generator else prompt, max_length))
-        self._prompt = prompt
-        self._method = method
-        self._generator = generator
+    def row_weights(self, needed: np.ndarray, lengths: np.ndarray) -> np.ndarray | None:
+        """Pooling weights of the rows [sum(needed)], float32; None for the plain mean.
 
-    def __call__(self, texts: Sequence[str], first_row: int) -> Sequences:
-        """See Layout. Raises TextError for a text without a token of its own."""
-        if self._generator is not None:
-            prompted = [self._prompt + text for text in texts]
-            texts = [answer.text for answer in self._generator.answers(prompted)]
-        ids, shared = self._text(texts)
-        own = np.array([len(row) for row in ids], dtype=np.int64) - shared
-        _refuse_empty(own, self._method, first_row)
-        return Sequences(ids, shared, np.ones_like(own) if self._method == "last-token" else own)
+        needed [B]: pooled rows of each text, its last ones. lengths [B]: all rows of each text.
+        """
+        return None
 
+    def projection(self) -> Projection | None:
+        """(weight [d, h], bias [d]) applied to what has been pooled."""
+        return None
 
-class Echo:
-    """echo: the text twice, pooled over the second copy. Each copy gets half of max_length."""
-
-    def __init__(self, tokenizer: Tokenizer, prompt: str, max_length: int) -> None:
-        half = max_length // 2
-        self._first = TextTokenizer(tokenizer, prompt + ECHO_FIRST, half)
-        self._second = TextTokenizer(tokenizer, ECHO_SECOND, half, add_special_tokens=False)
-
-    @property
-    def prompt_ids(self) -> np.ndarray:
-        """See Layout."""
-        return self._first.prompt_ids
-
-    @property
-    def truncated(self) -> int:
-        """See Layout."""
-        return self._second.truncated
-
-    def __call__(self, texts: Sequence[str], first_row: int) -> Sequences:
-        """See Layout. Raises TextError for a text without a token of its own."""
-        first, shared = self._first(texts)
-        second, template = self._second(texts)
-        own = np.array([len(row) for row in second], dtype=np.int64) - template
-        _refuse_empty(own, "echo", first_row)
-        ids = [np.concatenate(pair) for pair in zip(first, second, strict=True)]
-        return Sequences(ids, shared, own)
-
-
-class WholeText(_OneText):
-    """sentence-transformers: prompt, text and special tokens, all of them pooled.
-
-    Unless the layout leaves the prompt out: then its tokens are those that the prompt has alone,
-    without a special token at its end, as sentence-transformers counts them.
-    """
-
-    def __init__(
-        self, tokenizer: Tokenizer, prompt: str, max_length: int, pooling: Pooling
-    ) -> None:
-        super().__init__(TextTokenizer(tokenizer, prompt, max_length))
-        self._mode = pooling.mode
-        self._skipped = 0
-        if prompt and not pooling.include_prompt:
-            alone = tokenizer.core.encode(prompt)
-            self._skipped = len(alone.ids) - alone.special_tokens_mask[-1]
-
-    def __call__(self, texts: Sequence[str], first_row: int) -> Sequences:
-        """See Layout. Raises TextError for a text without a token to pool."""
-        ids, shared = self._text(texts)
-        own = np.array([len(row) for row in ids], dtype=np.int64) - self._skipped
-        _refuse_empty(own, f"sentence-transformers ({self._mode})", first_row)
-        if self._mode == "cls":
-            # The state of the first token: in a causal model none after it has a part in that.
-            ids = [row[: self._skipped + 1] for row in ids]
-        needed = np.ones_like(own) if self._mode in ("cls", "lasttoken") else own
-        lengths = np.array([len(row) for row in ids], dtype=np.int64)
-        return Sequences(ids, np.minimum(shared, lengths - needed), needed)
-
-
-def _refuse_empty(own: np.ndarray, method: str, first_row: int) -> None:
-    rows = tuple(int(i) + first_row for i in np.flatnonzero(own < 1))
-    if rows:
-        more = f"; so do {len(rows) - 1} more" if rows[1:] else ""
-        raise TextError(
-            f"row {rows[0]} has no token of its own (is it empty?), and method {method!r} pools "
-            f"over those{more}",
-            rows,
+    def pool(
+        self, hidden: Tensor, batch: PackedBatch, prefix_length: int, backbone: Backbone
+    ) -> Tensor:
+        """Embeddings [B, d] float32 of what `Backbone.forward` gave for a batch."""
+        needed = batch.needed
+        weights = self.row_weights(needed.counts, batch.lengths + prefix_length)
+        weight, bias = self.projection() or (None, None)
+        return pool(
+            hidden,
+            needed.cu_seqlens,
+            backbone.final_norm,
+            backbone.config.norm_eps,
+            None if weights is None else on_device(weights, hidden.device),
+            weight,
+            bias,
         )
 
+    def identity(self) -> dict[str, Any]:
+        """What decides an embedding besides name, prompts, backbone and tokenizer, as JSON."""
+        return {"adapter": None, "max_length": None}
 
-def row_weights(needed: Sequence[int], lengths: np.ndarray, mode: str) -> np.ndarray | None:
-    """Pooling weights of the packed rows, float32; None for the plain mean.
 
-    needed: rows of each text that are pooled, its last ones; lengths: all rows of each text.
-    mode: a method, or the pooling mode of a sentence-transformers layout, whose weighted mean
-    counts positions from the beginning of the text, whatever is pooled.
+class OwnTokens(Method):
+    """mean, weighted-mean and last-token: over the tokens of the text, not those of the prompt."""
+
+    def layout(
+        self, tokenizer: Tokenizer, prompt: str, max_length: int, prompt_name: str | None
+    ) -> Layout:
+        """See Method."""
+        last_only = self.name == "last-token"
+        return layouts.OwnTokens(
+            tokenizer, prompt, max_length, method=self.name, last_only=last_only
+        )
+
+    def row_weights(self, needed: np.ndarray, lengths: np.ndarray) -> np.ndarray | None:
+        """See Method."""
+        return position_weights(needed) if self.name == "weighted-mean" else None
+
+
+class Echo(Method):
+    """echo: the text twice, pooled over the second copy."""
+
+    def layout(
+        self, tokenizer: Tokenizer, prompt: str, max_length: int, prompt_name: str | None
+    ) -> Layout:
+        """See Method."""
+        return layouts.Echo(tokenizer, prompt, max_length)
+
+
+class HyDE(Method):
+    """hyde: the mean over the tokens of an answer that the model writes."""
+
+    writes = True
+
+    def bound(self, backbone: Backbone, tokenizer: Tokenizer, source: Path) -> Self:
+        """See Method."""
+        method = copy.copy(self)
+        method._writer = AnswerGenerator(backbone, source, tokenizer)
+        return method
+
+    def layout(
+        self, tokenizer: Tokenizer, prompt: str, max_length: int, prompt_name: str | None
+    ) -> Layout:
+        """See Method."""
+        if prompt_name == "document":
+            return layouts.OwnTokens(tokenizer, prompt, max_length, method=self.name)
+        return layouts.WrittenAnswer(
+            tokenizer, prompt, max_length, method=self.name, writer=self._writer
+        )
+
+    _writer: AnswerGenerator
+
+
+class LLM2VecGen(Method):
+    """llm2vec-gen: special tokens after the text, pooled through the adapter's projections."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        super().__init__(LLM2VEC_GEN)
+        self.adapter = adapter
+        self.prompts = adapter.prompts
+        self.max_length = adapter.max_length
+        self.dimension = adapter.dimension
+        self._projection: Projection | None = None
+
+    def check_backbone(self, fingerprint: Mapping[str, str | int | float]) -> None:
+        """See Method."""
+        self.adapter.check_backbone(fingerprint)
+
+    def bound(self, backbone: Backbone, tokenizer: Tokenizer, source: Path) -> Self:
+        """See Method."""
+        method = copy.copy(self)
+        method._first_id = backbone.config.vocab_size
+        method.special = self.adapter.special.to(backbone.device, backbone.dtype)
+        projection = self.adapter.projection()
+        if projection is not None:
+            weight, bias = projection
+            method._projection = weight.to(backbone.device), bias.to(backbone.device)
+        return method
+
+    def layout(
+        self, tokenizer: Tokenizer, prompt: str, max_length: int, prompt_name: str | None
+    ) -> Layout:
+        """See Method."""
+        return layouts.SpecialTokens(
+            tokenizer,
+            prompt,
+            max_length,
+            self._first_id,
+            self.adapter.n_special,
+            self.adapter.n_compression,
+        )
+
+    def projection(self) -> Projection | None:
+        """See Method."""
+        return self._projection
+
+    def identity(self) -> dict[str, Any]:
+        """See Method."""
+        return {"adapter": self.adapter.weights_hash(), "max_length": self.max_length}
+
+    _first_id: int
+
+
+class SentenceTransformers(Method):
+    """sentence-transformers: what a directory in that layout says."""
+
+    def __init__(self, model: SentenceModel) -> None:
+        super().__init__(SENTENCE_TRANSFORMERS)
+        self._model = model
+        self._modules = model.modules
+        self.prompts = model.prompts
+        self.default_prompt_name = model.default_prompt_name
+        self.similarity_fn_name = model.similarity_fn_name
+        self.max_length = model.max_length
+        self.dimension = model.dimension
+        self.full_dimension = model.full_dimension
+
+    def prepare(self, tokenizer: Tokenizer) -> None:
+        """See Method."""
+        self._model.check_prompts(special_tokens(tokenizer.core))
+        if self._model.do_lower_case:
+            lower_case(tokenizer.core)
+
+    def bound(self, backbone: Backbone, tokenizer: Tokenizer, source: Path) -> Self:
+        """See Method."""
+        method = copy.copy(self)
+        method._modules = tuple(module.to(backbone.device) for module in self._modules)
+        return method
+
+    def layout(
+        self, tokenizer: Tokenizer, prompt: str, max_length: int, prompt_name: str | None
+    ) -> Layout:
+        """See Method."""
+        return layouts.WholeText(tokenizer, prompt, max_length, self._model.pooling)
+
+    def row_weights(self, needed: np.ndarray, lengths: np.ndarray) -> np.ndarray | None:
+        """See Method."""
+        mode = self._model.pooling.mode
+        if mode == "mean_sqrt_len_tokens":
+            return np.repeat(1 / np.sqrt(needed), needed).astype(np.float32)
+        # Positions count from the beginning of the text, whatever is pooled.
+        return position_weights(needed, lengths - needed) if mode == "weightedmean" else None
+
+    def pool(
+        self, hidden: Tensor, batch: PackedBatch, prefix_length: int, backbone: Backbone
+    ) -> Tensor:
+        """See Method."""
+        if self._model.pooling.mode == "max":
+            norm, eps = backbone.final_norm.float(), backbone.config.norm_eps
+            rows = rms_norm(hidden.float(), norm, eps).split(batch.needed.counts.tolist())
+            pooled = torch.stack([states.amax(0) for states in rows])
+        else:
+            pooled = super().pool(hidden, batch, prefix_length, backbone)
+        for module in self._modules:
+            pooled = module(pooled)
+        return pooled
+
+    def identity(self) -> dict[str, Any]:
+        """See Method."""
+        return {
+            "adapter": None,
+            "max_length": self.max_length,
+            "full_dimension": self.full_dimension,
+            "default_prompt_name": self.default_prompt_name,
+            "sentence_model": self._model.identity(),
+        }
+
+
+# What needs nothing but a backbone.
+TRAINING_FREE: Mapping[str, Callable[[str], Method]] = {
+    "mean": OwnTokens,
+    "weighted-mean": OwnTokens,
+    "last-token": OwnTokens,
+    "echo": Echo,
+    "hyde": HyDE,
+}
+
+
+def position_weights(needed: np.ndarray, starts: np.ndarray | int = 0) -> np.ndarray:
+    """Weights of the pooled rows of each text, float32: proportional to position, their sum 1.
+
+    needed [B]: rows of each text; starts [B]: how many positions come before them.
     """
-    if mode == "mean_sqrt_len_tokens":
-        return np.repeat(1 / np.sqrt(needed), needed).astype(np.float32)
-    if mode not in ("weighted-mean", "weightedmean"):
-        return None
-    starts = lengths - needed if mode == "weightedmean" else np.zeros_like(lengths)
-    positions = [
-        np.arange(1, n + 1, dtype=np.float64) + start
-        for n, start in zip(needed, starts, strict=True)
-    ]
-    return np.concatenate([row / row.sum() for row in positions]).astype(np.float32)
-
-
-def max_rows(hidden: Tensor, needed: Sequence[int], norm_weight: Tensor, eps: float) -> Tensor:
-    """The largest value of each dimension over the normed rows of each text: [B, h] float32.
-
-    hidden [R, h]: the pooled rows before the final norm, `needed[i]` of text i.
-    """
-    rows = rms_norm(hidden.float(), norm_weight.float(), eps)
-    return torch.stack([part.amax(0) for part in rows.split(list(needed))])
+    bounds = np.concatenate(([0], needed.cumsum()))
+    texts = np.repeat(np.arange(len(needed)), needed)
+    positions = 1.0 + np.arange(bounds[-1]) - bounds[texts]
+    positions += np.broadcast_to(starts, needed.shape)[texts]
+    sums = np.bincount(texts, positions, len(needed))
+    weights: np.ndarray = positions / sums[texts]
+    return weights.astype(np.float32)

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from gen_fast.embed.encoder import Encoder
-from gen_fast.embed.methods import SpecialTokens
 from gen_fast.errors import AdapterError
 from gen_fast.model.batch import PackedBatch
 from gen_fast.model.generation import Answer, Decoder, end_token_ids
@@ -37,23 +36,14 @@ class Reader:
     def soft_prompts(self, texts: Sequence[str], prompt: str = "") -> Tensor:
         """The soft prompts S of each text behind `prompt`: [n, C, h] float32."""
         encoder, adapter, backbone = self._encoder, self._adapter, self._encoder.backbone
-        layout = SpecialTokens(
-            encoder._tokenizer,
-            prompt,
-            encoder.max_length,
-            backbone.config.vocab_size,
-            adapter.n_special,
-            adapter.n_compression,
-        )
-        sequences = layout(texts, 0)
+        sequences = encoder._layout(prompt)(texts, 0)
         batch = PackedBatch.pack(
             sequences.ids,
-            needed=sequences.needed.tolist(),
-            filler=backbone.packed,
+            needed=sequences.needed,
             device=backbone.device,
         )
         special = adapter.special.to(backbone.device, backbone.dtype)
-        stream = backbone.forward(batch, special=special)[: len(texts) * adapter.n_compression]
+        stream = backbone.forward(batch, special=special)
         states = rms_norm(stream, backbone.final_norm, backbone.config.norm_eps).float()
         if adapter.reconstruction is not None:
             states = linear(states, *(t.to(states.device) for t in adapter.reconstruction))

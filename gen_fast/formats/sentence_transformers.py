@@ -23,8 +23,6 @@ from gen_fast.errors import UnsupportedModelError, WeightsError
 from gen_fast.model.config import BackboneConfig
 from gen_fast.model.weights import parse_config, read_json
 
-METHOD = "sentence-transformers"
-
 POOLING_MODES = ("mean", "lasttoken", "cls", "weightedmean", "max", "mean_sqrt_len_tokens")
 SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
 

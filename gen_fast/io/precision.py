@@ -1,11 +1,8 @@
 """Embeddings in fewer bytes: half floats, int8 with a scale a row, signs as bits."""
 
-from typing import Literal
-
 import numpy as np
 
-Precision = Literal["float32", "float16", "int8", "ubinary"]
-PRECISIONS: tuple[Precision, ...] = ("float32", "float16", "int8", "ubinary")
+from gen_fast.io.choices import Precision
 
 
 def sign_bits(embeddings: np.ndarray) -> np.ndarray:

@@ -20,10 +20,11 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from gen_fast.errors import InputError
+from gen_fast.io.choices import TextFormat
 
 STDIN = "-"
 DATASETS = "datasets:"
-SUFFIXES = {
+SUFFIXES: Mapping[str, TextFormat] = {
     ".txt": "txt",
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",

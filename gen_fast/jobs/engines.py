@@ -19,9 +19,10 @@ from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
 from gen_fast.errors import ConfigError, JobError
+from gen_fast.jobs.choices import DEFAULT_STALL_TIMEOUT, ENGINES
 from gen_fast.jobs.parts import PartStore
 from gen_fast.jobs.plan import Part, Plan
-from gen_fast.jobs.worker import DEFAULT_STALL_TIMEOUT, Worker, load_encoder
+from gen_fast.jobs.worker import Worker
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +41,8 @@ class Engine:
     @classmethod
     def choose(cls, devices: str | int | Sequence[str] | None, name: str) -> "Engine":
         """Read `devices` as embed_corpus takes it. Raises ConfigError."""
-        if name not in ("local", "ray"):
-            raise ConfigError(f"engine {name!r} is not local or ray")
+        if name not in ENGINES:
+            raise ConfigError(f"engine {name!r} is not {' or '.join(ENGINES)}")
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
         every = tuple(f"cuda:{i}" for i in range(gpus)) or ("cpu",)
         if devices is None:
@@ -215,7 +216,7 @@ class _RayWorker:
 
     def __init__(self, folder: str, device: str, strict: bool, stall_timeout: float) -> None:
         self._plan = Plan.load(Path(folder))
-        encoder = load_encoder(self._plan.settings, device)
+        encoder = self._plan.settings.load_encoder(device)
         self._worker = Worker(
             Path(folder), self._plan, encoder, strict=strict, stall_timeout=stall_timeout
         )

@@ -5,26 +5,23 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from tqdm import tqdm
 
-from gen_fast.embed.loading import DEFAULT_MODEL, identify
-from gen_fast.errors import ConfigError, JobError, PromptError
-from gen_fast.io.precision import Precision
+from gen_fast.errors import ConfigError, JobError
 from gen_fast.io.row_files import DATASETS
+from gen_fast.jobs.choices import DEFAULT_STALL_TIMEOUT, EngineName
 from gen_fast.jobs.claims import PLANNING, Claims
 from gen_fast.jobs.engines import Engine, Run, progress, run_local, run_ray, torchrun_ranks
 from gen_fast.jobs.parts import PartStore
 from gen_fast.jobs.plan import PLAN, Plan, open_input, prepare, unpublish
-from gen_fast.jobs.settings import DEFAULT_MAX_TEXT_BYTES, DEFAULT_ROWS_PER_PART, Settings
+from gen_fast.jobs.settings import Settings
 from gen_fast.jobs.watchdog import StallTimer
-from gen_fast.jobs.worker import DEFAULT_STALL_TIMEOUT, Worker, load_encoder
-from gen_fast.model.device import make_current, resolve_dtype
-from gen_fast.model.sources import lasting_name
+from gen_fast.jobs.worker import Worker
+from gen_fast.model.device import make_current
 
 logger = logging.getLogger(__name__)
 
@@ -43,42 +40,24 @@ class Summary:
 def embed_corpus(
     sources: str | Path | Sequence[str | Path],
     out: str | Path,
+    settings: Settings | None = None,
     *,
-    model: str | Path = DEFAULT_MODEL,
-    method: str | None = None,
-    backbone: str | Path | None = None,
-    revision: str | None = None,
-    dtype: str = "auto",
-    max_length: int | None = None,
-    deterministic: bool = False,
-    prompt: str | None = None,
-    prompt_name: str | None = None,
-    normalize_embeddings: bool = False,
-    truncate_dim: int | None = None,
-    precision: Precision = "float32",
-    text_column: str | None = None,
-    id_column: str | None = None,
-    template: str | None = None,
-    file_format: str | None = None,
-    split: str = "train",
-    rows_per_part: int = DEFAULT_ROWS_PER_PART,
-    max_text_bytes: int = DEFAULT_MAX_TEXT_BYTES,
     append: bool = False,
     strict: bool = False,
     devices: str | int | Sequence[str] | None = None,
-    engine: Literal["local", "ray"] = "local",
+    engine: EngineName = "local",
     stall_timeout: float | None = None,
     show_progress_bar: bool | None = None,
     plan_only: bool = False,
+    **shorthands: Any,
 ) -> Summary | None:
     """Embed the rows of files into parts of parquet in the directory `out`.
 
     sources: txt, jsonl, csv (also .gz, .zst) and parquet files, directories, glob patterns,
     "datasets:NAME". Called again with the same arguments it goes on where it stopped; a part's
     bytes do not depend on how often that was, nor on the number of processes.
-    model to deterministic: as for `gen_fast.load`. prompt to truncate_dim: as for Encoder.encode.
-    precision: float32, float16, int8 (with a column "scale") or ubinary (signs as bits).
-    text_column, id_column, template: see gen_fast.jobs.plan.Settings.
+    settings: all that decides the output. shorthands: fields of Settings by their names, such as
+    model, prompt_name, precision, text_column, id_column; they go before those of `settings`.
     append: add sources that the job does not have yet. strict: a row that would be rejected is an
     error. devices: "cuda:0", …; a number; or "all"; one process each; None is one, here.
     engine: "ray" runs on a Ray cluster, `devices` actors at a time. Under torchrun every rank
@@ -87,41 +66,16 @@ def embed_corpus(
     others; None means ten minutes, and never for this process unless it is one of torchrun's.
     plan_only: read the inputs and write the plan, embed nothing and return None.
 
-    Raises ConfigError, InputError, JobError, and what `load` raises.
+    Raises ConfigError, InputError, JobError, and what `load` raises; TypeError for a shorthand
+    that is no field of Settings.
     """
     if stall_timeout is not None and stall_timeout <= 0:
         raise ConfigError(f"stall_timeout {stall_timeout} is not positive")
-    if prompt is not None and prompt_name is not None:
-        raise PromptError("give prompt or prompt_name, not both")
     given = [sources] if isinstance(sources, str | Path) else list(sources)
     folder = Path(out)
     ranks = all(name in os.environ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"))
     chosen = Engine.choose("all" if ranks and devices is None else devices, engine)
-    settings = Settings(
-        model=lasting_name(model),
-        method=method,
-        backbone=None if backbone is None else lasting_name(backbone),
-        revision=revision,
-        dtype=str(resolve_dtype(dtype, torch.device(chosen.devices[0]))).removeprefix("torch."),
-        max_length=max_length,
-        deterministic=deterministic,
-        prompt=prompt or "",
-        normalize=normalize_embeddings,
-        truncate_dim=truncate_dim,
-        precision=precision,
-        text_column=text_column,
-        id_column=id_column,
-        template=template,
-        file_format=file_format,
-        split=split,
-        max_text_bytes=max_text_bytes,
-        rows_per_part=rows_per_part,
-    )
-    settings.check()  # before a model is downloaded
-    identity = identify(model, method=method, backbone=backbone, revision=revision)
-    if prompt is None and prompt_name is None:
-        prompt_name = identity.get("default_prompt_name")
-    settings = settings.of(identity, prompt_name)
+    settings = replace(settings or Settings(), **shorthands).resolved(chosen.devices[0])
     shown = sys.stderr.isatty() if show_progress_bar is None else show_progress_bar
     if ranks:
         rank, count, first_ahead = torchrun_ranks()
@@ -155,11 +109,12 @@ def embed_columns(
     sources: str | Path | Sequence[str | Path],
     out: str | Path,
     columns: Mapping[str, str | None],
+    settings: Settings | None = None,
     **options: Any,
 ) -> dict[str, Summary | None]:
     """Embed several columns of the same rows, each with a prompt of its own.
 
-    columns: the name of the prompt of each column, None for no prompt. options: as for
+    columns: the name of the prompt of each column, None for no prompt. settings, options: as for
     embed_corpus. Each column becomes a job of its own, one after the other, in the directory of
     `out` that has its name; a row may be rejected in one and not in another.
 
@@ -179,8 +134,8 @@ def embed_columns(
         raise JobError(f"{out} holds a job of one text a row: take another directory for columns")
 
     def embed(column: str, plan_only: bool) -> Summary | None:
-        settings = {**options, "text_column": column, "prompt_name": columns[column]}
-        return embed_corpus(sources, Path(out) / column, **settings, plan_only=plan_only)
+        of_column = {**options, "text_column": column, "prompt_name": columns[column]}
+        return embed_corpus(sources, Path(out) / column, settings, **of_column, plan_only=plan_only)
 
     only = bool(options.pop("plan_only", False))
     for column in columns:
@@ -228,7 +183,7 @@ def _work(run: Run, device: str, index: int = 0, count: int = 1) -> None:
     finished = list(PartStore(run.folder, plan).finished())
     if len(finished) == len(plan.parts):
         return
-    encoder = load_encoder(plan.settings, device)
+    encoder = plan.settings.load_encoder(device)
     with ExitStack() as stack:
         if count > 1:
             refresh = stack.enter_context(progress(run))

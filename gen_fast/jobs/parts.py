@@ -315,14 +315,14 @@ class PartStore:
     def _metadata(self) -> EmbeddingMetadata:
         settings = self.plan.settings
         return EmbeddingMetadata(
-            model=settings.model,
+            model=str(settings.model),
             method=settings.identity["method"],
-            prompt=settings.prompt,
-            normalized=settings.normalize,
+            prompt=settings.prompt or "",
+            normalized=settings.normalize_embeddings,
             dimension=settings.dimension,
             model_dimension=int(settings.identity["dimension"]),
             dtype=settings.dtype,
-            backbone=settings.backbone or "",
+            backbone=str(settings.backbone or ""),
             fingerprint=settings.identity["backbone"],
         )
 

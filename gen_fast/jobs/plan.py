@@ -85,7 +85,7 @@ class Plan:
     @cached_property
     def settings_hash(self) -> str:
         """Tells embeddings that can be compared from others."""
-        return _hash(asdict(self.settings))
+        return _hash(self.settings.as_json())
 
     def key(self, part: Part) -> str:
         """A hash of everything that decides the bytes of a part."""
@@ -98,7 +98,7 @@ class Plan:
         parts = [[p.input, *p.start, p.rows, p.first, list(p.duplicates)] for p in self.parts]
         values = {
             "format": FORMAT,
-            "settings": asdict(self.settings),
+            "settings": self.settings.as_json(),
             "inputs": [asdict(file) for file in self.inputs],
         }
         lines = ",\n  ".join(json.dumps(part) for part in parts)
@@ -120,7 +120,7 @@ class Plan:
                 )
             )
             inputs = tuple(Input(**file) for file in values["inputs"])
-            return cls(Settings(**values["settings"]), inputs, parts)
+            return cls(Settings.from_json(values["settings"]), inputs, parts)
         except FileNotFoundError as error:
             raise JobError(f"{folder} holds no job: there is no {PLAN}") from error
         except (ValueError, KeyError, TypeError) as error:
@@ -150,7 +150,7 @@ def prepare(
         return plan
     differences = [
         f"{name} was {old!r}, now it is {new!r}"
-        for name, old, new in _pairs(asdict(plan.settings), asdict(settings))
+        for name, old, new in _pairs(plan.settings.as_json(), settings.as_json())
         if old != new
     ]
     differences += [text for file in plan.inputs for text in _changes(file, settings, on_rows)]

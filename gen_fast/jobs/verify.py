@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from gen_fast.errors import JobError
+from gen_fast.io.choices import Precision
 from gen_fast.io.durable import file_sha256
-from gen_fast.io.precision import Precision
 from gen_fast.jobs.parts import REJECTED, PartStore
 from gen_fast.jobs.plan import MANIFEST, Part, Plan
 
@@ -90,7 +90,7 @@ def _problems(
     floats = values if scales is None else scales
     if not np.isfinite(floats).all():
         yield f"{path}: an embedding holds NaN or infinity"
-    if settings.normalize and settings.precision in ("float32", "float16"):
+    if settings.normalize_embeddings and settings.precision in ("float32", "float16"):
         lengths = np.linalg.norm(values.astype(np.float32), axis=1)
         # A zero vector stays zero.
         if not np.all((np.abs(lengths - 1) < 1e-2) | (lengths == 0)):

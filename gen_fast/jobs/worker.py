@@ -21,16 +21,13 @@ from itertools import chain
 from pathlib import Path
 from typing import NoReturn
 
-import torch
-
 from gen_fast.embed.encoder import EncodedBlock, Encoder
-from gen_fast.embed.loading import identify, load
 from gen_fast.errors import GenFastError, InputError, JobError, NonFiniteError, TextError
+from gen_fast.jobs.choices import DEFAULT_STALL_TIMEOUT
 from gen_fast.jobs.claims import Claims
 from gen_fast.jobs.corpus import CorpusReader, PartRows
 from gen_fast.jobs.parts import PartStore, Record
 from gen_fast.jobs.plan import Part, Plan
-from gen_fast.jobs.settings import Settings
 from gen_fast.jobs.watchdog import StallTimer
 from gen_fast.model.device import make_current
 from gen_fast.model.token_budget import is_out_of_memory
@@ -38,34 +35,7 @@ from gen_fast.model.token_budget import is_out_of_memory
 logger = logging.getLogger(__name__)
 
 LOG = "log.jsonl"
-DEFAULT_STALL_TIMEOUT = 600.0
 _POLL_SECONDS = 0.5
-
-
-def load_encoder(settings: Settings, device: str | torch.device | None) -> Encoder:
-    """The encoder that a plan asks for. Raises JobError if this machine has another model."""
-    found = identify(
-        settings.model,
-        method=settings.method,
-        backbone=settings.backbone,
-        revision=settings.revision,
-    )
-    if found != settings.identity:
-        wrong = [key for key in settings.identity if found.get(key) != settings.identity[key]]
-        raise JobError(
-            f"{settings.model} is not the model that the plan was made with: it differs in "
-            f"{', '.join(wrong)}"
-        )
-    return load(
-        settings.model,
-        method=settings.method,
-        backbone=settings.backbone,
-        revision=settings.revision,
-        device=device,
-        dtype=settings.dtype,
-        max_length=settings.max_length,
-        deterministic=settings.deterministic,
-    )
 
 
 class _NoTokensError(Exception):
@@ -157,7 +127,7 @@ class Worker:
                 blocks = self._encoder.encode_blocks(
                     texts(),
                     prompt=settings.prompt,
-                    normalize_embeddings=settings.normalize,
+                    normalize_embeddings=settings.normalize_embeddings,
                     truncate_dim=settings.truncate_dim,
                     on_progress=self._progress,
                 )
@@ -302,7 +272,7 @@ def main(arguments: list[str]) -> int:
         with Worker(
             options.folder,
             plan,
-            load_encoder(plan.settings, options.device),
+            plan.settings.load_encoder(options.device),
             index=options.index,
             count=options.count,
             strict=options.strict,

@@ -126,9 +126,6 @@ class Backbone:
     ) -> Tensor:
         """Return the residual stream [R, h] at the needed rows, before the final norm.
 
-        Rows that are padding (see PackedBatch.pack) hold finite numbers of no meaning: oneDNN's
-        products read over the end of a row, where NaN would spoil the last row of a text.
-
         special [k, h]: embeddings of ids V, V + 1, … . prefix: keys and values before each text.
         cache: the texts' own tokens so far, if they were begun in an earlier pass; the batch's are
         added. `batch.positions` must count both. The last layer computes attention, its output
@@ -143,9 +140,7 @@ class Backbone:
 
     def prefill(self, ids: tuple[int, ...]) -> PrefixKV:
         """Run a prefix once and keep every layer's keys and values."""
-        batch = PackedBatch.pack(
-            [torch.tensor(ids, dtype=torch.int64).numpy()], needed=[0], device=self.device
-        )
+        batch = PackedBatch.pack([np.array(ids, dtype=np.int64)], needed=[0], device=self.device)
         _, kv = self._run(batch, None, None, None, keep_kv=True)
         return PrefixKV(tuple(ids), tuple(kv))
 
@@ -160,37 +155,43 @@ class Backbone:
         config = self.config
         eps = config.norm_eps
         kept: list[tuple[Tensor, Tensor]] = []
-        offsets, row_offsets, k_offsets = batch.offsets, batch.row_offsets, batch.offsets
+        ids, positions, needed = batch.ids, batch.positions, batch.needed.indices
+        n_tokens = len(ids)
+        n_needed = n_tokens if needed is None else len(needed)
+        if self.packed:
+            ids, positions = with_padding_rows(ids), with_padding_rows(positions)
+            needed = None if needed is None else with_padding_rows(needed)
         # T bounds the length of every text without asking the device for the maximum.
-        longest = len(batch.positions)
+        longest = len(positions)
+        cu_seqlens, cu_needed = batch.cu_seqlens, batch.needed.cu_seqlens
+        cu_keys = cu_seqlens
         if cache is not None:
             place = cache.place(batch)
-            offsets, row_offsets, k_offsets = place.q_offsets, place.row_offsets, place.k_offsets
+            cu_seqlens, cu_needed, cu_keys = place.cu_seqlens, place.cu_needed, place.cu_keys
             longest = int(cache.lengths.max(initial=0))
         longest += 0 if prefix is None else len(prefix)
-        cos, sin = self._rotary_rows(batch.positions, longest)
+        cos, sin = self._rotary_rows(positions, longest)
 
-        stream = append(self.embedding, special, batch.ids)  # [T, h]
+        stream = append(self.embedding, special, ids)  # [T, h]
         normed = rms_norm(stream, self.layers[0].attention_norm, eps)
         for i, layer in enumerate(self.layers):
             last = i == len(self.layers) - 1
-            rows = batch.rows if last else None
             q, k, v = self._qkv(layer, normed, cos, sin)
             if keep_kv:
-                kept.append((k.contiguous(), v.contiguous()))
+                kept.append((k[:n_tokens].contiguous(), v[:n_tokens].contiguous()))
             if cache is not None:
-                k, v = cache.extend(i, place.rows, k, v)
-            if rows is not None:
-                q, stream = q[rows], stream[rows]
-                if not len(rows):
+                k, v = cache.extend(i, place.rows, k[:n_tokens], v[:n_tokens])
+            if last and needed is not None:
+                q, stream = q[needed], stream[needed]
+                if not n_needed:
                     return stream, kept
             prefix_k, prefix_v = (None, None) if prefix is None else prefix.layers[i]
             mixed = attention(
                 q,
                 k,
                 v,
-                row_offsets if last else offsets,
-                k_offsets,
+                cu_needed if last else cu_seqlens,
+                cu_keys,
                 prefix_k,
                 prefix_v,
                 config.windows[i],
@@ -199,7 +200,7 @@ class Backbone:
             normed, stream = add_rms_norm(mixed, stream, layer.mlp_norm, eps, inplace=True)
             mixed = linear(swiglu(linear(normed, layer.gate_up)), layer.down)
             if last:
-                return stream + mixed, kept
+                return (stream + mixed)[:n_needed], kept
             following = self.layers[i + 1].attention_norm
             normed, stream = add_rms_norm(mixed, stream, following, eps, inplace=True)
         raise AssertionError("a backbone has at least one layer")
@@ -236,3 +237,22 @@ class Backbone:
         dtype = torch.promote_types(self.dtype, torch.float32)
         angles = torch.arange(size, dtype=dtype).unsqueeze(1) * self._inverse_frequencies
         return angles.cos().to(self.device), angles.sin().to(self.device)
+
+
+def with_padding_rows(values: Tensor) -> Tensor:
+    """`values` [n] followed by zeros, `padded_rows(n)` in all.
+
+    Padding rows belong to no text and attention leaves them at 0: oneDNN's products read over the
+    end of a row, where a NaN would reach the last row of a text.
+    """
+    return torch.nn.functional.pad(values, (0, padded_rows(len(values)) - len(values)))
+
+
+def padded_rows(rows: int) -> int:
+    """The next of 32 evenly spaced numbers in each power of two: at most 1/32 more rows.
+
+    oneDNN prepares, and keeps, each product once for every number of rows that it meets: with
+    padding rows it meets few.
+    """
+    step = 1 << max(0, rows.bit_length() - 6)
+    return -(-rows // step) * step

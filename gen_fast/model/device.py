@@ -5,16 +5,8 @@ import time
 import torch
 
 from gen_fast.errors import ConfigError
+from gen_fast.model.choices import DTYPES, SHORT_DTYPES
 from gen_fast.model.linear import can_pack, linear, pack
-
-_DTYPES = {
-    "float32": torch.float32,
-    "fp32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "bf16": torch.bfloat16,
-    "float16": torch.float16,
-    "fp16": torch.float16,
-}
 
 
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
@@ -25,9 +17,11 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
         name = "bfloat16" if has_native_bfloat16(device) else "float32"
     else:
         name = dtype
-    if name not in _DTYPES:
-        raise ConfigError(f"dtype {dtype!r} is not auto, float32, bfloat16 or float16")
-    return _DTYPES[name]
+    name = SHORT_DTYPES.get(name, name)
+    if name not in DTYPES:
+        raise ConfigError(f"dtype {dtype!r} is not auto, {', '.join(DTYPES[:-1])} or {DTYPES[-1]}")
+    resolved: torch.dtype = getattr(torch, name)
+    return resolved
 
 
 def make_current(device: str | torch.device) -> None:

@@ -86,12 +86,11 @@ class Decoder:
             batch = PackedBatch.pack(
                 rows,
                 needed=[1] * len(rows),
-                prefix_length=cache.lengths[cache.active] + shared,
-                filler=backbone.packed,
+                prefix_length=cache.held + shared,
                 device=backbone.device,
             )
             hidden = backbone.forward(batch, special=special, prefix=prefix, cache=cache)
-            chosen = self._next(hidden, len(rows), sampling, generator)
+            chosen = self._next(hidden, sampling, generator)
             ended = np.isin(chosen, self._end_ids)
             for text in cache.active[ended]:
                 reasons[text] = "stop"
@@ -107,12 +106,12 @@ class Decoder:
         ]
 
     def _next(
-        self, hidden: Tensor, count: int, sampling: Sampling, generator: torch.Generator | None
+        self, hidden: Tensor, sampling: Sampling, generator: torch.Generator | None
     ) -> np.ndarray:
-        """The next token of the first `count` rows; the others are filler."""
+        """The token after each row of `hidden` [B, h]: [B] int64."""
         backbone = self.backbone
         states = rms_norm(hidden, backbone.final_norm, backbone.config.norm_eps)
-        logits = linear(states, self._head)[:count]
+        logits = linear(states, self._head)
         if sampling.temperature == 0:
             return logits.argmax(-1).cpu().numpy()
         probabilities = (logits.float() / sampling.temperature).softmax(-1)

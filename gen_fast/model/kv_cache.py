@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gen_fast.model.batch import PackedBatch, on_device
+from gen_fast.model.batch import PackedBatch, cumulative, on_device
 from gen_fast.model.config import BackboneConfig
 
 
@@ -20,15 +20,15 @@ from gen_fast.model.config import BackboneConfig
 class Placement:
     """Where the rows of a batch go in a cache, and how attention sees the cache afterwards.
 
-    rows [T]: int64, buffer row of each row of the batch. q_offsets, row_offsets, k_offsets: int32,
-    as attention takes them: all rows of the batch, its needed rows, and the keys. Regions with
-    unused rows count as two texts, the second without queries.
+    rows [T]: int64, buffer row of each row of the batch. cu_seqlens, cu_needed, cu_keys: int32, as
+    attention takes them: of all rows of the batch, of its needed rows, and of the keys. Regions
+    with unused rows count as two texts, the second without queries.
     """
 
     rows: Tensor
-    q_offsets: Tensor
-    row_offsets: Tensor
-    k_offsets: Tensor
+    cu_seqlens: Tensor
+    cu_needed: Tensor
+    cu_keys: Tensor
 
 
 class KVCache:
@@ -65,7 +65,7 @@ class KVCache:
 
         Raises ValueError if a text has no room left.
         """
-        added, needed = batch.lengths, batch.needed
+        added = batch.lengths
         first = self.starts[self.active] + self.lengths[self.active]
         if (first + added > self.starts[self.active + 1]).any():
             raise ValueError("a text has more tokens than its cache has room for")
@@ -73,34 +73,45 @@ class KVCache:
         rows = np.repeat(first, added) + within
         self.lengths[self.active] += added
 
-        used = np.zeros_like(self.lengths)
-        used[self.active] = self.lengths[self.active]
-        slack = np.diff(self.starts) - used
-        queries, wanted = np.zeros_like(used), np.zeros_like(used)
-        queries[self.active], wanted[self.active] = added, needed
-        if slack.any():
-            zero = np.zeros_like(used)
-            queries, wanted, used = (
-                np.stack(pair, axis=1).ravel()
-                for pair in ((queries, zero), (wanted, zero), (used, slack))
+        queries, needed, keys = (self._of_all(x) for x in (added, batch.needed.counts, self.held))
+        unused = np.diff(self.starts) - keys
+        if unused.any():
+            # Each region becomes two texts: what is held, and the rest without queries.
+            queries, needed, keys = (
+                np.stack((held, rest), axis=1).ravel()
+                for held, rest in ((queries, 0 * queries), (needed, 0 * needed), (keys, unused))
             )
-        return Placement(on_device(rows, self.device), *map(self._offsets, (queries, wanted, used)))
+        return Placement(
+            rows=on_device(rows, self.device),
+            cu_seqlens=self._cu_seqlens(queries),
+            cu_needed=self._cu_seqlens(needed),
+            cu_keys=self._cu_seqlens(keys),
+        )
 
-    def _offsets(self, counts: np.ndarray) -> Tensor:
-        offsets = np.concatenate(([0], counts.cumsum())).astype(np.int32)
-        return on_device(offsets, self.device)
+    @property
+    def held(self) -> np.ndarray:
+        """Tokens held of each active text."""
+        return self.lengths[self.active]
+
+    def _of_all(self, counts: np.ndarray) -> np.ndarray:
+        """Counts of the active texts as counts of all [B]; the others have 0."""
+        everyone = np.zeros_like(self.lengths)
+        everyone[self.active] = counts
+        return everyone
+
+    def _cu_seqlens(self, counts: np.ndarray) -> Tensor:
+        return on_device(cumulative(counts).astype(np.int32), self.device)
 
     def extend(self, layer: int, rows: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Put k, v [T, KV, D] at `rows` [n] of a layer (rows of k beyond n are filler)."""
-        pair = self.layers[layer]
-        new = (k[: len(rows)], v[: len(rows)])
+        """Put k, v [T, KV, D] at `rows` [T] of a layer; return all of the layer's."""
+        keys, values = self.layers[layer]
         if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
-            pair = (pair[0].index_copy(0, rows, new[0]), pair[1].index_copy(0, rows, new[1]))
-            self.layers[layer] = pair
+            keys, values = keys.index_copy(0, rows, k), values.index_copy(0, rows, v)
+            self.layers[layer] = keys, values
         else:
-            for buffer, values in zip(pair, new, strict=True):
-                buffer.index_copy_(0, rows, values)
-        return pair
+            keys.index_copy_(0, rows, k)
+            values.index_copy_(0, rows, v)
+        return keys, values
 
     def keep(self, texts: np.ndarray) -> None:
         """Go on with these of the active texts only; what the others hold is no longer read."""

@@ -19,9 +19,9 @@ from gen_fast.io.durable import file_sha256, replacing, sync
 from gen_fast.io.vectors import unit
 from gen_fast.jobs.parts import PartStore
 from gen_fast.jobs.plan import Part, Plan
+from gen_fast.search.choices import Kind
 from gen_fast.search.index import (
     IndexInfo,
-    Kind,
     VectorSearch,
     centered_bits,
     contents_hash,

@@ -12,7 +12,6 @@ from gen_fast.io.vectors import unit
 from gen_fast.jobs.corpus import CorpusReader
 from gen_fast.jobs.parts import PartStore
 from gen_fast.jobs.plan import Plan
-from gen_fast.jobs.worker import load_encoder
 from gen_fast.search.exact import Match
 from gen_fast.search.index import IndexInfo, VectorSearch, contents_hash, read_index
 
@@ -46,7 +45,7 @@ class CorpusIndex:
     def encoder(self) -> Encoder:
         """The model that embeds queries, loaded when it is first needed."""
         if self._encoder is None:
-            self._encoder = load_encoder(self._store.plan.settings, self._device)
+            self._encoder = self._store.plan.settings.load_encoder(self._device)
         return self._encoder
 
     def nearest(self, queries: np.ndarray, k: int = 10) -> tuple[np.ndarray, np.ndarray]:

@@ -10,7 +10,7 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from gen_fast.io.durable import write_whole
 from gen_fast.io.precision import sign_bits
 from gen_fast.io.vectors import unit
 from gen_fast.jobs.parts import PartStore
+from gen_fast.search.choices import Kind
 
 try:
     import faiss as faiss  # for build.py too, which so fails with the same words
@@ -26,8 +27,6 @@ except ImportError as error:
     raise JobError("an index needs FAISS: pip install 'gen-fast[search]'") from error
 
 FORMAT = "gen_fast.jobs.index/1"
-Kind = Literal["flat", "hnsw", "int8", "binary", "ivfpq", "ondisk"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import gen_fast
-from gen_fast.embed.methods import ECHO_FIRST, ECHO_SECOND
+from gen_fast.embed.layouts import ECHO_FIRST, ECHO_SECOND
 from gen_fast.testing import relative_error
 
 PROMPT = "Say: "

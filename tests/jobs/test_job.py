@@ -33,6 +33,7 @@ from gen_fast.jobs.engines import _wait_for_cluster
 from gen_fast.jobs.job import embed_columns, embed_corpus
 from gen_fast.jobs.parts import PartStore
 from gen_fast.jobs.plan import Plan, list_sources
+from gen_fast.jobs.settings import Settings
 from gen_fast.jobs.verify import verify
 from gen_fast.jobs.watchdog import StallTimer
 from gen_fast.model.device import make_current
@@ -93,7 +94,7 @@ def test_a_finished_job_is_left_as_it_is(
 ) -> None:
     first = embed_corpus(corpus, tmp_path / "out", **options(tiny_model))
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
-    monkeypatch.setattr("gen_fast.jobs.job.load_encoder", lambda *_: pytest.fail("was loaded"))
+    monkeypatch.setattr(Settings, "load_encoder", lambda *_: pytest.fail("was loaded"))
     assert embed_corpus(corpus, tmp_path / "out", **options(tiny_model)) == first
     after = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
     assert after == before
@@ -459,17 +460,17 @@ def test_texts_without_a_token_are_rejected(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What only the method can tell: here it finds nothing of its own in every tenth text."""
-    import gen_fast.embed.methods as methods
+    from gen_fast.embed import layouts
 
-    layout = methods.OwnTokens.__call__
+    layout = layouts.OwnTokens.__call__
 
-    def picky(self: methods.OwnTokens, texts: list[str], first_row: int) -> methods.Sequences:
+    def picky(self: layouts.OwnTokens, texts: list[str], first_row: int) -> layouts.Sequences:
         bad = tuple(first_row + i for i, text in enumerate(texts) if "number 20 " in text)
         if bad:
             raise TextError(f"row {bad[0]} has no token of its own", bad)
         return layout(self, texts, first_row)
 
-    monkeypatch.setattr(methods.OwnTokens, "__call__", picky)
+    monkeypatch.setattr(layouts.OwnTokens, "__call__", picky)
     corpus = write_corpus(tmp_path / "a.jsonl", 60)
     summary = embed_corpus(corpus, tmp_path / "out", **options(tiny_model))
     assert summary is not None

@@ -102,10 +102,10 @@ def test_packing_positions_and_rows():
     batch = PackedBatch.pack([np.array([5, 6, 7]), np.array([8])], needed=[2, 0], prefix_length=4)
     assert batch.ids.tolist() == [5, 6, 7, 8]
     assert batch.positions.tolist() == [4, 5, 6, 4]
-    assert batch.offsets.tolist() == [0, 3, 4]
-    assert batch.rows.tolist() == [1, 2]
-    assert batch.row_offsets.tolist() == [0, 2, 2]
-    assert PackedBatch.pack([np.array([5]), np.array([8])], needed=[1, 1]).rows is None
+    assert batch.cu_seqlens.tolist() == [0, 3, 4]
+    assert batch.needed.indices.tolist() == [1, 2]
+    assert batch.needed.cu_seqlens.tolist() == [0, 2, 2]
+    assert PackedBatch.pack([np.array([5]), np.array([8])], needed=[1, 1]).needed.indices is None
     with pytest.raises(ValueError, match="more needed rows"):
         PackedBatch.pack([np.array([5])], needed=[2])
 

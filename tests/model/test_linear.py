@@ -4,8 +4,9 @@ import torch
 
 import gen_fast
 from gen_fast import ops
-from gen_fast.model.backbone import Backbone
-from gen_fast.model.batch import PackedBatch, rounded_up
+from gen_fast.model import backbone as backbone_module
+from gen_fast.model.backbone import Backbone, padded_rows
+from gen_fast.model.batch import PackedBatch
 from gen_fast.model.linear import can_pack, linear, pack
 from gen_fast.model.prefix import PrefixCache
 from gen_fast.model.weights import load_backbone
@@ -55,20 +56,28 @@ def test_an_encoder_packs_its_backbone_and_keeps_its_numbers(tiny_model):
     assert difference <= 1e-5 * abs(plain.encode(texts)).max()
 
 
-def test_filler_makes_few_numbers_of_rows_and_changes_no_result(tiny_model):
-    assert len({rounded_up(n) for n in range(1024, 2049)}) == 33
-    assert max(rounded_up(n) / n for n in range(1, 5000)) < 1.04
+def test_padding_rows_make_few_numbers_of_rows_and_change_no_result(tiny_model, monkeypatch):
+    assert len({padded_rows(n) for n in range(1024, 2049)}) == 33
+    assert max(padded_rows(n) / n for n in range(1, 5000)) < 1.04
     backbone = load_backbone(tiny_model)
-    sequences = [np.arange(3, 3 + n) for n in (50, 1, 61)]
+    rows_met = set()
+    plain_append = backbone_module.append
+    monkeypatch.setattr(
+        backbone_module,
+        "append",
+        lambda table, special, ids: rows_met.add(len(ids)) or plain_append(table, special, ids),
+    )
     for needed in (None, [2, 1, 0]):
-        plain, filled = (
-            PackedBatch.pack(sequences, needed=needed, filler=filler) for filler in (False, True)
-        )
-        assert len(filled.ids) == 112
+        batch = PackedBatch.pack([np.arange(3, 3 + n) for n in (50, 1, 61)], needed=needed)
         with torch.no_grad():
-            expected = backbone.forward(plain)
-            actual = backbone.forward(filled)[: len(expected)]
+            monkeypatch.setattr(Backbone, "packed", False)
+            expected = backbone.forward(batch)
+            monkeypatch.setattr(Backbone, "packed", True)
+            actual = backbone.forward(batch)
         torch.testing.assert_close(actual, expected)
+    assert rows_met == {112}
+    prefix = backbone.prefill(tuple(range(3, 70)))
+    assert len(prefix.layers[0][0]) == 67  # of 68 rows
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -94,7 +103,6 @@ def test_padding_rows_hold_numbers_and_embeddings_owe_nothing_to_fresh_memory(
         np.testing.assert_array_equal(encoder.encode(texts, prompt=prompt), embeddings)
     sequences = [np.arange(3, 3 + n) for n in (50, 1, 61)]
     for needed in (None, [2, 1, 0]):
-        batch = PackedBatch.pack(sequences, needed=needed, filler=True)
-        assert len(batch.rows) == rounded_up(len(batch.rows))
+        batch = PackedBatch.pack(sequences, needed=needed)
         with torch.no_grad():
             assert encoder.backbone.forward(batch).isfinite().all()

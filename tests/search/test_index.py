@@ -16,9 +16,10 @@ from gen_fast.jobs.job import embed_corpus
 from gen_fast.jobs.parts import PartStore
 from gen_fast.jobs.plan import Plan
 from gen_fast.search.build import build_index, choose_kind
+from gen_fast.search.choices import KINDS
 from gen_fast.search.corpus import open_index
 from gen_fast.search.exact import nearest
-from gen_fast.search.index import KINDS, IndexInfo, info_path, read_index
+from gen_fast.search.index import IndexInfo, info_path, read_index
 
 ROWS = 3000
 QUERIES = ["text number 17 text number 17 ", "title", "number 250"]

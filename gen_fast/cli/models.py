@@ -1,0 +1,35 @@
+"""Models as the options of a command name them."""
+
+import logging
+from typing import TYPE_CHECKING
+
+import gen_fast.cli.options as options
+from gen_fast.embed.choices import DEFAULT_MODEL
+
+if TYPE_CHECKING:
+    from gen_fast.embed.encoder import Encoder
+
+
+def load_encoder(
+    model: str | None,
+    method: str | None,
+    backbone: str | None,
+    device: str | None,
+    dtype: str,
+    max_length: int | None,
+    deterministic: bool,
+    quiet: bool,
+) -> "Encoder":
+    """The encoder that a command works with; it warns unless it is to be quiet."""
+    from gen_fast.embed.loading import load
+
+    logging.getLogger("gen_fast").setLevel(logging.ERROR if quiet else logging.WARNING)
+    return load(
+        model or DEFAULT_MODEL,
+        method=method and str(method),
+        backbone=backbone,
+        device=options.checked_device(device),
+        dtype=str(dtype),
+        max_length=max_length,
+        deterministic=deterministic,
+    )

@@ -1,0 +1,19 @@
+"""Default model and names of methods.
+
+Imports nothing of ours, so that the command line starts at once.
+"""
+
+DEFAULT_MODEL = "smollm2-135m"
+
+DEFAULT_METHOD = "mean"
+LLM2VEC_GEN = "llm2vec-gen"
+SENTENCE_TRANSFORMERS = "sentence-transformers"
+METHODS = (
+    DEFAULT_METHOD,
+    "weighted-mean",
+    "last-token",
+    "echo",
+    "hyde",
+    LLM2VEC_GEN,
+    SENTENCE_TRANSFORMERS,
+)

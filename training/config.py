@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -10,52 +10,46 @@ from typing import Any, get_args, get_origin, get_type_hints
 import yaml
 
 from gen_fast.embed.adapter import DEFAULT_PROMPTS
+from gen_fast.embed.choices import DEFAULT_MODEL
 from gen_fast.errors import ConfigError
+from gen_fast.ops.distill import ALIGNMENTS
 
-# Where a run lies and how it reports does not change what it computes.
-_NOT_PART_OF_THE_RUN = {
-    *("out", "answers", "teacher", "checkpoint_every", "keep_checkpoints", "log_every"),
-    # A backbone is told by its fingerprint, not by where it lies.
-    *("validate_every", "report_to", "steps", "prompts", "backbone", "device", "max_skipped"),
-}
-_POSITIVE = (
-    *("n_compression", "max_length", "max_answer_tokens", "batch_size", "start_rows"),
-    *("learning_rate", "schedule_steps", "steps", "max_grad_norm"),
-    *("validate_every", "checkpoint_every", "keep_checkpoints", "log_every"),
+# A flag may come several times.
+_LISTS = ("answers", "report_to")
+# Where a run lies and how it reports does not change what it computes. A backbone is told by its
+# fingerprint, not by where it lies.
+_NOT_PART_OF_THE_RUN = (
+    "answers",
+    "teacher",
+    "out",
+    "backbone",
+    "prompts",
+    "steps",
+    "max_skipped",
+    "device",
+    "validate_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "log_every",
+    "report_to",
 )
-_LISTS = ("answers", "report_to")  # a flag may come several times
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """Settings of a run; the defaults are those of LLM2Vec-Gen (arXiv 2603.10913, §4), but for
-    `start`.
+class TextConfig:
+    """What is trained on, over which backbone.
 
     answers: jsonl files of {"id", "query", "answer"} and perhaps {"negative_query",
     "negative_answer"}. teacher: parquet of their vectors, as `gen-fast teach` writes it. out: a
     directory. n_thought, n_compression: special tokens. prompt: put before every query.
     max_length: tokens of a query with its special tokens. max_answer_tokens: with its end.
     answer_end: what is put after an answer; None is the tokenizer's end of text.
-    *_weight: of a loss; 0 leaves it out. alignment: "mse" or "cosine". repeat_weight: a second
-    pass over repeat_prompt + answer, aligned to the same teacher vector.
-    negative_weight: alignment of negative queries to their answers. margin_weight, margin: hinge
-    on squared distances to other texts. contrastive_weight, contrastive_scale: InfoNCE of queries
-    against repeated answers and negatives.
-    batch_size: texts a step, all ranks together. micro_batch_tokens: of reconstruction at a time;
-    None fits the device. start: "fitted" (see fitting.py) over start_rows, or "random" as in the
-    paper.
-    learning_rate: of the special tokens; reconstruction_learning_rate, alignment_learning_rate: of
-    the projections, None the same. They rise over warmup_steps and fall to 0 at schedule_steps; the
-    run stops at `steps`. refit_rows: rows that the alignment is fitted to once more when the run is
-    done; 0 leaves it as trained. max_skipped: steps in a row with a NaN loss that are survived.
-    validation_rows: held out, chosen by a hash of their ids.
-    report_to: "tensorboard", "wandb"; curves and metrics.jsonl are always written.
     """
 
     answers: tuple[str, ...] = ()
     teacher: str = ""
     out: str = ""
-    backbone: str = "smollm2-135m"
+    backbone: str = DEFAULT_MODEL
     backbone_revision: str | None = None
     n_thought: int = 0
     n_compression: int = 10
@@ -63,6 +57,23 @@ class TrainConfig:
     max_length: int = 512
     max_answer_tokens: int = 512
     answer_end: str | None = None
+
+    @property
+    def n_special(self) -> int:
+        """Thought and compression tokens together."""
+        return self.n_thought + self.n_compression
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """The losses, each with its weight; 0 leaves it out.
+
+    alignment: "mse" or "cosine". repeat_weight: a second pass over repeat_prompt + answer, aligned
+    to the same teacher vector. negative_weight: alignment of negative queries to their answers.
+    margin_weight, margin: hinge on squared distances to other texts. contrastive_weight,
+    contrastive_scale: InfoNCE of queries against repeated answers and negatives.
+    """
+
     reconstruction_weight: float = 1.0
     alignment_weight: float = 1.0
     alignment: str = "mse"
@@ -73,6 +84,42 @@ class TrainConfig:
     margin: float = 0.0
     contrastive_weight: float = 0.0
     contrastive_scale: float = 20.0
+
+    def weights(self) -> dict[str, float]:
+        """Of each loss, by its name."""
+        return {
+            "reconstruction": self.reconstruction_weight,
+            "alignment": self.alignment_weight,
+            "repeat": self.repeat_weight,
+            "negative": self.negative_weight,
+            "margin": self.margin_weight,
+            "contrastive": self.contrastive_weight,
+        }
+
+    @property
+    def needs_negatives(self) -> bool:
+        """Whether a loss over negative queries and answers is on."""
+        return bool(self.negative_weight or self.margin_weight or self.contrastive_weight)
+
+    @property
+    def needs_repeats(self) -> bool:
+        """Whether answers are embedded behind the repeat prompt."""
+        return bool(self.repeat_weight or self.contrastive_weight)
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Steps, and what each does to the parameters.
+
+    batch_size: texts a step, all ranks together. micro_batch_tokens: of reconstruction at a time;
+    None fits the device. start: "fitted" (see fitting.py) over start_rows, or "random" as in the
+    paper. refit_rows: rows that the alignment is fitted to once more when the run is done; 0
+    leaves it as trained.
+    learning_rate: of the special tokens; reconstruction_learning_rate, alignment_learning_rate: of
+    the projections, None the same. They rise over warmup_steps and fall to 0 at schedule_steps; the
+    run stops at `steps`. max_skipped: steps in a row with a NaN loss that are survived.
+    """
+
     batch_size: int = 32
     micro_batch_tokens: int | None = None
     start: str = "fitted"
@@ -87,6 +134,16 @@ class TrainConfig:
     steps: int = 5_000
     max_grad_norm: float = 1.0
     max_skipped: int = 10
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run is computed, and what is written of it.
+
+    validation_rows: held out, chosen by a hash of their ids. report_to: "tensorboard", "wandb";
+    curves and metrics.jsonl are always written. prompts: of the adapter.
+    """
+
     seed: int = 0
     dtype: str = "auto"
     device: str | None = None
@@ -98,17 +155,24 @@ class TrainConfig:
     report_to: tuple[str, ...] = ("tensorboard",)
     prompts: Mapping[str, str] = field(default_factory=lambda: dict(DEFAULT_PROMPTS))
 
+
+@dataclass(frozen=True)
+class TrainConfig(RunConfig, OptimizerConfig, LossConfig, TextConfig):
+    """Settings of a run; the defaults are those of LLM2Vec-Gen (arXiv 2603.10913, §4), but for
+    `start`. A settings file has the fields of all four parts, the last part's first.
+    """
+
     def __post_init__(self) -> None:
         for name in ("answers", "teacher", "out"):
             if not getattr(self, name):
                 raise ConfigError(f"{name} must be given")
-        for name in _POSITIVE:
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"{name} must be positive, not {getattr(self, name)}")
-        for item in fields(self):
-            if item.name.endswith("_weight") and getattr(self, item.name) < 0:
-                raise ConfigError(f"{item.name} must not be negative")
-        if self.alignment not in ("mse", "cosine"):
+        for name, value in self._positive().items():
+            if value <= 0:
+                raise ConfigError(f"{name} must be positive, not {value}")
+        for name, weight in self.weights().items():
+            if weight < 0:
+                raise ConfigError(f"{name}_weight must not be negative")
+        if self.alignment not in ALIGNMENTS:
             raise ConfigError(f"alignment must be mse or cosine, not {self.alignment!r}")
         if self.start not in ("fitted", "random"):
             raise ConfigError(f"start must be fitted or random, not {self.start!r}")
@@ -119,20 +183,23 @@ class TrainConfig:
         if self.n_thought < 0:
             raise ConfigError(f"n_thought must not be negative, not {self.n_thought}")
 
-    @property
-    def n_special(self) -> int:
-        """Thought and compression tokens together."""
-        return self.n_thought + self.n_compression
-
-    @property
-    def needs_negatives(self) -> bool:
-        """Whether a loss over negative queries and answers is on."""
-        return bool(self.negative_weight or self.margin_weight or self.contrastive_weight)
-
-    @property
-    def needs_repeats(self) -> bool:
-        """Whether answers are embedded behind the repeat prompt."""
-        return bool(self.repeat_weight or self.contrastive_weight)
+    def _positive(self) -> dict[str, float]:
+        """Settings that mean nothing below 1, or at 0."""
+        return {
+            "n_compression": self.n_compression,
+            "max_length": self.max_length,
+            "max_answer_tokens": self.max_answer_tokens,
+            "batch_size": self.batch_size,
+            "start_rows": self.start_rows,
+            "learning_rate": self.learning_rate,
+            "schedule_steps": self.schedule_steps,
+            "steps": self.steps,
+            "max_grad_norm": self.max_grad_norm,
+            "validate_every": self.validate_every,
+            "checkpoint_every": self.checkpoint_every,
+            "keep_checkpoints": self.keep_checkpoints,
+            "log_every": self.log_every,
+        }
 
     def identity(self) -> dict[str, Any]:
         """What must agree when a run is continued from a checkpoint."""

@@ -5,8 +5,8 @@ over parts of the batch; each leaves its gradient at the soft prompts, and one p
 back through the special tokens.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -81,74 +81,161 @@ def accumulate(
     student.zero_grad()
     n = len(examples)
     counts = world.counts(n)
-    tokens = sum(world.counts(sum(len(example.answer) for example in examples)))
+    totals = Totals(
+        texts=sum(counts), tokens=sum(world.counts(sum(len(e.answer) for e in examples)))
+    )
+
+    # All texts through the special tokens, once. What is behind the leaves waits for the end.
     groups = _groups(examples, config)
-    soft, embeddings = student.encode([ids for group in groups.values() for ids in group])
+    soft, embeddings = student.encode([ids for texts in groups.values() for ids in texts])
     soft_leaf, leaf = (x.detach().requires_grad_() for x in (soft, embeddings))
     embedded = dict(zip(groups, leaf.split(n), strict=True))
-    values = {item.name: leaf.new_zeros(()) for item in fields(Losses)}
+    values = {name: leaf.new_zeros(()) for name in config.weights()}
 
-    teacher = _vectors(examples, "vector", leaf)
-
-    def run(part: slice) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        states, targets = _reconstruct(student, soft_leaf, examples, part)
-        recon, aligned = distill(
-            *(states, student.head, targets, embedded["query"][part], teacher[part]),
-            tokens=tokens,
-            texts=sum(counts),
-            alignment=config.alignment,
-            memory=_logits_memory(student),
-        )
-        weighted = config.reconstruction_weight * recon + config.alignment_weight * aligned
-        # Not backward(): of a part that fails half-way nothing may have been added.
-        return recon.detach(), aligned.detach(), torch.autograd.grad(weighted, (soft_leaf, leaf))
-
+    # The losses of a text alone, each of which leaves its gradient at the leaves.
+    vectors = _stacked([example.vector for example in examples], leaf)
     if config.reconstruction_weight:
-        for recon, aligned, gradients in _in_parts(student, examples, config, run):
-            for end, gradient in zip((soft_leaf, leaf), gradients, strict=True):
-                end.grad = gradient if end.grad is None else end.grad.add_(gradient)
-            values["reconstruction"] += recon
-            values["alignment"] += aligned
-    alone = 0.0 if config.reconstruction_weight else config.alignment_weight
-    for name, weight, group, vectors in (
-        ("alignment", alone, "query", "vector"),
-        ("repeat", config.repeat_weight, "repeat", "vector"),
-        ("negative", config.negative_weight, "negative_query", "negative_vector"),
-    ):
-        if weight:
-            wanted = _vectors(examples, vectors, leaf)
-            aligned = alignment_loss(embedded[group], wanted, config) / sum(counts)
-            (weight * aligned).backward()
-            values[name] += aligned.detach()
+        for part in _reconstruction_parts(
+            student, examples, config, soft_leaf, leaf, embedded["query"], vectors, totals
+        ):
+            values["reconstruction"] += part.reconstruction
+            values["alignment"] += part.alignment
+            soft_leaf.grad = _sum(soft_leaf.grad, part.by_soft)
+            leaf.grad = _sum(leaf.grad, part.by_embeddings)
+    elif config.alignment_weight:
+        values["alignment"] = _align(
+            embedded["query"], vectors, config.alignment_weight, config, totals
+        )
+    if config.repeat_weight:
+        values["repeat"] = _align(embedded["repeat"], vectors, config.repeat_weight, config, totals)
+    if config.negative_weight:
+        negatives = _stacked([example.negative_vector for example in examples], leaf)
+        values["negative"] = _align(
+            embedded["negative_query"], negatives, config.negative_weight, config, totals
+        )
+    # The losses between texts, which may be on different ranks.
     if config.margin_weight or config.contrastive_weight:
-        _whole_batch(leaf, embedded, config, world, counts, values)
+        values |= _whole_batch(leaf, embedded, config, world, counts)
 
-    # One pass takes everything that has reached the soft prompts and the embeddings further back.
+    # One pass takes everything that has reached the leaves back to what is trained.
     ends = [(soft, soft_leaf.grad), (embeddings, leaf.grad)]
     reached = [(end, grad) for end, grad in ends if grad is not None]
     torch.autograd.backward([end for end, _ in reached], [grad for _, grad in reached])
 
-    weights = {item.name: getattr(config, f"{item.name}_weight", 0.0) for item in fields(Losses)}
-    values["total"] = sum(
-        (weights[name] * value for name, value in values.items()), leaf.new_zeros(())
-    )
+    weighted = (weight * values[name] for name, weight in config.weights().items())
+    values["total"] = sum(weighted, leaf.new_zeros(()))
+    means = _sum_over_ranks(student, values, world)
+    return Losses(**means), _work(student, examples, groups, config)
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Texts and answer tokens of a global batch, that its losses are means over."""
+
+    texts: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Losses of a part of a batch, and their weighted sum's gradients at the leaves."""
+
+    reconstruction: Tensor
+    alignment: Tensor
+    by_soft: Tensor
+    by_embeddings: Tensor
+
+
+def _reconstruction_parts(
+    student: Student,
+    examples: Sequence[Example],
+    config: TrainConfig,
+    soft: Tensor,
+    embeddings: Tensor,
+    queries: Tensor,
+    vectors: Tensor,
+    totals: Totals,
+) -> Iterator[_Part]:
+    """Reconstruction and alignment of the queries, as much of the batch at a time as fits.
+
+    soft and embeddings are the leaves; queries [n, d] are those of the embeddings that are
+    aligned to vectors [n, d].
+    """
+
+    def run(part: slice) -> _Part:
+        states, targets = _reconstruct(student, soft, examples, part)
+        reconstruction, alignment = distill(
+            states,
+            student.head,
+            targets,
+            queries[part],
+            vectors[part],
+            tokens=totals.tokens,
+            texts=totals.texts,
+            alignment=config.alignment,
+            memory=_logits_memory(student),
+        )
+        weighted = (
+            config.reconstruction_weight * reconstruction + config.alignment_weight * alignment
+        )
+        # Not backward(): of a part that fails half-way nothing may have been added.
+        gradients = torch.autograd.grad(weighted, (soft, embeddings))
+        return _Part(reconstruction.detach(), alignment.detach(), *gradients)
+
+    return _in_parts(student, examples, config, run)
+
+
+def _align(
+    student: Tensor, teacher: Tensor, weight: float, config: TrainConfig, totals: Totals
+) -> Tensor:
+    """Alignment loss of embeddings [n, d]; its weighted gradient is added to them."""
+    loss = alignment_loss(student, teacher, config) / totals.texts
+    (weight * loss).backward()
+    return loss.detach()
+
+
+def _work(
+    student: Student,
+    examples: Sequence[Example],
+    groups: Mapping[str, Sequence[np.ndarray]],
+    config: TrainConfig,
+) -> Work:
+    n = len(examples)
     predicted = sum(len(e.answer) for e in examples) if config.reconstruction_weight else 0
-    work = Work(
-        queries=sum(len(ids) for group in groups.values() for ids in group),
+    return Work(
+        queries=sum(len(ids) for texts in groups.values() for ids in texts),
         specials=len(student.special) * n * len(groups),
         answers=predicted + n * (student.n_compression - 1) if predicted else 0,
         predicted=predicted,
     )
-    return _sum_over_ranks(student, torch.stack(list(values.values())), world), work
 
 
 def _groups(examples: Sequence[Example], config: TrainConfig) -> dict[str, list[np.ndarray]]:
     """The texts whose embeddings the losses need, by kind."""
-    names = ["query"]
-    names += ["repeat"] if config.needs_repeats else []
-    names += ["negative_query"] if config.negative_weight or config.margin_weight else []
-    names += ["negative_repeat"] if config.contrastive_weight else []
-    return {name: [getattr(example, name) for example in examples] for name in names}
+    groups = {"query": [example.query for example in examples]}
+    if config.needs_repeats:
+        groups["repeat"] = _present([example.repeat for example in examples])
+    if config.negative_weight or config.margin_weight:
+        groups["negative_query"] = _present([example.negative_query for example in examples])
+    if config.contrastive_weight:
+        groups["negative_repeat"] = _present([example.negative_repeat for example in examples])
+    return groups
+
+
+def _present(rows: Sequence[np.ndarray | None]) -> list[np.ndarray]:
+    """Rows that the data has for every text where a loss needs them."""
+    assert all(row is not None for row in rows)
+    return [row for row in rows if row is not None]
+
+
+def _stacked(rows: Sequence[np.ndarray | None], like: Tensor) -> Tensor:
+    """Rows as a tensor of the dtype and device of `like`."""
+    return torch.from_numpy(np.stack(_present(rows))).to(like)
+
+
+def _sum(total: Tensor | None, more: Tensor) -> Tensor:
+    """`total` with `more` added in place, or `more` alone."""
+    return more if total is None else total.add_(more)
 
 
 def _in_parts(
@@ -212,51 +299,52 @@ def alignment_loss(student: Tensor, teacher: Tensor, config: TrainConfig) -> Ten
     return distill(none, none, no_targets, student, teacher, texts=1, alignment=config.alignment)[1]
 
 
-def _vectors(examples: Sequence[Example], name: str, like: Tensor) -> Tensor:
-    return torch.from_numpy(np.stack([getattr(e, name) for e in examples])).to(like)
-
-
 def _whole_batch(
     leaf: Tensor,
-    embedded: dict[str, Tensor],
+    embedded: Mapping[str, Tensor],
     config: TrainConfig,
     world: World,
     counts: list[int],
-    values: dict[str, Tensor],
-) -> None:
-    """Add the gradients of losses between texts, which may be on different ranks, to `leaf`."""
+) -> dict[str, Tensor]:
+    """This rank's share of the losses between texts, whose gradients are added to `leaf`."""
     everyone = {
         name: world.gather(rows.detach(), counts).requires_grad_()
         for name, rows in embedded.items()
     }
-    total = leaf.new_zeros(())
+    terms: dict[str, Tensor] = {}
     if config.margin_weight:
-        loss = losses.margin(everyone["query"], everyone["negative_query"], config.margin)
-        total = total + config.margin_weight * loss
-        values["margin"] += loss.detach() / world.size
+        terms["margin"] = losses.margin(
+            everyone["query"], everyone["negative_query"], config.margin
+        )
     if config.contrastive_weight:
-        query, repeat, negative = (everyone[x] for x in ("query", "repeat", "negative_repeat"))
-        loss = losses.contrastive(query, repeat, negative, config.contrastive_scale)
-        total = total + config.contrastive_weight * loss
-        values["contrastive"] += loss.detach() / world.size
-    total.backward()
+        terms["contrastive"] = losses.contrastive(
+            everyone["query"],
+            everyone["repeat"],
+            everyone["negative_repeat"],
+            config.contrastive_scale,
+        )
+    weights = config.weights()
+    torch.stack([weights[name] * loss for name, loss in terms.items()]).sum().backward()
     first = sum(counts[: world.rank])
     own = slice(first, first + counts[world.rank])
-    grads = [
+    gradients = [
         torch.zeros_like(rows[own]) if rows.grad is None else rows.grad[own]
         for rows in everyone.values()
     ]
-    gradient = torch.cat(grads)
-    leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
+    leaf.grad = _sum(leaf.grad, torch.cat(gradients))
+    return {name: loss.detach() / world.size for name, loss in terms.items()}
 
 
-def _sum_over_ranks(student: Student, values: Tensor, world: World) -> Losses:
-    """Sum gradients and losses over the ranks, in one message."""
+def _sum_over_ranks(
+    student: Student, values: Mapping[str, Tensor], world: World
+) -> dict[str, float]:
+    """Sum gradients and values over the ranks, in one message."""
     parameters = list(student.parameters())
-    grads = [p.new_zeros(p.shape) if p.grad is None else p.grad for p in parameters]
-    flat = world.sum(torch.cat([*(grad.flatten() for grad in grads), values.to(grads[0])]))
+    gradients = [p.new_zeros(p.shape) if p.grad is None else p.grad for p in parameters]
+    numbers = torch.stack(list(values.values())).to(gradients[0])
+    flat = world.sum(torch.cat([*(gradient.flatten() for gradient in gradients), numbers]))
     start = 0
     for parameter in parameters:
         parameter.grad = flat[start : start + parameter.numel()].view_as(parameter)
         start += parameter.numel()
-    return Losses(*flat[start:].tolist())
+    return dict(zip(values, flat[start:].tolist(), strict=True))

@@ -72,7 +72,7 @@ class RowFile(ABC):
     """A file of rows. `name` is for messages.
 
     columns: None if every row has its own. seekable: reading from a Position costs no more than
-    from the start. alive: called now and then while what stands before a Position is passed over.
+    from the start. heartbeat: called now and then while what stands before a Position is skipped.
     """
 
     columns: tuple[str, ...] | None = None
@@ -81,7 +81,7 @@ class RowFile(ABC):
     def __init__(self, source: str | Path, name: str) -> None:
         self.source = source
         self.name = name
-        self.alive: Callable[[], object] = lambda: None
+        self.heartbeat: Callable[[], object] = lambda: None
 
     def text_columns(self) -> tuple[str, ...]:
         """The columns that hold strings."""
@@ -199,7 +199,7 @@ class _LineFile(RowFile):
                 stream = stack.enter_context(io.BufferedReader(plain, _CHUNK_BYTES))
                 left = start.offset
                 while left > 0:
-                    self.alive()
+                    self.heartbeat()
                     left -= len(stream.read(min(left, _CHUNK_BYTES)) or b" " * left)
             else:
                 stream.seek(start.offset)
@@ -219,7 +219,7 @@ class _LineFile(RowFile):
             else:
                 quotes = line.count(b'"')
                 while not line.endswith(b"\n") and (line := stream.readline(_CHUNK_BYTES)):
-                    self.alive()
+                    self.heartbeat()
                     size += len(line)
                     quotes += line.count(b'"')
                 yield _TooLong(quotes), size

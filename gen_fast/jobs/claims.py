@@ -44,15 +44,15 @@ class Claims:
             ) from error
         return True
 
-    def wait(self, part: int, alive: Callable[[], object] = lambda: None) -> None:
+    def wait(self, part: int, heartbeat: Callable[[], object] = lambda: None) -> None:
         """Claim what another process may still have, when it is free. Raises as `take` does.
 
-        alive: called while waiting.
+        heartbeat: called while waiting.
         """
         began = time.monotonic()
         told = False
         while not self.take(part):
-            alive()
+            heartbeat()
             time.sleep(_POLL_SECONDS)
             if not told and time.monotonic() - began > _TELL_SECONDS:
                 told = True

@@ -39,12 +39,12 @@ class PartRows:
 class CorpusReader:
     """Reads the parts of a plan. Those of a compressed file are cheapest in their order.
 
-    alive: called now and then while rows are passed over.
+    heartbeat: called now and then while rows are passed over.
     """
 
-    def __init__(self, plan: Plan, alive: Callable[[], object] = lambda: None) -> None:
+    def __init__(self, plan: Plan, heartbeat: Callable[[], object] = lambda: None) -> None:
         self._plan = plan
-        self._alive = alive
+        self._heartbeat = heartbeat
         self._input = -1
         self._file: RowFile | None = None
         self._columns: Columns | None = None
@@ -72,7 +72,7 @@ class CorpusReader:
     def _rows(self, part: Part) -> Iterator[Row]:
         if part.input != self._input:
             self._file = open_input(self._plan.inputs[part.input].path, self._plan.settings)
-            self._file.alive = self._alive
+            self._file.heartbeat = self._heartbeat
             self._columns = Columns(self._file, self._plan.settings)
             self._input, self._next = part.input, -1
         assert self._file is not None
@@ -84,7 +84,7 @@ class CorpusReader:
             for start in range(0, ahead, _STRIDE):
                 count = min(_STRIDE, ahead - start)
                 next(islice(self._stream, count, count), None)
-                self._alive()
+                self._heartbeat()
         self._next = part.start.row + part.rows
         return islice(self._stream, part.rows)
 

@@ -14,18 +14,18 @@ _RECORD = np.dtype([("hash", "S16"), ("row", "<i8")])
 
 
 def duplicate_rows(
-    ids: Iterable[tuple[int, str]], folder: Path, alive: Callable[[], object] = lambda: None
+    ids: Iterable[tuple[int, str]], folder: Path, heartbeat: Callable[[], object] = lambda: None
 ) -> np.ndarray:
     """The rows [m] int64, ascending, of all (row, id) but the first with each id.
 
     Sorts hashes of the ids in files of a temporary directory in `folder`: 24 bytes of disk a row,
-    and of memory 1/256 of that. alive: called now and then while it sorts.
+    and of memory 1/256 of that. heartbeat: called now and then while it sorts.
     """
     with tempfile.TemporaryDirectory(prefix=".ids.", dir=folder) as scratch:
         _scatter(ids, Path(scratch))
         found = []
         for path in Path(scratch).iterdir():
-            alive()
+            heartbeat()
             found.append(_repeated(path))
     return np.sort(np.concatenate([np.empty(0, np.int64), *found]))
 

@@ -19,7 +19,7 @@ from gen_fast.jobs.engines import Engine, Run, progress, run_local, run_ray, tor
 from gen_fast.jobs.parts import PartStore
 from gen_fast.jobs.plan import PLAN, Plan, open_input, prepare, unpublish
 from gen_fast.jobs.settings import Settings
-from gen_fast.jobs.watchdog import StallTimer
+from gen_fast.jobs.watchdog import Watchdog
 from gen_fast.jobs.worker import Worker
 from gen_fast.model.device import make_current
 
@@ -157,16 +157,16 @@ def _prepare(
             open_input(source, settings)  # may download for long; the Hub has timeouts of its own
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with closing(Claims(folder)) as claims, StallTimer(stall_timeout) as timer:
-            claims.wait(PLANNING, timer.alive)
+        with closing(Claims(folder)) as claims, Watchdog(stall_timeout) as watchdog:
+            claims.wait(PLANNING, watchdog.heartbeat)
             with tqdm(desc="planning", unit="row", leave=False, disable=not shown) as bar:
 
                 def on_rows(count: int) -> None:
-                    timer.alive()
+                    watchdog.heartbeat()
                     bar.update(count)
 
                 plan = prepare(folder, sources, settings, append=append, on_rows=on_rows)
-            store = PartStore(folder, plan, timer.alive)
+            store = PartStore(folder, plan, watchdog.heartbeat)
             store.remove_temporaries(claims)
             for problem in store.remove_damaged(shown):
                 logger.warning("%s: this part is made again", problem)

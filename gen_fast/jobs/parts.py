@@ -60,15 +60,15 @@ class Record:
 class PartStore:
     """The parts of a job in its directory.
 
-    alive: called while records and parts are read, also by other threads.
+    heartbeat: called while records and parts are read, also by other threads.
     """
 
     def __init__(
-        self, folder: Path, plan: Plan, alive: Callable[[], object] = lambda: None
+        self, folder: Path, plan: Plan, heartbeat: Callable[[], object] = lambda: None
     ) -> None:
         self.folder = folder
         self.plan = plan
-        self._alive = alive
+        self._heartbeat = heartbeat
 
     def path(self, part: Part) -> Path:
         """Of a part's file."""
@@ -129,7 +129,7 @@ class PartStore:
 
     def _recorded(self, part: Part) -> Record | None:
         """What was written of a part, whatever has become of its file."""
-        self._alive()
+        self._heartbeat()
         try:
             text = self._record_path(part).read_text(encoding="utf-8")
             record = Record(**json.loads(text)["record"])
@@ -150,7 +150,7 @@ class PartStore:
             (self._rejected_path(part), record.rejected_sha256),
         ):
             try:
-                if file_sha256(path, lambda _: self._alive()) != expected:
+                if file_sha256(path, lambda _: self._heartbeat()) != expected:
                     return f"{path} does not have its sha256"
             except OSError as error:
                 return f"{path} cannot be read: {error.strerror}"

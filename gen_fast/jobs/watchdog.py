@@ -1,11 +1,11 @@
-"""The end of a process that hangs: no run waits for ever."""
+"""Watchdog: ends a process that has made no progress for some time."""
 
 import faulthandler
 import sys
 import time
 
 
-class StallTimer:
+class Watchdog:
     """Ends this process, with a traceback, after `seconds` without a sign of life; None never does.
 
     A context manager, within which it counts. There is one in a process at a time.
@@ -15,7 +15,7 @@ class StallTimer:
         self._seconds = seconds
         self._due = 0.0
 
-    def alive(self) -> None:
+    def heartbeat(self) -> None:
         """Put the end off for another `seconds`.
 
         faulthandler's own thread needs no lock of Python's, so it also ends a process that hangs
@@ -27,8 +27,8 @@ class StallTimer:
             file = sys.__stderr__ or sys.stderr
             faulthandler.dump_traceback_later(self._seconds, exit=True, file=file)
 
-    def __enter__(self) -> "StallTimer":
-        self.alive()
+    def __enter__(self) -> "Watchdog":
+        self.heartbeat()
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -28,7 +28,7 @@ from gen_fast.jobs.claims import Claims
 from gen_fast.jobs.corpus import CorpusReader, PartRows
 from gen_fast.jobs.parts import PartStore, Record
 from gen_fast.jobs.plan import Part, Plan
-from gen_fast.jobs.watchdog import StallTimer
+from gen_fast.jobs.watchdog import Watchdog
 from gen_fast.model.device import make_current
 from gen_fast.model.token_budget import is_out_of_memory
 
@@ -70,8 +70,8 @@ class Worker:
         self._store = PartStore(folder, plan)
         self._plan = plan
         self._encoder = encoder
-        self._timer = StallTimer(stall_timeout)
-        self._reader = CorpusReader(plan, self._timer.alive)
+        self._watchdog = Watchdog(stall_timeout)
+        self._reader = CorpusReader(plan, self._watchdog.heartbeat)
         first = index * len(plan.parts) // count
         self._order = plan.parts[first:] + plan.parts[:first]
         self._strict = strict
@@ -122,7 +122,7 @@ class Worker:
 
         self._stopped.clear()
         try:
-            with self._timer, ExitStack() as stack:
+            with self._watchdog, ExitStack() as stack:
                 writer = stack.enter_context(ThreadPoolExecutor(1, "gen_fast-write"))
                 blocks = self._encoder.encode_blocks(
                     texts(),
@@ -195,13 +195,13 @@ class Worker:
                 mine.add(part.number)
                 yield part
             if not mine.intersection(part.number for part in left):
-                self._timer.alive()
+                self._watchdog.heartbeat()
                 if self._stopped.wait(_POLL_SECONDS):
                     return
 
     def _read(self, part: Part) -> PartRows:
         read = self._reader.read(part, self._no_tokens.get(part.number, ()))
-        self._timer.alive()
+        self._watchdog.heartbeat()
         if self._strict and read.rejected:
             row = read.rejected[0]
             raise InputError(f"{row.input}, {row.place}: {row.kind}: {row.reason} (--strict)")
@@ -239,7 +239,7 @@ class Worker:
         return f"{path}, id {read.ids[row]}: {error}"
 
     def _progress(self, texts: int) -> None:
-        self._timer.alive()
+        self._watchdog.heartbeat()
         self._on_texts(texts)
 
 

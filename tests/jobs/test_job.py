@@ -35,7 +35,7 @@ from gen_fast.jobs.parts import PartStore
 from gen_fast.jobs.plan import Plan, list_sources
 from gen_fast.jobs.settings import Settings
 from gen_fast.jobs.verify import verify
-from gen_fast.jobs.watchdog import StallTimer
+from gen_fast.jobs.watchdog import Watchdog
 from gen_fast.model.device import make_current
 
 ROWS = 400
@@ -446,7 +446,7 @@ def test_planning_gives_signs_of_life(
 ) -> None:
     """While ids are sorted, and while the records and files of parts are read."""
     signs = []
-    monkeypatch.setattr(StallTimer, "alive", lambda self: signs.append(1))
+    monkeypatch.setattr(Watchdog, "heartbeat", lambda self: signs.append(1))
     out = tmp_path / "out"
     embed_corpus(corpus, out, **options(tiny_model), plan_only=True)
     assert len(signs) > 100  # 256 buckets, of which few are empty

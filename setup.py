@@ -35,8 +35,10 @@ OPS = sorted(path.parent.name for path in (ROOT / "kernels").glob("*/__init__.py
 FLAGS = ["-O3", "-g0", "-fvisibility=hidden", "-Wall"]
 # Machine code for Ampere and Hopper; newer GPUs translate the PTX when they load it.
 ARCHITECTURES = [
-    *("-gencode", "arch=compute_80,code=[sm_80,compute_80]"),
-    *("-gencode", "arch=compute_90a,code=sm_90a"),
+    "-gencode",
+    "arch=compute_80,code=[sm_80,compute_80]",
+    "-gencode",
+    "arch=compute_90a,code=sm_90a",
 ]
 
 

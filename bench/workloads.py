@@ -44,7 +44,9 @@ def make(name: str, tokenizer, quick: bool) -> Workload:
     if name == "fewshot":
         examples = _passage(
             [f"Question: {e.question}\nAnswer: {e.answers[0]}.\n" for e in entries],
-            *(FEWSHOT_TOKENS, tokenizer, rng),
+            FEWSHOT_TOKENS,
+            tokenizer,
+            rng,
         )
         chosen = rng.choice(len(questions), 24 if quick else 300, replace=False)
         prompt = f"{examples}\nQuestion: "

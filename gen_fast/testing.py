@@ -178,8 +178,8 @@ def check_gradients(
         if not isinstance(x, Tensor):
             return x
         # Strides stay: views of a fused projection are part of a test.
-        made = x.detach().to(device=device, dtype=dtype if x.is_floating_point() else None)
-        return made.requires_grad_(x.requires_grad)
+        copy = x.detach().to(device=device, dtype=dtype if x.is_floating_point() else None)
+        return copy.requires_grad_(x.requires_grad)
 
     def gradients(run: Callable[..., Any], dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
         leaves = [moved(x, dtype) for x in inputs]
@@ -188,8 +188,8 @@ def check_gradients(
         outputs = [x for x in outputs if x.requires_grad]
         torch.manual_seed(1)
         weights = [torch.randn(x.shape).to(x) for x in outputs]
-        wanted = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
-        return torch.autograd.grad(outputs, wanted, weights)
+        differentiable = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
+        return torch.autograd.grad(outputs, differentiable, weights)
 
     exact, plain = gradients(reference, torch.float64), gradients(reference)
     actual = gradients(lambda *leaves: function(*leaves, impl=impl))

@@ -115,7 +115,15 @@ def wheels(workplace: Path, tree: Path) -> dict[str, tuple[Path, str]]:
         source = shutil.copytree(tree, workplace / f"wheel-tree-{build}")
         out = workplace / f"wheel-{build}"
         printed = done(
-            *(sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "-w", out, source),
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "-v",
+            "--no-deps",
+            "-w",
+            out,
+            source,
             cwd=workplace,
             env={"GEN_FAST_BUILD": build},
         )

@@ -92,13 +92,13 @@ def generate_answers(
                 continue
             # The whole batch again: what a text becomes may depend on its neighbours' rounding.
             answers = generator.batch([texts[i] for i in members], number)
-            made = dict(zip(members, answers, strict=True))
+            answer_of = dict(zip(members, answers, strict=True))
             file.append(
                 {
                     "id": ids[i],
                     "query": texts[i],
-                    "answer": made[i].text.strip(),
-                    "finish_reason": made[i].finish_reason,
+                    "answer": answer_of[i].text.strip(),
+                    "finish_reason": answer_of[i].finish_reason,
                 }
                 for i in missing
             )

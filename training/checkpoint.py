@@ -87,8 +87,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
 
 def latest_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint in `folder`; None if there is none."""
-    found = _checkpoints(folder)
-    return found[-1] if found else None
+    checkpoints = _checkpoints(folder)
+    return checkpoints[-1] if checkpoints else None
 
 
 def load_checkpoint(path: Path, identity: Mapping[str, Any]) -> Checkpoint:
@@ -100,30 +100,30 @@ def load_checkpoint(path: Path, identity: Mapping[str, Any]) -> Checkpoint:
         state = read_json(path / "state.json")
         adapter = Adapter.load(path / "adapter")
         tensors = load_file(path / "optimizer.safetensors")
-        kept = state["identity"]
+        saved_identity = state["identity"]
         step, counters = int(state["step"]), state["counters"]
-        known = state["format"]
+        saved_format = state["format"]
     except (AdapterError, WeightsError, SafetensorError, OSError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{path} is damaged: {error}; delete it to use the one before"
         ) from error
-    if known != FORMAT:
-        raise CheckpointError(f"{path} has format {known!r}, expected {FORMAT!r}")
+    if saved_format != FORMAT:
+        raise CheckpointError(f"{path} has format {saved_format!r}, expected {FORMAT!r}")
     # The hash of the data last: what else differs says more.
-    for key in sorted({*kept, *identity}, key=lambda key: (key == "data", key)):
-        if kept.get(key) != identity.get(key):
+    for key in sorted({*saved_identity, *identity}, key=lambda key: (key == "data", key)):
+        if saved_identity.get(key) != identity.get(key):
             raise CheckpointError(
-                f"{path} was trained with {key} = {kept.get(key)!r}, this run has "
+                f"{path} was trained with {key} = {saved_identity.get(key)!r}, this run has "
                 f"{identity.get(key)!r}: use the same settings, or another out directory"
             )
     _set_random_state(state, tensors)
     optimizer = {name: t for name, t in tensors.items() if not name.startswith("random.")}
-    return Checkpoint(step, adapter, optimizer, kept, counters)
+    return Checkpoint(step, adapter, optimizer, saved_identity, counters)
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    found = folder.iterdir() if folder.is_dir() else ()
-    return sorted(path for path in found if re.fullmatch(r"step-\d+", path.name))
+    entries = folder.iterdir() if folder.is_dir() else ()
+    return sorted(path for path in entries if re.fullmatch(r"step-\d+", path.name))
 
 
 def _random_state() -> dict[str, Tensor]:

@@ -230,7 +230,7 @@ def read_config(path: str | Path | None, overrides: Mapping[str, Any]) -> TrainC
 
 def parse_flags(flags: Sequence[str]) -> dict[str, Any]:
     """Turn ["--batch-size", "8", "--prompt=x"] into settings. Raises ConfigError."""
-    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     rest = list(flags)
     while rest:
         flag, has_value, value = rest.pop(0).partition("=")
@@ -242,10 +242,10 @@ def parse_flags(flags: Sequence[str]) -> dict[str, Any]:
             value = rest.pop(0)
         name = flag.removeprefix("--").replace("-", "_")
         if name in _LISTS:  # --answers a.jsonl --answers b.jsonl
-            found[name] = [*found.get(name, []), value]
+            settings[name] = [*settings.get(name, []), value]
         else:
-            found[name] = value
-    return found
+            settings[name] = value
+    return settings
 
 
 def _typed(name: str, value: Any, kind: Any) -> Any:
@@ -268,9 +268,9 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
     try:
         if isinstance(value, bool):
             raise ValueError
-        made = kind(value)
-        if kind is int and float(value) != made:
+        converted = kind(value)
+        if kind is int and float(value) != converted:
             raise ValueError
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{name} must be {kind.__name__}, not {value!r}") from error
-    return made
+    return converted

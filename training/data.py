@@ -148,11 +148,11 @@ class TrainingData:
         """The rows of training step `step`, counted from 0: epochs of seeded permutations."""
         n, size = len(self.train), self._config.batch_size
         positions = np.arange(step * size, (step + 1) * size)
-        found = []
+        rows: list[Row] = []
         for epoch in np.unique(positions // n):
             order = np.random.default_rng([self._config.seed, int(epoch)]).permutation(n)
-            found += [self.train[i] for i in order[positions[positions // n == epoch] % n]]
-        return found
+            rows += [self.train[i] for i in order[positions[positions // n == epoch] % n]]
+        return rows
 
     def examples(self, rows: Sequence[Row]) -> list[Example]:
         """Tokenise rows."""

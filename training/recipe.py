@@ -60,16 +60,18 @@ def run_recipe(
 def evaluate(config: TrainConfig, folder: Path) -> dict[str, Any]:
     """The last validation figures, and some held-out queries with what their embeddings say."""
     rows = held_out_rows(config)[:EXAMPLES]
-    found: dict[str, Any] = {name.split("/")[1]: value for name, value in summary(Path(config.out))}
+    figures: dict[str, Any] = {
+        name.split("/")[1]: value for name, value in summary(Path(config.out))
+    }
     if rows:
         encoder = load(folder, backbone=config.backbone, device=config.device, dtype=config.dtype)
         reader = Reader(encoder)
         soft = reader.soft_prompts([row.query.strip() for row in rows], config.prompt)
-        found["examples"] = [
+        figures["examples"] = [
             {"query": row.query, "answer": row.answer, "decoded": read.text}
             for row, read in zip(rows, reader.read(soft, 64), strict=True)
         ]
-    return found
+    return figures
 
 
 def held_out_rows(config: TrainConfig) -> list[Row]:

@@ -71,14 +71,14 @@ def placed_records(path: Path) -> list[tuple[str, Any]]:
         lines = path.read_bytes().splitlines()
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    found = []
+    records = []
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
-                found.append((f"{path}, line {number}", json.loads(line)))
+                records.append((f"{path}, line {number}", json.loads(line)))
             except ValueError as error:
                 raise InputError(f"{path}, line {number}: not valid JSON: {error}") from error
-    return found
+    return records
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

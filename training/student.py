@@ -88,8 +88,8 @@ class Student(nn.Module):
         everyone = cache.active
         for part in split_by_budget([len(ids) for ids in queries], budget):
             cache.active = everyone[part]
-            chosen = queries[part]
-            batch = PackedBatch.pack(chosen, needed=[0] * len(chosen), device=self.backbone.device)
+            texts = queries[part]
+            batch = PackedBatch.pack(texts, needed=[0] * len(texts), device=self.backbone.device)
             self.backbone.forward(batch, cache=cache)
         cache.active = everyone
 

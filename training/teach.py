@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from gen_fast.embed.choices import SENTENCE_TRANSFORMERS
 from gen_fast.errors import ModelNotFoundError, NonFiniteError, UnsupportedModelError
 from gen_fast.io.embedding_files import EmbeddingMetadata, Embeddings, write_embeddings
 from gen_fast.training.data import read_rows, teacher_texts
@@ -48,8 +49,13 @@ def teach(
     if len(bad):
         raise NonFiniteError(f"the teacher's vector of {ids[bad[0]]} is not finite", tuple(bad))
     metadata = EmbeddingMetadata(
-        *(name, method or "sentence-transformers", "", False),
-        *(vectors.shape[1], vectors.shape[1], dtype),
+        model=name,
+        method=method or SENTENCE_TRANSFORMERS,
+        prompt="",
+        normalized=False,
+        dimension=vectors.shape[1],
+        model_dimension=vectors.shape[1],
+        dtype=dtype,
     )
     write_embeddings(out, Embeddings(ids, vectors, texts, metadata))
     return len(ids)

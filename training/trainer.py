@@ -98,7 +98,10 @@ class Stepper:
         self.skipped += 1
         logger.warning(
             "step %d: loss %s, gradient norm %s: the step is skipped (%d so far)",
-            *(self.taken + 1, losses.total, self.gradient_norm, self.skipped),
+            self.taken + 1,
+            losses.total,
+            self.gradient_norm,
+            self.skipped,
         )
         if self._skipped_in_a_row > self.config.max_skipped:
             raise NonFiniteLossError(
@@ -170,10 +173,10 @@ def _train(config: TrainConfig, show_progress_bar: bool | None) -> Path:
         "teacher_dimension": data.dimension,
         "data": data.fingerprint(),
     }
-    found = latest_checkpoint(out / "checkpoints")
-    if found is not None:
-        stepper.restore(load_checkpoint(found, identity))
-        logger.warning("going on from %s", found)
+    checkpoint = latest_checkpoint(out / "checkpoints")
+    if checkpoint is not None:
+        stepper.restore(load_checkpoint(checkpoint, identity))
+        logger.warning("going on from %s", checkpoint)
     elif config.start == "fitted":
         fit_alignment(stepper.student, data.examples(data.sample(config.start_rows)))
         world.copy_from_first(stepper.student.parameters())
@@ -218,8 +221,8 @@ def _loop(
         last = step == config.steps
         report.step(step, figures, write=step % config.log_every == 0 or step == 1 or last)
         if world.rank == 0 and data.validation and (step % config.validate_every == 0 or last):
-            found = validate(stepper.student, data.examples(data.validation), config)
-            report.record(step, {f"validation/{k}": v for k, v in found.as_dict().items()})
+            validation = validate(stepper.student, data.examples(data.validation), config)
+            report.record(step, {f"validation/{k}": v for k, v in validation.as_dict().items()})
         if world.rank == 0 and (step % config.checkpoint_every == 0 or last):
             checkpoint = stepper.checkpoint(identity)
             save_checkpoint(Path(config.out) / "checkpoints", checkpoint, config.keep_checkpoints)
@@ -231,8 +234,8 @@ def _finish(config: TrainConfig, stepper: Stepper, data: TrainingData) -> None:
     if config.refit_rows:
         fit_alignment(stepper.student, data.examples(data.sample(config.refit_rows)))
         if data.validation:
-            found = validate(stepper.student, data.examples(data.validation), config)
-            append_record(out, stepper.taken, "refit", found.as_dict())
+            validation = validate(stepper.student, data.examples(data.validation), config)
+            append_record(out, stepper.taken, "refit", validation.as_dict())
     folder = out / "adapter"
     stepper.student.to_adapter(config).save(folder)
     draw_curves(out, folder / "curves.png")

@@ -32,9 +32,9 @@ class World:
     """The ranks of a run; a single process is a world of one."""
 
     def __init__(self) -> None:
-        there = dist.is_available() and dist.is_initialized()
-        self.rank = dist.get_rank() if there else 0
-        self.size = dist.get_world_size() if there else 1
+        initialized = dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank() if initialized else 0
+        self.size = dist.get_world_size() if initialized else 1
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum of `values` over the ranks, in place."""

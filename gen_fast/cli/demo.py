@@ -44,8 +44,8 @@ def run() -> None:
     reader = Reader(encoder)
     readings = reader.read(reader.soft_prompts(QUERIES, encoder.prompts["query"]), 24)
 
-    found = zip(QUERIES, readings, *nearest(corpus, queries, 3), strict=True)
-    for query, reading, scores, rows in found:
+    results = zip(QUERIES, readings, *nearest(corpus, queries, 3), strict=True)
+    for query, reading, scores, rows in results:
         write(f"\n{query}\n  its embedding reads: {' '.join(reading.text.split())} …\n")
         for score, row in zip(scores, rows, strict=True):
             write(f"  {score:.3f}  {texts[row]}\n")

@@ -64,7 +64,16 @@ def encode(
         source, file_format=file_format, text_column=text_column, id_column=id_column
     )
     check_embedding_file(out, texts.ids, texts.texts)
-    encoder = load_encoder(model, method, backbone, device, dtype, max_length, deterministic, quiet)
+    encoder = load_encoder(
+        model,
+        method=method,
+        backbone=backbone,
+        device=device,
+        dtype=dtype,
+        max_length=max_length,
+        deterministic=deterministic,
+        quiet=quiet,
+    )
     if truncate_dim is not None and truncate_dim > encoder.full_dimension:
         fail(f"--truncate-dim {truncate_dim}: embeddings have {encoder.full_dimension} dimensions")
     if prompt is None and prompt_name is None:
@@ -145,12 +154,12 @@ def search(
     if prompt is not None and prompt_name is not None:
         fail("give --prompt or --prompt-name, not both")
     if Path(embeddings).is_file() and Path(embeddings).suffix not in EMBEDDING_SUFFIXES:
-        given = (texts, model, method, backbone, center, max_length, text_column, id_column)
-        if any((*given, file_format, dtype != "auto")):
+        for_files = (texts, model, method, backbone, center, max_length, text_column, id_column)
+        if any((*for_files, file_format, dtype != "auto")):
             fail("an index has its own texts and model: only queries, prompt, -k and device")
-        asked = query or read_texts(queries or "-", text_column=query_column).texts
-        hits = search_index(embeddings, asked, k, prompt, prompt_name, device)
-        _print_hits(asked, hits, as_json)
+        query_texts = query or read_texts(queries or "-", text_column=query_column).texts
+        hits = search_index(embeddings, query_texts, k, prompt, prompt_name, device)
+        _print_hits(query_texts, hits, as_json)
         return
     corpus = read_embeddings(embeddings)
     if texts is not None:
@@ -160,25 +169,30 @@ def search(
         if len(read.ids) != len(corpus.ids):
             raise InputError(f"{texts}: {len(read.ids)} texts for {len(corpus.ids)} embeddings")
         corpus = replace(corpus, ids=read.ids, texts=read.texts)
-    wanted = query or read_texts(queries or "-", text_column=query_column).texts
+    query_texts = query or read_texts(queries or "-", text_column=query_column).texts
 
-    made = corpus.metadata
-    if made is None and model is None:
+    metadata = corpus.metadata
+    if metadata is None and model is None:
         fail(f"{embeddings} does not say which model made it: give --model")
     # A model given by hand replaces the file's, and so its method and backbone do not apply.
-    if made is not None and model is None:
-        method = method or made.method
-        backbone = backbone or made.backbone or None
+    if metadata is not None and model is None:
+        method = method or metadata.method
+        backbone = backbone or metadata.backbone or None
     encoder = load_encoder(
-        model or (made.model if made else None), method, backbone, device, dtype, max_length,
-        False, quiet,
-    )  # fmt: skip
+        model or (metadata.model if metadata else None),
+        method=method,
+        backbone=backbone,
+        device=device,
+        dtype=dtype,
+        max_length=max_length,
+        quiet=quiet,
+    )
     check_same_model(embeddings, corpus, encoder)
     if prompt is None and prompt_name is None and "query" in encoder.prompts:
         prompt_name = "query"
     vectors = _embed(
         encoder,
-        wanted,
+        query_texts,
         "queries",
         prompt=prompt,
         prompt_name=prompt_name,
@@ -187,7 +201,7 @@ def search(
         truncate_dim=corpus.vectors.shape[1],
         show_progress_bar=False,
     )
-    _print_hits(wanted, search_embeddings(corpus, vectors, k, center=center), as_json)
+    _print_hits(query_texts, search_embeddings(corpus, vectors, k, center=center), as_json)
 
 
 def _embed(encoder: "Encoder", texts: list[str], source: str, **settings: Any) -> "np.ndarray":
@@ -208,8 +222,8 @@ def _embed(encoder: "Encoder", texts: list[str], source: str, **settings: Any) -
     return vectors
 
 
-def _print_hits(queries: list[str], found: "list[list[Match]]", as_json: bool) -> None:
-    for number, (text, matches) in enumerate(zip(queries, found, strict=True)):
+def _print_hits(queries: list[str], hits: "list[list[Match]]", as_json: bool) -> None:
+    for number, (text, matches) in enumerate(zip(queries, hits, strict=True)):
         if as_json:
             results = [asdict(match) for match in matches]
             print_line(json.dumps({"query": text, "results": results}, ensure_ascii=False))

@@ -42,7 +42,7 @@ def info(
         "cache": str(cache_directory()),
     }
     if model is not None:
-        encoder = load_encoder(model, method, backbone, device, dtype, None, False, quiet=False)
+        encoder = load_encoder(model, method=method, backbone=backbone, device=device, dtype=dtype)
         facts |= {
             "model": encoder.name,
             "method": encoder.method,

@@ -218,10 +218,10 @@ def index(
 
 
 def _bytes(text: str) -> int:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip(), re.IGNORECASE)
-    if found is None:
+    size = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip(), re.IGNORECASE)
+    if size is None:
         fail(f"--memory {text} is not a size like 4GB")
-    return int(float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " "))
+    return int(float(size[1]) * 1000 ** " KMGT".index(size[2].upper() or " "))
 
 
 def search_index(

@@ -12,13 +12,14 @@ if TYPE_CHECKING:
 
 def load_encoder(
     model: str | None,
+    *,
     method: str | None,
     backbone: str | None,
     device: str | None,
     dtype: str,
-    max_length: int | None,
-    deterministic: bool,
-    quiet: bool,
+    max_length: int | None = None,
+    deterministic: bool = False,
+    quiet: bool = False,
 ) -> "Encoder":
     """The encoder that a command works with; it warns unless it is to be quiet."""
     from gen_fast.embed.loading import load

@@ -172,18 +172,18 @@ def train(
         fail("give a file of queries or --self-queries N")
     logging.getLogger("gen_fast").setLevel(logging.ERROR if quiet else logging.WARNING)
     shown = False if quiet else None
-    given = {
+    flags = {
         "backbone": model,
         "device": device and str(options.checked_device(device)),
         "dtype": dtype and str(dtype),
     }
-    made = {
+    outputs = {
         "answers": [str(out / "answers.jsonl")],
         "teacher": str(out / "teacher.parquet"),
         "out": str(out),
     }
-    given = {name: value for name, value in given.items() if value is not None}
-    settings = read_config(config, {**parse_flags(context.args), **given, **made})
+    flags = {name: value for name, value in flags.items() if value is not None}
+    settings = read_config(config, {**parse_flags(context.args), **flags, **outputs})
     if source is not None:
         queries = read_texts(
             source,

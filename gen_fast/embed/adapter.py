@@ -185,12 +185,12 @@ class Adapter:
     @classmethod
     def _build(cls, config: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> "Adapter":
         def pair(name: str) -> tuple[Tensor, Tensor] | None:
-            found = [tensors.get(f"{name}.{part}") for part in ("weight", "bias")]
-            if found[0] is None and found[1] is None:
+            parts = [tensors.get(f"{name}.{part}") for part in ("weight", "bias")]
+            if parts[0] is None and parts[1] is None:
                 return None
-            if found[0] is None or found[1] is None:
+            if parts[0] is None or parts[1] is None:
                 raise AdapterError(f"{path} has only one of {name}.weight and {name}.bias")
-            return found[0].float(), found[1].float()
+            return parts[0].float(), parts[1].float()
 
         try:
             backbone = config["backbone"]

@@ -183,7 +183,9 @@ class Encoder:
         if block.truncated:
             logger.warning(
                 "%d of %d texts were longer than max_length=%d tokens and lost their tail",
-                *(block.truncated, len(rows), self.max_length),
+                block.truncated,
+                len(rows),
+                self.max_length,
             )
         result = block.embeddings
         if precision != "float32":
@@ -332,10 +334,10 @@ class Encoder:
 
     def _is_at(self, device: str | torch.device) -> bool:
         try:
-            asked = torch.device(device)
+            other = torch.device(device)
         except (RuntimeError, TypeError) as error:
             raise ConfigError(f"device {device!r} is none that torch knows") from error
-        return asked.type == self.device.type and asked.index in (None, self.device.index)
+        return other.type == self.device.type and other.index in (None, self.device.index)
 
     def _layout(self, prompt: str | None, prompt_name: str | None = None) -> Layout:
         return self._method.layout(

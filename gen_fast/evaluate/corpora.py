@@ -154,10 +154,10 @@ def _debian_files(package: str, version: str) -> Path:
 
 
 def _run(command: list[str], cwd: str | None = None) -> str:
-    done = subprocess.run(command, capture_output=True, cwd=cwd, check=False)
-    if done.returncode:
-        raise CorpusError(f"{' '.join(command)} failed:\n{done.stderr.decode(errors='replace')}")
-    return done.stdout.decode("utf-8")
+    process = subprocess.run(command, capture_output=True, cwd=cwd, check=False)
+    if process.returncode:
+        raise CorpusError(f"{' '.join(command)} failed:\n{process.stderr.decode(errors='replace')}")
+    return process.stdout.decode("utf-8")
 
 
 def _made(folder: Path) -> Path:
@@ -168,9 +168,9 @@ def _made(folder: Path) -> Path:
 def _pip_download(package: str, version: str) -> Path:
     """Download a source distribution once; return its path."""
     folder = _made(cache_directory() / "corpora")
-    found = sorted(folder.glob(f"{package}-{version}.*"))
-    if not found:
+    archives = sorted(folder.glob(f"{package}-{version}.*"))
+    if not archives:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
         _run([*command, "--no-binary", ":all:", "--dest", str(folder), f"{package}=={version}"])
-        found = sorted(folder.glob(f"{package}-{version}.*"))
-    return found[0]
+        archives = sorted(folder.glob(f"{package}-{version}.*"))
+    return archives[0]

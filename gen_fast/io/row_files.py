@@ -298,10 +298,10 @@ class _Csv(_LineFile):
 
     def text_columns(self) -> tuple[str, ...]:
         """The columns with a value that is not a number, among the first rows."""
-        found = set()
+        not_numbers = set()
         for row in islice(self.rows(()), _SAMPLE_ROWS):
-            found |= {name for name, value in row.values.items() if not _is_number(value)}
-        return tuple(name for name in self.columns or () if name in found)
+            not_numbers |= {name for name, value in row.values.items() if not _is_number(value)}
+        return tuple(name for name in self.columns or () if name in not_numbers)
 
     def _records(self, start: Position) -> Iterator[tuple[list[str], str | None, Position]]:
         """Yield fields, what is wrong with them, and where the next record may begin."""

@@ -57,17 +57,17 @@ class CorpusReader:
 
         Raises InputError if its input cannot be read any more.
         """
-        found = PartRows(part)
+        rows_of_part = PartRows(part)
         duplicates = set(part.duplicates)
         for index, row in enumerate(self._rows(part)):
-            self._sort_in(row, part.first + index, index in duplicates, no_tokens, found)
-        count = len(found.rows) + len(found.rejected)
+            self._sort_in(row, part.first + index, index in duplicates, no_tokens, rows_of_part)
+        count = len(rows_of_part.rows) + len(rows_of_part.rejected)
         if count != part.rows:
             path = self._plan.inputs[part.input].path
             raise InputError(
                 f"{path}: {count} rows from row {part.start.row} on, where the plan has {part.rows}"
             )
-        return found
+        return rows_of_part
 
     def _rows(self, part: Part) -> Iterator[Row]:
         if part.input != self._input:

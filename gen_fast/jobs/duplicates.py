@@ -23,11 +23,11 @@ def duplicate_rows(
     """
     with tempfile.TemporaryDirectory(prefix=".ids.", dir=folder) as scratch:
         _scatter(ids, Path(scratch))
-        found = []
+        repeated = []
         for path in Path(scratch).iterdir():
             heartbeat()
-            found.append(_repeated(path))
-    return np.sort(np.concatenate([np.empty(0, np.int64), *found]))
+            repeated.append(_repeated(path))
+    return np.sort(np.concatenate([np.empty(0, np.int64), *repeated]))
 
 
 def _scatter(ids: Iterable[tuple[int, str]], scratch: Path) -> None:

@@ -254,8 +254,8 @@ def run_ray(run: Run) -> None:
     )
     patience = run.stall_timeout or DEFAULT_STALL_TIMEOUT
     count = min(len(run.engine.devices), len(missing))
-    there = _wait_for_cluster("GPU" if on_gpu else "CPU", count, patience)
-    done = rows.map_batches(
+    available = _wait_for_cluster("GPU" if on_gpu else "CPU", count, patience)
+    batches = rows.map_batches(
         _RayWorker,
         fn_constructor_kwargs={
             "folder": str(run.folder.resolve()),
@@ -264,7 +264,7 @@ def run_ray(run: Run) -> None:
             "stall_timeout": patience,
         },
         batch_size=1,
-        compute=ray.data.ActorPoolStrategy(min_size=there, max_size=count),
+        compute=ray.data.ActorPoolStrategy(min_size=available, max_size=count),
         num_gpus=1 if on_gpu else 0,
         num_cpus=1,
         max_restarts=3,
@@ -272,7 +272,7 @@ def run_ray(run: Run) -> None:
     )
     try:
         with progress(run) as refresh:
-            for _ in done.iter_batches(batch_size=1):
+            for _ in batches.iter_batches(batch_size=1):
                 refresh()
     except ray.exceptions.RayError as error:
         _check_complete(run, [str(error).strip().splitlines()[-1]])
@@ -289,19 +289,19 @@ def _wait_for_cluster(kind: str, count: int, patience: float) -> int:
     import ray
     from ray.autoscaler.sdk import request_resources
 
-    there = int(ray.cluster_resources().get(kind, 0))
-    if there < count:
-        logger.warning("%d %ss are asked for, and the Ray cluster has %d", count, kind, there)
-    if there:
-        return min(there, count)
+    available = int(ray.cluster_resources().get(kind, 0))
+    if available < count:
+        logger.warning("%d %ss are asked for, and the Ray cluster has %d", count, kind, available)
+    if available:
+        return min(available, count)
     deadline = time.monotonic() + patience
     request_resources(bundles=[{"CPU": 1, kind: 1}])
     try:
-        while not there:
+        while not available:
             if time.monotonic() > deadline:
                 raise JobError(f"the Ray cluster has had no {kind} for {patience:g} seconds")
             time.sleep(_POLL_SECONDS)
-            there = int(ray.cluster_resources().get(kind, 0))
+            available = int(ray.cluster_resources().get(kind, 0))
     finally:
         request_resources(bundles=[])  # from now on the actors ask for themselves
-    return min(there, count)
+    return min(available, count)

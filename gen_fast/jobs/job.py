@@ -71,37 +71,39 @@ def embed_corpus(
     """
     if stall_timeout is not None and stall_timeout <= 0:
         raise ConfigError(f"stall_timeout {stall_timeout} is not positive")
-    given = [sources] if isinstance(sources, str | Path) else list(sources)
+    source_list = [sources] if isinstance(sources, str | Path) else list(sources)
     folder = Path(out)
     ranks = all(name in os.environ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"))
-    chosen = Engine.choose("all" if ranks and devices is None else devices, engine)
-    settings = replace(settings or Settings(), **shorthands).resolved(chosen.devices[0])
+    engine_choice = Engine.choose("all" if ranks and devices is None else devices, engine)
+    settings = replace(settings or Settings(), **shorthands).resolved(engine_choice.devices[0])
     shown = sys.stderr.isatty() if show_progress_bar is None else show_progress_bar
     if ranks:
         rank, count, first_ahead = torchrun_ranks()
         stall_timeout = stall_timeout or DEFAULT_STALL_TIMEOUT
         with first_ahead:
             if rank == 0:
-                _prepare(folder, given, settings, append, stall_timeout, shown)
+                _prepare(folder, source_list, settings, append, stall_timeout, shown)
         if plan_only:
             return None
-        run = Run(folder, Plan.load(folder), chosen, strict, stall_timeout, shown and rank == 0)
-        device = chosen.devices[int(os.environ["LOCAL_RANK"]) % len(chosen.devices)]
+        run = Run(
+            folder, Plan.load(folder), engine_choice, strict, stall_timeout, shown and rank == 0
+        )
+        device = engine_choice.devices[int(os.environ["LOCAL_RANK"]) % len(engine_choice.devices)]
         make_current(device)
         _work(run, device, rank, count)
         return _published(run) if rank == 0 else None
 
-    plan = _prepare(folder, given, settings, append, stall_timeout, shown)
+    plan = _prepare(folder, source_list, settings, append, stall_timeout, shown)
     if plan_only:
         return None
-    run = Run(folder, plan, chosen, strict, stall_timeout, shown)
+    run = Run(folder, plan, engine_choice, strict, stall_timeout, shown)
     if not PartStore(folder, plan).is_published():
-        if chosen.name == "ray":
+        if engine_choice.name == "ray":
             run_ray(run)
         elif devices is not None:
             run_local(run)
         else:
-            _work(run, chosen.devices[0])
+            _work(run, engine_choice.devices[0])
     return _published(run)
 
 
@@ -188,8 +190,8 @@ def _work(run: Run, device: str, index: int = 0, count: int = 1) -> None:
         if count > 1:
             refresh = stack.enter_context(progress(run))
         else:
-            there = sum(record.all_rows for record in finished)
-            bar = tqdm(total=plan.rows, initial=there, unit="text", disable=not run.shown)
+            rows_done = sum(record.all_rows for record in finished)
+            bar = tqdm(total=plan.rows, initial=rows_done, unit="text", disable=not run.shown)
             stack.enter_context(bar)
         worker = Worker(
             run.folder,

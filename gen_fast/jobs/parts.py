@@ -112,8 +112,14 @@ class PartStore:
         listed = file_sha256(self._rejected_path(part))
         kinds = dict(sorted(Counter(row.kind for row in read.rejected).items()))
         record = Record(
-            *(part.number, self.plan.key(part), len(read.ids), size, digest, truncated, kinds),
-            listed,
+            part=part.number,
+            key=self.plan.key(part),
+            rows=len(read.ids),
+            bytes=size,
+            sha256=digest,
+            truncated=truncated,
+            rejected=kinds,
+            rejected_sha256=listed,
         )
         write_whole(path, _sealed(asdict(record)))
         return record
@@ -139,8 +145,8 @@ class PartStore:
             return None
         except (ValueError, KeyError, TypeError):
             return None  # damaged: the part is made again
-        there = self._rejected_path(part).exists()
-        return record if there and record.key == self.plan.key(part) else None
+        has_rejections = self._rejected_path(part).exists()
+        return record if has_rejections and record.key == self.plan.key(part) else None
 
     def damage(self, record: Record) -> str | None:
         """What is wrong with a finished part's file, by its checksum."""
@@ -169,7 +175,7 @@ class PartStore:
 
     def remove_damaged(self, shown: bool = False) -> list[str]:
         """Check every finished part against its checksum; forget those that fail, and say why."""
-        found = []
+        problems = []
         recorded = (self._recorded(part) for part in self.plan.parts)
         records = [record for record in recorded if record is not None]
         with ThreadPoolExecutor(4) as pool:  # hashing leaves Python alone
@@ -178,8 +184,8 @@ class PartStore:
             for record, problem in zip(records, bar, strict=True):
                 if problem is not None:
                     self.remove(self.plan.parts[record.part])
-                    found.append(problem)
-        return found
+                    problems.append(problem)
+        return problems
 
     def remove_temporaries(self, claims: Claims) -> None:
         """Remove what processes that were killed have left. To be called by who is planning."""
@@ -290,16 +296,16 @@ class PartStore:
     def some_embeddings(self, part: Part, rows: np.ndarray) -> np.ndarray:
         """The embeddings [m, d] float32 of the job's rows [m], which this part holds."""
         settings = self.plan.settings
-        wanted, back = np.unique(rows, return_inverse=True)
-        values = np.empty((len(wanted), settings.dimension), np.float32)
+        unique, back = np.unique(rows, return_inverse=True)
+        values = np.empty((len(unique), settings.dimension), np.float32)
         with self._opened(part) as file:
             numbers = file.read(["row"])["row"].to_numpy()
-            at = np.searchsorted(numbers, wanted)
+            at = np.searchsorted(numbers, unique)
             for group in np.unique(at // _GROUP_ROWS):
                 table = file.read_row_group(int(group))
                 floats = to_float32(*_stored(table), settings.precision, settings.dimension)
-                mine = at // _GROUP_ROWS == group
-                values[mine] = floats[at[mine] % _GROUP_ROWS]
+                in_group = at // _GROUP_ROWS == group
+                values[in_group] = floats[at[in_group] % _GROUP_ROWS]
         return values[back]
 
     @contextmanager

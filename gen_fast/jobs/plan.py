@@ -186,14 +186,14 @@ def list_sources(
     or in another job below the directory. Raises InputError if nothing is found or named twice.
     """
     own = folder.resolve()
-    found: list[str] = []
+    paths: list[str] = []
     for source in map(str, sources):
         if source.startswith(DATASETS):
-            found.append(source)
+            paths.append(source)
             continue
         pattern = any(letter in source for letter in "*?[") and not Path(source).exists()
         if not pattern and not Path(source).is_dir():
-            found.append(str(Path(source).resolve()))
+            paths.append(str(Path(source).resolve()))
             continue
         root = _fixed_part(source) if pattern else Path(source)
         below = glob.iglob(source, recursive=True) if pattern else root.rglob("*")
@@ -201,17 +201,17 @@ def list_sources(
         files = []
         for path in map(Path, below):
             on_rows(0)
-            wanted = path.is_file() if pattern else _is_input(path.relative_to(root), path)
-            if wanted and own not in path.resolve().parents and not _of_a_job(path, root, jobs):
+            is_input = path.is_file() if pattern else _is_input(path.relative_to(root), path)
+            if is_input and own not in path.resolve().parents and not _of_a_job(path, root, jobs):
                 files.append(path)
         if not files:
             what = "has such a name" if pattern else f"of {', '.join(SUFFIXES)} in this directory"
             raise InputError(f"{source}: no file {what} (not counting those of jobs)")
-        found += [str(path.resolve()) for path in sorted(files)]
-    for name, count in Counter(found).items():
+        paths += [str(path.resolve()) for path in sorted(files)]
+    for name, count in Counter(paths).items():
         if count > 1:
             raise InputError(f"{name} is given twice")
-    return found
+    return paths
 
 
 def _fixed_part(pattern: str) -> Path:
@@ -262,8 +262,8 @@ def _extended(plan: Plan, paths: Sequence[str], folder: Path, on_rows: OnRows) -
         inputs.append(_input(path, first - before, file, on_rows))
     if settings.id_column is not None:
         ids = _numbered_ids(inputs, settings, on_rows)
-        found = duplicate_rows(ids, folder, lambda: on_rows(0))
-        parts = [replace(part, duplicates=_within(part, found)) for part in parts]
+        duplicates = duplicate_rows(ids, folder, lambda: on_rows(0))
+        parts = [replace(part, duplicates=_within(part, duplicates)) for part in parts]
     return Plan(settings, tuple(inputs), tuple(parts))
 
 

@@ -158,8 +158,8 @@ class Worker:
         """Have the rows of the last part that cannot be embedded rejected when it is read again."""
         if self._strict:
             raise InputError(self._placed(read[-1], error.rows[0], error)) from error
-        found = self._no_tokens.setdefault(read[-1].part.number, set())
-        found.update(read[-1].rows[row] for row in error.rows)
+        without_tokens = self._no_tokens.setdefault(read[-1].part.number, set())
+        without_tokens.update(read[-1].rows[row] for row in error.rows)
         raise _NoTokensError([rows.part for rows in read]) from error
 
     def _taken(self, part: Part) -> Part:

@@ -90,17 +90,17 @@ class Decoder:
                 device=backbone.device,
             )
             hidden = backbone.forward(batch, special=special, prefix=prefix, cache=cache)
-            chosen = self._next(hidden, sampling, generator)
-            ended = np.isin(chosen, self._end_ids)
+            tokens = self._next(hidden, sampling, generator)
+            ended = np.isin(tokens, self._end_ids)
             for text in cache.active[ended]:
                 reasons[text] = "stop"
             cache.keep(np.flatnonzero(~ended))
-            chosen = chosen[~ended]
-            for text, token in zip(cache.active, chosen, strict=True):
+            tokens = tokens[~ended]
+            for text, token in zip(cache.active, tokens, strict=True):
                 written[text].append(int(token))
-            if not len(chosen) or step + 1 == max_new_tokens:
+            if not len(tokens) or step + 1 == max_new_tokens:
                 break
-            rows = list(chosen[:, None])
+            rows = list(tokens[:, None])
         return [
             (np.array(ids, dtype=np.int64), why) for ids, why in zip(written, reasons, strict=True)
         ]
@@ -162,11 +162,11 @@ class AnswerGenerator:
 
     def answers(self, questions: Sequence[str]) -> list[Answer]:
         """One answer a question, in order."""
-        found: list[Answer] = [Answer("", "length")] * len(questions)
+        answers: list[Answer] = [Answer("", "length")] * len(questions)
         for members in self.plan(questions):
             for i, answer in zip(members, self.batch([questions[i] for i in members]), strict=True):
-                found[i] = answer
-        return found
+                answers[i] = answer
+        return answers
 
     def plan(self, questions: Sequence[str]) -> list[list[int]]:
         """Positions of the questions in batches, shortest first; the same for the same ones."""
@@ -222,8 +222,8 @@ class AnswerGenerator:
     def _user_turn_opening(self) -> str:
         marker = "\N{WHITE SQUARE}message\N{WHITE SQUARE}"
         template = self._tokenizer.transformers.chat_template
-        opening, found, _ = (self._chat(marker) if template else "").partition(marker)
-        if not found:
+        opening, rest, _ = (self._chat(marker) if template else "").partition(marker)
+        if not rest:
             raise UnsupportedModelError("own queries need a model with a chat template")
         return opening
 
@@ -241,6 +241,6 @@ def end_token_ids(directory: str | Path, eos_token_id: int | None) -> list[int]:
     ids = [eos_token_id]
     path = Path(directory) / "generation_config.json"
     if path.is_file():
-        found = read_json(path).get("eos_token_id")
-        ids += found if isinstance(found, list) else [found]
+        declared = read_json(path).get("eos_token_id")
+        ids += declared if isinstance(declared, list) else [declared]
     return [i for i in ids if i is not None]

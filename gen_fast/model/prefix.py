@@ -53,7 +53,9 @@ class PrefixCache:
         if prefix.nbytes > self.max_bytes:
             logger.warning(
                 "a prefix of %d tokens takes %d bytes, over the cache's limit of %d: not kept",
-                *(len(prefix), prefix.nbytes, self.max_bytes),
+                len(prefix),
+                prefix.nbytes,
+                self.max_bytes,
             )
             return
         self._entries[prefix.ids] = prefix

@@ -36,9 +36,9 @@ _HUB_PATTERNS += ["reconstruction_mlp", "alignment_mlp"]
 
 def cache_directory() -> Path:
     """Where converted models are kept: $GEN_FAST_CACHE, or gen_fast below the user's cache."""
-    chosen = os.environ.get("GEN_FAST_CACHE")
-    if chosen:
-        return Path(chosen)
+    directory = os.environ.get("GEN_FAST_CACHE")
+    if directory:
+        return Path(directory)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gen_fast"
 
 

@@ -108,23 +108,25 @@ def build_index(
     if sum(rows) == 0:
         raise JobError(f"{folder} has no embedding to index")
     if out.exists():
-        kept = IndexInfo.load(out)
-        if (kept.settings, kept.contents) != (
+        previous = IndexInfo.load(out)
+        if (previous.settings, previous.contents) != (
             store.plan.settings_hash,
-            contents_hash(entries[: kept.parts]),
+            contents_hash(entries[: previous.parts]),
         ):
-            raise JobError(f"{out} is the index of another job, {kept.folder}, or of other texts")
-        if kind is not None and kept.kind != kind:
-            raise JobError(f"{out} is of kind {kept.kind}, not {kind}")
-        info = replace(kept, folder=str(folder.resolve()), rows=sum(rows))
+            raise JobError(
+                f"{out} is the index of another job, {previous.folder}, or of other texts"
+            )
+        if kind is not None and previous.kind != kind:
+            raise JobError(f"{out} is of kind {previous.kind}, not {kind}")
+        info = replace(previous, folder=str(folder.resolve()), rows=sum(rows))
         info = replace(info, parts=len(entries), contents=contents_hash(entries))
     else:
         bits = settings.precision == "ubinary"
-        chosen, reason = choose_kind(sum(rows), settings.dimension, budget, bits=bits)
+        kind_chosen, reason = choose_kind(sum(rows), settings.dimension, budget, bits=bits)
         if kind is not None:
-            chosen, reason = kind, "it was asked for"
+            kind_chosen, reason = kind, "it was asked for"
         info = IndexInfo(
-            kind=chosen,
+            kind=kind_chosen,
             reason=reason,
             folder=str(folder.resolve()),
             settings=store.plan.settings_hash,
@@ -132,10 +134,10 @@ def build_index(
             contents=contents_hash(entries),
             dimension=settings.dimension,
             rows=sum(rows),
-            probes={"ivfpq": 16, "ondisk": 16, "hnsw": 64}.get(chosen, 0),
-            candidates=1 if chosen in ("flat", "hnsw") else 10,
+            probes={"ivfpq": 16, "ondisk": 16, "hnsw": 64}.get(kind_chosen, 0),
+            candidates=1 if kind_chosen in ("flat", "hnsw") else 10,
         )
-        if chosen == "binary" and not bits:
+        if kind_chosen == "binary" and not bits:
             mean = _sample(store, rows, 1 << 14).mean(axis=0)
             info = replace(info, center=tuple(float(value) for value in mean))
     info.save(out)
@@ -231,9 +233,9 @@ class _Builder:
             faiss.METRIC_INNER_PRODUCT,
         )
         if not index.is_trained:
-            wanted = max(_TRAINING_ROWS_A_LIST * lists, 1 << 14)
-            wanted = min(wanted, _TRAINING_BYTES // (4 * dimension))
-            index.train(_sample(self._store, self._rows, wanted))
+            n_training = max(_TRAINING_ROWS_A_LIST * lists, 1 << 14)
+            n_training = min(n_training, _TRAINING_BYTES // (4 * dimension))
+            index.train(_sample(self._store, self._rows, n_training))
         return index
 
 
@@ -290,19 +292,19 @@ class _OnDisk(_Builder):
             faiss.write_index(index, str(temporary))
 
 
-def _sample(store: PartStore, rows: list[int], wanted: int) -> np.ndarray:
+def _sample(store: PartStore, rows: list[int], count: int) -> np.ndarray:
     """About `wanted` embeddings from all over the corpus, at L2 norm 1."""
     draw = np.random.default_rng(_SEED)
-    share = min(1.0, wanted / sum(rows))
+    share = min(1.0, count / sum(rows))
     order = draw.permutation(len(rows))
-    found: list[np.ndarray] = []
+    samples: list[np.ndarray] = []
     for number in order:
-        if sum(map(len, found)) >= wanted:
+        if sum(map(len, samples)) >= count:
             break
         vectors = unit(store.embeddings(store.plan.parts[number]))
         # From a large corpus, whole parts are not needed: a quarter of a hundred of them.
-        found.append(vectors[draw.random(len(vectors)) < max(share, 0.25)])
-    return np.concatenate(found)
+        samples.append(vectors[draw.random(len(vectors)) < max(share, 0.25)])
+    return np.concatenate(samples)
 
 
 # ---------------------------------------------------------------------- recall
@@ -312,11 +314,11 @@ def _tuned(
     index: Any, store: PartStore, info: IndexInfo, rows: list[int], queries: int
 ) -> IndexInfo:
     """`info` with the fewest probes that reach the recall that is wanted, and that recall."""
-    asked, own = _queries(store, rows, queries)
-    exact = _tenth_best(store, asked, own)
+    vectors, own_rows = _queries(store, rows, queries)
+    exact = _tenth_best(store, vectors, own_rows)
     most = faiss.extract_index_ivf(index).nlist if info.kind in ("ivfpq", "ondisk") else 1024
     while True:
-        info = replace(info, recall=_recall(index, store, info, asked, own, exact))
+        info = replace(info, recall=_recall(index, store, info, vectors, own_rows, exact))
         assert info.recall is not None
         if not info.probes or info.recall >= _RECALL_TARGET or info.probes >= most:
             return info
@@ -327,12 +329,12 @@ def _queries(store: PartStore, rows: list[int], count: int) -> tuple[np.ndarray,
     """Embeddings of the corpus to search with, and their rows."""
     draw = np.random.default_rng(_SEED + 1)
     number = draw.choice(len(rows), size=count, p=np.array(rows) / sum(rows))
-    vectors, own = [], []
-    for part, wanted in zip(*np.unique(number, return_counts=True), strict=True):
-        picked = draw.choice(rows[part], size=min(int(wanted), rows[part]), replace=False)
+    vectors, own_rows = [], []
+    for part, share in zip(*np.unique(number, return_counts=True), strict=True):
+        picked = draw.choice(rows[part], size=min(int(share), rows[part]), replace=False)
         vectors.append(unit(store.embeddings(store.plan.parts[part]))[picked])
-        own.append(store.ids(store.plan.parts[part])[1][picked])
-    return np.concatenate(vectors), np.concatenate(own)
+        own_rows.append(store.ids(store.plan.parts[part])[1][picked])
+    return np.concatenate(vectors), np.concatenate(own_rows)
 
 
 def _tenth_best(store: PartStore, queries: np.ndarray, own: np.ndarray) -> np.ndarray:
@@ -340,9 +342,9 @@ def _tenth_best(store: PartStore, queries: np.ndarray, own: np.ndarray) -> np.nd
     best: np.ndarray = np.full((len(queries), 10), -np.inf, np.float32)
     for part in store.plan.parts:
         _, numbers = store.ids(part)
-        found = queries @ unit(store.embeddings(part)).T
-        found[numbers[None, :] == own[:, None]] = -np.inf
-        best = np.partition(np.concatenate([best, found], axis=1), -10, axis=1)[:, -10:]
+        scores = queries @ unit(store.embeddings(part)).T
+        scores[numbers[None, :] == own[:, None]] = -np.inf
+        best = np.partition(np.concatenate([best, scores], axis=1), -10, axis=1)[:, -10:]
     tenth: np.ndarray = best.min(axis=1)
     return tenth
 
@@ -358,9 +360,9 @@ def _recall(
     """Share of ten neighbours that are as near as the tenth of exact search: ties count."""
     scores, rows = VectorSearch(index, store, info).nearest(queries, 11)
     scores = np.where(rows == own[:, None], -np.inf, scores)
-    wanted = min(10, info.rows - 1)
+    n_neighbours = min(10, info.rows - 1)
     near = (scores >= np.maximum(tenth, -2)[:, None] - _TIE).sum(axis=1)
-    return float(np.minimum(near, wanted).mean() / max(1, wanted))
+    return float(np.minimum(near, n_neighbours).mean() / max(1, n_neighbours))
 
 
 def _free_bytes() -> int:

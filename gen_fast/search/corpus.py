@@ -78,10 +78,10 @@ class CorpusIndex:
         )
         assert isinstance(queries, np.ndarray)
         scores, rows = self._search.nearest(queries, k)
-        found = self._texts(rows) if with_text else {}
+        text_of_row = self._texts(rows) if with_text else {}
         return [
             [
-                Match(float(score), self._id(int(row)), found.get(int(row)))
+                Match(float(score), self._id(int(row)), text_of_row.get(int(row)))
                 for score, row in zip(*hits, strict=True)
                 if row >= 0
             ]
@@ -97,17 +97,17 @@ class CorpusIndex:
 
     def _texts(self, rows: np.ndarray) -> dict[int, str]:
         """The texts of rows, each part of the corpus read once."""
-        found: dict[int, str] = {}
-        wanted = {int(row) for row in rows.ravel() if row >= 0}
-        for number in sorted({self._search.part_of(row) for row in wanted}):
+        text_of_row: dict[int, str] = {}
+        hits = {int(row) for row in rows.ravel() if row >= 0}
+        for number in sorted({self._search.part_of(row) for row in hits}):
             part = self._store.plan.parts[number]
             try:
                 read = self._reader.read(part)
             except InputError as error:
                 raise JobError(f"the text of a hit cannot be read back: {error}") from error
             texts = zip(read.rows, read.texts, strict=True)
-            found |= {row: text for row, text in texts if row in wanted}
-        return found
+            text_of_row |= {row: text for row, text in texts if row in hits}
+        return text_of_row
 
 
 def open_index(

@@ -31,9 +31,9 @@ def search(
     return [
         [
             Match(float(score), corpus.ids[row], corpus.texts[row] if corpus.texts else None)
-            for score, row in zip(*found, strict=True)
+            for score, row in zip(*hits, strict=True)
         ]
-        for found in zip(scores, order, strict=True)
+        for hits in zip(scores, order, strict=True)
     ]
 
 
@@ -57,19 +57,19 @@ def check_same_model(source: str | Path, corpus: Embeddings, encoder: Encoder) -
 
     Compares the backbone's weights, where the file recorded them, and the number of dimensions.
     """
-    made = corpus.metadata
+    metadata = corpus.metadata
     actual = encoder.backbone.fingerprint
-    expected = made.fingerprint if made else {}
+    expected = metadata.fingerprint if metadata else {}
     differences = [
         f"{key} {value!r} (file) vs {actual.get(key)!r} (model)"
         for key, value in expected.items()
         if actual.get(key) != value
     ]
-    dimension = made.model_dimension if made else corpus.vectors.shape[1]
+    dimension = metadata.model_dimension if metadata else corpus.vectors.shape[1]
     if encoder.dimension != dimension:
         differences.append(f"dimension {dimension} (file) vs {encoder.dimension} (model)")
     if differences:
-        origin = f" {made.model}" if made else " another model"
+        origin = f" {metadata.model}" if metadata else " another model"
         raise InputError(
             f"{source}: made with{origin}, and {encoder.name} is not the same model: it differs "
             f"in {', '.join(differences)}"

@@ -130,11 +130,11 @@ class VectorSearch:
         queries [q, d] float32 have L2 norm 1. Equal scores are ordered by row.
         """
         k = min(k, self._index.ntotal)
-        wanted = min(self._index.ntotal, k * self._info.candidates)
+        n_candidates = min(self._index.ntotal, k * self._info.candidates)
         if self._info.kind == "binary":
-            _, rows = self._index.search(centered_bits(queries, self._info), wanted)
+            _, rows = self._index.search(centered_bits(queries, self._info), n_candidates)
         else:
-            scores, rows = self._index.search(np.ascontiguousarray(queries), wanted)
+            scores, rows = self._index.search(np.ascontiguousarray(queries), n_candidates)
         if self._info.candidates > 1:
             scores = self._scored(queries, rows)
         scores = np.where(rows < 0, -np.inf, scores)  # lists that hold fewer than k

@@ -123,8 +123,18 @@ def test_an_empty_file_gives_an_empty_result(tmp_path: Path, options: list[objec
 def test_metadata_says_how(corpus: Path, tiny_model: Path, options: list[object]) -> None:
     out = corpus.with_suffix(".safetensors")
     done(
-        *("encode", corpus, "--out", out, "--method", "weighted-mean", "--prompt", "Say: "),
-        *("--normalize", "--truncate-dim", "16", *options),
+        "encode",
+        corpus,
+        "--out",
+        out,
+        "--method",
+        "weighted-mean",
+        "--prompt",
+        "Say: ",
+        "--normalize",
+        "--truncate-dim",
+        "16",
+        *options,
     )
     read = read_embeddings(out)
     assert read.metadata is not None

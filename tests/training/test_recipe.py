@@ -38,10 +38,35 @@ def queries(tmp_path):
 
 def recipe(queries, model, out, *more):
     return run(
-        *("train", queries, "--out", out, "--model", model, "--device", "cpu"),
-        *("--dtype", "float32", "--teacher", model, "--teacher-method", "mean"),
-        *("--max-new-tokens", 6, "--steps", 4, "--schedule-steps", 4, "--n-compression", 2),
-        *("--batch-size", 3, "--validation-rows", 2, "--report-to=", "--quiet", *more),
+        "train",
+        queries,
+        "--out",
+        out,
+        "--model",
+        model,
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+        "--teacher",
+        model,
+        "--teacher-method",
+        "mean",
+        "--max-new-tokens",
+        6,
+        "--steps",
+        4,
+        "--schedule-steps",
+        4,
+        "--n-compression",
+        2,
+        "--batch-size",
+        3,
+        "--validation-rows",
+        2,
+        "--report-to=",
+        "--quiet",
+        *more,
     )
 
 
@@ -70,9 +95,28 @@ def test_settings_of_the_file_hold_unless_overridden(queries, talking_model, tmp
     config = tmp_path / "config.yaml"
     config.write_text(f"backbone: {talking_model}\ndtype: float32\ndevice: cpu\nstart: random\n")
     done = run(
-        *("train", queries, "--out", tmp_path / "run", "--config", config, "--report-to="),
-        *("--teacher", talking_model, "--teacher-method", "mean", "--max-new-tokens", 6, "--quiet"),
-        *("--steps", 1, "--n-compression", 2, "--batch-size", 3, "--validation-rows", 0),
+        "train",
+        queries,
+        "--out",
+        tmp_path / "run",
+        "--config",
+        config,
+        "--report-to=",
+        "--teacher",
+        talking_model,
+        "--teacher-method",
+        "mean",
+        "--max-new-tokens",
+        6,
+        "--quiet",
+        "--steps",
+        1,
+        "--n-compression",
+        2,
+        "--batch-size",
+        3,
+        "--validation-rows",
+        0,
     )
     assert done.exit_code == 0, done.stderr
     made = (tmp_path / "run" / "config.yaml").read_text()

@@ -17,6 +17,9 @@ processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["gen_fast.jobs.job", "transformers"])
 
 
+ROWS = 400
+
+
 def write_corpus(path: Path, rows: int, first: int = 0) -> Path:
     """Rows with ids, titles and texts of many lengths; every 50th is bad in one of five ways."""
     lines = []

@@ -5,6 +5,7 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -125,14 +126,21 @@ class JobMachine(RuleBasedStateMachine):
             shutil.rmtree(self.folder)
 
 
-def test_any_sequence(tiny_model: Path) -> None:
-    JobMachine.model = tiny_model
+def _run(model: Path, **changes: Any) -> None:
+    JobMachine.model = model
     machine = JobMachine.TestCase
     machine.settings = settings(
-        max_examples=8,
-        stateful_step_count=8,
-        deadline=None,
-        derandomize=True,
-        suppress_health_check=list(HealthCheck),
+        deadline=None, suppress_health_check=list(HealthCheck), database=None, **changes
     )
     machine("runTest").runTest()
+
+
+def test_any_sequence(tiny_model: Path) -> None:
+    """The same few histories each time."""
+    _run(tiny_model, max_examples=8, stateful_step_count=8, derandomize=True)
+
+
+@pytest.mark.slow
+def test_new_histories(tiny_model: Path) -> None:
+    """Others each time, and longer ones; a failure prints its history."""
+    _run(tiny_model, max_examples=100, stateful_step_count=15)

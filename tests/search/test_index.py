@@ -92,7 +92,7 @@ def test_an_interrupted_build_goes_on(
     job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a save after every part, killed behind the third: the others are added, once."""
-    import gen_fast.search.index as module
+    import gen_fast.search.build as module
 
     path = tmp_path / "corpus.faiss"
     monkeypatch.setattr(module, "_SAVE_SECONDS", 0.0)

@@ -1,0 +1,206 @@
+"""The processes of a job: of this machine, of torchrun, of Ray; dead ones, and ones that hang."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_corpus import (
+    embed_in_process,
+    files_of,
+    options,
+)
+
+from gen_fast.errors import ConfigError, JobError
+from gen_fast.jobs.engines import _wait_for_cluster
+from gen_fast.jobs.job import embed_corpus
+from gen_fast.jobs.parts import PartStore
+from gen_fast.jobs.plan import Plan
+from gen_fast.jobs.verify import verify
+from gen_fast.model.device import make_current
+
+
+def test_two_processes_of_this_machine(
+    corpus: Path, tiny_model: Path, tmp_path: Path, expected: dict[str, bytes]
+) -> None:
+    embed_corpus(corpus, tmp_path / "out", **options(tiny_model), devices="cpu,cpu")
+    assert files_of(tmp_path / "out") == expected
+
+
+def test_two_processes_of_torchrun(
+    corpus: Path, tiny_model: Path, tmp_path: Path, expected: dict[str, bytes]
+) -> None:
+    def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc-per-node", "2", "-m", "gen_fast.cli", "embed", str(corpus), "--quiet"]
+        command += ["--model", str(tiny_model), "--dtype", "float32", "--text-column", "text"]
+        command += ["--id-column", "key", "--rows-per-part", "16", *arguments]
+        return subprocess.run(command, check=False, capture_output=True, text=True, timeout=100)
+
+    one, two = str(tmp_path / "out"), str(tmp_path / "two")
+    assert run("--out", one, "--prompt", "say: ").returncode == 0
+    assert files_of(tmp_path / "out") == expected
+    # Several jobs, one after the other in each process.
+    assert run("--out", two, "--text-column", "title", "--prompt-name", "query").returncode == 0
+    assert verify(tmp_path / "two" / "text") == []
+    assert verify(tmp_path / "two" / "title") == []
+    # Another prompt is refused by the first rank, and so by all.
+    wrong = run("--out", one, "--prompt", "tell: ")
+    assert wrong.returncode
+    assert "prompt was 'say: ', now it is 'tell: '" in wrong.stderr
+
+
+def test_two_actors_of_ray(
+    corpus: Path, tiny_model: Path, tmp_path: Path, expected: dict[str, bytes]
+) -> None:
+    import ray
+
+    settings: dict[str, Any] = {**options(tiny_model), "engine": "ray"}
+    try:
+        embed_corpus(corpus, tmp_path / "out", **settings, devices=2)
+        with pytest.raises(JobError, match="has had no GPU for 1 seconds"):
+            _wait_for_cluster("GPU", 1, 1)
+        # More than the cluster has: it begins with those there are.
+        embed_corpus(corpus, tmp_path / "many", **settings, devices=25)
+    finally:
+        ray.shutdown()
+    assert files_of(tmp_path / "out") == expected
+    assert files_of(tmp_path / "many") == expected
+
+
+def test_a_worker_that_dies_leaves_its_parts_to_the_others(
+    corpus: Path, tiny_model: Path, tmp_path: Path, expected: dict[str, bytes]
+) -> None:
+    out = tmp_path / "out"
+    settings = options(tiny_model)
+    # A process that has claimed parts and stops without ending: only a lock tells.
+    first = embed_in_process([corpus], out, settings)
+    while not (out / "log.jsonl").exists():
+        time.sleep(0.01)
+    os.kill(first.pid or 0, signal.SIGSTOP)
+    second = embed_in_process([corpus], out, settings)
+    second.join(timeout=5)
+    assert second.is_alive(), "it must wait for the parts that the first has claimed"
+    first.kill()
+    second.join(timeout=60)
+    assert second.exitcode == 0
+    assert files_of(out) == expected
+
+
+def test_a_worker_that_hangs_ends_itself(
+    corpus: Path, tiny_model: Path, tmp_path: Path, expected: dict[str, bytes]
+) -> None:
+    """A fifo as input that nobody writes to: reading hangs in the system, for ever."""
+    out = tmp_path / "out"
+    embed_corpus(corpus, out, **options(tiny_model))
+    plan = Plan.load(out)
+    PartStore(out, plan).remove(plan.parts[3])
+    (out / "_SUCCESS").unlink()
+    hanging = tmp_path / "hanging.jsonl"
+    os.mkfifo(hanging)
+    text = (out / "plan.json").read_text()
+    (out / "plan.json").write_text(text.replace(str(corpus), str(hanging)))
+    stdin, parent = os.pipe()  # the worker ends when this end closes
+    done = subprocess.run(
+        [sys.executable, "-m", "gen_fast.jobs.worker", str(out), "--device", "cpu",
+         "--stall-timeout", "2"],
+        check=False, capture_output=True, text=True, timeout=60, stdin=stdin,
+    )  # fmt: skip
+    os.close(stdin)
+    os.close(parent)
+    assert done.returncode == 1
+    assert "Timeout (0:00:02)!" in done.stderr
+    (out / "plan.json").write_text(text)
+    embed_corpus(corpus, out, **options(tiny_model))
+    assert files_of(out) == expected
+
+
+def test_a_plan_that_hangs_ends_the_process(tiny_model: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "hanging.jsonl")
+    command = [sys.executable, "-m", "gen_fast.cli", "embed", str(tmp_path / "hanging.jsonl")]
+    command += ["--out", str(tmp_path / "out"), "--model", str(tiny_model)]
+    done = subprocess.run(
+        [*command, "--text-column", "text", "--stall-timeout", "2"],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert "Timeout (0:00:02)!" in done.stderr
+    assert not (tmp_path / "out" / "plan.json").exists()
+
+
+def test_all_workers_dead_is_an_error_that_says_so(
+    corpus: Path, tiny_model: Path, tmp_path: Path, expected: dict[str, bytes]
+) -> None:
+    """Their log is a directory: none goes on behind its first part, and none waits for another."""
+    out = tmp_path / "out"
+    embed_corpus(corpus, out, **options(tiny_model))
+    shutil.rmtree(out / "_parts")
+    (out / "log.jsonl").unlink()
+    (out / "log.jsonl").mkdir()
+    with pytest.raises(JobError, match=r"2\d of 25 parts are missing.*worker 1: exit code 1"):
+        embed_corpus(corpus, out, **options(tiny_model), devices="cpu,cpu")
+    (out / "log.jsonl").rmdir()
+    embed_corpus(corpus, out, **options(tiny_model))
+    assert files_of(out) == expected
+
+
+def test_each_worker_of_a_machine_sees_one_gpu(
+    corpus: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a process does not see it cannot open a context on."""
+    started = []
+
+    class Recorded(subprocess.Popen[bytes]):
+        def __init__(self, command: list[str], env: dict[str, str], **rest: Any) -> None:
+            started.append((command, env))
+            super().__init__([sys.executable, "-c", ""], env=env, **rest)
+
+    monkeypatch.setattr("gen_fast.jobs.engines.subprocess.Popen", Recorded)
+    for visible, expected in ((None, ["2", "0"]), ("5,1, GPU-8f6b", ["GPU-8f6b", "5"])):
+        started.clear()
+        if visible is not None:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        out = tmp_path / f"out-{visible}"
+        with pytest.raises(JobError, match="25 of 25 parts are missing"):
+            embed_corpus(corpus, out, **options(tiny_model), devices="cuda:2,cuda:0")
+        assert [env["CUDA_VISIBLE_DEVICES"] for _, env in started] == expected
+        for command, _ in started:
+            assert command[command.index("--device") + 1] == "cuda"
+    with pytest.raises(ConfigError, match="cuda:3 is not one of the 3 visible GPUs"):
+        embed_corpus(corpus, tmp_path / "none", **options(tiny_model), devices="cuda:0,cuda:3")
+    assert len(started) == 2
+
+
+def test_a_process_that_was_given_a_gpu_makes_it_the_current_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    current = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    for device in ("cpu", "cuda", "cuda:1"):
+        make_current(device)
+    assert current == [torch.device("cuda:1")]
+
+
+def test_a_part_of_a_stopped_process_is_made_here_in_the_end(
+    corpus: Path, tiny_model: Path, tmp_path: Path, expected: dict[str, bytes]
+) -> None:
+    """It has its claims and does nothing: after a stall_timeout they count for nothing."""
+    out = tmp_path / "out"
+    stopped = embed_in_process([corpus], out, options(tiny_model))
+    while not (out / "log.jsonl").exists():
+        time.sleep(0.01)
+    os.kill(stopped.pid or 0, signal.SIGSTOP)
+    try:
+        embed_corpus(corpus, out, **options(tiny_model), devices="cpu", stall_timeout=3.0)
+        assert files_of(out) == expected
+    finally:
+        stopped.kill()

@@ -20,10 +20,9 @@ from tempfile import TemporaryDirectory
 
 import torch
 import triton
+from recording import Launch, recorded
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-
-from gen_fast.ops import gpu
 
 # Shared memory of a thread block in bytes. An A100 has 163 KiB, but sm_80's tiles also serve sm_86,
 # 89 and 120, which have 99 (see gpu.tile_architecture).
@@ -151,7 +150,7 @@ def attention_cases(
 def compile_case(quick: bool, case: int, architecture: int) -> list[dict]:
     """Rows of the kernels that one case launches; `case` is its number, which pickles."""
     chosen = list(cases(quick))[case]
-    with gpu.recording(architecture, every_tile=not quick) as launches:
+    with recorded(architecture, every_tile=not quick) as launches:
         chosen.call()
     return [
         {
@@ -165,7 +164,7 @@ def compile_case(quick: bool, case: int, architecture: int) -> list[dict]:
     ]
 
 
-def compile_launch(launch: gpu.Launch, architecture: int) -> dict:
+def compile_launch(launch: Launch, architecture: int) -> dict:
     """Machine code of one launch, specialised as Triton would at run time; its resources."""
     constants = dict(launch.constants)
     options = {k: constants.pop(k) for k in ("num_warps", "num_stages") if k in constants}

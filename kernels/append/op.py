@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gen_fast.errors import OpError
-from gen_fast.ops import Op, gpu, native
+from gen_fast.ops import CPP, CUDA, REFERENCE, TRITON, Op, gpu, native
 
 from . import reference
 
@@ -34,13 +34,13 @@ OP = Op(
     BACKWARD,
     _check,
 )
-OP.register("reference")(reference.append)
-BACKWARD.register("reference")(reference.append_backward)
+OP.register(REFERENCE)(reference.append)
+BACKWARD.register(REFERENCE)(reference.append_backward)
 
 
 # Registered before Triton's, so chosen only when asked for: which of the two is ahead has not been
 # measured yet.
-@OP.register("cuda", **native.ON_CUDA)
+@OP.register(CUDA, native.cuda)
 def _cuda(table: Tensor, special: Tensor | None, ids: Tensor) -> Tensor:
     table, ids = native.aligned(table), ids.contiguous()
     special = None if special is None else native.aligned(special.to(table.dtype))
@@ -54,21 +54,21 @@ def _cuda(table: Tensor, special: Tensor | None, ids: Tensor) -> Tensor:
     return out
 
 
-@OP.register("triton", **gpu.ON_GPU)
+@OP.register(TRITON, gpu.supports)
 def _triton(table: Tensor, special: Tensor | None, ids: Tensor) -> Tensor:
     from . import triton_kernel
 
     return triton_kernel.append(table, special, ids)
 
 
-@BACKWARD.register("triton", **gpu.ON_GPU)
+@BACKWARD.register(TRITON, gpu.supports)
 def _triton_backward(grad: Tensor, ids: Tensor, vocabulary: int, special: int) -> Tensor:
     from . import triton_kernel
 
     return triton_kernel.append_backward(grad, ids, vocabulary, special)
 
 
-@OP.register("cpu", **native.ON_CPU)
+@OP.register(CPP, native.cpp)
 def _cpu(table: Tensor, special: Tensor | None, ids: Tensor) -> Tensor:
     table, ids = table.contiguous(), ids.contiguous()
     special = None if special is None else special.to(table.dtype).contiguous()
@@ -84,7 +84,7 @@ def _cpu(table: Tensor, special: Tensor | None, ids: Tensor) -> Tensor:
     return out
 
 
-@BACKWARD.register("cpu", **native.ON_CPU)
+@BACKWARD.register(CPP, native.cpp)
 def _cpu_backward(grad: Tensor, ids: Tensor, vocabulary: int, special: int) -> Tensor:
     grad, ids = grad.contiguous(), ids.contiguous()
     out = grad.new_empty(special, grad.shape[1], dtype=torch.float32)

@@ -6,7 +6,18 @@ import torch
 from torch import Tensor
 
 from gen_fast.errors import OpError
-from gen_fast.ops import Op, gpu, native
+from gen_fast.ops import (
+    CPP,
+    REFERENCE,
+    SDPA,
+    TRITON,
+    Case,
+    Op,
+    gpu,
+    native,
+    other_option,
+    unsupported,
+)
 from gen_fast.ops.layout import dense_rows
 
 from . import reference, sdpa
@@ -16,7 +27,7 @@ _MASK_NUMBERS = {mask: number for number, mask in enumerate(MASKS)}  # csrc/cpu/
 
 _INPUTS = (
     "Tensor q_offsets, Tensor k_offsets, Tensor? prefix_k, Tensor? prefix_v, int? window,"
-    " str variant, Tensor? blocks"
+    " str mask, Tensor? blocks"
 )
 
 
@@ -84,6 +95,7 @@ BACKWARD = Op(
     f"(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_INPUTS})"
     " -> (Tensor, Tensor, Tensor)",
     lambda grad, q, k, v, *rest: tuple(x.new_empty(x.shape) for x in (q, k, v)),
+    option=lambda *inputs: inputs[-2],
 )
 OP = Op(
     "attention",
@@ -94,28 +106,35 @@ OP = Op(
     ),
     BACKWARD,
     _check,
+    option=lambda *inputs: inputs[-2],
 )
-OP.register("reference")(reference.attention)
-BACKWARD.register("reference")(reference.attention_backward)
-OP.register("sdpa", devices=("cpu",), variants=("causal",))(sdpa.attention)
-BACKWARD.register("sdpa", devices=("cpu",), variants=("causal",))(sdpa.attention_backward)
+OP.register(REFERENCE)(reference.attention)
+BACKWARD.register(REFERENCE)(reference.attention_backward)
 
 
-@OP.register("triton", **gpu.ON_GPU)
+def _sdpa_supports(case: Case) -> str | None:
+    return unsupported(case, "cpu", sdpa.DTYPES) or other_option(case, "causal")
+
+
+OP.register(SDPA, _sdpa_supports)(sdpa.attention)
+BACKWARD.register(SDPA, _sdpa_supports)(sdpa.attention_backward)
+
+
+@OP.register(TRITON, gpu.supports)
 def _triton(*inputs: Any) -> tuple[Tensor, Tensor]:
     from . import triton_kernel
 
     return triton_kernel.attention(*inputs)
 
 
-@BACKWARD.register("triton", **gpu.ON_GPU)
+@BACKWARD.register(TRITON, gpu.supports)
 def _triton_backward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     from . import triton_backward
 
     return triton_backward.attention_backward(*inputs)
 
 
-@OP.register("cpu", **native.ON_CPU)
+@OP.register(CPP, native.cpp)
 def _cpu(q: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
     out = native.empty_like(q)
     lse = q.new_empty(q.size(0), q.size(1), dtype=torch.float32)
@@ -123,7 +142,7 @@ def _cpu(q: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-@BACKWARD.register("cpu", **native.ON_CPU)
+@BACKWARD.register(CPP, native.cpp)
 def _cpu_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *inputs: Any
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,6 +15,8 @@ from .reference import attention as reference_attention
 from .reference import attention_backward as reference_backward
 from .reference import visible
 
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
 # (query, key, value, dropout_p, is_causal, attn_mask=, scale=) -> (output, logsumexp)
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward

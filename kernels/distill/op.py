@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gen_fast.errors import OpError
-from gen_fast.ops import Op, gpu, native
+from gen_fast.ops import CPP, REFERENCE, TRITON, Op, gpu, native
 
 from . import chunked, reference
 
@@ -31,17 +31,17 @@ OP = Op(
 )
 # The gradients are computed with the losses; the backward pass only scales them.
 OP.backward = OP
-OP.register("reference")(reference.distill)
+OP.register(REFERENCE)(reference.distill)
 
 
-@OP.register("triton", **gpu.ON_GPU)
+@OP.register(TRITON, gpu.supports)
 def _triton(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     from . import triton_kernel
 
     return chunked.distill(triton_kernel.row_loss, *inputs)
 
 
-@OP.register("cpu", **native.ON_CPU)
+@OP.register(CPP, native.cpp)
 def _cpu(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     return chunked.distill(_cpu_row_loss, *inputs)
 

@@ -89,19 +89,19 @@ def add_rms_norm(
 
 
 def add_rms_norm_quantized(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, variant: str
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, row_format: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `op.add_rms_norm_quantized`."""
     x, residual, weight = adjacent(x), adjacent(residual), weight.contiguous()
     rows, size = x.shape
     total = x.new_empty(rows, size)
-    out, scales = empty_quantized(x, size, variant)
+    out, scales = empty_quantized(x, size, row_format)
     if out.numel():
         block = gpu.power_of_two(size)
         gpu.launch(
             *(_quantized, (rows,), x, residual, weight, total, out, scales, size),
             *(x.stride(0), residual.stride(0), eps),
-            LARGEST=LARGEST[variant],
+            LARGEST=LARGEST[row_format],
             BLOCK=block,
             num_warps=gpu.row_warps(block),
         )

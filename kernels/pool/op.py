@@ -8,7 +8,7 @@ from torch.nn.functional import linear
 from torch.nn.functional import normalize as l2_normalize
 
 from gen_fast.errors import OpError
-from gen_fast.ops import Op, gpu, native
+from gen_fast.ops import CPP, CUDA, REFERENCE, TRITON, Op, gpu, native
 
 from . import reference
 
@@ -42,13 +42,13 @@ OP = Op(
     BACKWARD,
     _check,
 )
-OP.register("reference")(reference.pool)
-BACKWARD.register("reference")(reference.pool_backward)
+OP.register(REFERENCE)(reference.pool)
+BACKWARD.register(REFERENCE)(reference.pool_backward)
 
 
 # Registered before Triton's, so chosen only when asked for: which of the two is ahead has not been
 # measured yet.
-@OP.register("cuda", **native.ON_CUDA)
+@OP.register(CUDA, native.cuda)
 def _cuda(
     hidden: Tensor, offsets: Tensor, norm_weight: Tensor, eps: float, row_weights: Tensor | None
 ) -> Tensor:
@@ -65,7 +65,7 @@ def _cuda(
     return out
 
 
-@OP.register("triton", **gpu.ON_GPU)
+@OP.register(TRITON, gpu.supports)
 def _triton(
     hidden: Tensor, offsets: Tensor, norm_weight: Tensor, eps: float, row_weights: Tensor | None
 ) -> Tensor:
@@ -74,7 +74,7 @@ def _triton(
     return triton_kernel.pool(hidden, offsets, norm_weight, eps, row_weights)
 
 
-@BACKWARD.register("triton", **gpu.ON_GPU)
+@BACKWARD.register(TRITON, gpu.supports)
 def _triton_backward(
     hidden: Tensor,
     grad: Tensor,
@@ -88,7 +88,7 @@ def _triton_backward(
     return triton_kernel.pool_backward(hidden, grad, offsets, norm_weight, eps, row_weights)
 
 
-@OP.register("cpu", **native.ON_CPU)
+@OP.register(CPP, native.cpp)
 def _cpu(
     hidden: Tensor, offsets: Tensor, norm_weight: Tensor, eps: float, row_weights: Tensor | None
 ) -> Tensor:
@@ -104,7 +104,7 @@ def _cpu(
     return out
 
 
-@BACKWARD.register("cpu", **native.ON_CPU)
+@BACKWARD.register(CPP, native.cpp)
 def _cpu_backward(
     hidden: Tensor,
     grad: Tensor,

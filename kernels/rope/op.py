@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gen_fast.errors import OpError
-from gen_fast.ops import Op, gpu, native
+from gen_fast.ops import CPP, REFERENCE, TRITON, Op, gpu, native
 from gen_fast.ops.layout import dense_rows
 
 from . import reference
@@ -37,11 +37,11 @@ OP = Op(
     BACKWARD,
     _check,
 )
-OP.register("reference")(reference.rope)
-BACKWARD.register("reference")(reference.rope_backward)
+OP.register(REFERENCE)(reference.rope)
+BACKWARD.register(REFERENCE)(reference.rope_backward)
 
 
-@OP.register("triton", **gpu.ON_GPU)
+@OP.register(TRITON, gpu.supports)
 def _triton(
     x: Tensor, cos: Tensor, sin: Tensor, norm: Tensor | None, eps: float, *, inplace: bool = False
 ) -> Tensor:
@@ -50,7 +50,7 @@ def _triton(
     return triton_kernel.rope(x, cos, sin, norm, eps, inplace=inplace)
 
 
-@BACKWARD.register("triton", **gpu.ON_GPU)
+@BACKWARD.register(TRITON, gpu.supports)
 def _triton_backward(
     grad: Tensor, x: Tensor | None, cos: Tensor, sin: Tensor, norm: Tensor | None, eps: float
 ) -> Tensor:
@@ -59,7 +59,7 @@ def _triton_backward(
     return triton_kernel.rope_backward(grad, x, cos, sin, norm, eps)
 
 
-@OP.register("cpu", **native.ON_CPU)
+@OP.register(CPP, native.cpp)
 def _cpu(
     x: Tensor, cos: Tensor, sin: Tensor, norm: Tensor | None, eps: float, *, inplace: bool = False
 ) -> Tensor:
@@ -75,7 +75,7 @@ def _cpu(
     return out
 
 
-@BACKWARD.register("cpu", **native.ON_CPU)
+@BACKWARD.register(CPP, native.cpp)
 def _cpu_backward(
     grad: Tensor, x: Tensor | None, cos: Tensor, sin: Tensor, norm: Tensor | None, eps: float
 ) -> Tensor:

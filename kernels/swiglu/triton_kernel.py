@@ -75,16 +75,16 @@ def swiglu_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
     return out
 
 
-def swiglu_quantized(gate_up: Tensor, variant: str) -> tuple[Tensor, Tensor]:
+def swiglu_quantized(gate_up: Tensor, row_format: str) -> tuple[Tensor, Tensor]:
     """See `op.swiglu_quantized`."""
     gate_up = adjacent(gate_up)
     rows, size = gate_up.shape[0], gate_up.shape[1] // 2
-    out, scales = empty_quantized(gate_up, size, variant)
+    out, scales = empty_quantized(gate_up, size, row_format)
     if out.numel():
         block = gpu.power_of_two(size)
         gpu.launch(
             *(_quantized, (rows,), gate_up, out, scales, size, gate_up.stride(0)),
-            LARGEST=LARGEST[variant],
+            LARGEST=LARGEST[row_format],
             BLOCK=block,
             num_warps=gpu.row_warps(block),
         )

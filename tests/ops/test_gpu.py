@@ -45,7 +45,7 @@ def test_half_precision_stays_close(tiny_model, dtype):
 
 def test_triton_is_chosen_on_a_gpu():
     for name, op in all_ops().items():
-        assert op.chosen("cuda", torch.bfloat16) == "triton", name
+        assert op.choose("cuda", torch.bfloat16).name == "triton", name
 
 
 @pytest.fixture

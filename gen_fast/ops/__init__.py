@@ -70,10 +70,15 @@ def other_option(case: Case, option: str) -> str | None:
 
 @dataclass(frozen=True)
 class Implementation:
-    """One way to compute an op. `supports` says why it cannot compute a case, or None."""
+    """One way to compute an op. `supports` says why it cannot compute a case, or None.
+
+    inference: what runs where no gradient will be asked for: it may give None for a result that
+    only the gradient needs.
+    """
 
     name: str
     function: Callable[..., Any]
+    inference: Callable[..., Any]
     supports: Callable[[Case], str | None]
 
 
@@ -105,13 +110,14 @@ class Op:
         self._check = check
         self._option = option
         self._options = options
+        self._names = () if options is None else tuple(field.name for field in fields(options))
         self._implementations: dict[str, Implementation] = {}
         self._choices: dict[tuple[Any, ...], Implementation] = {}
         arguments, results = schema.split(" -> ")
         _LIBRARY.define(f"{name}{arguments.removesuffix(')')}, *, str? impl=None) -> {results}")
         _LIBRARY.impl(
             name,
-            lambda *args, impl=None: self._run(*self._structured(args), impl=impl),
+            self._run_flat,
             "CompositeExplicitAutograd",
         )
         torch.library.register_fake(
@@ -125,14 +131,14 @@ class Op:
         """The arguments as torch.ops takes them."""
         if self._options is None:
             return args
-        *tensors, options = args
-        return *tensors, *(getattr(options, field.name) for field in fields(self._options))
+        options = args[-1]
+        return *args[:-1], *[getattr(options, name) for name in self._names]
 
     def _structured(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """The opposite of `flat`."""
         if self._options is None:
             return args
-        count = len(args) - len(fields(self._options))
+        count = len(args) - len(self._names)
         return *args[:count], self._options(*args[count:])
 
     def differentiate(
@@ -155,7 +161,7 @@ class Op:
             result = gradient(ctx, *grads)
             if self._options is None:
                 return result
-            return *result[:-1], *(None for _ in fields(self._options))
+            return *result[:-1], *(None,) * len(self._names)
 
         torch.library.register_autograd(
             f"gen_fast::{self.name}", backward, setup_context=setup_context, lib=_LIBRARY
@@ -179,29 +185,40 @@ class Op:
             # Better now than in the middle of the backward pass.
             self.backward._choice(args[0], self._option and self._option(*args), impl)
             return self.torch_op(*self.flat(args), impl=impl)
-        return self._run(*args, impl=impl, inplace=inplace)
+        function = self._checked(args, impl).inference
+        return self._on_device(partial(function, inplace=True) if inplace else function, args)
 
-    def _run(self, *args: Any, impl: str | None = None, inplace: bool = False) -> Any:
+    def _run_flat(self, *args: Any, impl: str | None = None) -> Any:
+        args = self._structured(args)
+        return self._on_device(self._checked(args, impl).function, args)
+
+    def _checked(self, args: tuple[Any, ...], impl: str | None) -> Implementation:
         self._check(*args)
+        return self._choice(args[0], self._option and self._option(*args), impl)
+
+    @staticmethod
+    def _on_device(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         first = args[0]
-        function = self._choice(first, self._option and self._option(*args), impl).function
-        if inplace:
-            function = partial(function, inplace=True)
         if first.is_cuda and first.device.index != torch.cuda.current_device():
             with torch.cuda.device(first.device):  # kernels go to the current one
                 return function(*args)
         return function(*args)
 
     def register(
-        self, impl: str, supports: Callable[[Case], str | None] = supports_any
+        self,
+        impl: str,
+        supports: Callable[[Case], str | None] = supports_any,
+        inference: Callable[..., Any] | None = None,
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        """Return a decorator that adds `impl`.
+        """Return a decorator that adds `impl`; the arguments are those of Implementation.
 
-        supports(case) says why it cannot compute a case, or None; it is asked once for each.
+        supports is asked once for each case.
         """
 
         def add(function: Callable[..., Any]) -> Callable[..., Any]:
-            self._implementations[impl] = Implementation(impl, function, supports)
+            self._implementations[impl] = Implementation(
+                impl, function, inference or function, supports
+            )
             return function
 
         return add

@@ -47,9 +47,15 @@ def _cuda(table: Tensor, special: Tensor | None, ids: Tensor) -> Tensor:
     out = table.new_empty(ids.shape[0], table.shape[1])
     if out.numel():
         native.cuda_module().append(
-            *map(native.address, (table, special, ids, out)),
-            *(len(ids), table.shape[0], 0 if special is None else special.shape[0]),
-            *(table.shape[1] * table.element_size(), native.stream(table)),
+            table.data_ptr(),
+            native.address(special),
+            ids.data_ptr(),
+            out.data_ptr(),
+            ids.shape[0],
+            table.shape[0],
+            0 if special is None else special.shape[0],
+            table.shape[1] * table.element_size(),
+            native.stream(table),
         )
     return out
 
@@ -71,16 +77,26 @@ def _triton_backward(grad: Tensor, ids: Tensor, vocabulary: int, special: int) -
 @OP.register(CPP, native.cpp)
 def _cpu(table: Tensor, special: Tensor | None, ids: Tensor) -> Tensor:
     table, ids = table.contiguous(), ids.contiguous()
-    special = None if special is None else special.to(table.dtype).contiguous()
-    out = table.new_empty(ids.shape[0], table.shape[1])
+    rows, (vocabulary, size) = ids.size(0), table.shape
+    n_special = 0
+    if special is not None:
+        n_special = special.size(0)
+        special = special if special.dtype == table.dtype else special.to(table.dtype)
+        special = special.contiguous()
+    out = table.new_empty(rows, size)
     unknown = native.module().append(
-        *map(native.address, (table, special, ids, out)),
-        *(len(ids), table.shape[0], 0 if special is None else special.shape[0]),
-        table.shape[1] * table.element_size(),
+        table.data_ptr(),
+        0 if special is None else special.data_ptr(),
+        ids.data_ptr(),
+        out.data_ptr(),
+        rows,
+        vocabulary,
+        n_special,
+        size * table.element_size(),
     )
     if unknown >= 0:
-        known = table.shape[0] + (0 if special is None else special.shape[0])
-        raise OpError(f"row {unknown}: id {int(ids[unknown])} is not one of 0 … {known - 1}")
+        last = vocabulary + n_special - 1
+        raise OpError(f"row {unknown}: id {int(ids[unknown])} is not one of 0 … {last}")
     return out
 
 
@@ -89,8 +105,14 @@ def _cpu_backward(grad: Tensor, ids: Tensor, vocabulary: int, special: int) -> T
     grad, ids = grad.contiguous(), ids.contiguous()
     out = grad.new_empty(special, grad.shape[1], dtype=torch.float32)
     native.module().append_backward(
-        *(grad.dtype == torch.bfloat16, *map(native.address, (grad, ids, out))),
-        *(len(ids), vocabulary, special, grad.shape[1]),
+        grad.dtype == torch.bfloat16,
+        grad.data_ptr(),
+        ids.data_ptr(),
+        out.data_ptr(),
+        ids.shape[0],
+        vocabulary,
+        special,
+        grad.shape[1],
     )
     return out
 

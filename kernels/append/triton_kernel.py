@@ -65,9 +65,17 @@ def append(table: Tensor, special: Tensor | None, ids: Tensor) -> Tensor:
     if out.numel():
         block = gpu.power_of_two(size)
         gpu.launch(
-            *(_forward, (rows,), table, special, ids.contiguous(), out),
-            *(table.shape[0], 0 if special is None else special.shape[0], size),
-            *(table.stride(0), 0 if special is None else special.stride(0)),
+            _forward,
+            (rows,),
+            table,
+            special,
+            ids.contiguous(),
+            out,
+            table.shape[0],
+            0 if special is None else special.shape[0],
+            size,
+            table.stride(0),
+            0 if special is None else special.stride(0),
             HAS_SPECIAL=special is not None,
             BLOCK=block,
             num_warps=gpu.row_warps(block),
@@ -82,8 +90,16 @@ def append_backward(grad: Tensor, ids: Tensor, vocabulary: int, special: int) ->
     parts = grad.new_empty(PARTS, special, size, dtype=torch.float32)
     if parts.numel():
         gpu.launch(
-            *(_backward, (special, triton.cdiv(size, BLOCK_COLUMNS), PARTS)),
-            *(grad, ids.contiguous(), parts, rows, vocabulary, special, size, grad.stride(0)),
+            _backward,
+            (special, triton.cdiv(size, BLOCK_COLUMNS), PARTS),
+            grad,
+            ids.contiguous(),
+            parts,
+            rows,
+            vocabulary,
+            special,
+            size,
+            grad.stride(0),
             PARTS=PARTS,
             BLOCK_ROWS=BLOCK_ROWS,
             BLOCK_COLUMNS=BLOCK_COLUMNS,

@@ -42,7 +42,13 @@ def row_loss(logits: Tensor, targets: Tensor, losses: Tensor) -> None:
     """See `chunked.RowLoss`."""
     rows, vocabulary = logits.shape
     gpu.launch(
-        *(_row_loss, (rows,), logits, targets, losses, vocabulary, logits.stride(0)),
+        _row_loss,
+        (rows,),
+        logits,
+        targets,
+        losses,
+        vocabulary,
+        logits.stride(0),
         BLOCK=BLOCK,
         num_warps=8,
     )

@@ -67,9 +67,17 @@ def _cuda(
     if out.numel():
         compiled = native.cuda_module()
         compiled.add_rms_norm(
-            *(native.cuda_dtype(x), compiled.Store.plain),
-            *map(native.address, (x, residual, weight, total, out, None)),
-            *(*out.shape, eps, native.stream(x)),
+            native.cuda_dtype(x),
+            compiled.Store.plain,
+            x.data_ptr(),
+            residual.data_ptr(),
+            weight.data_ptr(),
+            total.data_ptr(),
+            out.data_ptr(),
+            0,
+            *out.shape,
+            eps,
+            native.stream(x),
         )
     return out, total
 
@@ -84,9 +92,17 @@ def _cuda_quantized(
     if out.numel():
         compiled = native.cuda_module()
         compiled.add_rms_norm(
-            *(native.cuda_dtype(x), getattr(compiled.Store, row_format)),
-            *map(native.address, (x, residual, weight, total, out, scales)),
-            *(*out.shape, eps, native.stream(x)),
+            native.cuda_dtype(x),
+            getattr(compiled.Store, row_format),
+            x.data_ptr(),
+            residual.data_ptr(),
+            weight.data_ptr(),
+            total.data_ptr(),
+            out.data_ptr(),
+            scales.data_ptr(),
+            *out.shape,
+            eps,
+            native.stream(x),
         )
     return out, scales, total
 
@@ -125,10 +141,17 @@ def _cpu(
     x, weight, residual = x.contiguous(), weight.contiguous(), residual.contiguous()
     total = residual if inplace else torch.empty_like(residual)
     out = torch.empty_like(total)
+    size = out.size(-1)
     native.module().add_rms_norm(
         total.dtype == torch.bfloat16,
-        *map(native.address, (x, residual, weight, total, out)),
-        *(out.numel() // max(1, out.shape[-1]), out.shape[-1], eps),
+        x.data_ptr(),
+        residual.data_ptr(),
+        weight.data_ptr(),
+        total.data_ptr(),
+        out.data_ptr(),
+        out.numel() // max(1, size),
+        size,
+        eps,
     )
     return out, total
 
@@ -142,8 +165,14 @@ def _cpu_quantized(
     out, scales = fake_quantized(x, row_format)
     native.module().add_rms_norm_quantized(
         total.dtype == torch.bfloat16,
-        *map(native.address, (x, residual, weight, total, out, scales)),
-        *(*out.shape, eps),
+        x.data_ptr(),
+        residual.data_ptr(),
+        weight.data_ptr(),
+        total.data_ptr(),
+        out.data_ptr(),
+        scales.data_ptr(),
+        *out.shape,
+        eps,
     )
     return out, scales, total
 
@@ -152,12 +181,20 @@ def _cpu_quantized(
 def _cpu_backward(
     grad_normed: Tensor, grad_total: Tensor, total: Tensor, weight: Tensor, eps: float
 ) -> Tensor:
-    tensors = [x.contiguous() for x in (grad_normed, grad_total, total, weight)]
-    out = torch.empty_like(tensors[2])
+    grad_normed, grad_total = grad_normed.contiguous(), grad_total.contiguous()
+    total, weight = total.contiguous(), weight.contiguous()
+    out = torch.empty_like(total)
+    size = out.size(-1)
     native.module().add_rms_norm_backward(
         out.dtype == torch.bfloat16,
-        *map(native.address, (*tensors, out)),
-        *(out.numel() // max(1, out.shape[-1]), out.shape[-1], eps),
+        grad_normed.data_ptr(),
+        grad_total.data_ptr(),
+        total.data_ptr(),
+        weight.data_ptr(),
+        out.data_ptr(),
+        out.numel() // max(1, size),
+        size,
+        eps,
     )
     return out
 

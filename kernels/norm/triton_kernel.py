@@ -80,8 +80,17 @@ def add_rms_norm(
     if out.numel():
         block = gpu.power_of_two(size)
         gpu.launch(
-            *(_forward, (rows,), x, residual, weight, total, out, size),
-            *(x.stride(0), residual.stride(0), eps),
+            _forward,
+            (rows,),
+            x,
+            residual,
+            weight,
+            total,
+            out,
+            size,
+            x.stride(0),
+            residual.stride(0),
+            eps,
             BLOCK=block,
             num_warps=gpu.row_warps(block),
         )
@@ -99,8 +108,18 @@ def add_rms_norm_quantized(
     if out.numel():
         block = gpu.power_of_two(size)
         gpu.launch(
-            *(_quantized, (rows,), x, residual, weight, total, out, scales, size),
-            *(x.stride(0), residual.stride(0), eps),
+            _quantized,
+            (rows,),
+            x,
+            residual,
+            weight,
+            total,
+            out,
+            scales,
+            size,
+            x.stride(0),
+            residual.stride(0),
+            eps,
             LARGEST=LARGEST[row_format],
             BLOCK=block,
             num_warps=gpu.row_warps(block),
@@ -112,14 +131,24 @@ def add_rms_norm_backward(
     grad_normed: Tensor, grad_total: Tensor, total: Tensor, weight: Tensor, eps: float
 ) -> Tensor:
     """Gradient [T, h] of x and of the residual."""
-    tensors = [adjacent(x) for x in (grad_normed, grad_total, total)]
+    grad_normed, grad_total, total = map(adjacent, (grad_normed, grad_total, total))
     rows, size = total.shape
     out = total.new_empty(rows, size)
     if out.numel():
         block = gpu.power_of_two(size)
         gpu.launch(
-            *(_backward, (rows,), *tensors, weight.contiguous(), out, size),
-            *(*(x.stride(0) for x in tensors), eps),
+            _backward,
+            (rows,),
+            grad_normed,
+            grad_total,
+            total,
+            weight.contiguous(),
+            out,
+            size,
+            grad_normed.stride(0),
+            grad_total.stride(0),
+            total.stride(0),
+            eps,
             BLOCK=block,
             num_warps=gpu.row_warps(block),
         )

@@ -54,7 +54,11 @@ def _cpu(x: Tensor, row_format: str) -> tuple[Tensor, Tensor]:
     x = x.contiguous()
     q, scale = fake_quantized(x, row_format)
     native.module().quantize_rows(
-        x.dtype == torch.bfloat16, *map(native.address, (x, q, scale)), *x.shape
+        x.dtype == torch.bfloat16,
+        x.data_ptr(),
+        q.data_ptr(),
+        scale.data_ptr(),
+        *x.shape,
     )
     return q, scale
 

@@ -53,7 +53,13 @@ def quantize_rows(x: Tensor, row_format: str) -> tuple[Tensor, Tensor]:
     if out.numel():
         block = gpu.power_of_two(x.shape[1])
         gpu.launch(
-            *(_quantize, (len(x),), x, out, scales, x.shape[1], x.stride(0)),
+            _quantize,
+            (len(x),),
+            x,
+            out,
+            scales,
+            x.shape[1],
+            x.stride(0),
             LARGEST=LARGEST[row_format],
             BLOCK=block,
             num_warps=gpu.row_warps(block),

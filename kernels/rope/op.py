@@ -66,11 +66,18 @@ def _cpu(
     x = dense_rows(x)
     out = x if inplace else native.empty_like(x)
     norm = None if norm is None else norm.contiguous()
+    cos, sin = cos.float().contiguous(), sin.float().contiguous()
     native.module().rope(
-        *(x.dtype == torch.bfloat16, native.address(x), x.stride(0)),
-        *(native.address(out), out.stride(0)),
-        *map(native.address, (cos.float().contiguous(), sin.float().contiguous(), norm)),
-        *(*x.shape, eps),
+        x.dtype == torch.bfloat16,
+        x.data_ptr(),
+        x.stride(0),
+        out.data_ptr(),
+        out.stride(0),
+        cos.data_ptr(),
+        sin.data_ptr(),
+        0 if norm is None else norm.data_ptr(),
+        *x.shape,
+        eps,
     )
     return out
 
@@ -83,11 +90,19 @@ def _cpu_backward(
     x = None if x is None else dense_rows(x)
     out = native.empty_like(grad)
     norm = None if norm is None else norm.contiguous()
+    cos, sin = cos.float().contiguous(), sin.float().contiguous()
     native.module().rope_backward(
-        *(grad.dtype == torch.bfloat16, native.address(grad), grad.stride(0)),
-        *(native.address(x), 0 if x is None else x.stride(0), native.address(out)),
-        *map(native.address, (cos.float().contiguous(), sin.float().contiguous(), norm)),
-        *(*grad.shape, eps),
+        grad.dtype == torch.bfloat16,
+        grad.data_ptr(),
+        grad.stride(0),
+        native.address(x),
+        0 if x is None else x.stride(0),
+        out.data_ptr(),
+        cos.data_ptr(),
+        sin.data_ptr(),
+        native.address(norm),
+        *grad.shape,
+        eps,
     )
     return out
 

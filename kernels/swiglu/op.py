@@ -68,7 +68,7 @@ def _cpu(gate_up: Tensor) -> Tensor:
     rows, size = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(rows, size)
     native.module().swiglu(
-        out.dtype == torch.bfloat16, native.address(gate_up), native.address(out), rows, size
+        out.dtype == torch.bfloat16, gate_up.data_ptr(), out.data_ptr(), rows, size
     )
     return out
 
@@ -78,7 +78,11 @@ def _cpu_quantized(gate_up: Tensor, row_format: str) -> tuple[Tensor, Tensor]:
     gate_up = gate_up.contiguous()
     out, scales = fake_quantized(_fake(gate_up), row_format)
     native.module().swiglu_quantized(
-        gate_up.dtype == torch.bfloat16, *map(native.address, (gate_up, out, scales)), *out.shape
+        gate_up.dtype == torch.bfloat16,
+        gate_up.data_ptr(),
+        out.data_ptr(),
+        scales.data_ptr(),
+        *out.shape,
     )
     return out, scales
 
@@ -88,7 +92,10 @@ def _cpu_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
     grad, gate_up = grad.contiguous(), gate_up.contiguous()
     out = torch.empty_like(gate_up)
     native.module().swiglu_backward(
-        *(out.dtype == torch.bfloat16, *map(native.address, (grad, gate_up, out))),
+        out.dtype == torch.bfloat16,
+        grad.data_ptr(),
+        gate_up.data_ptr(),
+        out.data_ptr(),
         *grad.shape,
     )
     return out

@@ -32,11 +32,11 @@ def _backward(grad, gate_up, out, size, grad_stride, stride, BLOCK: tl.constexpr
     up = tl.load(gate_up + row * stride + size + columns, mask=inside).to(tl.float32)
     share = tl.sigmoid(gate)
     # silu'(g) = s·(1 + g·(1 - s)) with s = sigmoid(g)
-    to_gate = upstream * up * share * (1 + gate * (1 - share))
-    to_up = upstream * gate * share
+    dgate = upstream * up * share * (1 + gate * (1 - share))
+    dup = upstream * gate * share
     start = out + row * 2 * size + columns
-    tl.store(start, to_gate.to(out.dtype.element_ty), mask=inside)
-    tl.store(start + size, to_up.to(out.dtype.element_ty), mask=inside)
+    tl.store(start, dgate.to(out.dtype.element_ty), mask=inside)
+    tl.store(start + size, dup.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -83,7 +83,13 @@ def swiglu_quantized(gate_up: Tensor, row_format: str) -> tuple[Tensor, Tensor]:
     if out.numel():
         block = gpu.power_of_two(size)
         gpu.launch(
-            *(_quantized, (rows,), gate_up, out, scales, size, gate_up.stride(0)),
+            _quantized,
+            (rows,),
+            gate_up,
+            out,
+            scales,
+            size,
+            gate_up.stride(0),
             LARGEST=LARGEST[row_format],
             BLOCK=block,
             num_warps=gpu.row_warps(block),

@@ -21,7 +21,7 @@ def _forward(
     HAS_SPECIAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
+    columns = tl.arange(0, BLOCK)  # [BLOCK]
     inside = columns < size
     token = tl.load(ids + row)
     known = (token >= 0) & (token < vocabulary)
@@ -39,14 +39,14 @@ def _backward(
     PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0)
-    columns = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    columns = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)  # [BLOCK_COLUMNS]
     part = tl.program_id(2)
     total = tl.zeros([BLOCK_COLUMNS], tl.float32)
     for start in range(part * BLOCK_ROWS, rows, PARTS * BLOCK_ROWS):
-        row = start + tl.arange(0, BLOCK_ROWS)
+        row = start + tl.arange(0, BLOCK_ROWS)  # [BLOCK_ROWS]
         hit = tl.load(ids + row, mask=row < rows, other=-1) == vocabulary + token
         # Rows of other tokens are masked: their gradients are not read.
-        values = tl.load(
+        values = tl.load(  # [BLOCK_ROWS, BLOCK_COLUMNS]
             grad + row.to(tl.int64)[:, None] * grad_stride + columns[None, :],
             mask=hit[:, None] & (columns < size)[None, :],
             other=0.0,

@@ -1,7 +1,6 @@
 """What attention is computed over, beside q, k and v."""
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -85,9 +84,15 @@ class AttentionOptions:
             return None
         return dense_rows(self.prefix_k), dense_rows(self.prefix_v)
 
-    @cached_property
+    @property
     def cpp(self) -> tuple[Any, ...]:
         """The struct that C++ takes, and after it the tensors that it points into."""
+        kept: tuple[Any, ...] | None = self.__dict__.get("_cpp")
+        if kept is None:
+            kept = self.__dict__["_cpp"] = self._build_cpp()  # cached_property locks: 1 µs
+        return kept
+
+    def _build_cpp(self) -> tuple[Any, ...]:
         prefix_k, prefix_v = self.prefix or (None, None)
         blocks = None if self.blocks is None else self.blocks.contiguous()
         struct = native.module().AttentionOptions(

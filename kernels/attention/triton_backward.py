@@ -38,17 +38,17 @@ def _query_gradient(
     """Add what keys [begin, end) give to the gradient of one query tile."""
     heads = tl.zeros([BLOCK_K], tl.int32) + kv_head
     for block in range(begin, end, BLOCK_K):
-        keys = block + tl.arange(0, BLOCK_K)
-        k_tile = load_rows(k, keys, k_stride, heads, n_keys, D, D_PADDED)
-        v_tile = load_rows(v, keys, v_stride, heads, n_keys, D, D_PADDED)
-        scores = dot(q, tl.trans(k_tile)) * scale
+        keys = block + tl.arange(0, BLOCK_K)  # [BLOCK_K]
+        k_tile = load_rows(k, keys, k_stride, heads, n_keys, D, D_PADDED)  # [BLOCK_K, D_PADDED]
+        v_tile = load_rows(v, keys, v_stride, heads, n_keys, D, D_PADDED)  # [BLOCK_K, D_PADDED]
+        scores = dot(q, tl.trans(k_tile)) * scale  # [BLOCK_Q, BLOCK_K]
         places = (base + keys)[None, :]
         seen = seen_keys(position[:, None], places, window, first, after, MASK, HAS_WINDOW)
         weights = tl.exp2(scores - lse[:, None])
         weights = tl.where(seen & (keys < n_keys)[None, :], weights, 0.0)
-        dweights = dot(dout, tl.trans(v_tile))
+        dweights = dot(dout, tl.trans(v_tile))  # [BLOCK_Q, BLOCK_K]
         dscores = weights * (dweights - delta[:, None])
-        dq += dot(dscores.to(k_tile.dtype), k_tile)
+        dq += dot(dscores.to(k_tile.dtype), k_tile)  # [BLOCK_Q, D_PADDED]
     return dq
 
 
@@ -66,7 +66,7 @@ def _queries(
     n_query = tl.load(cu_seqlens_q + text + 1) - q_start
     k_start = tl.load(cu_seqlens_k + text).to(tl.int64)
     n_key = tl.load(cu_seqlens_k + text + 1) - k_start.to(tl.int32)
-    row = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    row = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)  # [BLOCK_Q]
     query = row // GROUP
     head = kv_head * GROUP + row % GROUP
     q_rows = q_start + query
@@ -84,12 +84,12 @@ def _queries(
 
     position = n_key - n_query + query
     q_end = q_start + n_query
-    q_tile = load_rows(q, q_rows, q_stride, head, q_end, D, D_PADDED)
-    dout_tile = load_rows(dout, q_rows, heads * D, head, q_end, D, D_PADDED)
-    out_tile = load_rows(out, q_rows, heads * D, head, q_end, D, D_PADDED)
+    q_tile = load_rows(q, q_rows, q_stride, head, q_end, D, D_PADDED)  # [BLOCK_Q, D_PADDED]
+    dout_tile = load_rows(dout, q_rows, heads * D, head, q_end, D, D_PADDED)  # [BLOCK_Q, D_PADDED]
+    out_tile = load_rows(out, q_rows, heads * D, head, q_end, D, D_PADDED)  # [BLOCK_Q, D_PADDED]
     inside = query < n_query
     mass = tl.load(lse + at, mask=inside, other=0.0) * 1.4426950408889634
-    shift = tl.sum(dout_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
+    shift = tl.sum(dout_tile.to(tl.float32) * out_tile.to(tl.float32), 1)  # [BLOCK_Q]
     tl.store(delta + at, shift, mask=inside)
     dq_sum = tl.zeros([BLOCK_Q, D_PADDED], tl.float32)
 
@@ -131,7 +131,7 @@ def _keys(
     n_query = tl.load(cu_seqlens_q + text + 1) - q_start
     k_start = tl.load(cu_seqlens_k + text)
     n_key = tl.load(cu_seqlens_k + text + 1) - k_start
-    key = tile * BLOCK_K + tl.arange(0, BLOCK_K)
+    key = tile * BLOCK_K + tl.arange(0, BLOCK_K)  # [BLOCK_K]
     k_rows = k_start + key
     column = tl.arange(0, D_PADDED)
     at = (k_rows.to(tl.int64) * (heads // GROUP) + kv_head)[:, None] * D + column[None, :]
@@ -159,26 +159,26 @@ def _keys(
             latest = tl.minimum(tile * BLOCK_K + BLOCK_K, n_key) - 1 + window - 1
             end = tl.minimum(end, (latest - (n_key - n_query) + 1) * GROUP)
     for start in range(begin, end, BLOCK_Q):
-        row = start + tl.arange(0, BLOCK_Q)
+        row = start + tl.arange(0, BLOCK_Q)  # [BLOCK_Q]
         query = row // GROUP
         head = kv_head * GROUP + row % GROUP
         q_rows = q_start + query
         q_end = q_start + n_query
-        q_tile = load_rows(q, q_rows, q_stride, head, q_end, D, D_PADDED)
+        q_tile = load_rows(q, q_rows, q_stride, head, q_end, D, D_PADDED)  # [BLOCK_Q, D_PADDED]
         dout_tile = load_rows(dout, q_rows, heads * D, head, q_end, D, D_PADDED)
         inside = query < n_query
         of_query = q_rows.to(tl.int64) * heads + head
         mass = tl.load(lse + of_query, mask=inside, other=0.0) * 1.4426950408889634
         shift = tl.load(delta + of_query, mask=inside, other=0.0)
         # Keys by queries: weights and their gradients are left sides of products as they are.
-        scores = dot(k_tile, tl.trans(q_tile)) * scale
+        scores = dot(k_tile, tl.trans(q_tile)) * scale  # [BLOCK_K, BLOCK_Q]
         position = (n_key - n_query + query)[None, :]
         seen = seen_keys(position, key[:, None], window, first, after, MASK, HAS_WINDOW)
         weights = tl.where(seen & inside[None, :], tl.exp2(scores - mass[None, :]), 0.0)
-        dv_sum += dot(weights.to(dout_tile.dtype), dout_tile)
-        dweights = dot(v_tile, tl.trans(dout_tile))
+        dv_sum += dot(weights.to(dout_tile.dtype), dout_tile)  # [BLOCK_K, D_PADDED]
+        dweights = dot(v_tile, tl.trans(dout_tile))  # [BLOCK_K, BLOCK_Q]
         dscores = (weights * (dweights - shift[None, :])).to(q_tile.dtype)
-        dk_sum += dot(dscores, q_tile)
+        dk_sum += dot(dscores, q_tile)  # [BLOCK_K, D_PADDED]
 
     dk_sum *= scale * 0.6931471805599453
     # Of the rows of padding in the tile: nothing.

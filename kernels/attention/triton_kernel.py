@@ -100,23 +100,23 @@ def _attend(
     """Online softmax of one query tile over keys [begin, end), placed from `base` on."""
     heads = tl.zeros([BLOCK_K], tl.int32) + kv_head
     for block in range(begin, end, BLOCK_K):
-        keys = block + tl.arange(0, BLOCK_K)
-        k_tile = load_rows(k, keys, k_stride, heads, n_keys, D, D_PADDED)
+        keys = block + tl.arange(0, BLOCK_K)  # [BLOCK_K]
+        k_tile = load_rows(k, keys, k_stride, heads, n_keys, D, D_PADDED)  # [BLOCK_K, D_PADDED]
         scores = dot(q, tl.trans(k_tile))  # [BLOCK_Q, BLOCK_K]
         if MASKED:
             places = (base + keys)[None, :]
             seen = seen_keys(position[:, None], places, window, first, after, MASK, HAS_WINDOW)
             scores = tl.where(seen & (keys < n_keys)[None, :], scores, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(scores, 1))
+        new_peak = tl.maximum(peak, tl.max(scores, 1))  # [BLOCK_Q]
         # A row that has seen nothing yet keeps peak -inf: shift by 0 instead of by -inf.
         shift = tl.where(new_peak == float("-inf"), 0.0, new_peak) if MASKED else new_peak
         shift *= scale
         # In powers of two. One multiply-add an element: the scale is applied here only.
         weights = tl.exp2(scores * scale - shift[:, None])
         decay = tl.exp2(peak * scale - shift)
-        v_tile = load_rows(v, keys, v_stride, heads, n_keys, D, D_PADDED)
+        v_tile = load_rows(v, keys, v_stride, heads, n_keys, D, D_PADDED)  # [BLOCK_K, D_PADDED]
         acc = acc * decay[:, None]
-        acc += dot(weights.to(v_tile.dtype), v_tile)
+        acc += dot(weights.to(v_tile.dtype), v_tile)  # [BLOCK_Q, D_PADDED]
         mass = mass * decay + tl.sum(weights, 1)
         peak = new_peak
     return acc, mass, peak
@@ -136,11 +136,11 @@ def _forward(
     n_query = tl.load(cu_seqlens_q + text + 1) - q_start
     k_start = tl.load(cu_seqlens_k + text).to(tl.int64)
     n_key = tl.load(cu_seqlens_k + text + 1) - k_start.to(tl.int32)
-    row = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    row = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)  # [BLOCK_Q]
     query = row // GROUP
     head = kv_head * GROUP + row % GROUP
     q_rows = q_start + query
-    at = q_rows.to(tl.int64) * heads + head
+    at = q_rows.to(tl.int64) * heads + head  # [BLOCK_Q], rows of out and lse
     column = tl.arange(0, D_PADDED)
     stored = query < rows_to_store(text, n_texts, q_start, n_query, n_rows)
     if tile * BLOCK_Q >= n_query * GROUP:

@@ -16,7 +16,7 @@ def _add_and_scale(
 ):  # fmt: skip
     """The sum of one row, stored, and its norm in float32; also the row's columns and mask."""
     row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
+    columns = tl.arange(0, BLOCK)  # [BLOCK]
     inside = columns < size
     added = tl.load(x + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
     added += tl.load(residual + row * residual_stride + columns, mask=inside, other=0.0)
@@ -56,7 +56,7 @@ def _backward(
     total_stride, eps, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
+    columns = tl.arange(0, BLOCK)  # [BLOCK]
     inside = columns < size
     stream = tl.load(total + row * total_stride + columns, mask=inside, other=0.0).to(tl.float32)
     upstream = tl.load(grad_normed + row * grad_normed_stride + columns, mask=inside, other=0.0)

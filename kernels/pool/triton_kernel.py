@@ -18,7 +18,7 @@ def _forward(
     # 64 bits, since rows times their stride may need them.
     begin = tl.load(cu_seqlens + text).to(tl.int64)
     end = tl.load(cu_seqlens + text + 1).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
+    columns = tl.arange(0, BLOCK)  # [BLOCK]
     inside = columns < size
     mean = tl.zeros([BLOCK], tl.float32)
     for row in range(begin, end):

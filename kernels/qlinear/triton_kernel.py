@@ -33,7 +33,7 @@ def store_quantized(row, out, scale_out, inside, LARGEST: tl.constexpr):
 @triton.jit
 def _quantize(x, out, scales, size, stride, LARGEST: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
+    columns = tl.arange(0, BLOCK)  # [BLOCK]
     inside = columns < size
     values = tl.load(x + row * stride + columns, mask=inside, other=0.0).to(tl.float32)
     store_quantized(values, out + row * size + columns, scales + row, inside, LARGEST)

@@ -25,17 +25,17 @@ def _forward(
     HALF: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, HAS_NORM: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    head = tl.arange(0, HEADS)
-    column = tl.arange(0, BLOCK)
+    head = tl.arange(0, HEADS)  # [HEADS]
+    column = tl.arange(0, BLOCK)  # [BLOCK]
     inside = (head < heads)[:, None] & (column < HALF)[None, :]
     at = head[:, None] * (2 * HALF) + column[None, :]  # [HEADS, BLOCK]
     first, second = _halves(x + row * stride, at, inside, HALF)
     if HAS_NORM:
-        squares = tl.sum(first * first + second * second, 1)
+        squares = tl.sum(first * first + second * second, 1)  # [HEADS]
         scale = tl.rsqrt(squares / (2 * HALF) + eps)[:, None]
         first_weight, second_weight = _halves(norm, at, inside, HALF)
         first, second = first * scale * first_weight, second * scale * second_weight
-    c = tl.load(cos + row * HALF + column, mask=column < HALF, other=0.0)[None, :]
+    c = tl.load(cos + row * HALF + column, mask=column < HALF, other=0.0)[None, :]  # [1, BLOCK]
     s = tl.load(sin + row * HALF + column, mask=column < HALF, other=0.0)[None, :]
     target = out + row * out_stride + at
     tl.store(target, (first * c - second * s).to(out.dtype.element_ty), mask=inside)
@@ -48,12 +48,12 @@ def _backward(
     HALF: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, HAS_NORM: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    head = tl.arange(0, HEADS)
-    column = tl.arange(0, BLOCK)
+    head = tl.arange(0, HEADS)  # [HEADS]
+    column = tl.arange(0, BLOCK)  # [BLOCK]
     inside = (head < heads)[:, None] & (column < HALF)[None, :]
     at = head[:, None] * (2 * HALF) + column[None, :]  # [HEADS, BLOCK]
     first, second = _halves(grad + row * grad_stride, at, inside, HALF)
-    c = tl.load(cos + row * HALF + column, mask=column < HALF, other=0.0)[None, :]
+    c = tl.load(cos + row * HALF + column, mask=column < HALF, other=0.0)[None, :]  # [1, BLOCK]
     s = tl.load(sin + row * HALF + column, mask=column < HALF, other=0.0)[None, :]
     # The transpose of a rotation is the rotation back.
     dfirst, dsecond = first * c + second * s, second * c - first * s
@@ -61,7 +61,7 @@ def _backward(
         first, second = _halves(x + row * stride, at, inside, HALF)
         first_weight, second_weight = _halves(norm, at, inside, HALF)
         dfirst, dsecond = dfirst * first_weight, dsecond * second_weight
-        scale = tl.rsqrt(tl.sum(first * first + second * second, 1) / (2 * HALF) + eps)
+        scale = tl.rsqrt(tl.sum(first * first + second * second, 1) / (2 * HALF) + eps)  # [HEADS]
         shared = scale * scale * tl.sum(dfirst * first + dsecond * second, 1) / (2 * HALF)
         dfirst = scale[:, None] * (dfirst - first * shared[:, None])
         dsecond = scale[:, None] * (dsecond - second * shared[:, None])

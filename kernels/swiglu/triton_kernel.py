@@ -14,7 +14,7 @@ BLOCK = 1024
 @triton.jit
 def _forward(gate_up, out, size, stride, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     inside = columns < size
     gate = tl.load(gate_up + row * stride + columns, mask=inside).to(tl.float32)
     up = tl.load(gate_up + row * stride + size + columns, mask=inside).to(tl.float32)
@@ -25,7 +25,7 @@ def _forward(gate_up, out, size, stride, BLOCK: tl.constexpr):
 @triton.jit
 def _backward(grad, gate_up, out, size, grad_stride, stride, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     inside = columns < size
     upstream = tl.load(grad + row * grad_stride + columns, mask=inside).to(tl.float32)
     gate = tl.load(gate_up + row * stride + columns, mask=inside).to(tl.float32)
@@ -44,7 +44,7 @@ def _quantized(
     gate_up, out, scales, size, stride, LARGEST: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
+    columns = tl.arange(0, BLOCK)  # [BLOCK]
     inside = columns < size
     gate = tl.load(gate_up + row * stride + columns, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * stride + size + columns, mask=inside, other=0.0).to(tl.float32)

@@ -46,10 +46,10 @@ PYBIND11_MODULE(_cuda, m) {
     check(append(at<void>(table), at<void>(special), at<int64_t>(ids), at<void>(out), rows,
                  vocabulary, n_special, row_bytes, at<void>(stream)));
   });
-  m.def("pool", [](Dtype dtype, Address hidden, Address offsets, Address norm_weight,
+  m.def("pool", [](Dtype dtype, Address hidden, Address cu_seqlens, Address norm_weight,
                    Address row_weights, Address out, int64_t texts, int64_t size, float eps,
                    Address stream) {
-    check(pool(dtype, at<void>(hidden), at<int32_t>(offsets), at<void>(norm_weight),
+    check(pool(dtype, at<void>(hidden), at<int32_t>(cu_seqlens), at<void>(norm_weight),
                at<float>(row_weights), at<float>(out), texts, size, eps, at<void>(stream)));
   });
 }

@@ -125,19 +125,11 @@ PYBIND11_MODULE(_C, m) {
     gen_fast::append_backward(dtype(bf16), at<void>(grad), at<int64_t>(ids), at<float>(out), rows,
                               vocabulary, n_special, size);
   });
-  m.def("pool", [](bool bf16, Address hidden, Address offsets, Address norm_weight,
+  m.def("pool", [](bool bf16, Address hidden, Address cu_seqlens, Address norm_weight,
                    Address row_weights, Address out, int64_t texts, int64_t size, float eps) {
     py::gil_scoped_release release;
-    gen_fast::pool(dtype(bf16), at<void>(hidden), at<int32_t>(offsets), at<void>(norm_weight),
+    gen_fast::pool(dtype(bf16), at<void>(hidden), at<int32_t>(cu_seqlens), at<void>(norm_weight),
                    at<float>(row_weights), at<float>(out), texts, size, eps);
-  });
-  m.def("pool_backward", [](bool bf16, Address grad, Address hidden, Address offsets,
-                            Address norm_weight, Address row_weights, Address out, int64_t texts,
-                            int64_t size, float eps) {
-    py::gil_scoped_release release;
-    gen_fast::pool_backward(dtype(bf16), at<float>(grad), at<void>(hidden), at<int32_t>(offsets),
-                            at<void>(norm_weight), at<float>(row_weights), at<void>(out), texts,
-                            size, eps);
   });
   m.def("cross_entropy", [](bool bf16, Address logits, Address targets, Address losses,
                             int64_t rows, int64_t vocabulary) {
@@ -145,27 +137,33 @@ PYBIND11_MODULE(_C, m) {
     return gen_fast::cross_entropy(dtype(bf16), at<void>(logits), at<int64_t>(targets),
                             at<float>(losses), rows, vocabulary);
   });
-  // With the output's gradient it makes those of q, k and v; without, the output.
-  m.def("attention", [](bool bf16, Address q, Address k, Address v, int64_t q_stride,
-                        int64_t k_stride, int64_t v_stride, Address prefix_k, Address prefix_v,
-                        int64_t prefix_k_stride, int64_t prefix_v_stride, int64_t prefix,
-                        Address out, Address lse, Address q_offsets, Address k_offsets,
-                        int64_t rows, int64_t texts, int64_t heads, int64_t kv_heads, int64_t size,
-                        int64_t window, int mask, Address blocks, Address grad, Address to_q,
-                        Address to_k, Address to_v) {
+  py::class_<gen_fast::AttentionOptions>(m, "AttentionOptions")
+      .def(py::init([](Address cu_seqlens_q, Address cu_seqlens_k, int64_t texts, Address prefix_k,
+                       Address prefix_v, int64_t prefix, int64_t prefix_k_stride,
+                       int64_t prefix_v_stride, int64_t window, int mask, Address blocks) {
+        return gen_fast::AttentionOptions{at<int32_t>(cu_seqlens_q), at<int32_t>(cu_seqlens_k),
+                                          texts, at<void>(prefix_k), at<void>(prefix_v), prefix,
+                                          prefix_k_stride, prefix_v_stride, window,
+                                          (gen_fast::Mask)mask, at<int32_t>(blocks)};
+      }));
+  m.def("attention", [](const gen_fast::AttentionOptions& options, bool bf16, Address q, Address k,
+                        Address v, int64_t q_stride, int64_t k_stride, int64_t v_stride,
+                        Address out, Address lse, int64_t rows, int64_t heads, int64_t kv_heads,
+                        int64_t size) {
     py::gil_scoped_release release;
-    gen_fast::AttentionArguments a;
-    a.q = at<void>(q), a.k = at<void>(k), a.v = at<void>(v), a.out = at<void>(out);
-    a.lse = at<float>(lse);
-    a.prefix_k = at<void>(prefix_k), a.prefix_v = at<void>(prefix_v);
-    a.q_offsets = at<int32_t>(q_offsets), a.k_offsets = at<int32_t>(k_offsets);
-    a.rows = rows, a.texts = texts, a.heads = heads, a.kv_heads = kv_heads, a.size = size;
-    a.prefix = prefix;
-    a.q_stride = q_stride, a.k_stride = k_stride, a.v_stride = v_stride;
-    a.prefix_k_stride = prefix_k_stride, a.prefix_v_stride = prefix_v_stride;
-    a.window = window, a.mask = (gen_fast::Mask)mask, a.blocks = at<int32_t>(blocks);
-    if (grad == 0) return gen_fast::attention(dtype(bf16), a);
-    gen_fast::attention_backward(dtype(bf16), a,
-                                 {at<void>(grad), at<void>(to_q), at<void>(to_k), at<void>(to_v)});
+    gen_fast::attention(dtype(bf16), {options, at<void>(q), at<void>(k), at<void>(v), q_stride,
+                                      k_stride, v_stride, at<void>(out), at<float>(lse), rows,
+                                      heads, kv_heads, size});
+  });
+  m.def("attention_backward", [](const gen_fast::AttentionOptions& options, bool bf16, Address q,
+                                 Address k, Address v, int64_t q_stride, int64_t k_stride,
+                                 int64_t v_stride, Address out, Address lse, int64_t rows,
+                                 int64_t heads, int64_t kv_heads, int64_t size, Address dout,
+                                 Address dq, Address dk, Address dv) {
+    py::gil_scoped_release release;
+    gen_fast::attention_backward(
+        dtype(bf16), {options, at<void>(q), at<void>(k), at<void>(v), q_stride, k_stride, v_stride,
+                      at<void>(out), at<float>(lse), rows, heads, kv_heads, size},
+        {at<void>(dout), at<void>(dq), at<void>(dk), at<void>(dv)});
   });
 }

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gen_fast.model.batch import on_device, split_by_budget
-from gen_fast.ops.distill import distill
+from gen_fast.ops.distill import alignment, distill, reconstruction
 from gen_fast.training import losses
 from gen_fast.training.config import TrainConfig
 from gen_fast.training.data import Example
@@ -277,13 +277,11 @@ def reconstruction_loss(
     student: Student, soft: Tensor, examples: Sequence[Example], config: TrainConfig
 ) -> float:
     """Cross-entropy summed over the answers' tokens, without gradient."""
-    nothing = student.head.new_empty(0, 1)
+    memory = _logits_memory(student)
 
     def run(part: slice) -> float:
         states, targets = _reconstruct(student, soft, examples, part)
-        memory = _logits_memory(student)
-        losses = distill(states, student.head, targets, nothing, nothing, tokens=1, memory=memory)
-        return float(losses[0])
+        return float(reconstruction(states, student.head, targets, tokens=1, memory=memory))
 
     return sum(_in_parts(student, examples, config, run))
 
@@ -294,9 +292,7 @@ def _logits_memory(student: Student) -> int | None:
 
 def alignment_loss(student: Tensor, teacher: Tensor, config: TrainConfig) -> Tensor:
     """Sum over texts of the alignment loss alone; student, teacher [B, d]."""
-    none = student.new_empty(0, 1)
-    no_targets = torch.empty(0, dtype=torch.int64, device=student.device)
-    return distill(none, none, no_targets, student, teacher, texts=1, alignment=config.alignment)[1]
+    return alignment(student, teacher, texts=1, kind=config.alignment)
 
 
 def _whole_batch(

@@ -8,7 +8,7 @@ import torch.nn.attention as attention_kernels
 from conftest import DEVICE, DTYPES, MODES, SIZES, random
 from torch.nn.attention.varlen import varlen_attn
 
-from gen_fast.ops.attention import OP, attention
+from gen_fast.ops.attention import OP, AttentionOptions, attention
 from gen_fast.ops.attention.reference import attention as reference
 
 CASES = {
@@ -108,19 +108,21 @@ def bench_attention(measure, size, case, dtype, mode, provider):
     prefix = random(2, n_prefix, n_kv, size.head_dim, dtype=dtype)
     pairs = sum(n * (n + 1) // 2 + n * n_prefix for n in lengths)
 
+    def options(offsets, prefix):
+        shared = prefix.unbind() if n_prefix else (None, None)
+        return AttentionOptions(offsets, offsets, *shared)
+
     def run(q, k, v, offsets, prefix):
         if provider in FLASH:
             flash = flash_attention if provider == "flash-attention" else varlen_attention
             return flash(q, k, v, offsets, lengths)
-        shared = prefix.unbind() if n_prefix else (None, None)
-        return attention(q, k, v, offsets, offsets, *shared, impl=provider)
+        return attention(q, k, v, options(offsets, prefix), impl=provider)
 
     if provider == "flex-attention":
         run = flex_attention(offsets, sum(lengths))  # its mask is made once a batch
 
     def plain(q, k, v, offsets, prefix):
-        shared = prefix.unbind() if n_prefix else (None, None)
-        return reference(q, k, v, offsets, offsets, *shared)[0]
+        return reference(q, k, v, options(offsets, prefix))[0]
 
     moved = (2 * q.numel() + 2 * k.numel() + prefix.numel()) * q.element_size()
     with flash_attention_3() if provider == "varlen-fa3" else nullcontext():

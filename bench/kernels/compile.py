@@ -20,10 +20,9 @@ from tempfile import TemporaryDirectory
 
 import torch
 import triton
+from recording import Launch, recorded
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-
-from gen_fast.ops import gpu
 
 # Shared memory of a thread block in bytes. An A100 has 163 KiB, but sm_80's tiles also serve sm_86,
 # 89 and 120, which have 99 (see gpu.tile_architecture).
@@ -107,7 +106,6 @@ def row_cases(hidden: int, wide: int, heads: int) -> Iterator[Case]:
         ("swiglu", "forward"): lambda: swiglu.swiglu(gate_up),
         ("swiglu", "backward"): lambda: swiglu.swiglu_backward(grad, gate_up),
         ("pool", "forward"): lambda: pool.pool(x, offsets, w, eps, None),
-        ("pool", "backward"): lambda: pool.pool_backward(x, x[:64], offsets, w, eps, None),
         ("distill", "row loss"): lambda: distill.row_loss(logits, ids, losses),
     }
     for (op, name), call in calls.items():
@@ -130,7 +128,7 @@ def attention_cases(
     window: int | None = None,
     ones: bool = False,
 ) -> Iterator[Case]:
-    from gen_fast.ops.attention import triton_backward, triton_kernel
+    from gen_fast.ops.attention import AttentionOptions, triton_backward, triton_kernel
 
     texts, heads, kv_heads, n_prefix = (1, 1, 1, 1) if ones else (64, 16, 8, 100)
     q, k = empty(4096, heads, size, dtype=dtype), empty(4096, kv_heads, size, dtype=dtype)
@@ -138,20 +136,21 @@ def attention_cases(
     offsets = empty(texts + 1, dtype=torch.int32)
     blocks = empty(texts, 2, dtype=torch.int32) if mask == "gem" else None
     shared = (empty(n_prefix, kv_heads, size, dtype=dtype),) * 2 if prefix else (None, None)
-    rest = (offsets, offsets, *shared, window, mask, blocks)
-    options = f"{' with prefix' * prefix}{' and window' * bool(window)}{' of one' * ones}"
-    name = f"{mask}{options}, {size}, {TYPES[dtype]}"
-    yield Case("attention", f"forward, {name}", lambda: triton_kernel.attention(q, k, k, *rest))
+    options = AttentionOptions(offsets, offsets, *shared, window, mask, blocks)
+    suffix = f"{' with prefix' * prefix}{' and window' * bool(window)}{' of one' * ones}"
+    name = f"{mask}{suffix}, {size}, {TYPES[dtype]}"
+    yield Case("attention", f"forward, {name}", lambda: triton_kernel.attention(q, k, k, options))
     yield Case(
-        *("attention", f"backward, {name}"),
-        lambda: triton_backward.attention_backward(q, q, k, k, q, lse, *rest),
+        "attention",
+        f"backward, {name}",
+        lambda: triton_backward.attention_backward(q, q, k, k, q, lse, options),
     )
 
 
 def compile_case(quick: bool, case: int, architecture: int) -> list[dict]:
     """Rows of the kernels that one case launches; `case` is its number, which pickles."""
     chosen = list(cases(quick))[case]
-    with gpu.recording(architecture, every_tile=not quick) as launches:
+    with recorded(architecture, every_tile=not quick) as launches:
         chosen.call()
     return [
         {
@@ -165,7 +164,7 @@ def compile_case(quick: bool, case: int, architecture: int) -> list[dict]:
     ]
 
 
-def compile_launch(launch: gpu.Launch, architecture: int) -> dict:
+def compile_launch(launch: Launch, architecture: int) -> dict:
     """Machine code of one launch, specialised as Triton would at run time; its resources."""
     constants = dict(launch.constants)
     options = {k: constants.pop(k) for k in ("num_warps", "num_stages") if k in constants}

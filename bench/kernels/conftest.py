@@ -82,7 +82,7 @@ def cases(op: Op, modes: Sequence[str] = MODES, peers: Sequence[str] = ()) -> An
             for mode in modes:
                 backward = op.backward.implementations(DEVICE) if op.backward else []
                 able = names if mode == "forward" else [n for n in names if n in backward]
-                # It takes seconds to compile each: on a GPU, whose time is dear, for one size.
+                # Compiling takes seconds each: on a GPU, whose time is limited, for one size only.
                 compiled = ["torch.compile"] if DEVICE == "cpu" or size == next(iter(SIZES)) else []
                 for provider in [*able, *compiled, *others]:
                     parameters.append(

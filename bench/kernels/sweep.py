@@ -26,7 +26,7 @@ if DRY:
 from triton.errors import TritonError  # noqa: E402
 
 from gen_fast.ops import gpu  # noqa: E402
-from gen_fast.ops.attention import triton_backward, triton_kernel  # noqa: E402
+from gen_fast.ops.attention import AttentionOptions, triton_backward, triton_kernel  # noqa: E402
 from gen_fast.ops.gpu import Tile  # noqa: E402
 from gen_fast.testing import relative_error  # noqa: E402
 
@@ -66,26 +66,26 @@ TILES = {
 
 def launches(size: int, lengths: list[int]) -> dict[str, tuple[Callable, Tile, tuple]]:
     """Each kernel's launch by tile, the tile in use, and the tensors that the launch fills."""
-    made = {}
+    launched = {}
 
     def record(kernel, grid, tiles, key, *arguments, **constants):
         def run(tile: Tile) -> None:
             kernel[grid](*arguments, **constants, **tile.constants())
 
         run(tiles[0])
-        made[kernel.fn.__name__.strip("_")] = run, tiles[0]
+        launched[kernel.fn.__name__.strip("_")] = run, tiles[0]
 
     torch.manual_seed(0)
     heads, kv_heads = HEADS[size]
     fused = torch.randn(sum(lengths), 2 * heads + 2 * kv_heads, size, device=DEVICE).bfloat16()
     q, grad, k, v = fused.split([heads, heads, kv_heads, kv_heads], dim=1)
     offsets = torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int()
-    rest = (offsets, offsets, None, None, None, "causal", None)
+    options = AttentionOptions(offsets, offsets)
     with mock.patch.object(gpu, "launch_tiled", record):
-        out, lse = triton_kernel.attention(q, k, v, *rest)
-        to_q, *to_keys = triton_backward.attention_backward(grad, q, k, v, out, lse, *rest)
-    filled = {"forward": (out, lse), "queries": (to_q,), "keys": tuple(to_keys)}
-    return {name: (*made[name], filled[name]) for name in made}
+        out, lse = triton_kernel.attention(q, k, v, options)
+        dq, dk, dv = triton_backward.attention_backward(grad, q, k, v, out, lse, options)
+    filled = {"forward": (out, lse), "queries": (dq,), "keys": (dk, dv)}
+    return {name: (*launched[name], filled[name]) for name in launched}
 
 
 def microseconds(run: Callable[[], object]) -> float:

@@ -18,11 +18,11 @@ namespace gen_fast {
 
 void attention(Dtype dtype, const AttentionArguments& arguments) {
   // Whoever multiplies whole tiles of rows reads the padding behind the last text too.
-  const int64_t begin = arguments.q_offsets[arguments.texts] * arguments.heads;
+  const int64_t begin = arguments.cu_seqlens_q[arguments.texts] * arguments.heads;
   const int64_t count = arguments.rows * arguments.heads - begin;
   const int64_t bytes = arguments.size * (dtype == Dtype::bf16 ? 2 : 4);
   std::memset((char*)arguments.out + begin * bytes, 0, count * bytes);
-  std::memset(arguments.lse + begin, 0, count * sizeof(float));
+  if (arguments.lse) std::memset(arguments.lse + begin, 0, count * sizeof(float));
   GEN_FAST_DISPATCH(attention)(dtype == Dtype::bf16, arguments);
 }
 
@@ -178,10 +178,10 @@ static void run_chunk(const AttentionArguments& args, Workspace<Op>& work, int64
   std::vector<Rows> runs;
   std::vector<int64_t> texts;
   for (int64_t token = first_token; token < last_token; ++text) {
-    const int64_t q1 = args.q_offsets[text + 1];
+    const int64_t q1 = args.cu_seqlens_q[text + 1];
     if (q1 <= token) continue;
     const int64_t end = q1 < last_token ? q1 : last_token;
-    const int64_t n_keys = args.k_offsets[text + 1] - args.k_offsets[text];
+    const int64_t n_keys = args.cu_seqlens_k[text + 1] - args.cu_seqlens_k[text];
     runs.push_back({(token - first_token) * group, (end - first_token) * group,
                     args.prefix + n_keys - (q1 - token), TextMask(args, text)});
     texts.push_back(text);
@@ -195,7 +195,7 @@ static void run_chunk(const AttentionArguments& args, Workspace<Op>& work, int64
                 scale);
   }
   for (size_t i = 0; i < runs.size(); ++i) {
-    const int64_t k0 = args.k_offsets[texts[i]], k1 = args.k_offsets[texts[i] + 1];
+    const int64_t k0 = args.cu_seqlens_k[texts[i]], k1 = args.cu_seqlens_k[texts[i] + 1];
     attend_keys(work, &runs[i], 1, group, (const In*)args.k + k0 * args.k_stride + kv_head * d,
                 args.k_stride, (const In*)args.v + k0 * args.v_stride + kv_head * d,
                 args.v_stride, k1 - k0, args.prefix, scale);
@@ -205,8 +205,10 @@ static void run_chunk(const AttentionArguments& args, Workspace<Op>& work, int64
   for (int64_t r = 0; r < n_rows; ++r) {
     In* to = out + ((first_token + r / group) * args.heads + kv_head * group + r % group) * d;
     const float mass = sum(load(work.mass.data() + r * W)), inverse = 1.0f / mass;
-    args.lse[(first_token + r / group) * args.heads + kv_head * group + r % group] =
-        (work.peak[r] + std::log2(mass)) * LN_2;
+    if (args.lse) {
+      args.lse[(first_token + r / group) * args.heads + kv_head * group + r % group] =
+          (work.peak[r] + std::log2(mass)) * LN_2;
+    }
     const float* from = work.out.data() + r * work.padded;
     int64_t i = 0;
     for (; i + W <= d; i += W) store(to + i, load(from + i) * inverse);
@@ -216,10 +218,10 @@ static void run_chunk(const AttentionArguments& args, Workspace<Op>& work, int64
 
 template <class Op, class In>
 static void run(const AttentionArguments& args) {
-  const int64_t rows = args.q_offsets[args.texts], group = args.heads / args.kv_heads;
+  const int64_t rows = args.cu_seqlens_q[args.texts], group = args.heads / args.kv_heads;
   const int64_t tokens = tokens_of_chunk(group);
   const int64_t chunks = (rows + tokens - 1) / tokens;
-  const int64_t keys = args.k_offsets[args.texts] + args.prefix;
+  const int64_t keys = args.cu_seqlens_k[args.texts] + args.prefix;
   const int64_t elements = (rows * args.heads + keys * args.kv_heads) * args.size;
   parallel_tasks(chunks * args.kv_heads, elements, [&](int64_t task) {
     // One workspace a thread, kept between calls: its size depends on the model alone.
@@ -234,7 +236,7 @@ static void run(const AttentionArguments& args) {
     int64_t low = 0, high = args.texts;  // the text of `first`
     while (high - low > 1) {
       const int64_t middle = (low + high) / 2;
-      (args.q_offsets[middle] <= first ? low : high) = middle;
+      (args.cu_seqlens_q[middle] <= first ? low : high) = middle;
     }
     run_chunk<Op, In>(args, *work, task % args.kv_heads, first, last, low);
   });

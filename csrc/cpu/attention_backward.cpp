@@ -38,16 +38,16 @@ struct Workspace {
   typedef typename Op::type T;
   int64_t most;                 // rows of a chunk, rounded up to pairs
   int64_t size, depth, padded;  // D, D rounded up to pairs and to whole vectors
-  std::vector<T> q, grad;                // [most, depth]
-  std::vector<T> q_paired, grad_paired;  // [most / pair][padded][pair]
+  std::vector<T> q, dout;                // [most, depth]
+  std::vector<T> q_paired, dout_paired;  // [most / pair][padded][pair]
   std::vector<T> keys_t, values_t;       // [depth / pair][KEYS][pair]
   std::vector<T> keys_paired;            // [KEYS / pair][padded][pair]
-  std::vector<T> weights, to_scores;     // paired, [most / pair][KEYS][pair]
-  std::vector<T> to_scores_rows;         // [ROWS, KEYS]
-  std::vector<float> scores, to_weights;  // [ROWS, KEYS]
+  std::vector<T> weights, dscores;       // paired, [most / pair][KEYS][pair]
+  std::vector<T> dscores_rows;           // [ROWS, KEYS]
+  std::vector<float> scores, dweights;   // [ROWS, KEYS]
   std::vector<float> lse, delta;         // [most]
-  std::vector<float> to_q;               // [most, padded]
-  std::vector<float> to_k, to_v;         // [keys of the text, padded]
+  std::vector<float> dq;                 // [most, padded]
+  std::vector<float> dk, dv;             // [keys of the text, padded]
 
   Workspace(int64_t rows, int64_t d)
       : most((rows + 1) / 2 * 2),
@@ -55,20 +55,20 @@ struct Workspace {
         depth((d + 1) / 2 * 2),
         padded((d + W - 1) / W * W),
         q(most * depth),
-        grad(most * depth),
+        dout(most * depth),
         q_paired(most * padded),
-        grad_paired(most * padded),
+        dout_paired(most * padded),
         keys_t(depth * KEYS),
         values_t(depth * KEYS),
         keys_paired(KEYS * padded),
         weights(most * KEYS),
-        to_scores(most * KEYS),
-        to_scores_rows(ROWS * KEYS),
+        dscores(most * KEYS),
+        dscores_rows(ROWS * KEYS),
         scores(ROWS * KEYS),
-        to_weights(ROWS * KEYS),
+        dweights(ROWS * KEYS),
         lse(most),
         delta(most),
-        to_q(most * padded) {}
+        dq(most * padded) {}
 };
 
 // Vectors of floats into the same rows of a matrix with KEYS columns, from column j.
@@ -91,8 +91,8 @@ static void differentiate_rows(Workspace<Op>& work, int64_t row, const Seen* see
   const int columns = (furthest + W - 1) / W * W;
   product<Op, M, false>(work.q.data() + row * work.depth, work.depth, work.keys_t.data(), KEYS,
                         columns, depth, work.scores.data(), KEYS);
-  product<Op, M, false>(work.grad.data() + row * work.depth, work.depth, work.values_t.data(), KEYS,
-                        columns, depth, work.to_weights.data(), KEYS);
+  product<Op, M, false>(work.dout.data() + row * work.depth, work.depth, work.values_t.data(), KEYS,
+                        columns, depth, work.dweights.data(), KEYS);
   for (int i = 0; i < M; ++i) seen[i].hide(work.scores.data() + i * KEYS, columns);
   for (int i = 0; i < M; i += 2) {
     for (int j = 0; j < KEYS; j += W) {
@@ -100,16 +100,16 @@ static void differentiate_rows(Workspace<Op>& work, int64_t row, const Seen* see
       for (int r = 0; r < 2 && i + r < M && j < columns; ++r) {
         const int64_t at = (i + r) * KEYS + j, of = row + i + r;
         weight[r] = exp2(load(work.scores.data() + at) * scale - work.lse[of]);
-        change[r] = weight[r] * (load(work.to_weights.data() + at) - work.delta[of]);
-        store(work.to_scores_rows.data() + at, change[r]);
+        change[r] = weight[r] * (load(work.dweights.data() + at) - work.delta[of]);
+        store(work.dscores_rows.data() + at, change[r]);
       }
       put_vectors<Op>(work.weights.data(), row + i, j, weight[0], weight[1]);
-      put_vectors<Op>(work.to_scores.data(), row + i, j, change[0], change[1]);
+      put_vectors<Op>(work.dscores.data(), row + i, j, change[0], change[1]);
     }
   }
-  product<Op, M, true>(work.to_scores_rows.data(), KEYS, work.keys_paired.data(), work.padded,
+  product<Op, M, true>(work.dscores_rows.data(), KEYS, work.keys_paired.data(), work.padded,
                        work.padded, (furthest + 1) / 2 * 2,
-                       work.to_q.data() + row * work.padded, work.padded);
+                       work.dq.data() + row * work.padded, work.padded);
 }
 
 // to [count, D] += leftᵀ · right over the rows first … end - 1 of both, paired.
@@ -136,11 +136,11 @@ struct Chunk {
   TextMask mask;
 };
 
-// The chunk against keys [0, n_keys) at positions base, base + 1, …; to_k is null for a prefix.
+// The chunk against keys [0, n_keys) at positions base, base + 1, …; dk is null for a prefix.
 template <class Op, class In>
 static void differentiate_keys(Workspace<Op>& work, const Chunk& chunk, const In* k,
                                int64_t k_stride, const In* v, int64_t v_stride, int64_t n_keys,
-                               int64_t base, float scale, float* to_k, float* to_v) {
+                               int64_t base, float scale, float* dk, float* dv) {
   const int64_t d = work.size;
   n_keys = chunk.mask.reach(chunk.position + (chunk.rows - 1) / chunk.group, base, n_keys);
   for (int64_t block = 0; block < n_keys; block += KEYS) {
@@ -170,18 +170,18 @@ static void differentiate_keys(Workspace<Op>& work, const Chunk& chunk, const In
         for (int64_t r = row; r < row + n; r += 2) {
           for (int64_t j = 0; j < KEYS; j += W) {
             put_vectors<Op>(work.weights.data(), r, j, vf{}, vf{});
-            put_vectors<Op>(work.to_scores.data(), r, j, vf{}, vf{});
+            put_vectors<Op>(work.dscores.data(), r, j, vf{}, vf{});
           }
         }
       }
     }
-    if (to_k == nullptr || seeing == chunk.rows) continue;
+    if (dk == nullptr || seeing == chunk.rows) continue;
     // An odd last row has one of no weight beside it.
     const int64_t end = (chunk.rows + Op::pair - 1) / Op::pair * Op::pair;
-    add_transposed<Op>(work.weights, work.grad_paired, work.padded, seeing, end, count,
-                       to_v + block * work.padded);
-    add_transposed<Op>(work.to_scores, work.q_paired, work.padded, seeing, end, count,
-                       to_k + block * work.padded);
+    add_transposed<Op>(work.weights, work.dout_paired, work.padded, seeing, end, count,
+                       dv + block * work.padded);
+    add_transposed<Op>(work.dscores, work.q_paired, work.padded, seeing, end, count,
+                       dk + block * work.padded);
   }
 }
 
@@ -198,69 +198,69 @@ static void write_rows(In* to, int64_t stride, const float* from, int64_t padded
 template <class Op, class In>
 static void differentiate_text(const AttentionArguments& args, const AttentionGradients& grads,
                                Workspace<Op>& work, int64_t text, int64_t kv_head) {
-  const int64_t q0 = args.q_offsets[text], q1 = args.q_offsets[text + 1];
-  const int64_t k0 = args.k_offsets[text], n_keys = args.k_offsets[text + 1] - k0;
+  const int64_t q0 = args.cu_seqlens_q[text], q1 = args.cu_seqlens_q[text + 1];
+  const int64_t k0 = args.cu_seqlens_k[text], n_keys = args.cu_seqlens_k[text + 1] - k0;
   const int64_t d = args.size, group = args.heads / args.kv_heads, padded = work.padded;
   if (q1 == q0) return;  // the gradients of its keys stay zero
   const float root = 1.0f / std::sqrt((float)d), scale = LOG2_E * root;
-  work.to_k.assign(n_keys * padded, 0.0f);
-  work.to_v.assign(n_keys * padded, 0.0f);
+  work.dk.assign(n_keys * padded, 0.0f);
+  work.dv.assign(n_keys * padded, 0.0f);
   const int64_t tokens = tokens_of_chunk(group);
   for (int64_t token = q0; token < q1; token += tokens) {
     const int64_t end = token + tokens < q1 ? token + tokens : q1;
     const Chunk chunk{(end - token) * group, group, args.prefix + n_keys - (q1 - token),
                       TextMask(args, text)};
-    std::fill(work.to_q.begin(), work.to_q.end(), 0.0f);
+    std::fill(work.dq.begin(), work.dq.end(), 0.0f);
     for (int64_t r = 0; r < chunk.rows; ++r) {
       const int64_t head = (token + r / group) * args.heads + kv_head * group + r % group;
       const In* q = (const In*)args.q + (token + r / group) * args.q_stride +
                     (kv_head * group + r % group) * d;
-      const In* grad = (const In*)grads.out + head * d;
+      const In* dout = (const In*)grads.dout + head * d;
       const In* out = (const In*)args.out + head * d;
       copy_row(work.q.data() + r * work.depth, q, d);
-      copy_row(work.grad.data() + r * work.depth, grad, d);
+      copy_row(work.dout.data() + r * work.depth, dout, d);
       vf products = {};
       int64_t i = 0;
-      for (; i + W <= d; i += W) products += load(grad + i) * load(out + i);
+      for (; i + W <= d; i += W) products += load(dout + i) * load(out + i);
       float delta = sum(products);
-      for (; i < d; ++i) delta += to_float(grad[i]) * to_float(out[i]);
+      for (; i < d; ++i) delta += to_float(dout[i]) * to_float(out[i]);
       work.delta[r] = delta;
       work.lse[r] = args.lse[head] * LOG2_E;
     }
     for (int64_t r = 0; r < chunk.rows; r += 2) {
       const int64_t next = r + 1 < chunk.rows ? r + 1 : r, depth = work.depth;
-      const auto *q = work.q.data(), *grad = work.grad.data();
+      const auto *q = work.q.data(), *dout = work.dout.data();
       put_rows<Op>(work.q_paired.data(), r, padded, q + r * depth, q + next * depth, d);
-      put_rows<Op>(work.grad_paired.data(), r, padded, grad + r * depth, grad + next * depth, d);
+      put_rows<Op>(work.dout_paired.data(), r, padded, dout + r * depth, dout + next * depth, d);
     }
     const auto differentiate = [&](const void* k, int64_t k_stride, const void* v,
                                    int64_t v_stride, int64_t from, int64_t n, int64_t base,
-                                   float* to_k, float* to_v) {
+                                   float* dk, float* dv) {
       differentiate_keys<Op>(work, chunk, (const In*)k + from * k_stride + kv_head * d, k_stride,
                              (const In*)v + from * v_stride + kv_head * d, v_stride, n, base, scale,
-                             to_k, to_v);
+                             dk, dv);
     };
     if (args.prefix) {
       differentiate(args.prefix_k, args.prefix_k_stride, args.prefix_v, args.prefix_v_stride, 0,
                     args.prefix, 0, nullptr, nullptr);
     }
     differentiate(args.k, args.k_stride, args.v, args.v_stride, k0, n_keys, args.prefix,
-                  work.to_k.data(), work.to_v.data());
+                  work.dk.data(), work.dv.data());
     for (int64_t r = 0; r < chunk.rows; ++r) {
       const int64_t head = (token + r / group) * args.heads + kv_head * group + r % group;
-      write_rows((In*)grads.q + head * d, 0, work.to_q.data() + r * padded, padded, 1, d, root);
+      write_rows((In*)grads.dq + head * d, 0, work.dq.data() + r * padded, padded, 1, d, root);
     }
   }
   const int64_t stride = args.kv_heads * d, first = k0 * stride + kv_head * d;
-  write_rows((In*)grads.k + first, stride, work.to_k.data(), padded, n_keys, d, root);
-  write_rows((In*)grads.v + first, stride, work.to_v.data(), padded, n_keys, d, 1.0f);
+  write_rows((In*)grads.dk + first, stride, work.dk.data(), padded, n_keys, d, root);
+  write_rows((In*)grads.dv + first, stride, work.dv.data(), padded, n_keys, d, 1.0f);
 }
 
 template <class Op, class In>
 static void run(const AttentionArguments& args, const AttentionGradients& grads) {
   const int64_t group = args.heads / args.kv_heads, rows = tokens_of_chunk(group) * group;
-  const int64_t keys = args.k_offsets[args.texts] + args.prefix;
-  const int64_t queries = args.q_offsets[args.texts];
+  const int64_t keys = args.cu_seqlens_k[args.texts] + args.prefix;
+  const int64_t queries = args.cu_seqlens_q[args.texts];
   const int64_t elements = (queries * args.heads + keys * args.kv_heads) * args.size;
   parallel_tasks(args.texts * args.kv_heads, elements, [&](int64_t task) {
     // One workspace a thread, kept between calls: sized by the model and its longest text so far.

@@ -61,15 +61,10 @@ int64_t append(const void* table, const void* special, const int64_t* ids, void*
 void append_backward(Dtype dtype, const void* grad, const int64_t* ids, float* out, int64_t rows,
                      int64_t vocabulary, int64_t n_special, int64_t size);
 
-// out [texts, size]: weighted mean of the normed rows offsets[t] … offsets[t + 1] - 1 of hidden;
+// out [texts, size]: weighted mean of the normed rows cu_seqlens[t] … cu_seqlens[t + 1] - 1 of hidden;
 // the plain mean if row_weights is null.
-void pool(Dtype dtype, const void* hidden, const int32_t* offsets, const void* norm_weight,
+void pool(Dtype dtype, const void* hidden, const int32_t* cu_seqlens, const void* norm_weight,
           const float* row_weights, float* out, int64_t texts, int64_t size, float eps);
-
-// out [rows, size], the gradient of hidden, from grad [texts, size].
-void pool_backward(Dtype dtype, const float* grad, const void* hidden, const int32_t* offsets,
-                   const void* norm_weight, const float* row_weights, void* out, int64_t texts,
-                   int64_t size, float eps);
 
 // losses [rows]: cross-entropy; logits [rows, vocabulary] become softmax - one-hot. Returns the
 // first row whose target is no column, having written nothing; -1 if there is none.
@@ -78,29 +73,37 @@ int64_t cross_entropy(Dtype dtype, void* logits, const int64_t* targets, float* 
 
 enum class Mask { causal, bidirectional, gem };
 
-struct AttentionArguments {
-  const void *q, *k, *v, *prefix_k, *prefix_v;
-  void* out;                              // [rows of q, heads, size], contiguous
-  float* lse;                             // [rows of q, heads]: log-sum-exp of the scores
-  const int32_t *q_offsets, *k_offsets;   // [texts + 1]
-  int64_t rows;                           // of q; those beyond the offsets are padding
-  int64_t texts, heads, kv_heads, size, prefix;
-  int64_t q_stride, k_stride, v_stride, prefix_k_stride, prefix_v_stride;  // of a row (token)
-  int64_t window;                         // 0 for full attention
+// kernels/attention/options.py: what calls with other q, k and v may share.
+struct AttentionOptions {
+  const int32_t *cu_seqlens_q, *cu_seqlens_k;  // [texts + 1]
+  int64_t texts;
+  const void *prefix_k, *prefix_v;             // [prefix, kv_heads, size]; null if there is none
+  int64_t prefix;
+  int64_t prefix_k_stride, prefix_v_stride;    // of a row (token)
+  int64_t window;                              // 0 for full attention
   Mask mask;
-  const int32_t* blocks;                  // [texts, 2] for the GEM mask
+  const int32_t* blocks;                       // [texts, 2] for the GEM mask
+};
+
+struct AttentionArguments : AttentionOptions {
+  const void *q, *k, *v;                 // [rows of q, heads, size]; [rows, kv_heads, size]
+  int64_t q_stride, k_stride, v_stride;  // of a row (token)
+  void* out;                             // [rows of q, heads, size], contiguous
+  float* lse;                            // [rows of q, heads]: log-sum-exp of the scores; or null
+  int64_t rows;                          // of q; those beyond the last text's are padding
+  int64_t heads, kv_heads, size;
 };
 
 // Packed attention; see kernels/attention/README.md. Padding rows get zeros.
 void attention(Dtype dtype, const AttentionArguments& arguments);
 
-// Gradient of the output, given, and of q, k and v, made; rows as dense as those of out.
+// The gradients of out, read, and of q, k and v, written; rows as dense as those of out.
 struct AttentionGradients {
-  const void* out;
-  void *q, *k, *v;
+  const void* dout;
+  void *dq, *dk, *dv;
 };
 
-// q, k and v get the gradients of rows that belong to a text with queries; others are untouched.
+// dq, dk and dv get the rows that belong to a text with queries; others are untouched.
 void attention_backward(Dtype dtype, const AttentionArguments& arguments,
                         const AttentionGradients& gradients);
 

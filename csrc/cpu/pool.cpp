@@ -7,17 +7,10 @@
 
 namespace gen_fast {
 
-void pool(Dtype dtype, const void* hidden, const int32_t* offsets, const void* norm_weight,
+void pool(Dtype dtype, const void* hidden, const int32_t* cu_seqlens, const void* norm_weight,
           const float* row_weights, float* out, int64_t texts, int64_t size, float eps) {
   GEN_FAST_DISPATCH(pool)
-  (dtype == Dtype::bf16, hidden, offsets, norm_weight, row_weights, out, texts, size, eps);
-}
-
-void pool_backward(Dtype dtype, const float* grad, const void* hidden, const int32_t* offsets,
-                   const void* norm_weight, const float* row_weights, void* out, int64_t texts,
-                   int64_t size, float eps) {
-  GEN_FAST_DISPATCH(pool_backward)
-  (dtype == Dtype::bf16, grad, hidden, offsets, norm_weight, row_weights, out, texts, size, eps);
+  (dtype == Dtype::bf16, hidden, cu_seqlens, norm_weight, row_weights, out, texts, size, eps);
 }
 
 }  // namespace gen_fast
@@ -37,14 +30,14 @@ static void add_row(const T* row, float* out, int64_t size, float share, float e
 }
 
 template <class T>
-static void pool_texts(const void* hidden, const int32_t* offsets, const void* norm_weight,
+static void pool_texts(const void* hidden, const int32_t* cu_seqlens, const void* norm_weight,
                        const float* row_weights, float* out, int64_t texts, int64_t size,
                        float eps) {
   parallel_for(texts, rows_worth_a_thread(size), [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       float* mean = out + t * size;
       std::memset(mean, 0, size * sizeof(float));
-      const int32_t first = offsets[t], last = offsets[t + 1];
+      const int32_t first = cu_seqlens[t], last = cu_seqlens[t + 1];
       for (int32_t r = first; r < last; ++r) {
         const float share = row_weights ? row_weights[r] : 1.0f / (float)(last - first);
         add_row((const T*)hidden + r * size, mean, size, share, eps);
@@ -56,48 +49,11 @@ static void pool_texts(const void* hidden, const int32_t* offsets, const void* n
   });
 }
 
-template <class T>
-static void differentiate_row(const float* grad, const T* row, const T* weight, T* out,
-                              int64_t size, float share, float eps) {
-  const auto [scale, shared] = rms_gradient(row, grad, weight, size, eps);
-  const float factor = share * scale;
-  int64_t i = 0;
-  for (; i + W <= size; i += W) {
-    store(out + i, (load(grad + i) * load(weight + i) - load(row + i) * shared) * factor);
-  }
-  for (; i < size; ++i) {
-    assign(out + i, (grad[i] * to_float(weight[i]) - to_float(row[i]) * shared) * factor);
-  }
-}
-
-template <class T>
-static void differentiate_texts(const float* grad, const void* hidden, const int32_t* offsets,
-                                const void* norm_weight, const float* row_weights, void* out,
-                                int64_t texts, int64_t size, float eps) {
-  parallel_for(texts, rows_worth_a_thread(size), [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) {
-      const int32_t first = offsets[t], last = offsets[t + 1];
-      for (int32_t r = first; r < last; ++r) {
-        const float share = row_weights ? row_weights[r] : 1.0f / (float)(last - first);
-        differentiate_row(grad + t * size, (const T*)hidden + r * size, (const T*)norm_weight,
-                          (T*)out + r * size, size, share, eps);
-      }
-    }
-  });
-}
-
-static void pool(bool is_bf16, const void* hidden, const int32_t* offsets, const void* norm_weight,
-                 const float* row_weights, float* out, int64_t texts, int64_t size, float eps) {
-  (is_bf16 ? pool_texts<bf16> : pool_texts<float>)(hidden, offsets, norm_weight, row_weights, out,
-                                                texts, size, eps);
-}
-
-static void pool_backward(bool is_bf16, const float* grad, const void* hidden,
-                          const int32_t* offsets, const void* norm_weight,
-                          const float* row_weights, void* out, int64_t texts, int64_t size,
-                          float eps) {
-  (is_bf16 ? differentiate_texts<bf16> : differentiate_texts<float>)(
-      grad, hidden, offsets, norm_weight, row_weights, out, texts, size, eps);
+static void pool(bool is_bf16, const void* hidden, const int32_t* cu_seqlens,
+                 const void* norm_weight, const float* row_weights, float* out, int64_t texts,
+                 int64_t size, float eps) {
+  (is_bf16 ? pool_texts<bf16> : pool_texts<float>)(hidden, cu_seqlens, norm_weight, row_weights,
+                                                   out, texts, size, eps);
 }
 
 }  // namespace gen_fast::GEN_FAST_ISA

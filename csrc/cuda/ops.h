@@ -26,8 +26,8 @@ const char* append(const void* table, const void* special, const int64_t* ids, v
                    Stream stream);
 
 // out [texts, size] float32: weighted mean of the normed rows of each text.
-const char* pool(Dtype dtype, const void* hidden, const int32_t* offsets, const void* norm_weight,
-                 const float* row_weights, float* out, int64_t texts, int64_t size, float eps,
-                 Stream stream);
+const char* pool(Dtype dtype, const void* hidden, const int32_t* cu_seqlens,
+                 const void* norm_weight, const float* row_weights, float* out, int64_t texts,
+                 int64_t size, float eps, Stream stream);
 
 }  // namespace gen_fast::cuda

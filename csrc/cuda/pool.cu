@@ -7,12 +7,12 @@ namespace gen_fast::cuda {
 
 template <class T, int Width, int Items>
 __global__ void __launch_bounds__(most_threads(Items))
-    pool_text(const T* hidden, const int32_t* offsets, const T* norm_weight,
+    pool_text(const T* hidden, const int32_t* cu_seqlens, const T* norm_weight,
               const float* row_weights, float* out, int64_t size, float eps) {
   typedef Vector<T, Width> V;
   typedef Vector<float, Width> Sums;
   constexpr int Kept = Items ? Items : 1;
-  const int32_t begin = offsets[blockIdx.x], end = offsets[blockIdx.x + 1];
+  const int32_t begin = cu_seqlens[blockIdx.x], end = cu_seqlens[blockIdx.x + 1];
   out += (int64_t)blockIdx.x * size;
   const auto put = [&](int64_t at, const Sums& sums) {
     // Two 16-byte stores where an element doubles in size.
@@ -71,13 +71,13 @@ __global__ void __launch_bounds__(most_threads(Items))
 }
 
 template <class T>
-static const char* launch(const void* hidden, const int32_t* offsets, const void* norm_weight,
+static const char* launch(const void* hidden, const int32_t* cu_seqlens, const void* norm_weight,
                           const float* row_weights, float* out, int64_t texts, int64_t size,
                           float eps, Stream stream) {
   const Spread s = spread(size, 16 / sizeof(T));
   const auto run = [&]<int Width, int Items>() {
     pool_text<T, Width, Items><<<(unsigned)texts, s.threads, 0, (cudaStream_t)stream>>>(
-        (const T*)hidden, offsets, (const T*)norm_weight, row_weights, out, size, eps);
+        (const T*)hidden, cu_seqlens, (const T*)norm_weight, row_weights, out, size, eps);
   };
   if (s.width == 1) {
     with_items<1>(s.items, run);
@@ -88,13 +88,13 @@ static const char* launch(const void* hidden, const int32_t* offsets, const void
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-const char* pool(Dtype dtype, const void* hidden, const int32_t* offsets, const void* norm_weight,
-                 const float* row_weights, float* out, int64_t texts, int64_t size, float eps,
-                 Stream stream) {
+const char* pool(Dtype dtype, const void* hidden, const int32_t* cu_seqlens,
+                 const void* norm_weight, const float* row_weights, float* out, int64_t texts,
+                 int64_t size, float eps, Stream stream) {
   const auto f = dtype == Dtype::f32    ? launch<float>
                  : dtype == Dtype::bf16 ? launch<bf16>
                                         : launch<f16>;
-  return f(hidden, offsets, norm_weight, row_weights, out, texts, size, eps, stream);
+  return f(hidden, cu_seqlens, norm_weight, row_weights, out, texts, size, eps, stream);
 }
 
 }  // namespace gen_fast::cuda

@@ -36,8 +36,7 @@ def info(
         "device": str(where),
         "dtype": str(computed_in).removeprefix("torch."),
         "implementations": {
-            name: op.chosen(where.type, computed_in, forced=ops.FORCED)
-            for name, op in ops.all_ops().items()
+            name: op.choose(where.type, computed_in).name for name, op in ops.all_ops().items()
         },
         "cache": str(cache_directory()),
     }

@@ -18,7 +18,7 @@ from gen_fast.model.config import BackboneConfig, inverse_frequencies
 from gen_fast.model.kv_cache import KVCache
 from gen_fast.model.linear import can_pack, linear, pack
 from gen_fast.ops.append import append
-from gen_fast.ops.attention import attention
+from gen_fast.ops.attention import AttentionOptions, attention
 from gen_fast.ops.norm import add_rms_norm, rms_norm
 from gen_fast.ops.rope import rope
 from gen_fast.ops.swiglu import swiglu
@@ -186,16 +186,14 @@ class Backbone:
                 if not n_needed:
                     return stream, kept
             prefix_k, prefix_v = (None, None) if prefix is None else prefix.layers[i]
-            mixed = attention(
-                q,
-                k,
-                v,
+            options = AttentionOptions(
                 cu_needed if last else cu_seqlens,
                 cu_keys,
                 prefix_k,
                 prefix_v,
                 config.windows[i],
             )
+            mixed = attention(q, k, v, options)
             mixed = linear(mixed.flatten(1), layer.out)
             normed, stream = add_rms_norm(mixed, stream, layer.mlp_norm, eps, inplace=True)
             mixed = linear(swiglu(linear(normed, layer.gate_up)), layer.down)

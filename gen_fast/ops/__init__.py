@@ -15,7 +15,7 @@ import importlib
 import logging
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -28,6 +28,13 @@ logger = logging.getLogger(__name__)
 
 OP_NAMES = ("append", "attention", "distill", "norm", "pool", "qlinear", "rope", "swiglu")
 
+# What runs, and the name users force it by: in `impl=`, in GEN_FAST_IMPL and in `gen-fast info`.
+REFERENCE = "reference"  # plain torch, the oracle of the others
+SDPA = "sdpa"  # torch's own attention kernel
+CPP = "cpu"  # gen_fast._C
+TRITON = "triton"
+CUDA = "cuda"  # gen_fast._cuda, CUDA C++
+
 # Read once: to look it up costs as much as a small call.
 FORCED = os.environ.get("GEN_FAST_IMPL")
 
@@ -35,30 +42,44 @@ _LIBRARY = torch.library.Library("gen_fast", "FRAGMENT")
 
 
 @dataclass(frozen=True)
+class Case:
+    """What an implementation is asked to compute, as far as the choice depends on it."""
+
+    device: str  # torch.device.type of the first argument
+    dtype: torch.dtype  # of the first argument
+    option: str | None = None  # what the op's `option` takes from the arguments; None for any
+    forced: bool = False  # whether the caller has named this implementation
+
+
+def supports_any(case: Case) -> str | None:
+    """What an implementation in plain torch supports."""
+    return None
+
+
+def unsupported(case: Case, device: str, dtypes: tuple[torch.dtype, ...]) -> str | None:
+    """Why an implementation for one device and these dtypes cannot compute `case`, or None."""
+    if case.device != device:
+        return f"runs on {device}, not on {case.device}"
+    return None if case.dtype in dtypes else f"does not take {case.dtype}"
+
+
+def other_option(case: Case, option: str) -> str | None:
+    """Why an implementation for this option alone cannot compute `case`, or None."""
+    return None if case.option in (None, option) else f"does not compute {case.option!r}"
+
+
+@dataclass(frozen=True)
 class Implementation:
-    """One way to compute an op, and what it is for. Empty tuples mean any."""
+    """One way to compute an op. `supports` says why it cannot compute a case, or None.
 
+    inference: what runs where no gradient will be asked for: it may give None for a result that
+    only the gradient needs.
+    """
+
+    name: str
     function: Callable[..., Any]
-    devices: tuple[str, ...] = ()
-    dtypes: tuple[torch.dtype, ...] = ()
-    variants: tuple[str, ...] = ()
-    only_forced: tuple[str, ...] = ()
-    missing: Callable[[], str | None] = lambda: None
-    refuses: Callable[[str, str], str | None] = lambda device, variant: None
-
-    def why_not(
-        self, device: str, dtype: torch.dtype | None, variant: str, forced: bool
-    ) -> str | None:
-        """Why it cannot run for such an input, or None if it can."""
-        if forced and device in self.only_forced:
-            return self.missing()
-        if self.devices and device not in self.devices:
-            return f"runs on {', '.join(self.devices)}, not on {device}"
-        if self.dtypes and dtype is not None and dtype not in self.dtypes:
-            return f"does not take {dtype}"
-        if self.variants and variant and variant not in self.variants:
-            return f"does not compute {variant!r}"
-        return self.missing() or self.refuses(device, variant)
+    inference: Callable[..., Any]
+    supports: Callable[[Case], str | None]
 
 
 class Op:
@@ -71,70 +92,113 @@ class Op:
         fake: Callable[..., Any],
         backward: "Op | None" = None,
         check: Callable[..., None] = lambda *arguments: None,
+        option: Callable[..., str] | None = None,
+        options: type | None = None,
     ) -> None:
         """Define torch.ops.gen_fast.<name>.
 
         schema: arguments and results as torch.library writes them; `impl` is added. The first
-        argument's device and dtype choose the implementation; a str argument named `variant` may
-        narrow the choice. fake(*arguments): empty results. backward: the op of its gradient.
-        check(*arguments) raises OpError for what no implementation takes: some read and write by
-        address alone.
+        argument's device and dtype choose the implementation. fake(*arguments): empty results.
+        backward: the op of its gradient. check(*arguments) raises OpError for what no
+        implementation takes: some read and write by address alone. option(*arguments): what else
+        the choice depends on, a mask or a format; it must be cheap.
+        options: a dataclass whose fields are the last arguments of the schema. All functions of the
+        op then take an instance in their place, and so does calling it; only torch.ops is flat.
         """
         self.name = name
         self.backward = backward
         self._check = check
+        self._option = option
+        self._options = options
+        self._names = () if options is None else tuple(field.name for field in fields(options))
         self._implementations: dict[str, Implementation] = {}
-        self._chosen: dict[tuple[Any, ...], Callable[..., Any]] = {}
+        self._choices: dict[tuple[Any, ...], Implementation] = {}
         arguments, results = schema.split(" -> ")
         _LIBRARY.define(f"{name}{arguments.removesuffix(')')}, *, str? impl=None) -> {results}")
-        _LIBRARY.impl(name, self._run, "CompositeExplicitAutograd")
+        _LIBRARY.impl(
+            name,
+            self._run_flat,
+            "CompositeExplicitAutograd",
+        )
         torch.library.register_fake(
-            f"gen_fast::{name}", lambda *args, impl=None: fake(*args), lib=_LIBRARY
+            f"gen_fast::{name}",
+            lambda *args, impl=None: fake(*self._structured(args)),
+            lib=_LIBRARY,
         )
         self.torch_op = getattr(torch.ops.gen_fast, name).default
-        names = [argument.name for argument in self.torch_op._schema.arguments]
-        self._variant = names.index("variant") if "variant" in names else None
+
+    def flat(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The arguments as torch.ops takes them."""
+        if self._options is None:
+            return args
+        options = args[-1]
+        return *args[:-1], *[getattr(options, name) for name in self._names]
+
+    def _structured(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The opposite of `flat`."""
+        if self._options is None:
+            return args
+        count = len(args) - len(self._names)
+        return args[:count] + (self._options(*args[count:]),)  # noqa: RUF005, twice as fast
 
     def differentiate(
         self,
         save: Callable[[Any, tuple[Any, ...], Any], None],
         gradient: Callable[..., tuple[Tensor | None, ...]],
     ) -> None:
-        """Register the gradient: save(ctx, inputs, output), gradient(ctx, *grads) -> per input."""
+        """Register the gradient: save(ctx, inputs, output), gradient(ctx, *grads) -> per input.
+
+        Both count `options` as one input.
+        """
 
         def setup_context(
             ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any
         ) -> None:
             ctx.impl = keyword_only_inputs["impl"]
-            save(ctx, inputs, output)
+            save(ctx, self._structured(inputs), output)
+
+        def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+            result = gradient(ctx, *grads)
+            if self._options is None:
+                return result
+            return *result[:-1], *(None,) * len(self._names)
 
         torch.library.register_autograd(
-            f"gen_fast::{self.name}", gradient, setup_context=setup_context, lib=_LIBRARY
+            f"gen_fast::{self.name}", backward, setup_context=setup_context, lib=_LIBRARY
         )
 
     def __call__(self, *args: Any, impl: str | None = None, inplace: bool = False) -> Any:
         """Run the op on positional arguments; `impl` forces an implementation.
 
-        inplace: the caller no longer needs the tensor that the op's function names, so the result
-        may be written into it. Under autograd and torch.compile the result is always new.
+        inplace: the caller gives up the one argument that the op's function names (the residual of
+        norm, x of rope), so the implementation may write a result over it. It need not: the
+        reference of rope, an input whose rows are not adjacent, autograd and torch.compile all give
+        a new tensor. So the caller must use the result and never read the argument again, nor any
+        view that shares its memory; and the argument must not be saved for a gradient.
         Raises ImplementationError if `impl`, or GEN_FAST_IMPL, names one that cannot run.
         """
         if torch.compiler.is_compiling():
-            return self.torch_op(*args, impl=impl)
+            return self.torch_op(*self.flat(args), impl=impl)
         if torch.is_grad_enabled() and needs_gradient(args):
             if self.backward is None:
                 raise ImplementationError(f"op {self.name!r} has no gradient")
             # Better now than in the middle of the backward pass.
-            self.backward.choose_for(impl, args[0], self._variant_of(args))
-            return self.torch_op(*args, impl=impl)
-        return self._run(*args, impl=impl, inplace=inplace)
+            self.backward._choice(args[0], self._option and self._option(*args), impl)
+            return self.torch_op(*self.flat(args), impl=impl)
+        function = self._checked(args, impl).inference
+        return self._on_device(partial(function, inplace=True) if inplace else function, args)
 
-    def _run(self, *args: Any, impl: str | None = None, inplace: bool = False) -> Any:
+    def _run_flat(self, *args: Any, impl: str | None = None) -> Any:
+        args = self._structured(args)
+        return self._on_device(self._checked(args, impl).function, args)
+
+    def _checked(self, args: tuple[Any, ...], impl: str | None) -> Implementation:
         self._check(*args)
+        return self._choice(args[0], self._option and self._option(*args), impl)
+
+    @staticmethod
+    def _on_device(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         first = args[0]
-        function = self.choose_for(impl, first, self._variant_of(args))
-        if inplace:
-            function = partial(function, inplace=True)
         if first.is_cuda and first.device.index != torch.cuda.current_device():
             with torch.cuda.device(first.device):  # kernels go to the current one
                 return function(*args)
@@ -143,61 +207,54 @@ class Op:
     def register(
         self,
         impl: str,
-        devices: tuple[str, ...] = (),
-        dtypes: tuple[torch.dtype, ...] = (),
-        variants: tuple[str, ...] = (),
-        only_forced: tuple[str, ...] = (),
-        missing: Callable[[], str | None] = lambda: None,
-        refuses: Callable[[str, str], str | None] = lambda device, variant: None,
+        supports: Callable[[Case], str | None] = supports_any,
+        inference: Callable[..., Any] | None = None,
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        """Return a decorator that adds `impl`.
+        """Return a decorator that adds `impl`; the arguments are those of Implementation.
 
-        only_forced: devices where it runs if asked for and is never chosen (an emulation).
-        missing() says why it is not there, or None; refuses(device, variant) why the device cannot
-        compute a variant, or None.
+        supports is asked once for each case.
         """
 
         def add(function: Callable[..., Any]) -> Callable[..., Any]:
             self._implementations[impl] = Implementation(
-                function, devices, dtypes, variants, only_forced, missing, refuses
+                impl, function, inference or function, supports
             )
             return function
 
         return add
 
-    def implementations(self, device: str, dtype: torch.dtype | None = None) -> list[str]:
-        """Names of what can run on `device`, best first."""
+    def implementations(self, device: str, dtype: torch.dtype = torch.float32) -> list[str]:
+        """Names of what can run on `device`, forced if need be, best first."""
+        case = Case(device, dtype, forced=True)
         return [
             name
             for name, implementation in reversed(self._implementations.items())
-            if implementation.why_not(device, dtype, "", True) is None
+            if implementation.supports(case) is None
         ]
 
-    def _variant_of(self, args: tuple[Any, ...]) -> str:
-        return "" if self._variant is None else args[self._variant]
+    def _choice(self, first: Tensor, option: str | None, impl: str | None) -> Implementation:
+        # To ask a tensor for its device object is slow.
+        device = "cpu" if first.is_cpu else first.device.type
+        return self.choose(device, first.dtype, option, impl)
 
-    def choose_for(self, impl: str | None, first: Tensor, variant: str = "") -> Callable[..., Any]:
-        """Return the function for a first argument, by its device and dtype, and a variant.
+    def choose(
+        self, device: str, dtype: torch.dtype, option: str | None = None, impl: str | None = None
+    ) -> Implementation:
+        """The best implementation for a first argument of that device and dtype.
 
-        Raises ImplementationError if `impl`, or GEN_FAST_IMPL, names one that cannot run.
-        """
-        forced = impl or FORCED
-        device = "cpu" if first.is_cpu else first.device.type  # a device is slow to ask
-        key = (device, first.dtype, variant, forced)
-        function = self._chosen.get(key)
-        if function is None:
-            name = self.chosen(*key)
-            logger.info("%s on %s in %s: %s", self.name, device, first.dtype, name)
-            function = self._chosen[key] = self._implementations[name].function
-        return function
-
-    def chosen(
-        self, device: str, dtype: torch.dtype, variant: str = "", forced: str | None = None
-    ) -> str:
-        """Name of the implementation for such an input; `forced` lists the only ones allowed.
-
+        `impl`, or else GEN_FAST_IMPL, lists the only ones allowed. The choice is made once.
         Raises ImplementationError if none can run.
         """
+        forced = impl or FORCED
+        key = (device, dtype, option, forced)
+        choice = self._choices.get(key)
+        if choice is None:
+            case = Case(device, dtype, option, forced is not None)
+            choice = self._choices[key] = self._first_of(case, forced)
+            logger.info("%s on %s in %s: %s", self.name, device, dtype, choice.name)
+        return choice
+
+    def _first_of(self, case: Case, forced: str | None) -> Implementation:
         names = list(reversed(self._implementations)) if forced is None else forced.split(",")
         reasons = []
         for name in map(str.strip, names):
@@ -207,9 +264,9 @@ class Op:
                     f"{name!r} does not exist; there are {', '.join(self._implementations)}"
                 )
                 continue
-            reason = implementation.why_not(device, dtype, variant, forced is not None)
+            reason = implementation.supports(case)
             if reason is None:
-                return name
+                return implementation
             reasons.append(f"{name!r} {reason}")
         raise ImplementationError(f"op {self.name!r}: implementation {'; '.join(reasons)}")
 

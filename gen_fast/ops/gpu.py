@@ -1,19 +1,18 @@
-"""Launching Triton kernels: where they run, their tiles, and recording them to compile elsewhere.
+"""Launching Triton kernels: where they run, and their tiles.
 
 Importing this module does not import Triton; the kernels of an op are imported when it first runs.
 """
 
 import importlib.util
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
 
-from gen_fast.errors import ImplementationError
+from gen_fast.ops import Case, unsupported
 
 # The architecture whose pinned tiles are taken where there is no GPU to ask: an A100.
 DEFAULT_ARCHITECTURE = 80
@@ -38,33 +37,27 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-# What every Triton kernel takes: arguments of Op.register.
-ON_GPU: dict[str, Any] = {
-    "devices": ("cuda",),
-    "dtypes": (torch.float32, torch.bfloat16, torch.float16),
-    "only_forced": ("cpu",) if interpreted() else (),
-    "missing": missing,
-}
+def supports(case: Case) -> str | None:
+    """Why Triton's kernels cannot compute `case`, or None.
+
+    On a CPU they run in the interpreter, and only if asked for: it is an emulation.
+    """
+    if case.device == "cpu" and case.forced and interpreted():
+        return missing()
+    return (
+        unsupported(case, "cuda", (torch.float32, torch.bfloat16, torch.float16))
+        or missing()
+        or (_fp8_missing() if case.option == "fp8" else None)
+    )
 
 
-def refuses_fp8(device: str, variant: str) -> str | None:
+def _fp8_missing() -> str | None:
     """Why Triton cannot quantise to fp8 on the GPUs of this process, or None.
 
     Its compiler converts to e4m3 from sm_89 on. The oldest GPU decides for all of them.
     """
-    if variant != "fp8" or device != "cuda":
-        return None
     oldest = min(map(_capability, range(torch.cuda.device_count())), default=FP8_SINCE)
     return None if oldest >= FP8_SINCE else f"needs sm_{FP8_SINCE} for fp8, not sm_{oldest}"
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One recorded launch: what a compiler needs to know, and nothing run."""
-
-    kernel: Any
-    arguments: tuple[Any, ...]
-    constants: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -80,37 +73,8 @@ class Tile:
         return {**self.blocks, "num_warps": self.warps, "num_stages": self.stages}
 
 
-@dataclass
-class _Recording:
-    architecture: int
-    every_tile: bool
-    launches: list[Launch]
-
-
-_recording: _Recording | None = None
-
-
-@contextmanager
-def recording(architecture: int, *, every_tile: bool = False) -> Iterator[list[Launch]]:
-    """Collect launches instead of making them, with the tiles of `architecture` (80, 90, …).
-
-    every_tile: each pinned tile is a launch, not only the first.
-    """
-    global _recording
-    if _recording is not None:
-        raise ImplementationError("launches are being recorded already")
-    _recording = _Recording(architecture, every_tile, [])
-    try:
-        yield _recording.launches
-    finally:
-        _recording = None
-
-
 def launch(kernel: Any, grid: Any, *arguments: Any, **constants: Any) -> None:
     """Run a Triton kernel over `grid`, a tuple or a function of the constants."""
-    if _recording is not None:
-        _recording.launches.append(Launch(kernel, arguments, constants))
-        return
     kernel[grid](*arguments, **constants)
 
 
@@ -127,12 +91,10 @@ def launch_tiled(
     With GEN_FAST_AUTOTUNE=1 Triton measures all of them, once for each value of the arguments
     named by `key`; without it a run repeats the one before, to the bit and to the microsecond.
     """
-    if os.environ.get("GEN_FAST_AUTOTUNE") == "1" and _recording is None:
+    if os.environ.get("GEN_FAST_AUTOTUNE") == "1":
         _autotuned(kernel, tuple(key), _configs(tiles))[grid](*arguments, **constants)
         return
-    every = _recording is not None and _recording.every_tile
-    for tile in tiles if every else tiles[:1]:
-        launch(kernel, grid, *arguments, **constants, **tile.constants())
+    launch(kernel, grid, *arguments, **constants, **tiles[0].constants())
 
 
 def _configs(tiles: Sequence[Tile]) -> tuple[tuple[tuple[tuple[str, int], ...], int, int], ...]:
@@ -163,8 +125,6 @@ def tile_architecture(device: torch.device) -> int:
 
 def architecture(device: torch.device) -> int:
     """Compute capability as one number: 80 for an A100, 90 for an H100 or H200."""
-    if _recording is not None:
-        return _recording.architecture
     return _capability(device.index) if device.type == "cuda" else DEFAULT_ARCHITECTURE
 
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gen_fast.ops import Case, unsupported
+
 
 @cache
 def module() -> Any:
@@ -38,17 +40,16 @@ def cuda_missing() -> str | None:
     return None
 
 
-# What every C++ op and every CUDA op takes: arguments of Op.register.
-ON_CPU: dict[str, Any] = {
-    "devices": ("cpu",),
-    "dtypes": (torch.float32, torch.bfloat16),
-    "missing": missing,
-}
-ON_CUDA: dict[str, Any] = {
-    "devices": ("cuda",),
-    "dtypes": (torch.float32, torch.bfloat16, torch.float16),
-    "missing": cuda_missing,
-}
+def cpp(case: Case) -> str | None:
+    """Why a C++ op cannot compute `case`, or None."""
+    return unsupported(case, "cpu", (torch.float32, torch.bfloat16)) or missing()
+
+
+def cuda(case: Case) -> str | None:
+    """Why a CUDA op cannot compute `case`, or None."""
+    return (
+        unsupported(case, "cuda", (torch.float32, torch.bfloat16, torch.float16)) or cuda_missing()
+    )
 
 
 def address(tensor: Tensor | None) -> int:
@@ -57,7 +58,7 @@ def address(tensor: Tensor | None) -> int:
 
 
 def empty_like(tensor: Tensor) -> Tensor:
-    """A contiguous tensor of the same shape and dtype; half as dear as `new_empty`."""
+    """A contiguous tensor of the same shape and dtype; twice as fast as `new_empty`."""
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 

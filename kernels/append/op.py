@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gen_fast.errors import OpError
-from gen_fast.ops import Op, gpu, native
+from gen_fast.ops import CPP, CUDA, REFERENCE, TRITON, Op, gpu, native
 
 from . import reference
 
@@ -34,63 +34,85 @@ OP = Op(
     BACKWARD,
     _check,
 )
-OP.register("reference")(reference.append)
-BACKWARD.register("reference")(reference.append_backward)
+OP.register(REFERENCE)(reference.append)
+BACKWARD.register(REFERENCE)(reference.append_backward)
 
 
 # Registered before Triton's, so chosen only when asked for: which of the two is ahead has not been
 # measured yet.
-@OP.register("cuda", **native.ON_CUDA)
+@OP.register(CUDA, native.cuda)
 def _cuda(table: Tensor, special: Tensor | None, ids: Tensor) -> Tensor:
     table, ids = native.aligned(table), ids.contiguous()
     special = None if special is None else native.aligned(special.to(table.dtype))
     out = table.new_empty(ids.shape[0], table.shape[1])
     if out.numel():
         native.cuda_module().append(
-            *map(native.address, (table, special, ids, out)),
-            *(len(ids), table.shape[0], 0 if special is None else special.shape[0]),
-            *(table.shape[1] * table.element_size(), native.stream(table)),
+            table.data_ptr(),
+            native.address(special),
+            ids.data_ptr(),
+            out.data_ptr(),
+            ids.shape[0],
+            table.shape[0],
+            0 if special is None else special.shape[0],
+            table.shape[1] * table.element_size(),
+            native.stream(table),
         )
     return out
 
 
-@OP.register("triton", **gpu.ON_GPU)
+@OP.register(TRITON, gpu.supports)
 def _triton(table: Tensor, special: Tensor | None, ids: Tensor) -> Tensor:
     from . import triton_kernel
 
     return triton_kernel.append(table, special, ids)
 
 
-@BACKWARD.register("triton", **gpu.ON_GPU)
+@BACKWARD.register(TRITON, gpu.supports)
 def _triton_backward(grad: Tensor, ids: Tensor, vocabulary: int, special: int) -> Tensor:
     from . import triton_kernel
 
     return triton_kernel.append_backward(grad, ids, vocabulary, special)
 
 
-@OP.register("cpu", **native.ON_CPU)
+@OP.register(CPP, native.cpp)
 def _cpu(table: Tensor, special: Tensor | None, ids: Tensor) -> Tensor:
     table, ids = table.contiguous(), ids.contiguous()
-    special = None if special is None else special.to(table.dtype).contiguous()
-    out = table.new_empty(ids.shape[0], table.shape[1])
+    rows, (vocabulary, size) = ids.size(0), table.shape
+    n_special = 0
+    if special is not None:
+        n_special = special.size(0)
+        special = special if special.dtype == table.dtype else special.to(table.dtype)
+        special = special.contiguous()
+    out = table.new_empty(rows, size)
     unknown = native.module().append(
-        *map(native.address, (table, special, ids, out)),
-        *(len(ids), table.shape[0], 0 if special is None else special.shape[0]),
-        table.shape[1] * table.element_size(),
+        table.data_ptr(),
+        0 if special is None else special.data_ptr(),
+        ids.data_ptr(),
+        out.data_ptr(),
+        rows,
+        vocabulary,
+        n_special,
+        size * table.element_size(),
     )
     if unknown >= 0:
-        known = table.shape[0] + (0 if special is None else special.shape[0])
-        raise OpError(f"row {unknown}: id {int(ids[unknown])} is not one of 0 … {known - 1}")
+        last = vocabulary + n_special - 1
+        raise OpError(f"row {unknown}: id {int(ids[unknown])} is not one of 0 … {last}")
     return out
 
 
-@BACKWARD.register("cpu", **native.ON_CPU)
+@BACKWARD.register(CPP, native.cpp)
 def _cpu_backward(grad: Tensor, ids: Tensor, vocabulary: int, special: int) -> Tensor:
     grad, ids = grad.contiguous(), ids.contiguous()
     out = grad.new_empty(special, grad.shape[1], dtype=torch.float32)
     native.module().append_backward(
-        *(grad.dtype == torch.bfloat16, *map(native.address, (grad, ids, out))),
-        *(len(ids), vocabulary, special, grad.shape[1]),
+        grad.dtype == torch.bfloat16,
+        grad.data_ptr(),
+        ids.data_ptr(),
+        out.data_ptr(),
+        ids.shape[0],
+        vocabulary,
+        special,
+        grad.shape[1],
     )
     return out
 

@@ -21,7 +21,7 @@ def _forward(
     HAS_SPECIAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
+    columns = tl.arange(0, BLOCK)  # [BLOCK]
     inside = columns < size
     token = tl.load(ids + row)
     known = (token >= 0) & (token < vocabulary)
@@ -39,14 +39,14 @@ def _backward(
     PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0)
-    columns = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    columns = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)  # [BLOCK_COLUMNS]
     part = tl.program_id(2)
     total = tl.zeros([BLOCK_COLUMNS], tl.float32)
     for start in range(part * BLOCK_ROWS, rows, PARTS * BLOCK_ROWS):
-        row = start + tl.arange(0, BLOCK_ROWS)
+        row = start + tl.arange(0, BLOCK_ROWS)  # [BLOCK_ROWS]
         hit = tl.load(ids + row, mask=row < rows, other=-1) == vocabulary + token
         # Rows of other tokens are masked: their gradients are not read.
-        values = tl.load(
+        values = tl.load(  # [BLOCK_ROWS, BLOCK_COLUMNS]
             grad + row.to(tl.int64)[:, None] * grad_stride + columns[None, :],
             mask=hit[:, None] & (columns < size)[None, :],
             other=0.0,
@@ -65,9 +65,17 @@ def append(table: Tensor, special: Tensor | None, ids: Tensor) -> Tensor:
     if out.numel():
         block = gpu.power_of_two(size)
         gpu.launch(
-            *(_forward, (rows,), table, special, ids.contiguous(), out),
-            *(table.shape[0], 0 if special is None else special.shape[0], size),
-            *(table.stride(0), 0 if special is None else special.stride(0)),
+            _forward,
+            (rows,),
+            table,
+            special,
+            ids.contiguous(),
+            out,
+            table.shape[0],
+            0 if special is None else special.shape[0],
+            size,
+            table.stride(0),
+            0 if special is None else special.stride(0),
             HAS_SPECIAL=special is not None,
             BLOCK=block,
             num_warps=gpu.row_warps(block),
@@ -82,8 +90,16 @@ def append_backward(grad: Tensor, ids: Tensor, vocabulary: int, special: int) ->
     parts = grad.new_empty(PARTS, special, size, dtype=torch.float32)
     if parts.numel():
         gpu.launch(
-            *(_backward, (special, triton.cdiv(size, BLOCK_COLUMNS), PARTS)),
-            *(grad, ids.contiguous(), parts, rows, vocabulary, special, size, grad.stride(0)),
+            _backward,
+            (special, triton.cdiv(size, BLOCK_COLUMNS), PARTS),
+            grad,
+            ids.contiguous(),
+            parts,
+            rows,
+            vocabulary,
+            special,
+            size,
+            grad.stride(0),
             PARTS=PARTS,
             BLOCK_ROWS=BLOCK_ROWS,
             BLOCK_COLUMNS=BLOCK_COLUMNS,

@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from .options import AttentionOptions
 
 
 def visible(
@@ -36,26 +37,13 @@ def visible(
     return seen
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_offsets: Tensor,
-    k_offsets: Tensor,
-    prefix_k: Tensor | None = None,
-    prefix_v: Tensor | None = None,
-    window: int | None = None,
-    mask: str = "causal",
-    blocks: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def attention(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> tuple[Tensor, Tensor]:
     """softmax(q·kᵀ/√D)·v for each text, and the log-sum-exp of the scores. See `op.attention`."""
     wide = torch.promote_types(q.dtype, torch.float32)
-    # Rows beyond the offsets are padding.
-    end = int(q_offsets[-1])
+    # Rows beyond the last text's are padding.
+    end = int(options.cu_seqlens_q[-1])
     outputs, masses = [], []
-    for _, _, scores, values in _each_text(
-        q, k, v, q_offsets, k_offsets, prefix_k, prefix_v, window, mask, blocks
-    ):
+    for _, _, scores, values in _each_text(q, k, v, options):
         outputs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), values))
         masses.append(scores.to(wide).logsumexp(-1).T)
     outputs.append(torch.zeros_like(q[end:]))
@@ -64,50 +52,51 @@ def attention(
 
 
 def attention_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v; `rest` are the arguments of `attention` after v."""
-    wide = torch.promote_types(q.dtype, torch.float32)
-    to_q, to_k, to_v = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (q, k, v))
-    scale = q.shape[-1] ** -0.5
-    for rows, keys, scores, values in _each_text(q, k, v, *rest):
-        n_key = keys.stop - keys.start
-        own = scores.shape[-1] - n_key
-        weights = (scores.to(wide) - lse[rows].to(wide).T.unsqueeze(-1)).exp()
-        upstream = grad[rows].to(wide)
-        delta = (upstream * out[rows].to(wide)).sum(-1).T.unsqueeze(-1)
-        to_weights = torch.einsum("qhd,khd->hqk", upstream, values.to(wide))
-        to_scores = weights * (to_weights - delta) * scale
-        every_key = _with_prefix(k[keys], rest[2], q.shape[1])
-        to_q[rows] = torch.einsum("hqk,khd->qhd", to_scores, every_key.to(wide))
-        # The heads of a group share a key: their gradients add up. The prefix has none.
-        for target, part, factor in ((to_k, to_scores, q), (to_v, weights, grad)):
-            made = torch.einsum("hqk,qhd->khd", part[..., own:], factor[rows].to(wide))
-            target[keys] = made.unflatten(1, (k.shape[1], -1)).sum(2)
-    return to_q.to(q.dtype), to_k.to(k.dtype), to_v.to(v.dtype)
-
-
-def _each_text(
+    dout: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    q_offsets: Tensor,
-    k_offsets: Tensor,
-    prefix_k: Tensor | None,
-    prefix_v: Tensor | None,
-    window: int | None,
-    mask: str,
-    blocks: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    options: AttentionOptions,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v; `out` and `lse` are the results of `attention`."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    dq, dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (q, k, v))
+    scale = q.shape[-1] ** -0.5
+    for rows, keys, scores, values in _each_text(q, k, v, options):
+        n_key = keys.stop - keys.start
+        own = scores.shape[-1] - n_key
+        weights = (scores.to(wide) - lse[rows].to(wide).T.unsqueeze(-1)).exp()
+        upstream = dout[rows].to(wide)
+        delta = (upstream * out[rows].to(wide)).sum(-1).T.unsqueeze(-1)
+        dweights = torch.einsum("qhd,khd->hqk", upstream, values.to(wide))
+        dscores = weights * (dweights - delta) * scale
+        every_key = _with_prefix(k[keys], options.prefix_k, q.shape[1])
+        dq[rows] = torch.einsum("hqk,khd->qhd", dscores, every_key.to(wide))
+        # The heads of a group share a key: their gradients add up. The prefix has none.
+        for target, part, factor in ((dk, dscores, q), (dv, weights, dout)):
+            each_head = torch.einsum("hqk,qhd->khd", part[..., own:], factor[rows].to(wide))
+            target[keys] = each_head.unflatten(1, (k.shape[1], -1)).sum(2)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _each_text(
+    q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions
 ) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
     """Rows of q, rows of k, masked scores [H, n, P + m] and values [P + m, H, D] of each text."""
-    n_prefix = 0 if prefix_k is None else prefix_k.shape[0]
-    bounds = zip(pairwise(q_offsets.tolist()), pairwise(k_offsets.tolist()), strict=True)
+    n_prefix = 0 if options.prefix_k is None else options.prefix_k.shape[0]
+    bounds = zip(
+        pairwise(options.cu_seqlens_q.tolist()),
+        pairwise(options.cu_seqlens_k.tolist()),
+        strict=True,
+    )
     for i, ((q0, q1), (k0, k1)) in enumerate(bounds):
-        keys = _with_prefix(k[k0:k1], prefix_k, q.shape[1])
-        values = _with_prefix(v[k0:k1], prefix_v, q.shape[1])
+        keys = _with_prefix(k[k0:k1], options.prefix_k, q.shape[1])
+        values = _with_prefix(v[k0:k1], options.prefix_v, q.shape[1])
         scores = torch.einsum("qhd,khd->hqk", q[q0:q1], keys) * q.shape[-1] ** -0.5
-        block = (0, 0) if blocks is None else tuple(blocks[i].tolist())
-        seen = visible(q1 - q0, k1 - k0, n_prefix, window, q.device, mask, block)
+        block = (0, 0) if options.blocks is None else tuple(options.blocks[i].tolist())
+        seen = visible(q1 - q0, k1 - k0, n_prefix, options.window, q.device, options.mask, block)
         yield slice(q0, q1), slice(k0, k1), scores.masked_fill(~seen, float("-inf")), values
 
 

@@ -1,7 +1,7 @@
 """Packed attention with a shared prefix in Triton, backward (Dao, arXiv 2307.08691, algorithm 2).
 
 Two kernels, no atomics, so the same bits every time. One goes over tiles of queries for the
-gradient of q, and stores delta = sum(out · grad) on the way; the other goes over tiles of a
+gradient of q, and stores delta = sum(out · dout) on the way; the other goes over tiles of a
 text's own keys for those of k and v, reading delta. The prefix is frozen: it gets no gradient.
 """
 
@@ -14,6 +14,7 @@ from gen_fast.ops import gpu
 from gen_fast.ops.gpu import Tile
 from gen_fast.ops.layout import dense_rows
 
+from .options import AttentionOptions
 from .triton_kernel import (
     LOG2_E,
     dense_blocks,
@@ -30,42 +31,42 @@ from .triton_kernel import (
 
 @triton.jit
 def _query_gradient(
-    to_q, q, grad, lse, delta, k, v, k_stride, v_stride, n_keys, begin, end, base, position,
+    dq, q, dout, lse, delta, k, v, k_stride, v_stride, n_keys, begin, end, base, position,
     kv_head, scale, window, first, after, MASK: tl.constexpr, HAS_WINDOW: tl.constexpr,
     D: tl.constexpr, D_PADDED: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Add what keys [begin, end) give to the gradient of one query tile."""
     heads = tl.zeros([BLOCK_K], tl.int32) + kv_head
     for block in range(begin, end, BLOCK_K):
-        keys = block + tl.arange(0, BLOCK_K)
-        k_tile = load_rows(k, keys, k_stride, heads, n_keys, D, D_PADDED)
-        v_tile = load_rows(v, keys, v_stride, heads, n_keys, D, D_PADDED)
-        scores = dot(q, tl.trans(k_tile)) * scale
+        keys = block + tl.arange(0, BLOCK_K)  # [BLOCK_K]
+        k_tile = load_rows(k, keys, k_stride, heads, n_keys, D, D_PADDED)  # [BLOCK_K, D_PADDED]
+        v_tile = load_rows(v, keys, v_stride, heads, n_keys, D, D_PADDED)  # [BLOCK_K, D_PADDED]
+        scores = dot(q, tl.trans(k_tile)) * scale  # [BLOCK_Q, BLOCK_K]
         places = (base + keys)[None, :]
         seen = seen_keys(position[:, None], places, window, first, after, MASK, HAS_WINDOW)
         weights = tl.exp2(scores - lse[:, None])
         weights = tl.where(seen & (keys < n_keys)[None, :], weights, 0.0)
-        to_weights = dot(grad, tl.trans(v_tile))
-        to_scores = weights * (to_weights - delta[:, None])
-        to_q += dot(to_scores.to(k_tile.dtype), k_tile)
-    return to_q
+        dweights = dot(dout, tl.trans(v_tile))  # [BLOCK_Q, BLOCK_K]
+        dscores = weights * (dweights - delta[:, None])
+        dq += dot(dscores.to(k_tile.dtype), k_tile)  # [BLOCK_Q, D_PADDED]
+    return dq
 
 
 @triton.jit(do_not_specialize=gpu.PER_BATCH)
 def _queries(
-    grad, q, k, v, prefix_k, prefix_v, blocks, out, lse, delta, to_q, q_offsets, k_offsets,
+    dout, q, k, v, prefix_k, prefix_v, blocks, out, lse, delta, dq, cu_seqlens_q, cu_seqlens_k,
     n_rows, n_texts, n_prefix, q_stride, k_stride, v_stride, prefix_k_stride, prefix_v_stride,
     heads, scale, window,
     MASK: tl.constexpr, HAS_PREFIX: tl.constexpr, HAS_WINDOW: tl.constexpr, GROUP: tl.constexpr,
     D: tl.constexpr, D_PADDED: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     kv_head = tl.program_id(1)
-    text, tile = text_of_tile(tl.program_id(0), q_offsets, n_texts, GROUP, BLOCK_Q)
-    q_start = tl.load(q_offsets + text)
-    n_query = tl.load(q_offsets + text + 1) - q_start
-    k_start = tl.load(k_offsets + text).to(tl.int64)
-    n_key = tl.load(k_offsets + text + 1) - k_start.to(tl.int32)
-    row = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    text, tile = text_of_tile(tl.program_id(0), cu_seqlens_q, n_texts, GROUP, BLOCK_Q)
+    q_start = tl.load(cu_seqlens_q + text)
+    n_query = tl.load(cu_seqlens_q + text + 1) - q_start
+    k_start = tl.load(cu_seqlens_k + text).to(tl.int64)
+    n_key = tl.load(cu_seqlens_k + text + 1) - k_start.to(tl.int32)
+    row = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)  # [BLOCK_Q]
     query = row // GROUP
     head = kv_head * GROUP + row % GROUP
     q_rows = q_start + query
@@ -74,8 +75,8 @@ def _queries(
     stored = query < rows_to_store(text, n_texts, q_start, n_query, n_rows)
     within = stored[:, None] & (column < D)[None, :]
     if tile * BLOCK_Q >= n_query * GROUP:
-        zeros = tl.zeros([BLOCK_Q, D_PADDED], to_q.dtype.element_ty)
-        tl.store(to_q + at[:, None] * D + column[None, :], zeros, mask=within)
+        zeros = tl.zeros([BLOCK_Q, D_PADDED], dq.dtype.element_ty)
+        tl.store(dq + at[:, None] * D + column[None, :], zeros, mask=within)
         return
     first, after = 0, 0
     if MASK == "gem":
@@ -83,14 +84,14 @@ def _queries(
 
     position = n_key - n_query + query
     q_end = q_start + n_query
-    q_tile = load_rows(q, q_rows, q_stride, head, q_end, D, D_PADDED)
-    grad_tile = load_rows(grad, q_rows, heads * D, head, q_end, D, D_PADDED)
-    out_tile = load_rows(out, q_rows, heads * D, head, q_end, D, D_PADDED)
+    q_tile = load_rows(q, q_rows, q_stride, head, q_end, D, D_PADDED)  # [BLOCK_Q, D_PADDED]
+    dout_tile = load_rows(dout, q_rows, heads * D, head, q_end, D, D_PADDED)  # [BLOCK_Q, D_PADDED]
+    out_tile = load_rows(out, q_rows, heads * D, head, q_end, D, D_PADDED)  # [BLOCK_Q, D_PADDED]
     inside = query < n_query
     mass = tl.load(lse + at, mask=inside, other=0.0) * 1.4426950408889634
-    shift = tl.sum(grad_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
+    shift = tl.sum(dout_tile.to(tl.float32) * out_tile.to(tl.float32), 1)  # [BLOCK_Q]
     tl.store(delta + at, shift, mask=inside)
-    total = tl.zeros([BLOCK_Q, D_PADDED], tl.float32)
+    dq_sum = tl.zeros([BLOCK_Q, D_PADDED], tl.float32)
 
     earliest = n_key - n_query + tile * BLOCK_Q // GROUP
     latest = n_key - n_query + (tile * BLOCK_Q + BLOCK_Q - 1) // GROUP
@@ -98,8 +99,8 @@ def _queries(
     if HAS_WINDOW:
         oldest = tl.maximum(earliest - window + 1, oldest)
     if HAS_PREFIX:
-        total = _query_gradient(
-            total, q_tile, grad_tile, mass, shift, prefix_k, prefix_v, prefix_k_stride,
+        dq_sum = _query_gradient(
+            dq_sum, q_tile, dout_tile, mass, shift, prefix_k, prefix_v, prefix_k_stride,
             prefix_v_stride, n_prefix, (oldest + n_prefix) // BLOCK_K * BLOCK_K, n_prefix,
             -n_prefix, position, kv_head, scale, window, first, after, MASK, HAS_WINDOW, D,
             D_PADDED, BLOCK_K,
@@ -107,39 +108,39 @@ def _queries(
     end = n_key
     if MASK != "bidirectional":
         end = tl.minimum(n_key, latest + 1)
-    total = _query_gradient(
-        total, q_tile, grad_tile, mass, shift, k + k_start * k_stride, v + k_start * v_stride,
+    dq_sum = _query_gradient(
+        dq_sum, q_tile, dout_tile, mass, shift, k + k_start * k_stride, v + k_start * v_stride,
         k_stride, v_stride, n_key, tl.maximum(oldest, 0) // BLOCK_K * BLOCK_K, end, 0, position,
         kv_head, scale, window, first, after, MASK, HAS_WINDOW, D, D_PADDED, BLOCK_K,
     )  # fmt: skip
     # Scores were in powers of two: scale · ln 2 is 1/√D.
-    total = tl.where(inside[:, None], total * (scale * 0.6931471805599453), 0.0)
-    tl.store(to_q + at[:, None] * D + column[None, :], total.to(to_q.dtype.element_ty), mask=within)
+    dq_sum = tl.where(inside[:, None], dq_sum * (scale * 0.6931471805599453), 0.0)
+    tl.store(dq + at[:, None] * D + column[None, :], dq_sum.to(dq.dtype.element_ty), mask=within)
 
 
 @triton.jit(do_not_specialize=gpu.PER_BATCH)
 def _keys(
-    grad, q, k, v, blocks, lse, delta, to_k, to_v, q_offsets, k_offsets, n_rows, n_texts, q_stride,
-    k_stride, v_stride, heads, scale, window,
+    dout, q, k, v, blocks, lse, delta, dk, dv, cu_seqlens_q, cu_seqlens_k, n_rows, n_texts,
+    q_stride, k_stride, v_stride, heads, scale, window,
     MASK: tl.constexpr, HAS_WINDOW: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
     D_PADDED: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     kv_head = tl.program_id(1)
-    text, tile = text_of_tile(tl.program_id(0), k_offsets, n_texts, 1, BLOCK_K)
-    q_start = tl.load(q_offsets + text)
-    n_query = tl.load(q_offsets + text + 1) - q_start
-    k_start = tl.load(k_offsets + text)
-    n_key = tl.load(k_offsets + text + 1) - k_start
-    key = tile * BLOCK_K + tl.arange(0, BLOCK_K)
+    text, tile = text_of_tile(tl.program_id(0), cu_seqlens_k, n_texts, 1, BLOCK_K)
+    q_start = tl.load(cu_seqlens_q + text)
+    n_query = tl.load(cu_seqlens_q + text + 1) - q_start
+    k_start = tl.load(cu_seqlens_k + text)
+    n_key = tl.load(cu_seqlens_k + text + 1) - k_start
+    key = tile * BLOCK_K + tl.arange(0, BLOCK_K)  # [BLOCK_K]
     k_rows = k_start + key
     column = tl.arange(0, D_PADDED)
     at = (k_rows.to(tl.int64) * (heads // GROUP) + kv_head)[:, None] * D + column[None, :]
     stored = key < rows_to_store(text, n_texts, k_start, n_key, n_rows)
     within = stored[:, None] & (column < D)[None, :]
     if tile * BLOCK_K >= n_key:
-        zeros = tl.zeros([BLOCK_K, D_PADDED], to_k.dtype.element_ty)
-        tl.store(to_k + at, zeros, mask=within)
-        tl.store(to_v + at, zeros, mask=within)
+        zeros = tl.zeros([BLOCK_K, D_PADDED], dk.dtype.element_ty)
+        tl.store(dk + at, zeros, mask=within)
+        tl.store(dv + at, zeros, mask=within)
         return
     first, after = 0, 0
     if MASK == "gem":
@@ -148,8 +149,8 @@ def _keys(
     k_heads = tl.zeros([BLOCK_K], tl.int32) + kv_head
     k_tile = load_rows(k, k_rows, k_stride, k_heads, k_start + n_key, D, D_PADDED)
     v_tile = load_rows(v, k_rows, v_stride, k_heads, k_start + n_key, D, D_PADDED)
-    total_k = tl.zeros([BLOCK_K, D_PADDED], tl.float32)
-    total_v = tl.zeros([BLOCK_K, D_PADDED], tl.float32)
+    dk_sum = tl.zeros([BLOCK_K, D_PADDED], tl.float32)
+    dv_sum = tl.zeros([BLOCK_K, D_PADDED], tl.float32)
 
     begin, end = 0, n_query * GROUP
     if MASK != "bidirectional":
@@ -158,34 +159,34 @@ def _keys(
             latest = tl.minimum(tile * BLOCK_K + BLOCK_K, n_key) - 1 + window - 1
             end = tl.minimum(end, (latest - (n_key - n_query) + 1) * GROUP)
     for start in range(begin, end, BLOCK_Q):
-        row = start + tl.arange(0, BLOCK_Q)
+        row = start + tl.arange(0, BLOCK_Q)  # [BLOCK_Q]
         query = row // GROUP
         head = kv_head * GROUP + row % GROUP
         q_rows = q_start + query
         q_end = q_start + n_query
-        q_tile = load_rows(q, q_rows, q_stride, head, q_end, D, D_PADDED)
-        grad_tile = load_rows(grad, q_rows, heads * D, head, q_end, D, D_PADDED)
+        q_tile = load_rows(q, q_rows, q_stride, head, q_end, D, D_PADDED)  # [BLOCK_Q, D_PADDED]
+        dout_tile = load_rows(dout, q_rows, heads * D, head, q_end, D, D_PADDED)
         inside = query < n_query
         of_query = q_rows.to(tl.int64) * heads + head
         mass = tl.load(lse + of_query, mask=inside, other=0.0) * 1.4426950408889634
         shift = tl.load(delta + of_query, mask=inside, other=0.0)
         # Keys by queries: weights and their gradients are left sides of products as they are.
-        scores = dot(k_tile, tl.trans(q_tile)) * scale
+        scores = dot(k_tile, tl.trans(q_tile)) * scale  # [BLOCK_K, BLOCK_Q]
         position = (n_key - n_query + query)[None, :]
         seen = seen_keys(position, key[:, None], window, first, after, MASK, HAS_WINDOW)
         weights = tl.where(seen & inside[None, :], tl.exp2(scores - mass[None, :]), 0.0)
-        total_v += dot(weights.to(grad_tile.dtype), grad_tile)
-        to_weights = dot(v_tile, tl.trans(grad_tile))
-        to_scores = (weights * (to_weights - shift[None, :])).to(q_tile.dtype)
-        total_k += dot(to_scores, q_tile)
+        dv_sum += dot(weights.to(dout_tile.dtype), dout_tile)  # [BLOCK_K, D_PADDED]
+        dweights = dot(v_tile, tl.trans(dout_tile))  # [BLOCK_K, BLOCK_Q]
+        dscores = (weights * (dweights - shift[None, :])).to(q_tile.dtype)
+        dk_sum += dot(dscores, q_tile)  # [BLOCK_K, D_PADDED]
 
-    total_k *= scale * 0.6931471805599453
+    dk_sum *= scale * 0.6931471805599453
     # Of the rows of padding in the tile: nothing.
     inside_k = (key < n_key)[:, None]
-    to_k_tile = tl.where(inside_k, total_k, 0.0).to(to_k.dtype.element_ty)
-    to_v_tile = tl.where(inside_k, total_v, 0.0).to(to_v.dtype.element_ty)
-    tl.store(to_k + at, to_k_tile, mask=within)
-    tl.store(to_v + at, to_v_tile, mask=within)
+    dk_tile = tl.where(inside_k, dk_sum, 0.0).to(dk.dtype.element_ty)
+    dv_tile = tl.where(inside_k, dv_sum, 0.0).to(dv.dtype.element_ty)
+    tl.store(dk + at, dk_tile, mask=within)
+    tl.store(dv + at, dv_tile, mask=within)
 
 
 # Best first; keys: padded head size. The accumulators take the registers: tiles are half those
@@ -214,34 +215,27 @@ def _tiles(q: Tensor) -> tuple[Tile, ...]:
 
 
 def attention_backward(
-    grad: Tensor,
+    dout: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    q_offsets: Tensor,
-    k_offsets: Tensor,
-    prefix_k: Tensor | None,
-    prefix_v: Tensor | None,
-    window: int | None,
-    mask: str,
-    blocks: Tensor | None,
+    options: AttentionOptions,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v; `out` and `lse` are the results of the forward pass."""
-    grad, q, k, v = grad.contiguous(), dense_rows(q), dense_rows(k), dense_rows(v)
+    dout, q, k, v = dout.contiguous(), dense_rows(q), dense_rows(k), dense_rows(v)
     rows, heads, size = q.shape
-    texts, kv_heads = q_offsets.shape[0] - 1, k.shape[1]
-    to_q, to_k, to_v = (x.new_empty(x.shape) for x in (q, k, v))
+    texts, kv_heads = options.texts, k.shape[1]
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     if not rows or not texts:
-        return to_q.zero_(), to_k.zero_(), to_v.zero_()
-    delta, blocks = torch.empty_like(lse), dense_blocks(blocks)
-    has_prefix = prefix_k is not None and prefix_v is not None
-    prefix = [dense_rows(x) for x in (prefix_k, prefix_v) if x is not None] or [k, v]
+        return dq.zero_(), dk.zero_(), dv.zero_()
+    delta, blocks = torch.empty_like(lse), dense_blocks(options.blocks)
+    prefix_k, prefix_v = options.prefix or (k, v)
     group = heads // kv_heads
     shared = {
-        "MASK": mask,
-        "HAS_WINDOW": window is not None,
+        "MASK": options.mask,
+        "HAS_WINDOW": options.window is not None,
         "GROUP": group,
         "D": size,
         "D_PADDED": padded(size),
@@ -252,12 +246,31 @@ def attention_backward(
         lambda constants: (rows * group // constants["BLOCK_Q"] + texts, kv_heads),
         _tiles(q),
         ("GROUP", "D"),
-        *(grad, q, k, v, *prefix, blocks, out, lse, delta, to_q, q_offsets, k_offsets),
-        *(rows, texts),
-        len(prefix[0]) if has_prefix else 0,
-        *(x.stride(0) for x in (q, k, v, *prefix)),
-        *(heads, scale, window or 0),
-        HAS_PREFIX=has_prefix,
+        dout,
+        q,
+        k,
+        v,
+        prefix_k,
+        prefix_v,
+        blocks,
+        out,
+        lse,
+        delta,
+        dq,
+        options.cu_seqlens_q,
+        options.cu_seqlens_k,
+        rows,
+        texts,
+        0 if options.prefix_k is None else len(prefix_k),
+        q.stride(0),
+        k.stride(0),
+        v.stride(0),
+        prefix_k.stride(0),
+        prefix_v.stride(0),
+        heads,
+        scale,
+        options.window or 0,
+        HAS_PREFIX=options.prefix_k is not None,
         **shared,
     )
     gpu.launch_tiled(
@@ -265,9 +278,25 @@ def attention_backward(
         lambda constants: (len(k) // constants["BLOCK_K"] + texts, kv_heads),
         _tiles(q),
         ("GROUP", "D"),
-        *(grad, q, k, v, blocks, lse, delta, to_k, to_v, q_offsets, k_offsets),
-        *(len(k), texts),
-        *(*(x.stride(0) for x in (q, k, v)), heads, scale, window or 0),
+        dout,
+        q,
+        k,
+        v,
+        blocks,
+        lse,
+        delta,
+        dk,
+        dv,
+        options.cu_seqlens_q,
+        options.cu_seqlens_k,
+        len(k),
+        texts,
+        q.stride(0),
+        k.stride(0),
+        v.stride(0),
+        heads,
+        scale,
+        options.window or 0,
         **shared,
     )
-    return to_q, to_k, to_v
+    return dq, dk, dv

@@ -19,6 +19,8 @@ from gen_fast.ops import gpu
 from gen_fast.ops.gpu import Tile
 from gen_fast.ops.layout import dense_rows
 
+from .options import AttentionOptions
+
 LOG2_E = math.log2(math.e)
 
 # Triton's interpreter multiplies the bits of bfloat16 numbers (seen with 3.7.0): there, and only
@@ -35,18 +37,18 @@ def dot(a, b):
 
 
 @triton.jit
-def text_of_tile(tile, offsets, n_texts, GROUP: tl.constexpr, BLOCK: tl.constexpr):
+def text_of_tile(tile, cu_seqlens, n_texts, GROUP: tl.constexpr, BLOCK: tl.constexpr):
     """The text that owns a tile, by bisection, and the tile's number within it."""
     low = 0
     high = n_texts
     while high - low > 1:
         middle = (low + high) // 2
-        first = tl.load(offsets + middle) * GROUP // BLOCK + middle
+        first = tl.load(cu_seqlens + middle) * GROUP // BLOCK + middle
         if first <= tile:
             low = middle
         else:
             high = middle
-    return low, tile - (tl.load(offsets + low) * GROUP // BLOCK + low)
+    return low, tile - (tl.load(cu_seqlens + low) * GROUP // BLOCK + low)
 
 
 @triton.jit
@@ -98,23 +100,23 @@ def _attend(
     """Online softmax of one query tile over keys [begin, end), placed from `base` on."""
     heads = tl.zeros([BLOCK_K], tl.int32) + kv_head
     for block in range(begin, end, BLOCK_K):
-        keys = block + tl.arange(0, BLOCK_K)
-        k_tile = load_rows(k, keys, k_stride, heads, n_keys, D, D_PADDED)
+        keys = block + tl.arange(0, BLOCK_K)  # [BLOCK_K]
+        k_tile = load_rows(k, keys, k_stride, heads, n_keys, D, D_PADDED)  # [BLOCK_K, D_PADDED]
         scores = dot(q, tl.trans(k_tile))  # [BLOCK_Q, BLOCK_K]
         if MASKED:
             places = (base + keys)[None, :]
             seen = seen_keys(position[:, None], places, window, first, after, MASK, HAS_WINDOW)
             scores = tl.where(seen & (keys < n_keys)[None, :], scores, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(scores, 1))
+        new_peak = tl.maximum(peak, tl.max(scores, 1))  # [BLOCK_Q]
         # A row that has seen nothing yet keeps peak -inf: shift by 0 instead of by -inf.
         shift = tl.where(new_peak == float("-inf"), 0.0, new_peak) if MASKED else new_peak
         shift *= scale
         # In powers of two. One multiply-add an element: the scale is applied here only.
         weights = tl.exp2(scores * scale - shift[:, None])
         decay = tl.exp2(peak * scale - shift)
-        v_tile = load_rows(v, keys, v_stride, heads, n_keys, D, D_PADDED)
+        v_tile = load_rows(v, keys, v_stride, heads, n_keys, D, D_PADDED)  # [BLOCK_K, D_PADDED]
         acc = acc * decay[:, None]
-        acc += dot(weights.to(v_tile.dtype), v_tile)
+        acc += dot(weights.to(v_tile.dtype), v_tile)  # [BLOCK_Q, D_PADDED]
         mass = mass * decay + tl.sum(weights, 1)
         peak = new_peak
     return acc, mass, peak
@@ -122,22 +124,23 @@ def _attend(
 
 @triton.jit(do_not_specialize=gpu.PER_BATCH)
 def _forward(
-    q, k, v, prefix_k, prefix_v, blocks, out, lse, q_offsets, k_offsets, n_rows, n_texts, n_prefix,
-    q_stride, k_stride, v_stride, prefix_k_stride, prefix_v_stride, heads, scale, window,
+    q, k, v, prefix_k, prefix_v, blocks, out, lse, cu_seqlens_q, cu_seqlens_k,
+    n_rows, n_texts, n_prefix, q_stride, k_stride, v_stride, prefix_k_stride, prefix_v_stride,
+    heads, scale, window,
     MASK: tl.constexpr, HAS_PREFIX: tl.constexpr, HAS_WINDOW: tl.constexpr, GROUP: tl.constexpr,
     D: tl.constexpr, D_PADDED: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     kv_head = tl.program_id(1)
-    text, tile = text_of_tile(tl.program_id(0), q_offsets, n_texts, GROUP, BLOCK_Q)
-    q_start = tl.load(q_offsets + text)
-    n_query = tl.load(q_offsets + text + 1) - q_start
-    k_start = tl.load(k_offsets + text).to(tl.int64)
-    n_key = tl.load(k_offsets + text + 1) - k_start.to(tl.int32)
-    row = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    text, tile = text_of_tile(tl.program_id(0), cu_seqlens_q, n_texts, GROUP, BLOCK_Q)
+    q_start = tl.load(cu_seqlens_q + text)
+    n_query = tl.load(cu_seqlens_q + text + 1) - q_start
+    k_start = tl.load(cu_seqlens_k + text).to(tl.int64)
+    n_key = tl.load(cu_seqlens_k + text + 1) - k_start.to(tl.int32)
+    row = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)  # [BLOCK_Q]
     query = row // GROUP
     head = kv_head * GROUP + row % GROUP
     q_rows = q_start + query
-    at = q_rows.to(tl.int64) * heads + head
+    at = q_rows.to(tl.int64) * heads + head  # [BLOCK_Q], rows of out and lse
     column = tl.arange(0, D_PADDED)
     stored = query < rows_to_store(text, n_texts, q_start, n_query, n_rows)
     if tile * BLOCK_Q >= n_query * GROUP:
@@ -259,41 +262,46 @@ def _tiles(q: Tensor) -> tuple[Tile, ...]:
     return pinned(q, _TILES, _TILES_FLOAT32)
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_offsets: Tensor,
-    k_offsets: Tensor,
-    prefix_k: Tensor | None = None,
-    prefix_v: Tensor | None = None,
-    window: int | None = None,
-    mask: str = "causal",
-    blocks: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def attention(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> tuple[Tensor, Tensor]:
     """See `op.attention`; also returns the log-sum-exp [Tq, H] of the scores, float32."""
     q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
     rows, heads, size = q.shape
-    texts, kv_heads = q_offsets.shape[0] - 1, k.shape[1]
+    texts, kv_heads = options.texts, k.shape[1]
     out = q.new_empty(rows, heads, size)
     lse = q.new_empty(rows, heads, dtype=torch.float32)
     if not rows or not texts:
         return out.zero_(), lse.zero_()
-    has_prefix = prefix_k is not None and prefix_v is not None
-    prefix = [dense_rows(x) for x in (prefix_k, prefix_v) if x is not None] or [k, v]
+    prefix_k, prefix_v = options.prefix or (k, v)
     group = heads // kv_heads
     gpu.launch_tiled(
         _forward,
         lambda constants: (rows * group // constants["BLOCK_Q"] + texts, kv_heads),
         _tiles(q),
         ("GROUP", "D"),
-        *(q, k, v, *prefix, dense_blocks(blocks), out, lse, q_offsets, k_offsets, rows, texts),
-        len(prefix[0]) if has_prefix else 0,
-        *(x.stride(0) for x in (q, k, v, *prefix)),
-        *(heads, LOG2_E * size**-0.5, window or 0),
-        MASK=mask,
-        HAS_PREFIX=has_prefix,
-        HAS_WINDOW=window is not None,
+        q,
+        k,
+        v,
+        prefix_k,
+        prefix_v,
+        dense_blocks(options.blocks),
+        out,
+        lse,
+        options.cu_seqlens_q,
+        options.cu_seqlens_k,
+        rows,
+        texts,
+        0 if options.prefix_k is None else len(prefix_k),
+        q.stride(0),
+        k.stride(0),
+        v.stride(0),
+        prefix_k.stride(0),
+        prefix_v.stride(0),
+        heads,
+        LOG2_E * size**-0.5,
+        options.window or 0,
+        MASK=options.mask,
+        HAS_PREFIX=options.prefix_k is not None,
+        HAS_WINDOW=options.window is not None,
         GROUP=group,
         D=size,
         D_PADDED=padded(size),

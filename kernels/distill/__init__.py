@@ -1,5 +1,5 @@
 """The training losses: reconstruction through a frozen head, and alignment with a teacher."""
 
-from .op import ALIGNMENTS, OP, distill
+from .op import ALIGNMENT, OP, alignment, distill, reconstruction
 
-__all__ = ["ALIGNMENTS", "OP", "distill"]
+__all__ = ["ALIGNMENT", "OP", "alignment", "distill", "reconstruction"]

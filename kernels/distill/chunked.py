@@ -11,8 +11,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .reference import alignment, alignment_gradient
-
 # (logits [n, V], targets [n], losses [n]): writes the loss of each row, and softmax - one-hot in
 # place of the logits.
 RowLoss = Callable[[Tensor, Tensor, Tensor], None]
@@ -24,24 +22,20 @@ def chunk_rows(rows: int, vocabulary: int, element_size: int, memory: int) -> in
     return -(-rows // -(-rows // most))
 
 
-def distill(
+def reconstruction(
     row_loss: RowLoss,
     hidden: Tensor,
     head: Tensor,
     targets: Tensor,
-    student: Tensor,
-    teacher: Tensor,
     tokens: float,
-    texts: float,
-    kind: str,
     memory: int,
     gradients: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See `op.distill`."""
+) -> tuple[Tensor, Tensor]:
+    """The loss, and its gradient by `hidden` if asked for. See `op.reconstruction`."""
     rows, vocabulary = hidden.shape[0], head.shape[0]
     targets = targets.contiguous()
     losses = hidden.new_zeros(rows, dtype=torch.float32)
-    to_hidden = hidden.new_empty(rows if gradients else 0, hidden.shape[1])
+    dhidden = hidden.new_empty(rows if gradients else 0, hidden.shape[1])
     if rows:
         size = chunk_rows(rows, vocabulary, hidden.element_size(), memory)
         buffer = hidden.new_empty(size, vocabulary)
@@ -52,8 +46,6 @@ def distill(
             if not gradients:
                 continue
             # The scale belongs here: in float16 it would make small probabilities vanish.
-            target = to_hidden[chunk]
+            target = dhidden[chunk]
             torch.addmm(target, logits, head, beta=0, alpha=1 / tokens, out=target)
-    aligned = alignment(student, teacher, kind) / texts
-    to_student = alignment_gradient(student, teacher, kind) / texts
-    return torch.stack((losses.sum() / tokens, aligned.float())), to_hidden, to_student
+    return losses.sum() / tokens, dhidden

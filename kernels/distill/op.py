@@ -1,4 +1,4 @@
-"""Schema, gradient and choice of implementation for distill."""
+"""Schemas, gradients and choice of implementation for distill."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gen_fast.errors import OpError
-from gen_fast.ops import Op, gpu, native
+from gen_fast.ops import CPP, REFERENCE, TRITON, Op, gpu, native
 
 from . import chunked, reference
 
@@ -19,56 +19,72 @@ ALIGNMENTS = ("mse", "cosine")
 # On a CPU with AMX the products take up to 4 MiB of their own beside a chunk's logits.
 CPU_MEMORY, GPU_MEMORY = 12 << 20, 2 << 30
 
+# Results: the loss, and its gradient, so that the backward pass only scales it.
 OP = Op(
-    "distill",
-    "(Tensor hidden, Tensor head, Tensor targets, Tensor student, Tensor teacher, float tokens,"
-    " float texts, str kind, int memory, bool gradients) -> (Tensor, Tensor, Tensor)",
-    lambda hidden, head, targets, student, *rest: (
-        hidden.new_empty(2, dtype=torch.promote_types(hidden.dtype, torch.float32)),
-        hidden.new_empty(hidden.shape if rest[-1] else (0, hidden.shape[1])),
+    "reconstruction",
+    "(Tensor hidden, Tensor head, Tensor targets, float tokens, int memory, bool gradients)"
+    " -> (Tensor, Tensor)",
+    lambda hidden, head, targets, tokens, memory, gradients: (
+        hidden.new_empty((), dtype=torch.promote_types(hidden.dtype, torch.float32)),
+        hidden.new_empty(hidden.shape if gradients else (0, hidden.shape[1])),
+    ),
+)
+ALIGNMENT = Op(
+    "alignment",
+    "(Tensor student, Tensor teacher, float texts, str kind) -> (Tensor, Tensor)",
+    lambda student, teacher, texts, kind: (
+        student.new_empty((), dtype=torch.promote_types(student.dtype, torch.float32)),
         student.new_empty(student.shape),
     ),
 )
-# The gradients are computed with the losses; the backward pass only scales them.
-OP.backward = OP
-OP.register("reference")(reference.distill)
+OP.backward, ALIGNMENT.backward = OP, ALIGNMENT
+OP.register(REFERENCE)(reference.reconstruction_and_gradient)
+ALIGNMENT.register(REFERENCE)(reference.alignment_and_gradient)
 
 
-@OP.register("triton", **gpu.ON_GPU)
-def _triton(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+@OP.register(TRITON, gpu.supports)
+def _triton(
+    hidden: Tensor, head: Tensor, targets: Tensor, tokens: float, memory: int, gradients: bool
+) -> tuple[Tensor, Tensor]:
     from . import triton_kernel
 
-    return chunked.distill(triton_kernel.row_loss, *inputs)
+    row_loss = triton_kernel.row_loss
+    return chunked.reconstruction(row_loss, hidden, head, targets, tokens, memory, gradients)
 
 
-@OP.register("cpu", **native.ON_CPU)
-def _cpu(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return chunked.distill(_cpu_row_loss, *inputs)
+@OP.register(CPP, native.cpp)
+def _cpp(
+    hidden: Tensor, head: Tensor, targets: Tensor, tokens: float, memory: int, gradients: bool
+) -> tuple[Tensor, Tensor]:
+    return chunked.reconstruction(_cpp_row_loss, hidden, head, targets, tokens, memory, gradients)
 
 
-def _cpu_row_loss(logits: Tensor, targets: Tensor, losses: Tensor) -> None:
-    wrong = native.module().cross_entropy(
+def _cpp_row_loss(logits: Tensor, targets: Tensor, losses: Tensor) -> None:
+    bad_row = native.module().cross_entropy(
         logits.dtype == torch.bfloat16,
-        *map(native.address, (logits, targets, losses)),
+        logits.data_ptr(),
+        targets.data_ptr(),
+        losses.data_ptr(),
         *logits.shape,
     )
-    if wrong >= 0:
-        raise OpError(f"target {int(targets[wrong])} is not one of 0 … {logits.shape[1] - 1}")
+    if bad_row >= 0:
+        raise OpError(f"target {int(targets[bad_row])} is not one of 0 … {logits.shape[1] - 1}")
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*output[1:])
-    ctx.mark_non_differentiable(*output[1:])
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.others = len(inputs) - 1
 
 
-def _gradient(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    to_hidden, to_student = ctx.saved_tensors
-    by_hidden = to_hidden * grad[0].to(to_hidden.dtype) if ctx.needs_input_grad[0] else None
-    by_student = to_student * grad[1].to(to_student.dtype) if ctx.needs_input_grad[3] else None
-    return by_hidden, None, None, by_student, *(None,) * 6
+def _gradient(ctx: Any, dloss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    (gradient,) = ctx.saved_tensors
+    scaled = gradient * dloss.to(gradient.dtype) if ctx.needs_input_grad[0] else None
+    return scaled, *(None,) * ctx.others
 
 
 OP.differentiate(_save, _gradient)
+ALIGNMENT.differentiate(_save, _gradient)
 
 
 def distill(
@@ -86,27 +102,36 @@ def distill(
 ) -> tuple[Tensor, Tensor]:
     """The two losses of LLM2Vec-Gen as scalars: (reconstruction, alignment).
 
+    The arguments are those of the two functions; `alignment` is the kind. With the counts of the
+    whole batch as tokens and texts, sums over its parts (micro-batches, ranks) are exact means.
+
+    Source: LLM2Vec-Gen, arXiv 2603.10913, §3.
+    """
+    aligned = _alignment(student, teacher, texts=texts, kind=alignment)
+    return reconstruction(hidden, head, targets, tokens=tokens, memory=memory, impl=impl), aligned
+
+
+def reconstruction(
+    hidden: Tensor,
+    head: Tensor,
+    targets: Tensor,
+    *,
+    tokens: float | None = None,
+    memory: int | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    """Cross-entropy of softmax(hidden · headᵀ) and the targets: a scalar, float32 at least.
+
     hidden [N, h]: final-norm states at the rows that predict answer tokens, and only those.
     head [V, h]: the frozen output matrix; it gets no gradient. targets [N]: int64, the answers.
-    student, teacher [B, d]: embeddings of the queries, and the teacher's of their answers.
-    tokens, texts: what the sums over rows and texts are divided by; N and B by default. With the
-    counts of the whole batch, sums over its parts (micro-batches, ranks) are exact means.
-    alignment: "mse", the mean over texts and dimensions, or "cosine", the mean of 1 - cosine.
+    tokens: what the sum over rows is divided by; N by default.
     memory: bytes for logits, by default 12 MiB on a CPU and 2 GiB on a GPU; more of them are never
     stored, except by the reference.
-    Gradients reach `hidden` and `student`. Raises OpError for shapes that do not fit, and on a CPU
-    for a target that is no row of the head; on a GPU, where asking would stop the host, the loss
-    is then NaN.
+    Gradients reach `hidden`. Raises OpError for shapes that do not fit, and on a CPU for a target
+    that is no row of the head; on a GPU, where asking would stop the host, the loss is then NaN.
 
     Source: LLM2Vec-Gen, arXiv 2603.10913, §3; the chunks after Liger-Kernel, arXiv 2410.10989.
     """
-    if alignment not in ALIGNMENTS:
-        raise OpError(f"alignment must be one of {', '.join(ALIGNMENTS)}, not {alignment!r}")
-    if student.shape != teacher.shape:
-        raise OpError(
-            f"student embeddings {list(student.shape)} and teacher embeddings"
-            f" {list(teacher.shape)} must have one shape"
-        )
     if targets.dtype != torch.int64 or hidden.dtype != head.dtype:
         raise OpError(
             f"targets must be int64, not {targets.dtype}, and hidden {hidden.dtype} and head"
@@ -119,13 +144,42 @@ def distill(
         )
     if memory is None:
         memory = GPU_MEMORY if hidden.is_cuda else CPU_MEMORY
-    losses = OP(
-        *(hidden, head, targets, student, teacher),
+    loss: Tensor = OP(
+        hidden,
+        head,
+        targets,
         float(max(1, hidden.shape[0]) if tokens is None else tokens),
-        float(max(1, student.shape[0]) if texts is None else texts),
-        *(alignment, memory),
+        memory,
         # Of two products, loss alone takes one.
         torch.is_grad_enabled() and hidden.requires_grad,
         impl=impl,
     )[0]
-    return losses[0], losses[1]
+    return loss
+
+
+def alignment(
+    student: Tensor, teacher: Tensor, *, texts: float | None = None, kind: str = "mse"
+) -> Tensor:
+    """How far the student's embeddings are from the teacher's: a scalar, float32 at least.
+
+    student, teacher [B, d]: embeddings of the queries, and the teacher's of their answers.
+    kind: "mse", the mean over dimensions, or "cosine", 1 - cosine; summed over the texts.
+    texts: what the sum is divided by; B by default.
+    Gradients reach `student`. Raises OpError for shapes that do not fit. In torch everywhere: of a
+    training step it is nothing.
+
+    Source: LLM2Vec-Gen, arXiv 2603.10913, §3.
+    """
+    if kind not in ALIGNMENTS:
+        raise OpError(f"alignment must be one of {', '.join(ALIGNMENTS)}, not {kind!r}")
+    if student.shape != teacher.shape:
+        raise OpError(
+            f"student embeddings {list(student.shape)} and teacher embeddings"
+            f" {list(teacher.shape)} must have one shape"
+        )
+    texts = float(max(1, student.shape[0]) if texts is None else texts)
+    loss: Tensor = ALIGNMENT(student, teacher, texts, kind, impl=REFERENCE)[0]
+    return loss
+
+
+_alignment = alignment  # within `distill` the name is the kind's

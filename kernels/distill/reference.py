@@ -29,33 +29,26 @@ def alignment_gradient(student: Tensor, teacher: Tensor, kind: str) -> Tensor:
     s_length = torch.linalg.vector_norm(s, dim=-1, keepdim=True).clamp(min=1e-8)
     t_length = torch.linalg.vector_norm(t, dim=-1, keepdim=True).clamp(min=1e-8)
     cosine = (s * t).sum(-1, keepdim=True) / (s_length * t_length)
-    to_student: Tensor = (cosine * s / s_length - t / t_length) / s_length
-    return to_student.to(student.dtype)
+    dstudent: Tensor = (cosine * s / s_length - t / t_length) / s_length
+    return dstudent.to(student.dtype)
 
 
-def distill(
-    hidden: Tensor,
-    head: Tensor,
-    targets: Tensor,
-    student: Tensor,
-    teacher: Tensor,
-    tokens: float,
-    texts: float,
-    kind: str,
-    memory: int,
-    gradients: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses [2], and their gradients by `hidden`, if wanted, and `student`. See `op.distill`."""
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    losses = (
-        reconstruction(hidden, head, targets) / tokens,
-        alignment(student, teacher, kind).to(wide) / texts,
-    )
-    aligned = alignment_gradient(student, teacher, kind) / texts
+def reconstruction_and_gradient(
+    hidden: Tensor, head: Tensor, targets: Tensor, tokens: float, memory: int, gradients: bool
+) -> tuple[Tensor, Tensor]:
+    """The loss, and its gradient by `hidden` if asked for. See `op.reconstruction`."""
+    loss = reconstruction(hidden, head, targets) / tokens
     if not gradients:
-        return torch.stack(losses), hidden.new_empty(0, hidden.shape[1]), aligned
+        return loss, hidden.new_empty(0, hidden.shape[1])
     # The gradient of cross-entropy by the logits: softmax - one-hot.
-    to_logits = (hidden @ head.T).to(wide).softmax(-1)
-    to_logits[torch.arange(len(targets), device=targets.device), targets] -= 1
-    to_hidden = to_logits.to(hidden.dtype) @ head / tokens
-    return torch.stack(losses), to_hidden, aligned
+    dlogits = (hidden @ head.T).to(loss.dtype).softmax(-1)
+    dlogits[torch.arange(len(targets), device=targets.device), targets] -= 1
+    return loss, dlogits.to(hidden.dtype) @ head / tokens
+
+
+def alignment_and_gradient(
+    student: Tensor, teacher: Tensor, texts: float, kind: str
+) -> tuple[Tensor, Tensor]:
+    """The loss, and its gradient by `student`. See `op.alignment`."""
+    gradient = alignment_gradient(student, teacher, kind)
+    return alignment(student, teacher, kind) / texts, gradient / texts

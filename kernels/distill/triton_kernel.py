@@ -17,10 +17,10 @@ def _row_loss(logits, targets, losses, vocabulary, stride, BLOCK: tl.constexpr):
     known = (target >= 0) & (target < vocabulary)
     picked = tl.load(logits + target, mask=known, other=float("nan")).to(tl.float32)
     # Online: the largest logit so far, and the sum of exponentials relative to it.
-    peak = tl.full([BLOCK], float("-inf"), tl.float32)
+    peak = tl.full([BLOCK], float("-inf"), tl.float32)  # [BLOCK]
     mass = tl.zeros([BLOCK], tl.float32)
     for start in range(0, vocabulary, BLOCK):
-        column = start + tl.arange(0, BLOCK)
+        column = start + tl.arange(0, BLOCK)  # [BLOCK]
         inside = column < vocabulary
         values = tl.load(logits + column, mask=inside, other=float("-inf")).to(tl.float32)
         new_peak = tl.maximum(peak, values)
@@ -31,7 +31,7 @@ def _row_loss(logits, targets, losses, vocabulary, stride, BLOCK: tl.constexpr):
     lse = highest + tl.log(tl.sum(mass * tl.exp(peak - highest), 0))
     tl.store(losses + row, lse - picked)
     for start in range(0, vocabulary, BLOCK):
-        column = start + tl.arange(0, BLOCK)
+        column = start + tl.arange(0, BLOCK)  # [BLOCK]
         inside = column < vocabulary
         values = tl.load(logits + column, mask=inside, other=float("-inf")).to(tl.float32)
         result = tl.exp(values - lse) - tl.where(column == target, 1.0, 0.0)
@@ -42,7 +42,13 @@ def row_loss(logits: Tensor, targets: Tensor, losses: Tensor) -> None:
     """See `chunked.RowLoss`."""
     rows, vocabulary = logits.shape
     gpu.launch(
-        *(_row_loss, (rows,), logits, targets, losses, vocabulary, logits.stride(0)),
+        _row_loss,
+        (rows,),
+        logits,
+        targets,
+        losses,
+        vocabulary,
+        logits.stride(0),
         BLOCK=BLOCK,
         num_warps=8,
     )

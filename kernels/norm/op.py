@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from gen_fast.errors import OpError
-from gen_fast.ops import Op, gpu, native
-from gen_fast.ops.qlinear import check_format, fake_quantized
+from gen_fast.ops import CPP, CUDA, REFERENCE, TRITON, Op, gpu, native
+from gen_fast.ops.qlinear import check_format, cpp_supports, fake_quantized
 
 from . import reference
 
 
-def _check(x: Tensor, residual: Tensor, weight: Tensor, eps: float, *variant: str) -> None:
+def _check(x: Tensor, residual: Tensor, weight: Tensor, eps: float, *row_format: str) -> None:
     if x.shape != residual.shape or x.shape[-1:] != weight.shape:
         raise OpError(
             f"x {list(x.shape)}, residual {list(residual.shape)} and weight {list(weight.shape)}"
@@ -23,8 +23,8 @@ def _check(x: Tensor, residual: Tensor, weight: Tensor, eps: float, *variant: st
             f"x, residual and weight must have one dtype, not {x.dtype}, {residual.dtype},"
             f" {weight.dtype}"
         )
-    if variant:
-        check_format(*variant)
+    if row_format:
+        check_format(*row_format)
 
 
 BACKWARD = Op(
@@ -41,19 +41,23 @@ OP = Op(
 )
 QUANTIZED = Op(
     "norm_quantized",
-    "(Tensor x, Tensor residual, Tensor weight, float eps, str variant)"
+    "(Tensor x, Tensor residual, Tensor weight, float eps, str row_format)"
     " -> (Tensor, Tensor, Tensor)",
-    lambda x, residual, weight, eps, variant: (*fake_quantized(x, variant), x.new_empty(x.shape)),
+    lambda x, residual, weight, eps, row_format: (
+        *fake_quantized(x, row_format),
+        x.new_empty(x.shape),
+    ),
     check=_check,
+    option=lambda x, residual, weight, eps, row_format: row_format,
 )
-OP.register("reference")(reference.add_rms_norm)
-BACKWARD.register("reference")(reference.add_rms_norm_backward)
-QUANTIZED.register("reference")(reference.add_rms_norm_quantized)
+OP.register(REFERENCE)(reference.add_rms_norm)
+BACKWARD.register(REFERENCE)(reference.add_rms_norm_backward)
+QUANTIZED.register(REFERENCE)(reference.add_rms_norm_quantized)
 
 
 # Registered before Triton's, so chosen only when asked for: which of the two is ahead has not been
 # measured yet.
-@OP.register("cuda", **native.ON_CUDA)
+@OP.register(CUDA, native.cuda)
 def _cuda(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, inplace: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -63,31 +67,47 @@ def _cuda(
     if out.numel():
         compiled = native.cuda_module()
         compiled.add_rms_norm(
-            *(native.cuda_dtype(x), compiled.Store.plain),
-            *map(native.address, (x, residual, weight, total, out, None)),
-            *(*out.shape, eps, native.stream(x)),
+            native.cuda_dtype(x),
+            compiled.Store.plain,
+            x.data_ptr(),
+            residual.data_ptr(),
+            weight.data_ptr(),
+            total.data_ptr(),
+            out.data_ptr(),
+            0,
+            *out.shape,
+            eps,
+            native.stream(x),
         )
     return out, total
 
 
-@QUANTIZED.register("cuda", **native.ON_CUDA)
+@QUANTIZED.register(CUDA, native.cuda)
 def _cuda_quantized(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, variant: str
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, row_format: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     x, residual, weight = map(native.aligned, (x, residual, weight))
     total = torch.empty_like(residual)
-    out, scales = fake_quantized(x, variant)
+    out, scales = fake_quantized(x, row_format)
     if out.numel():
         compiled = native.cuda_module()
         compiled.add_rms_norm(
-            *(native.cuda_dtype(x), getattr(compiled.Store, variant)),
-            *map(native.address, (x, residual, weight, total, out, scales)),
-            *(*out.shape, eps, native.stream(x)),
+            native.cuda_dtype(x),
+            getattr(compiled.Store, row_format),
+            x.data_ptr(),
+            residual.data_ptr(),
+            weight.data_ptr(),
+            total.data_ptr(),
+            out.data_ptr(),
+            scales.data_ptr(),
+            *out.shape,
+            eps,
+            native.stream(x),
         )
     return out, scales, total
 
 
-@OP.register("triton", **gpu.ON_GPU)
+@OP.register(TRITON, gpu.supports)
 def _triton(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, inplace: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -96,7 +116,7 @@ def _triton(
     return triton_kernel.add_rms_norm(x, residual, weight, eps, inplace=inplace)
 
 
-@BACKWARD.register("triton", **gpu.ON_GPU)
+@BACKWARD.register(TRITON, gpu.supports)
 def _triton_backward(
     grad_normed: Tensor, grad_total: Tensor, total: Tensor, weight: Tensor, eps: float
 ) -> Tensor:
@@ -105,55 +125,76 @@ def _triton_backward(
     return triton_kernel.add_rms_norm_backward(grad_normed, grad_total, total, weight, eps)
 
 
-@QUANTIZED.register("triton", **gpu.ON_GPU, refuses=gpu.refuses_fp8)
+@QUANTIZED.register(TRITON, gpu.supports)
 def _triton_quantized(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, variant: str
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, row_format: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     from . import triton_kernel
 
-    return triton_kernel.add_rms_norm_quantized(x, residual, weight, eps, variant)
+    return triton_kernel.add_rms_norm_quantized(x, residual, weight, eps, row_format)
 
 
-@OP.register("cpu", **native.ON_CPU)
+@OP.register(CPP, native.cpp)
 def _cpu(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, inplace: bool = False
 ) -> tuple[Tensor, Tensor]:
     x, weight, residual = x.contiguous(), weight.contiguous(), residual.contiguous()
     total = residual if inplace else torch.empty_like(residual)
     out = torch.empty_like(total)
+    size = out.size(-1)
     native.module().add_rms_norm(
         total.dtype == torch.bfloat16,
-        *map(native.address, (x, residual, weight, total, out)),
-        *(out.numel() // max(1, out.shape[-1]), out.shape[-1], eps),
+        x.data_ptr(),
+        residual.data_ptr(),
+        weight.data_ptr(),
+        total.data_ptr(),
+        out.data_ptr(),
+        out.numel() // max(1, size),
+        size,
+        eps,
     )
     return out, total
 
 
-@QUANTIZED.register("cpu", **native.ON_CPU, variants=("int8",))
+@QUANTIZED.register(CPP, cpp_supports)
 def _cpu_quantized(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, variant: str
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, row_format: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     x, weight, residual = x.contiguous(), weight.contiguous(), residual.contiguous()
     total = torch.empty_like(residual)
-    out, scales = fake_quantized(x, variant)
+    out, scales = fake_quantized(x, row_format)
     native.module().add_rms_norm_quantized(
         total.dtype == torch.bfloat16,
-        *map(native.address, (x, residual, weight, total, out, scales)),
-        *(*out.shape, eps),
+        x.data_ptr(),
+        residual.data_ptr(),
+        weight.data_ptr(),
+        total.data_ptr(),
+        out.data_ptr(),
+        scales.data_ptr(),
+        *out.shape,
+        eps,
     )
     return out, scales, total
 
 
-@BACKWARD.register("cpu", **native.ON_CPU)
+@BACKWARD.register(CPP, native.cpp)
 def _cpu_backward(
     grad_normed: Tensor, grad_total: Tensor, total: Tensor, weight: Tensor, eps: float
 ) -> Tensor:
-    tensors = [x.contiguous() for x in (grad_normed, grad_total, total, weight)]
-    out = torch.empty_like(tensors[2])
+    grad_normed, grad_total = grad_normed.contiguous(), grad_total.contiguous()
+    total, weight = total.contiguous(), weight.contiguous()
+    out = torch.empty_like(total)
+    size = out.size(-1)
     native.module().add_rms_norm_backward(
         out.dtype == torch.bfloat16,
-        *map(native.address, (*tensors, out)),
-        *(out.numel() // max(1, out.shape[-1]), out.shape[-1], eps),
+        grad_normed.data_ptr(),
+        grad_total.data_ptr(),
+        total.data_ptr(),
+        weight.data_ptr(),
+        out.data_ptr(),
+        out.numel() // max(1, size),
+        size,
+        eps,
     )
     return out
 

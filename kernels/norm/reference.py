@@ -35,9 +35,9 @@ def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> Te
 
 
 def add_rms_norm_quantized(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, variant: str
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, row_format: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`add_rms_norm` and then `quantize_rows` of the normed rows, without rounding in between."""
     total = x + residual
     wide = torch.promote_types(x.dtype, torch.float32)
-    return *quantize_rows(rms_norm(total.to(wide), weight.to(wide), eps), variant), total
+    return *quantize_rows(rms_norm(total.to(wide), weight.to(wide), eps), row_format), total

@@ -16,7 +16,7 @@ def _add_and_scale(
 ):  # fmt: skip
     """The sum of one row, stored, and its norm in float32; also the row's columns and mask."""
     row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
+    columns = tl.arange(0, BLOCK)  # [BLOCK]
     inside = columns < size
     added = tl.load(x + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
     added += tl.load(residual + row * residual_stride + columns, mask=inside, other=0.0)
@@ -56,7 +56,7 @@ def _backward(
     total_stride, eps, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
+    columns = tl.arange(0, BLOCK)  # [BLOCK]
     inside = columns < size
     stream = tl.load(total + row * total_stride + columns, mask=inside, other=0.0).to(tl.float32)
     upstream = tl.load(grad_normed + row * grad_normed_stride + columns, mask=inside, other=0.0)
@@ -80,8 +80,17 @@ def add_rms_norm(
     if out.numel():
         block = gpu.power_of_two(size)
         gpu.launch(
-            *(_forward, (rows,), x, residual, weight, total, out, size),
-            *(x.stride(0), residual.stride(0), eps),
+            _forward,
+            (rows,),
+            x,
+            residual,
+            weight,
+            total,
+            out,
+            size,
+            x.stride(0),
+            residual.stride(0),
+            eps,
             BLOCK=block,
             num_warps=gpu.row_warps(block),
         )
@@ -89,19 +98,29 @@ def add_rms_norm(
 
 
 def add_rms_norm_quantized(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, variant: str
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, row_format: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `op.add_rms_norm_quantized`."""
     x, residual, weight = adjacent(x), adjacent(residual), weight.contiguous()
     rows, size = x.shape
     total = x.new_empty(rows, size)
-    out, scales = empty_quantized(x, size, variant)
+    out, scales = empty_quantized(x, size, row_format)
     if out.numel():
         block = gpu.power_of_two(size)
         gpu.launch(
-            *(_quantized, (rows,), x, residual, weight, total, out, scales, size),
-            *(x.stride(0), residual.stride(0), eps),
-            LARGEST=LARGEST[variant],
+            _quantized,
+            (rows,),
+            x,
+            residual,
+            weight,
+            total,
+            out,
+            scales,
+            size,
+            x.stride(0),
+            residual.stride(0),
+            eps,
+            LARGEST=LARGEST[row_format],
             BLOCK=block,
             num_warps=gpu.row_warps(block),
         )
@@ -112,14 +131,24 @@ def add_rms_norm_backward(
     grad_normed: Tensor, grad_total: Tensor, total: Tensor, weight: Tensor, eps: float
 ) -> Tensor:
     """Gradient [T, h] of x and of the residual."""
-    tensors = [adjacent(x) for x in (grad_normed, grad_total, total)]
+    grad_normed, grad_total, total = map(adjacent, (grad_normed, grad_total, total))
     rows, size = total.shape
     out = total.new_empty(rows, size)
     if out.numel():
         block = gpu.power_of_two(size)
         gpu.launch(
-            *(_backward, (rows,), *tensors, weight.contiguous(), out, size),
-            *(*(x.stride(0) for x in tensors), eps),
+            _backward,
+            (rows,),
+            grad_normed,
+            grad_total,
+            total,
+            weight.contiguous(),
+            out,
+            size,
+            grad_normed.stride(0),
+            grad_total.stride(0),
+            total.stride(0),
+            eps,
             BLOCK=block,
             num_warps=gpu.row_warps(block),
         )

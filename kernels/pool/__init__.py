@@ -1,5 +1,5 @@
-"""Final norm, mean over each text's rows, projection and L2 normalisation."""
+"""Final norm, mean over each text's rows, and projection."""
 
-from .op import BACKWARD, OP, pool
+from .op import OP, pool
 
-__all__ = ["BACKWARD", "OP", "pool"]
+__all__ = ["OP", "pool"]

@@ -11,14 +11,14 @@ from gen_fast.ops.layout import adjacent
 
 @triton.jit
 def _forward(
-    hidden, offsets, norm_weight, row_weights, out, size, stride, eps,
+    hidden, cu_seqlens, norm_weight, row_weights, out, size, stride, eps,
     HAS_WEIGHTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     text = tl.program_id(0)
     # 64 bits, since rows times their stride may need them.
-    begin = tl.load(offsets + text).to(tl.int64)
-    end = tl.load(offsets + text + 1).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
+    begin = tl.load(cu_seqlens + text).to(tl.int64)
+    end = tl.load(cu_seqlens + text + 1).to(tl.int64)
+    columns = tl.arange(0, BLOCK)  # [BLOCK]
     inside = columns < size
     mean = tl.zeros([BLOCK], tl.float32)
     for row in range(begin, end):
@@ -34,70 +34,30 @@ def _forward(
     tl.store(out + text.to(tl.int64) * size + columns, mean, mask=inside)
 
 
-@triton.jit
-def _backward(
-    grad, hidden, offsets, norm_weight, row_weights, out, size, stride, eps,
-    HAS_WEIGHTS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    text = tl.program_id(0)
-    # 64 bits, since rows times their stride may need them.
-    begin = tl.load(offsets + text).to(tl.int64)
-    end = tl.load(offsets + text + 1).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
-    inside = columns < size
-    upstream = tl.load(grad + text.to(tl.int64) * size + columns, mask=inside, other=0.0)
-    upstream *= tl.load(norm_weight + columns, mask=inside, other=0.0).to(tl.float32)
-    for row in range(begin, end):
-        values = tl.load(hidden + row * stride + columns, mask=inside, other=0.0).to(tl.float32)
-        share = 1.0 / (end - begin).to(tl.float32)
-        if HAS_WEIGHTS:
-            share = tl.load(row_weights + row).to(tl.float32)
-        scale = tl.rsqrt(tl.sum(values * values, 0) / size + eps)
-        shared = scale * scale * tl.sum(upstream * values, 0) / size
-        result = share * scale * (upstream - values * shared)
-        tl.store(out + row * size + columns, result.to(out.dtype.element_ty), mask=inside)
-
-
 def pool(
-    hidden: Tensor, offsets: Tensor, norm_weight: Tensor, eps: float, row_weights: Tensor | None
-) -> Tensor:
-    """See `op.pool`."""
-    hidden = adjacent(hidden)
-    texts, size = offsets.shape[0] - 1, hidden.shape[1]
-    out = hidden.new_empty(texts, size, dtype=torch.float32)
-    if out.numel():
-        block = gpu.power_of_two(size)
-        gpu.launch(
-            *(_forward, (texts,), hidden, offsets.contiguous(), norm_weight.contiguous()),
-            *(_dense(row_weights), out, size, hidden.stride(0), eps),
-            HAS_WEIGHTS=row_weights is not None,
-            BLOCK=block,
-            num_warps=max(4, gpu.row_warps(block)),
-        )
-    return out
-
-
-def _dense(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
-
-
-def pool_backward(
     hidden: Tensor,
-    grad: Tensor,
-    offsets: Tensor,
+    cu_seqlens: Tensor,
     norm_weight: Tensor,
     eps: float,
     row_weights: Tensor | None,
 ) -> Tensor:
-    """Gradient [R, h] of `hidden`."""
+    """See `op.pool`."""
     hidden = adjacent(hidden)
-    out = hidden.new_zeros(hidden.shape)  # padding rows have no gradient
-    texts, size = grad.shape
-    if out.numel() and texts:
+    texts, size = cu_seqlens.shape[0] - 1, hidden.shape[1]
+    out = hidden.new_empty(texts, size, dtype=torch.float32)
+    if out.numel():
         block = gpu.power_of_two(size)
         gpu.launch(
-            *(_backward, (texts,), grad.float().contiguous(), hidden, offsets.contiguous()),
-            *(norm_weight.contiguous(), _dense(row_weights), out, size, hidden.stride(0), eps),
+            _forward,
+            (texts,),
+            hidden,
+            cu_seqlens.contiguous(),
+            norm_weight.contiguous(),
+            None if row_weights is None else row_weights.contiguous(),
+            out,
+            size,
+            hidden.stride(0),
+            eps,
             HAS_WEIGHTS=row_weights is not None,
             BLOCK=block,
             num_warps=max(4, gpu.row_warps(block)),

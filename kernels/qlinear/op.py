@@ -4,51 +4,61 @@ import torch
 from torch import Tensor
 
 from gen_fast.errors import OpError
-from gen_fast.ops import Op, gpu, native
+from gen_fast.ops import CPP, REFERENCE, TRITON, Case, Op, gpu, native, other_option
 
 from . import reference
 
 
-def fake_quantized(x: Tensor, variant: str) -> tuple[Tensor, Tensor]:
+def cpp_supports(case: Case) -> str | None:
+    """Why a C++ op that quantises rows cannot compute `case`, or None."""
+    return native.cpp(case) or other_option(case, "int8")
+
+
+def fake_quantized(x: Tensor, row_format: str) -> tuple[Tensor, Tensor]:
     """Empty results of quantising rows of the shape of `x` [T, f]."""
-    dtype, _ = reference.FORMATS[variant]
+    dtype, _ = reference.FORMATS[row_format]
     return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[0], dtype=torch.float32)
 
 
-def check_format(variant: str) -> None:
-    """Raise OpError unless rows quantise to `variant`."""
-    if variant not in reference.FORMATS:
-        raise OpError(f"rows quantise to {', '.join(reference.FORMATS)}, not to {variant!r}")
+def check_format(row_format: str) -> None:
+    """Raise OpError unless rows quantise to `row_format`."""
+    if row_format not in reference.FORMATS:
+        raise OpError(f"rows quantise to {', '.join(reference.FORMATS)}, not to {row_format!r}")
 
 
-def _check(x: Tensor, variant: str) -> None:
-    check_format(variant)
+def _check(x: Tensor, row_format: str) -> None:
+    check_format(row_format)
     if x.dim() != 2:
         raise OpError(f"rows to quantise are a matrix, not of shape {list(x.shape)}")
 
 
 OP = Op(
     "quantize_rows",
-    "(Tensor x, str variant) -> (Tensor, Tensor)",
+    "(Tensor x, str row_format) -> (Tensor, Tensor)",
     fake_quantized,
     check=_check,
+    option=lambda x, row_format: row_format,
 )
-OP.register("reference")(reference.quantize_rows)
+OP.register(REFERENCE)(reference.quantize_rows)
 
 
-@OP.register("triton", **gpu.ON_GPU, refuses=gpu.refuses_fp8)
-def _triton(x: Tensor, variant: str) -> tuple[Tensor, Tensor]:
+@OP.register(TRITON, gpu.supports)
+def _triton(x: Tensor, row_format: str) -> tuple[Tensor, Tensor]:
     from . import triton_kernel
 
-    return triton_kernel.quantize_rows(x, variant)
+    return triton_kernel.quantize_rows(x, row_format)
 
 
-@OP.register("cpu", **native.ON_CPU, variants=("int8",))
-def _cpu(x: Tensor, variant: str) -> tuple[Tensor, Tensor]:
+@OP.register(CPP, cpp_supports)
+def _cpu(x: Tensor, row_format: str) -> tuple[Tensor, Tensor]:
     x = x.contiguous()
-    q, scale = fake_quantized(x, variant)
+    q, scale = fake_quantized(x, row_format)
     native.module().quantize_rows(
-        x.dtype == torch.bfloat16, *map(native.address, (x, q, scale)), *x.shape
+        x.dtype == torch.bfloat16,
+        x.data_ptr(),
+        q.data_ptr(),
+        scale.data_ptr(),
+        *x.shape,
     )
     return q, scale
 

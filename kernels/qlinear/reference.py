@@ -8,14 +8,14 @@ from torch import Tensor
 FORMATS = {"int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0)}
 
 
-def quantize_rows(x: Tensor, variant: str) -> tuple[Tensor, Tensor]:
+def quantize_rows(x: Tensor, row_format: str) -> tuple[Tensor, Tensor]:
     """Return (q [T, f], scale [T] float32) with x ≈ q · scale. See `op.quantize_rows`."""
-    dtype, largest = FORMATS[variant]
+    dtype, largest = FORMATS[row_format]
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     scale = wide.abs().amax(-1, keepdim=True) / largest if x.shape[-1] else wide.sum(-1, True)
     # A row of zeros has scale 0 and quantises to zeros.
     scaled = wide / scale.where(scale > 0, 1.0)
-    return (scaled.round() if variant == "int8" else scaled).to(dtype), scale.squeeze(-1).float()
+    return (scaled.round() if row_format == "int8" else scaled).to(dtype), scale.squeeze(-1).float()
 
 
 def dequantize_rows(q: Tensor, scale: Tensor) -> Tensor:

@@ -33,28 +33,34 @@ def store_quantized(row, out, scale_out, inside, LARGEST: tl.constexpr):
 @triton.jit
 def _quantize(x, out, scales, size, stride, LARGEST: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
+    columns = tl.arange(0, BLOCK)  # [BLOCK]
     inside = columns < size
     values = tl.load(x + row * stride + columns, mask=inside, other=0.0).to(tl.float32)
     store_quantized(values, out + row * size + columns, scales + row, inside, LARGEST)
 
 
-def empty_quantized(like: Tensor, size: int, variant: str) -> tuple[Tensor, Tensor]:
+def empty_quantized(like: Tensor, size: int, row_format: str) -> tuple[Tensor, Tensor]:
     """Where the rows [T, size] and scales [T] go; T and the device are those of `like`."""
-    dtype, _ = FORMATS[variant]
+    dtype, _ = FORMATS[row_format]
     rows = len(like)
     return like.new_empty(rows, size, dtype=dtype), like.new_empty(rows, dtype=torch.float32)
 
 
-def quantize_rows(x: Tensor, variant: str) -> tuple[Tensor, Tensor]:
+def quantize_rows(x: Tensor, row_format: str) -> tuple[Tensor, Tensor]:
     """See `op.quantize_rows`."""
     x = adjacent(x)
-    out, scales = empty_quantized(x, x.shape[1], variant)
+    out, scales = empty_quantized(x, x.shape[1], row_format)
     if out.numel():
         block = gpu.power_of_two(x.shape[1])
         gpu.launch(
-            *(_quantize, (len(x),), x, out, scales, x.shape[1], x.stride(0)),
-            LARGEST=LARGEST[variant],
+            _quantize,
+            (len(x),),
+            x,
+            out,
+            scales,
+            x.shape[1],
+            x.stride(0),
+            LARGEST=LARGEST[row_format],
             BLOCK=block,
             num_warps=gpu.row_warps(block),
         )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gen_fast.errors import OpError
-from gen_fast.ops import Op, gpu, native
+from gen_fast.ops import CPP, REFERENCE, TRITON, Op, gpu, native
 from gen_fast.ops.layout import dense_rows
 
 from . import reference
@@ -37,11 +37,11 @@ OP = Op(
     BACKWARD,
     _check,
 )
-OP.register("reference")(reference.rope)
-BACKWARD.register("reference")(reference.rope_backward)
+OP.register(REFERENCE)(reference.rope)
+BACKWARD.register(REFERENCE)(reference.rope_backward)
 
 
-@OP.register("triton", **gpu.ON_GPU)
+@OP.register(TRITON, gpu.supports)
 def _triton(
     x: Tensor, cos: Tensor, sin: Tensor, norm: Tensor | None, eps: float, *, inplace: bool = False
 ) -> Tensor:
@@ -50,7 +50,7 @@ def _triton(
     return triton_kernel.rope(x, cos, sin, norm, eps, inplace=inplace)
 
 
-@BACKWARD.register("triton", **gpu.ON_GPU)
+@BACKWARD.register(TRITON, gpu.supports)
 def _triton_backward(
     grad: Tensor, x: Tensor | None, cos: Tensor, sin: Tensor, norm: Tensor | None, eps: float
 ) -> Tensor:
@@ -59,23 +59,30 @@ def _triton_backward(
     return triton_kernel.rope_backward(grad, x, cos, sin, norm, eps)
 
 
-@OP.register("cpu", **native.ON_CPU)
+@OP.register(CPP, native.cpp)
 def _cpu(
     x: Tensor, cos: Tensor, sin: Tensor, norm: Tensor | None, eps: float, *, inplace: bool = False
 ) -> Tensor:
     x = dense_rows(x)
     out = x if inplace else native.empty_like(x)
     norm = None if norm is None else norm.contiguous()
+    cos, sin = cos.float().contiguous(), sin.float().contiguous()
     native.module().rope(
-        *(x.dtype == torch.bfloat16, native.address(x), x.stride(0)),
-        *(native.address(out), out.stride(0)),
-        *map(native.address, (cos.float().contiguous(), sin.float().contiguous(), norm)),
-        *(*x.shape, eps),
+        x.dtype == torch.bfloat16,
+        x.data_ptr(),
+        x.stride(0),
+        out.data_ptr(),
+        out.stride(0),
+        cos.data_ptr(),
+        sin.data_ptr(),
+        0 if norm is None else norm.data_ptr(),
+        *x.shape,
+        eps,
     )
     return out
 
 
-@BACKWARD.register("cpu", **native.ON_CPU)
+@BACKWARD.register(CPP, native.cpp)
 def _cpu_backward(
     grad: Tensor, x: Tensor | None, cos: Tensor, sin: Tensor, norm: Tensor | None, eps: float
 ) -> Tensor:
@@ -83,11 +90,19 @@ def _cpu_backward(
     x = None if x is None else dense_rows(x)
     out = native.empty_like(grad)
     norm = None if norm is None else norm.contiguous()
+    cos, sin = cos.float().contiguous(), sin.float().contiguous()
     native.module().rope_backward(
-        *(grad.dtype == torch.bfloat16, native.address(grad), grad.stride(0)),
-        *(native.address(x), 0 if x is None else x.stride(0), native.address(out)),
-        *map(native.address, (cos.float().contiguous(), sin.float().contiguous(), norm)),
-        *(*grad.shape, eps),
+        grad.dtype == torch.bfloat16,
+        grad.data_ptr(),
+        grad.stride(0),
+        native.address(x),
+        0 if x is None else x.stride(0),
+        out.data_ptr(),
+        cos.data_ptr(),
+        sin.data_ptr(),
+        native.address(norm),
+        *grad.shape,
+        eps,
     )
     return out
 

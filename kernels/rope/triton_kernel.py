@@ -13,6 +13,7 @@ from gen_fast.ops.layout import dense_rows
 
 @triton.jit
 def _halves(x, at, inside, HALF: tl.constexpr):
+    """The first and the second half of the heads at `at` [HEADS, BLOCK], float32."""
     first = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     second = tl.load(x + at + HALF, mask=inside, other=0.0).to(tl.float32)
     return first, second
@@ -24,17 +25,17 @@ def _forward(
     HALF: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, HAS_NORM: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    head = tl.arange(0, HEADS)
-    column = tl.arange(0, BLOCK)
+    head = tl.arange(0, HEADS)  # [HEADS]
+    column = tl.arange(0, BLOCK)  # [BLOCK]
     inside = (head < heads)[:, None] & (column < HALF)[None, :]
     at = head[:, None] * (2 * HALF) + column[None, :]  # [HEADS, BLOCK]
     first, second = _halves(x + row * stride, at, inside, HALF)
     if HAS_NORM:
-        squares = tl.sum(first * first + second * second, 1)
+        squares = tl.sum(first * first + second * second, 1)  # [HEADS]
         scale = tl.rsqrt(squares / (2 * HALF) + eps)[:, None]
         first_weight, second_weight = _halves(norm, at, inside, HALF)
         first, second = first * scale * first_weight, second * scale * second_weight
-    c = tl.load(cos + row * HALF + column, mask=column < HALF, other=0.0)[None, :]
+    c = tl.load(cos + row * HALF + column, mask=column < HALF, other=0.0)[None, :]  # [1, BLOCK]
     s = tl.load(sin + row * HALF + column, mask=column < HALF, other=0.0)[None, :]
     target = out + row * out_stride + at
     tl.store(target, (first * c - second * s).to(out.dtype.element_ty), mask=inside)
@@ -47,26 +48,26 @@ def _backward(
     HALF: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, HAS_NORM: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    head = tl.arange(0, HEADS)
-    column = tl.arange(0, BLOCK)
+    head = tl.arange(0, HEADS)  # [HEADS]
+    column = tl.arange(0, BLOCK)  # [BLOCK]
     inside = (head < heads)[:, None] & (column < HALF)[None, :]
-    at = head[:, None] * (2 * HALF) + column[None, :]
+    at = head[:, None] * (2 * HALF) + column[None, :]  # [HEADS, BLOCK]
     first, second = _halves(grad + row * grad_stride, at, inside, HALF)
-    c = tl.load(cos + row * HALF + column, mask=column < HALF, other=0.0)[None, :]
+    c = tl.load(cos + row * HALF + column, mask=column < HALF, other=0.0)[None, :]  # [1, BLOCK]
     s = tl.load(sin + row * HALF + column, mask=column < HALF, other=0.0)[None, :]
     # The transpose of a rotation is the rotation back.
-    to_first, to_second = first * c + second * s, second * c - first * s
+    dfirst, dsecond = first * c + second * s, second * c - first * s
     if HAS_NORM:
         first, second = _halves(x + row * stride, at, inside, HALF)
         first_weight, second_weight = _halves(norm, at, inside, HALF)
-        to_first, to_second = to_first * first_weight, to_second * second_weight
-        scale = tl.rsqrt(tl.sum(first * first + second * second, 1) / (2 * HALF) + eps)
-        shared = scale * scale * tl.sum(to_first * first + to_second * second, 1) / (2 * HALF)
-        to_first = scale[:, None] * (to_first - first * shared[:, None])
-        to_second = scale[:, None] * (to_second - second * shared[:, None])
+        dfirst, dsecond = dfirst * first_weight, dsecond * second_weight
+        scale = tl.rsqrt(tl.sum(first * first + second * second, 1) / (2 * HALF) + eps)  # [HEADS]
+        shared = scale * scale * tl.sum(dfirst * first + dsecond * second, 1) / (2 * HALF)
+        dfirst = scale[:, None] * (dfirst - first * shared[:, None])
+        dsecond = scale[:, None] * (dsecond - second * shared[:, None])
     target = out + row * heads * (2 * HALF) + at
-    tl.store(target, to_first.to(out.dtype.element_ty), mask=inside)
-    tl.store(target + HALF, to_second.to(out.dtype.element_ty), mask=inside)
+    tl.store(target, dfirst.to(out.dtype.element_ty), mask=inside)
+    tl.store(target + HALF, dsecond.to(out.dtype.element_ty), mask=inside)
 
 
 def _constants(heads: int, size: int, has_norm: bool) -> dict[str, int | bool]:
@@ -95,8 +96,17 @@ def rope(
     out = x if inplace else x.new_empty(x.shape)
     if x.numel():
         gpu.launch(
-            *(_forward, (rows,), x, out, cos.float().contiguous(), sin.float().contiguous()),
-            *(None if norm is None else norm.contiguous(), x.stride(0), out.stride(0), heads, eps),
+            _forward,
+            (rows,),
+            x,
+            out,
+            cos.float().contiguous(),
+            sin.float().contiguous(),
+            None if norm is None else norm.contiguous(),
+            x.stride(0),
+            out.stride(0),
+            heads,
+            eps,
             **_constants(heads, size, norm is not None),
         )
     return out
@@ -112,9 +122,18 @@ def rope_backward(
     out = grad.new_empty(grad.shape)
     if grad.numel():
         gpu.launch(
-            *(_backward, (rows,), grad, x, out, cos.float().contiguous()),
-            *(sin.float().contiguous(), None if norm is None else norm.contiguous()),
-            *(grad.stride(0), 0 if x is None else x.stride(0), heads, eps),
+            _backward,
+            (rows,),
+            grad,
+            x,
+            out,
+            cos.float().contiguous(),
+            sin.float().contiguous(),
+            None if norm is None else norm.contiguous(),
+            grad.stride(0),
+            0 if x is None else x.stride(0),
+            heads,
+            eps,
             **_constants(heads, size, norm is not None),
         )
     return out

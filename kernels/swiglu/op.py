@@ -6,17 +6,17 @@ import torch
 from torch import Tensor
 
 from gen_fast.errors import OpError
-from gen_fast.ops import Op, gpu, native
-from gen_fast.ops.qlinear import check_format, fake_quantized
+from gen_fast.ops import CPP, REFERENCE, TRITON, Op, gpu, native
+from gen_fast.ops.qlinear import check_format, cpp_supports, fake_quantized
 
 from . import reference
 
 
-def _check(gate_up: Tensor, *variant: str) -> None:
+def _check(gate_up: Tensor, *row_format: str) -> None:
     if gate_up.dim() != 2 or gate_up.shape[1] % 2:
         raise OpError(f"gate and up are halves of rows, not of shape {list(gate_up.shape)}")
-    if variant:
-        check_format(*variant)
+    if row_format:
+        check_format(*row_format)
 
 
 def _fake(gate_up: Tensor) -> Tensor:
@@ -31,63 +31,71 @@ BACKWARD = Op(
 OP = Op("swiglu", "(Tensor gate_up) -> Tensor", _fake, BACKWARD, _check)
 QUANTIZED = Op(
     "swiglu_quantized",
-    "(Tensor gate_up, str variant) -> (Tensor, Tensor)",
-    lambda gate_up, variant: fake_quantized(_fake(gate_up), variant),
+    "(Tensor gate_up, str row_format) -> (Tensor, Tensor)",
+    lambda gate_up, row_format: fake_quantized(_fake(gate_up), row_format),
     check=_check,
+    option=lambda gate_up, row_format: row_format,
 )
-OP.register("reference")(reference.swiglu)
-BACKWARD.register("reference")(reference.swiglu_backward)
-QUANTIZED.register("reference")(reference.swiglu_quantized)
+OP.register(REFERENCE)(reference.swiglu)
+BACKWARD.register(REFERENCE)(reference.swiglu_backward)
+QUANTIZED.register(REFERENCE)(reference.swiglu_quantized)
 
 
-@OP.register("triton", **gpu.ON_GPU)
+@OP.register(TRITON, gpu.supports)
 def _triton(gate_up: Tensor) -> Tensor:
     from . import triton_kernel
 
     return triton_kernel.swiglu(gate_up)
 
 
-@BACKWARD.register("triton", **gpu.ON_GPU)
+@BACKWARD.register(TRITON, gpu.supports)
 def _triton_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
     from . import triton_kernel
 
     return triton_kernel.swiglu_backward(grad, gate_up)
 
 
-@QUANTIZED.register("triton", **gpu.ON_GPU, refuses=gpu.refuses_fp8)
-def _triton_quantized(gate_up: Tensor, variant: str) -> tuple[Tensor, Tensor]:
+@QUANTIZED.register(TRITON, gpu.supports)
+def _triton_quantized(gate_up: Tensor, row_format: str) -> tuple[Tensor, Tensor]:
     from . import triton_kernel
 
-    return triton_kernel.swiglu_quantized(gate_up, variant)
+    return triton_kernel.swiglu_quantized(gate_up, row_format)
 
 
-@OP.register("cpu", **native.ON_CPU)
+@OP.register(CPP, native.cpp)
 def _cpu(gate_up: Tensor) -> Tensor:
     gate_up = gate_up.contiguous()
     rows, size = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(rows, size)
     native.module().swiglu(
-        out.dtype == torch.bfloat16, native.address(gate_up), native.address(out), rows, size
+        out.dtype == torch.bfloat16, gate_up.data_ptr(), out.data_ptr(), rows, size
     )
     return out
 
 
-@QUANTIZED.register("cpu", **native.ON_CPU, variants=("int8",))
-def _cpu_quantized(gate_up: Tensor, variant: str) -> tuple[Tensor, Tensor]:
+@QUANTIZED.register(CPP, cpp_supports)
+def _cpu_quantized(gate_up: Tensor, row_format: str) -> tuple[Tensor, Tensor]:
     gate_up = gate_up.contiguous()
-    out, scales = fake_quantized(_fake(gate_up), variant)
+    out, scales = fake_quantized(_fake(gate_up), row_format)
     native.module().swiglu_quantized(
-        gate_up.dtype == torch.bfloat16, *map(native.address, (gate_up, out, scales)), *out.shape
+        gate_up.dtype == torch.bfloat16,
+        gate_up.data_ptr(),
+        out.data_ptr(),
+        scales.data_ptr(),
+        *out.shape,
     )
     return out, scales
 
 
-@BACKWARD.register("cpu", **native.ON_CPU)
+@BACKWARD.register(CPP, native.cpp)
 def _cpu_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
     grad, gate_up = grad.contiguous(), gate_up.contiguous()
     out = torch.empty_like(gate_up)
     native.module().swiglu_backward(
-        *(out.dtype == torch.bfloat16, *map(native.address, (grad, gate_up, out))),
+        out.dtype == torch.bfloat16,
+        grad.data_ptr(),
+        gate_up.data_ptr(),
+        out.data_ptr(),
         *grad.shape,
     )
     return out

@@ -20,7 +20,7 @@ def swiglu_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
     return torch.cat((grad * up * share * (1 + gate * (1 - share)), grad * gate * share), dim=-1)
 
 
-def swiglu_quantized(gate_up: Tensor, variant: str) -> tuple[Tensor, Tensor]:
+def swiglu_quantized(gate_up: Tensor, row_format: str) -> tuple[Tensor, Tensor]:
     """`swiglu` and then `quantize_rows`, without rounding in between."""
     wide = gate_up.to(torch.promote_types(gate_up.dtype, torch.float32))
-    return quantize_rows(swiglu(wide), variant)
+    return quantize_rows(swiglu(wide), row_format)

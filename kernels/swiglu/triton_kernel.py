@@ -14,7 +14,7 @@ BLOCK = 1024
 @triton.jit
 def _forward(gate_up, out, size, stride, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     inside = columns < size
     gate = tl.load(gate_up + row * stride + columns, mask=inside).to(tl.float32)
     up = tl.load(gate_up + row * stride + size + columns, mask=inside).to(tl.float32)
@@ -25,18 +25,18 @@ def _forward(gate_up, out, size, stride, BLOCK: tl.constexpr):
 @triton.jit
 def _backward(grad, gate_up, out, size, grad_stride, stride, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     inside = columns < size
     upstream = tl.load(grad + row * grad_stride + columns, mask=inside).to(tl.float32)
     gate = tl.load(gate_up + row * stride + columns, mask=inside).to(tl.float32)
     up = tl.load(gate_up + row * stride + size + columns, mask=inside).to(tl.float32)
     share = tl.sigmoid(gate)
     # silu'(g) = s·(1 + g·(1 - s)) with s = sigmoid(g)
-    to_gate = upstream * up * share * (1 + gate * (1 - share))
-    to_up = upstream * gate * share
+    dgate = upstream * up * share * (1 + gate * (1 - share))
+    dup = upstream * gate * share
     start = out + row * 2 * size + columns
-    tl.store(start, to_gate.to(out.dtype.element_ty), mask=inside)
-    tl.store(start + size, to_up.to(out.dtype.element_ty), mask=inside)
+    tl.store(start, dgate.to(out.dtype.element_ty), mask=inside)
+    tl.store(start + size, dup.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -44,7 +44,7 @@ def _quantized(
     gate_up, out, scales, size, stride, LARGEST: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
+    columns = tl.arange(0, BLOCK)  # [BLOCK]
     inside = columns < size
     gate = tl.load(gate_up + row * stride + columns, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * stride + size + columns, mask=inside, other=0.0).to(tl.float32)
@@ -75,16 +75,22 @@ def swiglu_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
     return out
 
 
-def swiglu_quantized(gate_up: Tensor, variant: str) -> tuple[Tensor, Tensor]:
+def swiglu_quantized(gate_up: Tensor, row_format: str) -> tuple[Tensor, Tensor]:
     """See `op.swiglu_quantized`."""
     gate_up = adjacent(gate_up)
     rows, size = gate_up.shape[0], gate_up.shape[1] // 2
-    out, scales = empty_quantized(gate_up, size, variant)
+    out, scales = empty_quantized(gate_up, size, row_format)
     if out.numel():
         block = gpu.power_of_two(size)
         gpu.launch(
-            *(_quantized, (rows,), gate_up, out, scales, size, gate_up.stride(0)),
-            LARGEST=LARGEST[variant],
+            _quantized,
+            (rows,),
+            gate_up,
+            out,
+            scales,
+            size,
+            gate_up.stride(0),
+            LARGEST=LARGEST[row_format],
             BLOCK=block,
             num_warps=gpu.row_warps(block),
         )

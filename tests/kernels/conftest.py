@@ -42,7 +42,7 @@ def with_format(op: Op, case: ParameterSet, row_format: str) -> ParameterSet:
     device, impl = case.values
     marks = list(case.marks)
     try:
-        op.chosen(device, torch.bfloat16, row_format, impl)
+        op.choose(device, torch.bfloat16, row_format, impl)
     except ImplementationError as error:
         marks.append(pytest.mark.skip(reason=str(error)))
     return pytest.param(device, impl, row_format, id=f"{case.id}-{row_format}", marks=marks)

@@ -3,7 +3,8 @@ import torch
 from torch.library import opcheck
 
 import gen_fast
-from gen_fast.ops.attention import BACKWARD, OP, attention
+from gen_fast.ops.attention import BACKWARD, OP, AttentionOptions
+from gen_fast.ops.attention import attention as fast
 from gen_fast.ops.attention.reference import attention as reference
 from gen_fast.testing import assert_no_worse, check_gradients
 
@@ -24,8 +25,13 @@ def inputs(q_counts, k_counts, n_prefix, heads, kv_heads, size, dtype):
     return q, k, v, offsets(q_counts), offsets(k_counts), *prefix
 
 
-def plain(*arguments, **options):
-    return reference(*arguments, **options)[0]
+def attention(q, k, v, *settings, impl=None, **named):
+    """The op on flat arguments, which are easy to move and to convert one by one."""
+    return fast(q, k, v, AttentionOptions(*settings, **named), impl=impl)
+
+
+def plain(q, k, v, *settings, **named):
+    return reference(q, k, v, AttentionOptions(*settings, **named))[0]
 
 
 def moved(x, device):
@@ -267,7 +273,8 @@ def test_log_sum_exp(device, impl):
     """Saved for the backward pass, and what makes partial results mergeable."""
     arguments = [moved(x, device) for x in inputs(*TRIMMED, 37, 9, 3, 64, torch.float32)]
     _, actual = OP.torch_op(*arguments, None, "causal", None, impl=impl)
-    torch.testing.assert_close(actual, reference(*arguments)[1], atol=2e-5, rtol=2e-5)
+    expected = reference(*arguments[:3], AttentionOptions(*arguments[3:]))[1]
+    torch.testing.assert_close(actual, expected, atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (14, 2), (32, 1), (200, 1)])

@@ -77,13 +77,14 @@ def test_the_cpu_refuses_fp8():
 def test_triton_leaves_fp8_to_others_before_sm_89(op, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for oldest, chosen in ((80, False), (86, False), (89, True), (90, True)):
+        monkeypatch.setattr(op, "_choices", {})
         monkeypatch.setattr(gpu, "_capability", lambda index, oldest=oldest: (oldest, 90)[index])
-        assert (op.chosen("cuda", torch.bfloat16, "fp8") == "triton") == chosen
-        assert op.chosen("cuda", torch.bfloat16, "int8") == "triton"
+        assert (op.choose("cuda", torch.bfloat16, "fp8").name == "triton") == chosen
+        assert op.choose("cuda", torch.bfloat16, "int8").name == "triton"
         if not chosen:
             message = f"'triton' needs sm_89 for fp8, not sm_{oldest}"
             with pytest.raises(gen_fast.ImplementationError, match=message):
-                op.chosen("cuda", torch.bfloat16, "fp8", forced="triton")
+                op.choose("cuda", torch.bfloat16, "fp8", impl="triton")
 
 
 def test_an_unknown_format_is_refused():

@@ -10,7 +10,7 @@ from gen_fast.model.generation import Decoder
 from gen_fast.model.weights import load_backbone, load_head
 from gen_fast.ops import all_ops
 from gen_fast.ops.append import append
-from gen_fast.ops.attention import attention
+from gen_fast.ops.attention import AttentionOptions, attention
 from gen_fast.ops.norm import add_rms_norm
 from gen_fast.ops.swiglu import swiglu
 from gen_fast.testing import relative_error, save_tiny_adapter
@@ -45,7 +45,7 @@ def test_half_precision_stays_close(tiny_model, dtype):
 
 def test_triton_is_chosen_on_a_gpu():
     for name, op in all_ops().items():
-        assert op.chosen("cuda", torch.bfloat16) == "triton", name
+        assert op.choose("cuda", torch.bfloat16).name == "triton", name
 
 
 @pytest.fixture
@@ -150,7 +150,7 @@ def test_measured_tiles_give_the_results_of_the_pinned_ones(monkeypatch):
     for tuned in ("0", "1"):
         monkeypatch.setenv("GEN_FAST_AUTOTUNE", tuned)
         leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-        out = attention(*leaves, offsets, offsets)
+        out = attention(*leaves, AttentionOptions(offsets, offsets))
         results.append([out, *torch.autograd.grad(out.float().square().sum(), leaves)])
     for pinned, measured in zip(*results, strict=True):
         assert relative_error(measured, pinned) <= 2e-2

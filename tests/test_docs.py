@@ -72,7 +72,7 @@ def loaded_once(smollm2: Path) -> Iterator[None]:
         return encoder
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("embed.loading", "jobs.worker"):
+        for module in ("embed.loading", "jobs.settings"):
             patch.setattr(f"gen_fast.{module}.load", load)
         yield
 

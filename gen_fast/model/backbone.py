@@ -174,6 +174,8 @@ class Backbone:
 
         stream = append(self.embedding, special, ids)  # [T, h]
         normed = rms_norm(stream, self.layers[0].attention_norm, eps)
+        windows = config.windows
+        options: AttentionOptions | None = None  # layers that can share them
         for i, layer in enumerate(self.layers):
             last = i == len(self.layers) - 1
             q, k, v = self._qkv(layer, normed, cos, sin)
@@ -185,14 +187,10 @@ class Backbone:
                 q, stream = q[needed], stream[needed]
                 if not n_needed:
                     return stream, kept
-            prefix_k, prefix_v = (None, None) if prefix is None else prefix.layers[i]
-            options = AttentionOptions(
-                cu_needed if last else cu_seqlens,
-                cu_keys,
-                prefix_k,
-                prefix_v,
-                config.windows[i],
-            )
+            if prefix is not None or last or options is None or options.window != windows[i]:
+                prefix_k, prefix_v = (None, None) if prefix is None else prefix.layers[i]
+                cu_queries = cu_needed if last else cu_seqlens
+                options = AttentionOptions(cu_queries, cu_keys, prefix_k, prefix_v, windows[i])
             mixed = attention(q, k, v, options)
             mixed = linear(mixed.flatten(1), layer.out)
             normed, stream = add_rms_norm(mixed, stream, layer.mlp_norm, eps, inplace=True)

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         WeightsError,
     )
     from gen_fast.jobs.job import embed_columns, embed_corpus
+    from gen_fast.jobs.settings import Settings
     from gen_fast.search.build import build_index
     from gen_fast.search.corpus import open_index
 
@@ -44,6 +45,7 @@ _HOME = {
     "Adapter": "embed.adapter",
     "Encoder": "embed.encoder",
     "Reader": "embed.reading",
+    "Settings": "jobs.settings",
     "embed_columns": "jobs.job",
     "embed_corpus": "jobs.job",
     "encode": "embed.loading",
@@ -76,6 +78,7 @@ __all__ = [  # noqa: RUF022 - what people look for first stands first
     "encode",
     "embed_corpus",
     "embed_columns",
+    "Settings",
     "build_index",
     "open_index",
     "Encoder",

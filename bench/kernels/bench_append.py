@@ -1,7 +1,7 @@
 """Embedding of packed ids from two tables."""
 
 import torch
-from conftest import DEVICE, cases, provided, random
+from conftest import DEVICE, cases, provided, random, rows_of
 
 from gen_fast.ops.append import OP, append
 from gen_fast.ops.append.reference import append as plain
@@ -12,16 +12,17 @@ SPECIAL, TEXT = 20, 64  # special tokens, and tokens of a text with them
 @cases(OP)
 def bench_append(measure, size, dtype, mode, provider):
     trained = mode != "forward"
+    rows = rows_of(size, size.hidden, dtype)
     table = random(size.vocabulary, size.hidden, dtype=dtype)
     special = random(SPECIAL, size.hidden, dtype=dtype, grad=trained)
-    ids = torch.arange(size.rows, device=DEVICE) * 7919 % size.vocabulary
-    place = torch.arange(size.rows, device=DEVICE) % TEXT - (TEXT - SPECIAL)
+    ids = torch.arange(rows, device=DEVICE) * 7919 % size.vocabulary
+    place = torch.arange(rows, device=DEVICE) % TEXT - (TEXT - SPECIAL)
     ids = torch.where(place < 0, ids, size.vocabulary + place)
     row = size.hidden * table.element_size()
     measure(
         provided(provider, append, plain),
         plain,
         (table, special, ids),
-        moved_bytes=2 * size.rows * row + trained * size.rows * row * SPECIAL // TEXT,
-        flops=trained * size.rows * size.hidden * SPECIAL // TEXT,
+        moved_bytes=2 * rows * row + trained * rows * row * SPECIAL // TEXT,
+        flops=trained * rows * size.hidden * SPECIAL // TEXT,
     )

@@ -1,6 +1,6 @@
 """Residual add + RMSNorm, and the same with its rows quantised to int8."""
 
-from conftest import cases, provided, random
+from conftest import cases, provided, random, rows_of
 
 from gen_fast.ops.norm import OP, QUANTIZED, add_rms_norm, add_rms_norm_quantized
 from gen_fast.ops.norm.reference import add_rms_norm as plain_norm
@@ -21,8 +21,9 @@ def liger(x, residual, weight):
 @cases(OP, peers=["liger"])
 def bench_norm(measure, size, dtype, mode, provider):
     trained = mode != "forward"
-    x = random(size.rows, size.hidden, dtype=dtype, grad=trained)
-    residual = random(size.rows, size.hidden, dtype=dtype, scale=0.5, grad=trained)
+    rows = rows_of(size, size.hidden, dtype)
+    x = random(rows, size.hidden, dtype=dtype, grad=trained)
+    residual = random(rows, size.hidden, dtype=dtype, scale=0.5, grad=trained)
     weight = random(size.hidden, dtype=dtype)
     measure(
         provided(
@@ -41,14 +42,15 @@ def bench_norm(measure, size, dtype, mode, provider):
 
 @cases(QUANTIZED, modes=("forward",))
 def bench_norm_quantized(measure, size, dtype, mode, provider):
-    x = random(size.rows, size.hidden, dtype=dtype)
-    residual = random(size.rows, size.hidden, dtype=dtype, scale=0.5)
+    rows = rows_of(size, size.hidden, dtype)
+    x = random(rows, size.hidden, dtype=dtype)
+    residual = random(rows, size.hidden, dtype=dtype, scale=0.5)
     weight = random(size.hidden, dtype=dtype)
     measure(
         provided(provider, add_rms_norm_quantized, plain_quantized),
         plain_quantized,
         (x, residual, weight, 1e-6, "int8"),
-        moved_bytes=3 * x.nbytes + x.numel() + 4 * size.rows,
+        moved_bytes=3 * x.nbytes + x.numel() + 4 * rows,
         flops=8 * x.numel(),
         exact=lambda x, residual, weight, eps, _: plain_norm(x, residual, weight, eps),
         compared=lambda q, scale, total: (dequantize_rows(q, scale), total),

@@ -1,7 +1,7 @@
 """Final norm and mean of each text's compression tokens, without the projection: a product."""
 
 import torch
-from conftest import DEVICE, cases, provided, random
+from conftest import DEVICE, cases, provided, random, rows_of
 
 from gen_fast.ops.pool import OP, pool
 from gen_fast.ops.pool.reference import pool as plain
@@ -11,7 +11,8 @@ COMPRESSION = 10  # rows of a text
 
 @cases(OP, modes=("forward",))
 def bench_pool(measure, size, dtype, mode, provider):
-    texts = size.rows // 8
+    rows = rows_of(size, size.hidden, dtype)
+    texts = rows // COMPRESSION
     hidden = random(texts * COMPRESSION, size.hidden, dtype=dtype)
     offsets = torch.arange(texts + 1, device=DEVICE, dtype=torch.int32) * COMPRESSION
     norm = random(size.hidden, dtype=dtype)

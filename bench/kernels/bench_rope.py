@@ -1,7 +1,7 @@
 """Rotary embedding of the query and key heads, with Qwen3's norm where the model has it."""
 
 import torch
-from conftest import DEVICE, cases, provided, random
+from conftest import DEVICE, cases, provided, random, rows_of
 
 from gen_fast.ops.rope import OP, rope
 from gen_fast.ops.rope.reference import rope as plain
@@ -26,10 +26,11 @@ def bench_rope(measure, size, dtype, mode, provider):
     trained = mode != "forward"
     heads = size.heads + size.kv_heads
     # A view of the fused projection, as the backbone passes it.
-    fused = random(size.rows, heads + size.kv_heads, size.head_dim, dtype=dtype)
+    rows = rows_of(size, (heads + size.kv_heads) * size.head_dim, dtype)
+    fused = random(rows, heads + size.kv_heads, size.head_dim, dtype=dtype)
     x = fused[:, :heads].requires_grad_(trained)
-    angles = torch.arange(size.rows * size.head_dim // 2, device=DEVICE).float()
-    angles = angles.view(size.rows, -1) % 7
+    angles = torch.arange(rows * size.head_dim // 2, device=DEVICE).float()
+    angles = angles.view(rows, -1) % 7
     norm = random(heads, size.head_dim, dtype=dtype) if size.qk_norm else None
     measure(
         provided(

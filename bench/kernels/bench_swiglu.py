@@ -1,6 +1,6 @@
 """Gated activation, and the same with its rows quantised to int8."""
 
-from conftest import cases, provided, random
+from conftest import cases, provided, random, rows_of
 
 from gen_fast.ops.qlinear.reference import dequantize_rows
 from gen_fast.ops.swiglu import OP, QUANTIZED, swiglu, swiglu_quantized
@@ -17,7 +17,8 @@ def liger(gate_up):
 @cases(OP, peers=["liger"])
 def bench_swiglu(measure, size, dtype, mode, provider):
     trained = mode != "forward"
-    gate_up = random(size.rows, 2 * size.feed_forward, dtype=dtype, grad=trained)
+    rows = rows_of(size, 2 * size.feed_forward, dtype)
+    gate_up = random(rows, 2 * size.feed_forward, dtype=dtype, grad=trained)
     measure(
         provided(provider, swiglu, plain, {"liger": liger}),
         plain,
@@ -30,13 +31,14 @@ def bench_swiglu(measure, size, dtype, mode, provider):
 
 @cases(QUANTIZED, modes=("forward",))
 def bench_swiglu_quantized(measure, size, dtype, mode, provider):
-    gate_up = random(size.rows, 2 * size.feed_forward, dtype=dtype)
+    rows = rows_of(size, 2 * size.feed_forward, dtype)
+    gate_up = random(rows, 2 * size.feed_forward, dtype=dtype)
     values = gate_up.numel() // 2
     measure(
         provided(provider, swiglu_quantized, plain_quantized),
         plain_quantized,
         (gate_up, "int8"),
-        moved_bytes=gate_up.nbytes + values + 4 * size.rows,
+        moved_bytes=gate_up.nbytes + values + 4 * rows,
         flops=18 * values,
         exact=lambda gate_up, _: plain(gate_up),
         compared=lambda q, scale: (dequantize_rows(q, scale),),

@@ -36,9 +36,9 @@ MODES = ("forward", "forward+backward")
 
 @dataclass(frozen=True)
 class Size:
-    """A model's sizes and the rows of a batch: on a GPU enough to leave its L2 cache."""
+    """A model's sizes and the rows of a batch on a GPU: enough to leave its L2 cache."""
 
-    rows: int
+    rows: int  # on a CPU see `rows_of`
     hidden: int
     feed_forward: int
     heads: int
@@ -55,6 +55,18 @@ SIZES = {
         "qwen3-8b": Size(16384, 4096, 12288, 32, 8, 128, 151936, True),
     },
 }[DEVICE]
+
+
+# The largest input of a case on a CPU. With its results that is a last-level cache of 32 MiB several
+# times over: what stays in the cache between two runs looks faster than memory is.
+CPU_BYTES = 80 << 20
+
+
+def rows_of(size: Size, width: int, dtype: str) -> int:
+    """Rows of the case's largest input [rows, width]: on a CPU as many as exceed its caches."""
+    if DEVICE == "cuda":
+        return size.rows
+    return CPU_BYTES // (width * DTYPES[dtype].itemsize)
 
 
 # Other people's kernels: provider -> package. They need a GPU.
@@ -87,7 +99,10 @@ def cases(op: Op, modes: Sequence[str] = MODES, peers: Sequence[str] = ()) -> An
                 for provider in [*able, *compiled, *others]:
                     parameters.append(
                         pytest.param(
-                            *(SIZES[size], dtype, mode, provider),
+                            SIZES[size],
+                            dtype,
+                            mode,
+                            provider,
                             id=f"{size}-{dtype}-{mode}-{provider}",
                         )
                     )
@@ -208,8 +223,8 @@ def measure(benchmark: Any, expected: dict, request: Any):
             if not upstream:  # in the check, so that nothing is drawn while time is taken
                 upstream.extend(draws(x.shape, x.dtype) for x in outputs)
             grads = [x.to(y.dtype) for x, y in zip(upstream, outputs, strict=True)]
-            wanted = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
-            return *outputs, *torch.autograd.grad(outputs, wanted, grads)
+            trained_inputs = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
+            return *outputs, *torch.autograd.grad(outputs, trained_inputs, grads)
 
         results = compared(*step(run, copies(inputs)))
         case = (request.node.originalname, *(v for k, v in parameters.items() if k != "provider"))
@@ -263,7 +278,7 @@ def copies(inputs: Sequence[Any], dtype: torch.dtype | None = None) -> list[Any]
     def copy(x: Any) -> Any:
         if not isinstance(x, Tensor):
             return x
-        made = x.detach().clone().to(dtype if x.is_floating_point() else None)
-        return made.requires_grad_(x.requires_grad)
+        leaf = x.detach().clone().to(dtype if x.is_floating_point() else None)
+        return leaf.requires_grad_(x.requires_grad)
 
     return [copy(x) for x in inputs]

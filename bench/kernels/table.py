@@ -1,10 +1,13 @@
 """A table and a plot of what `pytest bench/kernels --benchmark-json FILE` wrote, or gpu_check.py.
 
+FILE may also be what --rows has written.
+
 python bench/kernels/table.py FILE [--plot PNG]
 """
 
 import argparse
 import json
+import statistics
 from collections import defaultdict
 from pathlib import Path
 
@@ -20,13 +23,13 @@ def main() -> None:
     if "benchmarks" in report:
         rows = [b["extra_info"] for b in report["benchmarks"]]
     else:
-        rows = report["kernels"]
+        rows = report["kernels"] if "kernels" in report else report["rows"]
     if args.rows:
         machine = report["machine_info"]
-        made = {"cpu": machine["cpu"].get("brand_raw", "unknown")}
-        made |= {name: machine.get(name) for name in ("torch", "threads")}
-        made |= {"commit": report["commit_info"]["id"], "date": report["datetime"]}
-        args.rows.write_text(json.dumps({**made, "rows": rows}, indent=1) + "\n")
+        header = {"cpu": machine["cpu"].get("brand_raw", "unknown")}
+        header |= {name: machine.get(name) for name in ("torch", "threads")}
+        header |= {"commit": report["commit_info"]["id"], "date": report["datetime"]}
+        args.rows.write_text(json.dumps({**header, "rows": rows}, indent=1) + "\n")
     cases = defaultdict(dict)
     for row in rows:
         if "p50" not in row:  # it was interrupted, or its check failed
@@ -51,25 +54,58 @@ def main() -> None:
         plot(cases, args.plot)
 
 
+OURS = {"cpu": "gen_fast, C++", "triton": "gen_fast, Triton", "cuda": "gen_fast, CUDA"}
+PEERS = {
+    "reference": "PyTorch, eager",
+    "torch.compile": "PyTorch, torch.compile",
+    "sdpa": "PyTorch, flash attention for CPUs",
+    "flash-attention": "FlashAttention 2",
+    "varlen": "FlashAttention 2, torch.nn.attention.varlen",
+    "varlen-fa3": "FlashAttention 3",
+    "flex-attention": "FlexAttention",
+    "liger": "Liger-Kernel",
+    "cut-cross-entropy": "Cut Cross-Entropy",
+}
+
+
 def plot(cases: dict, target: Path) -> None:
-    """Share of the roofline by case and provider."""
+    """Share of the roofline by case and provider, with what it comes to as the title."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    providers = sorted({name for rows in cases.values() for name in rows})
-    figure, axis = plt.subplots(figsize=(9, 0.32 * len(cases) + 1.5))
+    names = {**OURS, **PEERS}
+    measured = {name for rows in cases.values() for name in rows}
+    providers = [name for name in names if name in measured]
+    figure, axis = plt.subplots(figsize=(9, 0.16 * len(providers) * len(cases) + 1.5))
     height = 0.8 / len(providers)
     for i, provider in enumerate(providers):
         ys = [y for y, rows in enumerate(cases.values()) if provider in rows]
-        xs = [rows[provider]["roofline_share"] for rows in cases.values() if provider in rows]
-        axis.barh([y + i * height for y in ys], xs, height, label=provider)
+        xs = [100 * rows[provider]["roofline_share"] for rows in cases.values() if provider in rows]
+        label = names[provider]
+        axis.barh([y + i * height for y in ys], xs, height, label=label)
     axis.set_yticks([y + 0.4 for y in range(len(cases))])
     axis.set_yticklabels([" ".join(filter(None, key)) for key in cases], fontsize=7)
-    axis.set_xlabel("share of the roofline (copy bandwidth or matmul peak of this machine)")
+    axis.set_ylabel("op, model, case, dtype, mode")
+    axis.set_xlabel("% of the roofline: this machine's copy bandwidth or matmul peak")
+    axis.set_xlim(left=0)
+    axis.axvline(100, color="black", linewidth=0.8)
     axis.invert_yaxis()
     axis.legend(fontsize=7)
+    ours, peers = (
+        statistics.median(
+            max(100 * rows[name]["roofline_share"] for name in group if name in rows)
+            for rows in cases.values()
+            if any(name in rows for name in group)
+        )
+        for group in (OURS, PEERS)
+    )
+    axis.set_title(
+        f"gen_fast's kernels reach {ours:.0f}% of the roofline, the best peer {peers:.0f}%"
+        " (medians over the cases)",
+        fontsize=10,
+    )
     figure.tight_layout()
     figure.savefig(target, dpi=130)
 

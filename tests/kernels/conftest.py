@@ -1,4 +1,13 @@
-"""Every test of an op runs for every implementation that can run here, on the CPU and on a GPU."""
+"""Every test of an op runs for every implementation that can run here, on the CPU and on a GPU.
+
+In Triton's interpreter, where a case takes seconds, a test runs for every pair of its parameters'
+values; the other combinations are slow tests. On a GPU and in C++ all of them run.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import combinations
+from typing import Any
 
 import pytest
 import torch
@@ -35,6 +44,38 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             metafunc.parametrize(("device", name, "row_format"), cases)
         else:
             metafunc.parametrize(("device", name), cases)
+
+
+@pytest.hookimpl(tryfirst=True)  # before slow tests are left out
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as slow what runs in Triton's interpreter and adds no pair of values."""
+    tests: dict[str, list[tuple[pytest.Item, dict[str, Any]]]] = defaultdict(list)
+    for item in items:
+        spec = getattr(item, "callspec", None)
+        if spec is None or "tests/kernels" not in item.nodeid:
+            continue
+        values = dict(spec.params)
+        impls = [values.pop(name, None) for name in ("impl", "grad_impl", "quantized_impl")]
+        if "triton" in impls and values.pop("device") == "cpu":
+            tests[item.nodeid.partition("[")[0]].append((item, values))
+    for cases in tests.values():
+        kept = pairwise([values for _, values in cases])
+        for number, (item, _) in enumerate(cases):
+            if number not in kept:
+                item.add_marker(pytest.mark.slow)
+
+
+def pairwise(cases: Sequence[dict[str, Any]]) -> set[int]:
+    """Numbers of cases that together have every pair of parameter values that occurs."""
+    pairs = [set(combinations([(name, str(x)) for name, x in c.items()], 2)) for c in cases]
+    if any(len(case) < 2 for case in cases):
+        return set(range(len(cases)))
+    kept, missing = set(), set().union(*pairs)
+    while missing:
+        best = max(range(len(cases)), key=lambda number: len(pairs[number] & missing))
+        kept.add(best)
+        missing -= pairs[best]
+    return kept
 
 
 def with_format(op: Op, case: ParameterSet, row_format: str) -> ParameterSet:

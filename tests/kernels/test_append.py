@@ -57,7 +57,7 @@ def test_an_id_of_neither_table_is_an_error(checked):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rows", [0, 3, 1000])
+@pytest.mark.parametrize("rows", [0, 3, 600])  # 16 · 32 rows are one turn of Triton's loop
 def test_gradient_reaches_the_special_rows_only(rows, dtype, device, grad_impl):
     torch.manual_seed(0)
     table, special = torch.randn(7, 130).to(dtype), torch.randn(4, 130).to(dtype)

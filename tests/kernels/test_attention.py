@@ -75,7 +75,7 @@ def test_ragged_texts(size, n_prefix, dtype, device, impl):
 @pytest.mark.parametrize("size", [64, 80, 96, 128, 256])
 def test_gradient(size, n_prefix, dtype, device, grad_impl):
     counts = [1, 63, 5, 70]
-    check_backward(inputs(counts, counts, n_prefix, 6, 2, size, dtype), device, grad_impl)
+    check_backward(inputs(counts, counts, n_prefix, 4, 2, size, dtype), device, grad_impl)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -104,12 +104,6 @@ def test_gradient_with_a_sliding_window(window, dtype, device, grad_impl):
     check_backward(arguments, device, grad_impl, window=window)
 
 
-def implementations_of(mask):
-    return [name for name in OP.implementations("cpu") if name != "sdpa"] + [
-        pytest.param("cuda", marks=pytest.mark.gpu, id=f"cuda-triton-{mask}")
-    ]
-
-
 MASKED = {
     "bidirectional": {"mask": "bidirectional"},
     # Blocks at the front, in the middle, at the end, of one token, and none at all.
@@ -120,21 +114,17 @@ MASKED = {
 }
 
 
-# Not every combination: Triton's interpreter takes seconds for one.
-MASKED_SIZES = [(size, 37, dtype) for size in (64, 128) for dtype in DTYPES]
-MASKED_SIZES += [(size, 37, torch.bfloat16) for size in (80, 96, 256)]
-MASKED_SIZES += [(64, 0, torch.float32), (64, 1, torch.bfloat16), (128, 0, torch.bfloat16)]
-
-
-@pytest.mark.parametrize("where", implementations_of("both"))
-@pytest.mark.parametrize(("size", "n_prefix", "dtype"), MASKED_SIZES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n_prefix", [0, 1, 37])
+@pytest.mark.parametrize("size", [64, 80, 128, 256])
 @pytest.mark.parametrize("mask", MASKED)
-def test_other_masks(mask, size, n_prefix, dtype, where):
-    device, impl = ("cuda", "triton") if where == "cuda" else ("cpu", where)
+def test_other_masks(mask, size, n_prefix, dtype, device, grad_impl):
+    if grad_impl == "sdpa":
+        pytest.skip("is causal")
     counts = [1, 63, 5, 70, 33]
-    check(inputs(counts, counts, n_prefix, 6, 2, size, dtype), device, impl, **MASKED[mask])
-    few = inputs([1, 7, 5, 0, 33], counts, n_prefix, 6, 2, size, dtype)
-    check_backward(few, device, impl, **MASKED[mask])
+    check(inputs(counts, counts, n_prefix, 4, 2, size, dtype), device, grad_impl, **MASKED[mask])
+    few = inputs([1, 7, 5, 0, 33], counts, n_prefix, 4, 2, size, dtype)
+    check_backward(few, device, grad_impl, **MASKED[mask])
 
 
 @pytest.mark.gpu
@@ -279,13 +269,13 @@ def test_log_sum_exp(device, impl):
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (14, 2), (32, 1), (200, 1)])
 def test_group_sizes(heads, kv_heads, device, impl):
-    counts = [70, 3, 40]
+    counts = [70, 3, 40] if heads < 200 else [5, 2]
     check(inputs(counts, counts, 9, heads, kv_heads, 64, torch.bfloat16), device, impl)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (14, 2), (200, 1)])
 def test_gradient_of_group_sizes(heads, kv_heads, device, grad_impl):
-    counts = [40, 3]
+    counts = [40, 3] if heads < 200 else [3, 1]
     arguments = inputs(counts, counts, 9, heads, kv_heads, 64, torch.float32)
     check_backward(arguments, device, grad_impl)
 

@@ -99,8 +99,7 @@ def _overhead(args: argparse.Namespace) -> dict[str, Any]:
 
         seconds = interleaved(
             {"job": job, "encode": encode, "encode at once": encode_at_once},
-            args.rounds,
-            lambda: None,
+            args.rounds
         )
     return {
         "texts": len(texts),

@@ -13,7 +13,9 @@ import torch
 
 
 def interleaved(
-    providers: dict[str, Callable[[], object]], rounds: int, before_each: Callable[[], None]
+    providers: dict[str, Callable[[], object]],
+    rounds: int,
+    before_each: Callable[[], object] = lambda: None,
 ) -> dict[str, list[float]]:
     """Seconds of each provider in each round; one round runs every provider once, in turn."""
     seconds: dict[str, list[float]] = {name: [] for name in providers}

@@ -156,8 +156,7 @@ def _scaling(args: argparse.Namespace) -> list[dict]:
             batch = make_batch("equal", **{axis: value})
             seconds = interleaved(
                 {name: lambda step=step, b=batch: step(b) for name, step in made.items()},
-                1,
-                lambda: None,
+                1
             )
             points += [
                 {

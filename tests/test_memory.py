@@ -68,17 +68,19 @@ print(next(int(x.split()[1]) for x in lines if x.startswith("VmHWM")) / 1024)
 """
 
 
+def peak_of_job(model, corpus, out):
+    """Megabytes that a process takes at most while it runs a job."""
+    command = [sys.executable, "-c", JOB, str(model), str(corpus), str(out)]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
 def test_a_job_of_ten_times_the_rows_takes_at_most_50_mb_more(tiny_model, tmp_path):
     peaks = []
     for count in (20_000, 200_000):
         corpus = tmp_path / f"{count}.jsonl"
         with corpus.open("w") as file:
             file.writelines(f'{{"id": "row-{i}", "text": "text {i}"}}\n' for i in range(count))
-        done = subprocess.run(
-            [sys.executable, "-c", JOB, str(tiny_model), str(corpus), str(tmp_path / f"o{count}")],
-            capture_output=True, text=True, check=True,
-        )  # fmt: skip
-        peaks.append(float(done.stdout))
+        peaks.append(peak_of_job(tiny_model, corpus, tmp_path / f"o{count}"))
     assert peaks[1] - peaks[0] < 50, peaks
 
 
@@ -90,11 +92,7 @@ def test_a_line_of_150_mb_is_rejected_without_being_held(tiny_model, tmp_path):
             file.write('{"id": "a", "text": "one"}\n{"id": "b", "text": "')
             file.write("x " * (size // 2))
             file.write('"}\n{"id": "c", "text": "two"}\n')
-        done = subprocess.run(
-            [sys.executable, "-c", JOB, str(tiny_model), str(corpus), str(tmp_path / f"o{size}")],
-            capture_output=True, text=True, check=True,
-        )  # fmt: skip
-        peaks.append(float(done.stdout))
+        peaks.append(peak_of_job(tiny_model, corpus, tmp_path / f"o{size}"))
     assert peaks[1] - peaks[0] < 60, peaks
     (rejected,) = (tmp_path / "o150000000" / "rejected.jsonl").read_text().splitlines()
     assert "a line of more than" in rejected

@@ -13,6 +13,7 @@ from gen_fast.embed.choices import DEFAULT_MODEL
 from gen_fast.jobs.choices import DEFAULT_SPLIT
 
 if TYPE_CHECKING:
+    from gen_fast.io.text_files import Texts
     from gen_fast.training.answers import Shard
 
 
@@ -46,7 +47,6 @@ def generate(
 ) -> None:
     """Let the model answer queries: a row each, continued where it stopped."""
     from gen_fast.embed.loading import load_generator
-    from gen_fast.io.text_files import read_texts
     from gen_fast.model.generation import Sampling
     from gen_fast.training.answers import generate_answers, write_own_queries
 
@@ -57,13 +57,7 @@ def generate(
     part = _shard(shard)
     logging.getLogger("gen_fast").setLevel(logging.ERROR if quiet else logging.WARNING)
     if source is not None:
-        queries = read_texts(
-            source,
-            file_format=file_format,
-            text_column=text_column,
-            id_column=id_column,
-            split=split,
-        )
+        queries = _read_queries(source, file_format, text_column, id_column, split)
     generator = load_generator(
         model or DEFAULT_MODEL,
         device=options.checked_device(device),
@@ -76,6 +70,20 @@ def generate(
         own = out.with_name(f"{out.stem}.queries.jsonl")
         queries = write_own_queries(self_queries, own, generator, show_progress_bar=not quiet)
     generate_answers(queries, out, generator, shard=part, show_progress_bar=not quiet)
+
+
+def _read_queries(
+    source: str, file_format: str | None, text_column: str | None, id_column: str | None, split: str
+) -> "Texts":
+    from gen_fast.io.text_files import read_texts
+
+    return read_texts(
+        source,
+        file_format=file_format,
+        text_column=text_column,
+        id_column=id_column,
+        split=split,
+    )
 
 
 def _shard(text: str) -> "Shard":
@@ -163,7 +171,6 @@ def train(
     the stages one by one, the last with torchrun and training/train.py.
     """
     from gen_fast.embed.loading import load_generator
-    from gen_fast.io.text_files import read_texts
     from gen_fast.training.answers import write_own_queries
     from gen_fast.training.config import parse_flags, read_config
     from gen_fast.training.recipe import run_recipe
@@ -185,13 +192,7 @@ def train(
     flags = {name: value for name, value in flags.items() if value is not None}
     settings = read_config(config, {**parse_flags(context.args), **flags, **outputs})
     if source is not None:
-        queries = read_texts(
-            source,
-            file_format=file_format,
-            text_column=text_column,
-            id_column=id_column,
-            split=split,
-        )
+        queries = _read_queries(source, file_format, text_column, id_column, split)
     generator = load_generator(
         settings.backbone,
         device=options.checked_device(settings.device),

@@ -48,7 +48,7 @@ class Layout(Protocol):
 
 
 class _OneText:
-    """What layouts of the prompt and the text once have in common."""
+    """What layouts that begin with the prompt and the text have in common."""
 
     def __init__(self, text: TextTokenizer) -> None:
         self._text = text
@@ -139,18 +139,13 @@ class WrittenAnswer(OwnTokens):
         return super().__call__([answer.text for answer in answers], first_row)
 
 
-class Echo:
+class Echo(_OneText):
     """The text twice, pooled over the second copy. Each copy gets half of max_length."""
 
     def __init__(self, tokenizer: Tokenizer, prompt: str, max_length: int) -> None:
         half = max_length // 2
-        self._first = TextTokenizer(tokenizer, prompt + ECHO_FIRST, half)
+        super().__init__(TextTokenizer(tokenizer, prompt + ECHO_FIRST, half))
         self._second = TextTokenizer(tokenizer, ECHO_SECOND, half, add_special_tokens=False)
-
-    @property
-    def prompt_ids(self) -> np.ndarray:
-        """See Layout."""
-        return self._first.prompt_ids
 
     @property
     def truncated(self) -> int:
@@ -159,7 +154,7 @@ class Echo:
 
     def __call__(self, texts: Sequence[str], first_row: int) -> Sequences:
         """See Layout. Raises TextError for a text without a token of its own."""
-        first, shared = self._first(texts)
+        first, shared = self._text(texts)
         second, template = self._second(texts)
         own = np.array([len(row) for row in second], dtype=np.int64) - template
         _refuse_empty(own, "echo", first_row)

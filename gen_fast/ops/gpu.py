@@ -3,6 +3,7 @@
 Importing this module does not import Triton; the kernels of an op are imported when it first runs.
 """
 
+import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -73,9 +74,36 @@ class Tile:
         return {**self.blocks, "num_warps": self.warps, "num_stages": self.stages}
 
 
+def deferred(module: str, function: str) -> Callable[..., Any]:
+    """A function of `gen_fast.ops.<module>`, which imports Triton: imported when it first runs."""
+
+    @cache
+    def loaded() -> Callable[..., Any]:
+        run: Callable[..., Any] = getattr(
+            importlib.import_module(f"gen_fast.ops.{module}"), function
+        )
+        return run
+
+    return lambda *args, **options: loaded()(*args, **options)
+
+
 def launch(kernel: Any, grid: Any, *arguments: Any, **constants: Any) -> None:
     """Run a Triton kernel over `grid`, a tuple or a function of the constants."""
     kernel[grid](*arguments, **constants)
+
+
+def launch_rows(
+    kernel: Any, shape: tuple[int, int], *arguments: Any, least_warps: int = 1, **constants: Any
+) -> None:
+    """Run a kernel that keeps a row in registers: one program for each row of `shape` (rows, size).
+
+    BLOCK and the warps follow from the size of a row. Nothing is run for no rows.
+    """
+    rows, size = shape
+    if rows and size:
+        block = power_of_two(size)
+        warps = max(least_warps, row_warps(block))
+        launch(kernel, (rows,), *arguments, **constants, BLOCK=block, num_warps=warps)
 
 
 def launch_tiled(

@@ -60,18 +60,8 @@ def _cuda(table: Tensor, special: Tensor | None, ids: Tensor) -> Tensor:
     return out
 
 
-@OP.register(TRITON, gpu.supports)
-def _triton(table: Tensor, special: Tensor | None, ids: Tensor) -> Tensor:
-    from . import triton_kernel
-
-    return triton_kernel.append(table, special, ids)
-
-
-@BACKWARD.register(TRITON, gpu.supports)
-def _triton_backward(grad: Tensor, ids: Tensor, vocabulary: int, special: int) -> Tensor:
-    from . import triton_kernel
-
-    return triton_kernel.append_backward(grad, ids, vocabulary, special)
+OP.register(TRITON, gpu.supports)(gpu.deferred("append.triton_kernel", "append"))
+BACKWARD.register(TRITON, gpu.supports)(gpu.deferred("append.triton_kernel", "append_backward"))
 
 
 @OP.register(CPP, native.cpp)

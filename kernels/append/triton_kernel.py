@@ -62,24 +62,21 @@ def append(table: Tensor, special: Tensor | None, ids: Tensor) -> Tensor:
     special = None if special is None else adjacent(special)
     rows, size = ids.shape[0], table.shape[1]
     out = table.new_empty(rows, size)
-    if out.numel():
-        block = gpu.power_of_two(size)
-        gpu.launch(
-            _forward,
-            (rows,),
-            table,
-            special,
-            ids.contiguous(),
-            out,
-            table.shape[0],
-            0 if special is None else special.shape[0],
-            size,
-            table.stride(0),
-            0 if special is None else special.stride(0),
-            HAS_SPECIAL=special is not None,
-            BLOCK=block,
-            num_warps=gpu.row_warps(block),
-        )
+    n_special, stride = (0, 0) if special is None else (special.shape[0], special.stride(0))
+    gpu.launch_rows(
+        _forward,
+        (rows, size),
+        table,
+        special,
+        ids.contiguous(),
+        out,
+        table.shape[0],
+        n_special,
+        size,
+        table.stride(0),
+        stride,
+        HAS_SPECIAL=special is not None,
+    )
     return out
 
 

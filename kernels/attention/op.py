@@ -1,5 +1,6 @@
 """Schemas, gradient and choice of implementation for attention."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -79,36 +80,28 @@ OP.register(SDPA, _sdpa_supports)(sdpa.attention)
 BACKWARD.register(SDPA, _sdpa_supports)(sdpa.attention_backward)
 
 
-@OP.register(TRITON, gpu.supports)
-def _triton(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> tuple[Tensor, Tensor]:
-    from . import triton_kernel
-
-    return triton_kernel.attention(q, k, v, options)
-
-
-@BACKWARD.register(TRITON, gpu.supports)
-def _triton_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    options: AttentionOptions,
-) -> tuple[Tensor, Tensor, Tensor]:
-    from . import triton_backward
-
-    return triton_backward.attention_backward(dout, q, k, v, out, lse, options)
+OP.register(TRITON, gpu.supports)(gpu.deferred("attention.triton_kernel", "attention"))
+BACKWARD.register(TRITON, gpu.supports)(
+    gpu.deferred("attention.triton_backward", "attention_backward")
+)
 
 
 def _run_cpp(
-    q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions, out: Tensor, lse: Tensor | None
+    function: Callable[..., None],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    options: AttentionOptions,
+    out: Tensor,
+    lse: Tensor | None,
+    *gradients: int,
 ) -> None:
+    """Call a function of gen_fast._C. gradients: addresses of dout, dq, dk and dv, for theirs."""
     rows, heads, size = q.shape
     q, q_stride = dense_rows_and_stride(q, size)
     k, k_stride = dense_rows_and_stride(k, size)
     v, v_stride = dense_rows_and_stride(v, size)
-    native.module().attention(
+    function(
         options.cpp[0],
         q.dtype == torch.bfloat16,
         q.data_ptr(),
@@ -123,6 +116,7 @@ def _run_cpp(
         heads,
         k.size(1),
         size,
+        *gradients,
     )
 
 
@@ -130,7 +124,7 @@ def _cpp_inference(
     q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions
 ) -> tuple[Tensor, None]:
     out = native.empty_like(q)
-    _run_cpp(q, k, v, options, out, None)
+    _run_cpp(native.module().attention, q, k, v, options, out, None)
     return out, None
 
 
@@ -138,47 +132,18 @@ def _cpp_inference(
 def _cpp(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> tuple[Tensor, Tensor]:
     out = native.empty_like(q)
     lse = q.new_empty(q.size(0), q.size(1), dtype=torch.float32)
-    _run_cpp(q, k, v, options, out, lse)
+    _run_cpp(native.module().attention, q, k, v, options, out, lse)
     return out, lse
 
 
 @BACKWARD.register(CPP, native.cpp)
-def _cpp_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    options: AttentionOptions,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _cpp_backward(dout: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v, out, lse, options = inputs
     # Keys without queries, and padding rows, have no gradient.
     dq, dk, dv = (x.new_zeros(x.shape) for x in (q, k, v))
     dout, out, lse = dout.contiguous(), out.contiguous(), lse.contiguous()
-    rows, heads, size = q.shape
-    q, q_stride = dense_rows_and_stride(q, size)
-    k, k_stride = dense_rows_and_stride(k, size)
-    v, v_stride = dense_rows_and_stride(v, size)
-    native.module().attention_backward(
-        options.cpp[0],
-        q.dtype == torch.bfloat16,
-        q.data_ptr(),
-        k.data_ptr(),
-        v.data_ptr(),
-        q_stride,
-        k_stride,
-        v_stride,
-        out.data_ptr(),
-        lse.data_ptr(),
-        rows,
-        heads,
-        k.size(1),
-        size,
-        dout.data_ptr(),
-        dq.data_ptr(),
-        dk.data_ptr(),
-        dv.data_ptr(),
-    )
+    gradients = (x.data_ptr() for x in (dout, dq, dk, dv))
+    _run_cpp(native.module().attention_backward, q, k, v, options, out, lse, *gradients)
     return dq, dk, dv
 
 

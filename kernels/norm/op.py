@@ -107,31 +107,13 @@ def _cuda_quantized(
     return out, scales, total
 
 
-@OP.register(TRITON, gpu.supports)
-def _triton(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, inplace: bool = False
-) -> tuple[Tensor, Tensor]:
-    from . import triton_kernel
-
-    return triton_kernel.add_rms_norm(x, residual, weight, eps, inplace=inplace)
+OP.register(TRITON, gpu.supports)(gpu.deferred("norm.triton_kernel", "add_rms_norm"))
+BACKWARD.register(TRITON, gpu.supports)(gpu.deferred("norm.triton_kernel", "add_rms_norm_backward"))
 
 
-@BACKWARD.register(TRITON, gpu.supports)
-def _triton_backward(
-    grad_normed: Tensor, grad_total: Tensor, total: Tensor, weight: Tensor, eps: float
-) -> Tensor:
-    from . import triton_kernel
-
-    return triton_kernel.add_rms_norm_backward(grad_normed, grad_total, total, weight, eps)
-
-
-@QUANTIZED.register(TRITON, gpu.supports)
-def _triton_quantized(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, row_format: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    from . import triton_kernel
-
-    return triton_kernel.add_rms_norm_quantized(x, residual, weight, eps, row_format)
+QUANTIZED.register(TRITON, gpu.supports)(
+    gpu.deferred("norm.triton_kernel", "add_rms_norm_quantized")
+)
 
 
 @OP.register(CPP, native.cpp)

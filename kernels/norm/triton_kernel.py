@@ -77,23 +77,8 @@ def add_rms_norm(
     rows, size = x.shape
     total = residual if inplace and residual.is_contiguous() else torch.empty_like(x)
     out = x.new_empty(rows, size)
-    if out.numel():
-        block = gpu.power_of_two(size)
-        gpu.launch(
-            _forward,
-            (rows,),
-            x,
-            residual,
-            weight,
-            total,
-            out,
-            size,
-            x.stride(0),
-            residual.stride(0),
-            eps,
-            BLOCK=block,
-            num_warps=gpu.row_warps(block),
-        )
+    strides = x.stride(0), residual.stride(0)
+    gpu.launch_rows(_forward, (rows, size), x, residual, weight, total, out, size, *strides, eps)
     return out, total
 
 
@@ -105,25 +90,9 @@ def add_rms_norm_quantized(
     rows, size = x.shape
     total = x.new_empty(rows, size)
     out, scales = empty_quantized(x, size, row_format)
-    if out.numel():
-        block = gpu.power_of_two(size)
-        gpu.launch(
-            _quantized,
-            (rows,),
-            x,
-            residual,
-            weight,
-            total,
-            out,
-            scales,
-            size,
-            x.stride(0),
-            residual.stride(0),
-            eps,
-            LARGEST=LARGEST[row_format],
-            BLOCK=block,
-            num_warps=gpu.row_warps(block),
-        )
+    strides, largest = (x.stride(0), residual.stride(0)), LARGEST[row_format]
+    inputs = x, residual, weight, total, out, scales, size, *strides, eps
+    gpu.launch_rows(_quantized, (rows, size), *inputs, LARGEST=largest)
     return out, scales, total
 
 
@@ -134,22 +103,7 @@ def add_rms_norm_backward(
     grad_normed, grad_total, total = map(adjacent, (grad_normed, grad_total, total))
     rows, size = total.shape
     out = total.new_empty(rows, size)
-    if out.numel():
-        block = gpu.power_of_two(size)
-        gpu.launch(
-            _backward,
-            (rows,),
-            grad_normed,
-            grad_total,
-            total,
-            weight.contiguous(),
-            out,
-            size,
-            grad_normed.stride(0),
-            grad_total.stride(0),
-            total.stride(0),
-            eps,
-            BLOCK=block,
-            num_warps=gpu.row_warps(block),
-        )
+    strides = grad_normed.stride(0), grad_total.stride(0), total.stride(0)
+    inputs = grad_normed, grad_total, total, weight.contiguous(), out, size, *strides, eps
+    gpu.launch_rows(_backward, (rows, size), *inputs)
     return out

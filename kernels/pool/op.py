@@ -11,11 +11,7 @@ from . import reference
 
 
 def _check(
-    hidden: Tensor,
-    cu_seqlens: Tensor,
-    norm_weight: Tensor,
-    eps: float,
-    row_weights: Tensor | None,
+    hidden: Tensor, cu_seqlens: Tensor, norm_weight: Tensor, eps: float, row_weights: Tensor | None
 ) -> None:
     if hidden.dim() != 2 or cu_seqlens.dim() != 1 or hidden.shape[1:] != norm_weight.shape:
         raise OpError(
@@ -44,11 +40,7 @@ OP.register(REFERENCE)(reference.pool)
 # measured yet.
 @OP.register(CUDA, native.cuda)
 def _cuda(
-    hidden: Tensor,
-    cu_seqlens: Tensor,
-    norm_weight: Tensor,
-    eps: float,
-    row_weights: Tensor | None,
+    hidden: Tensor, cu_seqlens: Tensor, norm_weight: Tensor, eps: float, row_weights: Tensor | None
 ) -> Tensor:
     hidden, norm_weight = native.aligned(hidden), native.aligned(norm_weight.to(hidden.dtype))
     cu_seqlens = cu_seqlens.to(torch.int32).contiguous()
@@ -69,26 +61,12 @@ def _cuda(
     return out
 
 
-@OP.register(TRITON, gpu.supports)
-def _triton(
-    hidden: Tensor,
-    cu_seqlens: Tensor,
-    norm_weight: Tensor,
-    eps: float,
-    row_weights: Tensor | None,
-) -> Tensor:
-    from . import triton_kernel
-
-    return triton_kernel.pool(hidden, cu_seqlens, norm_weight, eps, row_weights)
+OP.register(TRITON, gpu.supports)(gpu.deferred("pool.triton_kernel", "pool"))
 
 
 @OP.register(CPP, native.cpp)
 def _cpp(
-    hidden: Tensor,
-    cu_seqlens: Tensor,
-    norm_weight: Tensor,
-    eps: float,
-    row_weights: Tensor | None,
+    hidden: Tensor, cu_seqlens: Tensor, norm_weight: Tensor, eps: float, row_weights: Tensor | None
 ) -> Tensor:
     hidden, cu_seqlens = hidden.contiguous(), cu_seqlens.int().contiguous()
     if norm_weight.dtype != hidden.dtype:

@@ -7,11 +7,7 @@ from gen_fast.ops.norm.reference import rms_norm
 
 
 def pool(
-    hidden: Tensor,
-    cu_seqlens: Tensor,
-    norm_weight: Tensor,
-    eps: float,
-    row_weights: Tensor | None,
+    hidden: Tensor, cu_seqlens: Tensor, norm_weight: Tensor, eps: float, row_weights: Tensor | None
 ) -> Tensor:
     """Weighted mean [B, h] of the normed rows of each text. See `op.pool`."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)

@@ -35,31 +35,24 @@ def _forward(
 
 
 def pool(
-    hidden: Tensor,
-    cu_seqlens: Tensor,
-    norm_weight: Tensor,
-    eps: float,
-    row_weights: Tensor | None,
+    hidden: Tensor, cu_seqlens: Tensor, norm_weight: Tensor, eps: float, row_weights: Tensor | None
 ) -> Tensor:
     """See `op.pool`."""
     hidden = adjacent(hidden)
     texts, size = cu_seqlens.shape[0] - 1, hidden.shape[1]
     out = hidden.new_empty(texts, size, dtype=torch.float32)
-    if out.numel():
-        block = gpu.power_of_two(size)
-        gpu.launch(
-            _forward,
-            (texts,),
-            hidden,
-            cu_seqlens.contiguous(),
-            norm_weight.contiguous(),
-            None if row_weights is None else row_weights.contiguous(),
-            out,
-            size,
-            hidden.stride(0),
-            eps,
-            HAS_WEIGHTS=row_weights is not None,
-            BLOCK=block,
-            num_warps=max(4, gpu.row_warps(block)),
-        )
+    gpu.launch_rows(
+        _forward,
+        (texts, size),
+        hidden,
+        cu_seqlens.contiguous(),
+        norm_weight.contiguous(),
+        None if row_weights is None else row_weights.contiguous(),
+        out,
+        size,
+        hidden.stride(0),
+        eps,
+        HAS_WEIGHTS=row_weights is not None,
+        least_warps=4,
+    )
     return out

@@ -42,11 +42,7 @@ OP = Op(
 OP.register(REFERENCE)(reference.quantize_rows)
 
 
-@OP.register(TRITON, gpu.supports)
-def _triton(x: Tensor, row_format: str) -> tuple[Tensor, Tensor]:
-    from . import triton_kernel
-
-    return triton_kernel.quantize_rows(x, row_format)
+OP.register(TRITON, gpu.supports)(gpu.deferred("qlinear.triton_kernel", "quantize_rows"))
 
 
 @OP.register(CPP, cpp_supports)

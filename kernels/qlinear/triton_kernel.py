@@ -50,18 +50,7 @@ def quantize_rows(x: Tensor, row_format: str) -> tuple[Tensor, Tensor]:
     """See `op.quantize_rows`."""
     x = adjacent(x)
     out, scales = empty_quantized(x, x.shape[1], row_format)
-    if out.numel():
-        block = gpu.power_of_two(x.shape[1])
-        gpu.launch(
-            _quantize,
-            (len(x),),
-            x,
-            out,
-            scales,
-            x.shape[1],
-            x.stride(0),
-            LARGEST=LARGEST[row_format],
-            BLOCK=block,
-            num_warps=gpu.row_warps(block),
-        )
+    rows, size = x.shape
+    inputs = x, out, scales, size, x.stride(0)
+    gpu.launch_rows(_quantize, (rows, size), *inputs, LARGEST=LARGEST[row_format])
     return out, scales

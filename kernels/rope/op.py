@@ -41,22 +41,8 @@ OP.register(REFERENCE)(reference.rope)
 BACKWARD.register(REFERENCE)(reference.rope_backward)
 
 
-@OP.register(TRITON, gpu.supports)
-def _triton(
-    x: Tensor, cos: Tensor, sin: Tensor, norm: Tensor | None, eps: float, *, inplace: bool = False
-) -> Tensor:
-    from . import triton_kernel
-
-    return triton_kernel.rope(x, cos, sin, norm, eps, inplace=inplace)
-
-
-@BACKWARD.register(TRITON, gpu.supports)
-def _triton_backward(
-    grad: Tensor, x: Tensor | None, cos: Tensor, sin: Tensor, norm: Tensor | None, eps: float
-) -> Tensor:
-    from . import triton_kernel
-
-    return triton_kernel.rope_backward(grad, x, cos, sin, norm, eps)
+OP.register(TRITON, gpu.supports)(gpu.deferred("rope.triton_kernel", "rope"))
+BACKWARD.register(TRITON, gpu.supports)(gpu.deferred("rope.triton_kernel", "rope_backward"))
 
 
 @OP.register(CPP, native.cpp)

@@ -7,13 +7,7 @@ from gen_fast.ops.norm.reference import rms_norm_backward
 
 
 def rope(
-    x: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    norm: Tensor | None = None,
-    eps: float = 1e-6,
-    *,
-    inplace: bool = False,
+    x: Tensor, cos: Tensor, sin: Tensor, norm: Tensor | None, eps: float, *, inplace: bool = False
 ) -> Tensor:
     """Normalise each head of `x` if `norm` is given, then rotate. See `op.rope`."""
     if norm is not None:
@@ -27,7 +21,7 @@ def rope_backward(
     grad: Tensor, x: Tensor | None, cos: Tensor, sin: Tensor, norm: Tensor | None, eps: float
 ) -> Tensor:
     """Gradient [T, N, D] of `x`, which is needed only if there is a norm."""
-    turned = rope(grad, cos, -sin)  # the transpose of a rotation is the rotation back
+    turned = rope(grad, cos, -sin, None, eps)  # the transpose of a rotation is the rotation back
     if norm is None:
         return turned
     assert x is not None

@@ -20,23 +20,33 @@ def _halves(x, at, inside, HALF: tl.constexpr):
 
 
 @triton.jit
+def _places(heads, HALF: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr):
+    """Where the first halves of a row's heads lie, and which places are real: [HEADS, BLOCK]."""
+    head, column = tl.arange(0, HEADS)[:, None], tl.arange(0, BLOCK)[None, :]
+    return head * (2 * HALF) + column, (head < heads) & (column < HALF)
+
+
+@triton.jit
+def _angle(table, row, HALF: tl.constexpr, BLOCK: tl.constexpr):
+    """Cosines or sines of a row's position: [1, BLOCK]."""
+    column = tl.arange(0, BLOCK)
+    return tl.load(table + row * HALF + column, mask=column < HALF, other=0.0)[None, :]
+
+
+@triton.jit
 def _forward(
     x, out, cos, sin, norm, stride, out_stride, heads, eps,
     HALF: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, HAS_NORM: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    head = tl.arange(0, HEADS)  # [HEADS]
-    column = tl.arange(0, BLOCK)  # [BLOCK]
-    inside = (head < heads)[:, None] & (column < HALF)[None, :]
-    at = head[:, None] * (2 * HALF) + column[None, :]  # [HEADS, BLOCK]
+    at, inside = _places(heads, HALF, HEADS, BLOCK)
     first, second = _halves(x + row * stride, at, inside, HALF)
     if HAS_NORM:
         squares = tl.sum(first * first + second * second, 1)  # [HEADS]
         scale = tl.rsqrt(squares / (2 * HALF) + eps)[:, None]
         first_weight, second_weight = _halves(norm, at, inside, HALF)
         first, second = first * scale * first_weight, second * scale * second_weight
-    c = tl.load(cos + row * HALF + column, mask=column < HALF, other=0.0)[None, :]  # [1, BLOCK]
-    s = tl.load(sin + row * HALF + column, mask=column < HALF, other=0.0)[None, :]
+    c, s = _angle(cos, row, HALF, BLOCK), _angle(sin, row, HALF, BLOCK)
     target = out + row * out_stride + at
     tl.store(target, (first * c - second * s).to(out.dtype.element_ty), mask=inside)
     tl.store(target + HALF, (second * c + first * s).to(out.dtype.element_ty), mask=inside)
@@ -48,13 +58,9 @@ def _backward(
     HALF: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, HAS_NORM: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    head = tl.arange(0, HEADS)  # [HEADS]
-    column = tl.arange(0, BLOCK)  # [BLOCK]
-    inside = (head < heads)[:, None] & (column < HALF)[None, :]
-    at = head[:, None] * (2 * HALF) + column[None, :]  # [HEADS, BLOCK]
+    at, inside = _places(heads, HALF, HEADS, BLOCK)
     first, second = _halves(grad + row * grad_stride, at, inside, HALF)
-    c = tl.load(cos + row * HALF + column, mask=column < HALF, other=0.0)[None, :]  # [1, BLOCK]
-    s = tl.load(sin + row * HALF + column, mask=column < HALF, other=0.0)[None, :]
+    c, s = _angle(cos, row, HALF, BLOCK), _angle(sin, row, HALF, BLOCK)
     # The transpose of a rotation is the rotation back.
     dfirst, dsecond = first * c + second * s, second * c - first * s
     if HAS_NORM:
@@ -82,13 +88,7 @@ def _constants(heads: int, size: int, has_norm: bool) -> dict[str, int | bool]:
 
 
 def rope(
-    x: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    norm: Tensor | None = None,
-    eps: float = 1e-6,
-    *,
-    inplace: bool = False,
+    x: Tensor, cos: Tensor, sin: Tensor, norm: Tensor | None, eps: float, *, inplace: bool = False
 ) -> Tensor:
     """See `op.rope`."""
     x = dense_rows(x)

@@ -41,25 +41,11 @@ BACKWARD.register(REFERENCE)(reference.swiglu_backward)
 QUANTIZED.register(REFERENCE)(reference.swiglu_quantized)
 
 
-@OP.register(TRITON, gpu.supports)
-def _triton(gate_up: Tensor) -> Tensor:
-    from . import triton_kernel
-
-    return triton_kernel.swiglu(gate_up)
+OP.register(TRITON, gpu.supports)(gpu.deferred("swiglu.triton_kernel", "swiglu"))
+BACKWARD.register(TRITON, gpu.supports)(gpu.deferred("swiglu.triton_kernel", "swiglu_backward"))
 
 
-@BACKWARD.register(TRITON, gpu.supports)
-def _triton_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
-    from . import triton_kernel
-
-    return triton_kernel.swiglu_backward(grad, gate_up)
-
-
-@QUANTIZED.register(TRITON, gpu.supports)
-def _triton_quantized(gate_up: Tensor, row_format: str) -> tuple[Tensor, Tensor]:
-    from . import triton_kernel
-
-    return triton_kernel.swiglu_quantized(gate_up, row_format)
+QUANTIZED.register(TRITON, gpu.supports)(gpu.deferred("swiglu.triton_kernel", "swiglu_quantized"))
 
 
 @OP.register(CPP, native.cpp)

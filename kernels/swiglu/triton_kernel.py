@@ -80,18 +80,6 @@ def swiglu_quantized(gate_up: Tensor, row_format: str) -> tuple[Tensor, Tensor]:
     gate_up = adjacent(gate_up)
     rows, size = gate_up.shape[0], gate_up.shape[1] // 2
     out, scales = empty_quantized(gate_up, size, row_format)
-    if out.numel():
-        block = gpu.power_of_two(size)
-        gpu.launch(
-            _quantized,
-            (rows,),
-            gate_up,
-            out,
-            scales,
-            size,
-            gate_up.stride(0),
-            LARGEST=LARGEST[row_format],
-            BLOCK=block,
-            num_warps=gpu.row_warps(block),
-        )
+    inputs = gate_up, out, scales, size, gate_up.stride(0)
+    gpu.launch_rows(_quantized, (rows, size), *inputs, LARGEST=LARGEST[row_format])
     return out, scales

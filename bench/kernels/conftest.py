@@ -11,6 +11,7 @@ is timed as the replay of a CUDA graph (`timed: graph`), because Python takes lo
 these kernels do; where the provider cannot be captured, call by call (`timed: calls`).
 """
 
+import ctypes
 import importlib.util
 import json
 import statistics
@@ -57,8 +58,8 @@ SIZES = {
 }[DEVICE]
 
 
-# The largest input of a case on a CPU. With its results that is a last-level cache of 32 MiB several
-# times over: what stays in the cache between two runs looks faster than memory is.
+# The largest input of a case on a CPU. With its results that is several times a last-level cache of
+# 32 MiB: what stays in the cache between two runs looks faster than memory is.
 CPU_BYTES = 80 << 20
 
 
@@ -71,6 +72,14 @@ def rows_of(size: Size, width: int, dtype: str) -> int:
 
 # Other people's kernels: provider -> package. They need a GPU.
 PEERS = {"liger": "liger_kernel", "cut-cross-entropy": "cut_cross_entropy"}
+
+
+def pytest_configure() -> None:
+    """Have glibc keep large blocks: else each result is fresh memory, and page faults are timed."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if DEVICE == "cpu" and mallopt is not None:
+        mallopt(-4, 0)  # M_MMAP_MAX: no block is a mapping of its own
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: none goes back to the system
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -78,7 +78,7 @@ def plot(cases: dict, target: Path) -> None:
     names = {**OURS, **PEERS}
     measured = {name for rows in cases.values() for name in rows}
     providers = [name for name in names if name in measured]
-    figure, axis = plt.subplots(figsize=(9, 0.16 * len(providers) * len(cases) + 1.5))
+    figure, axis = plt.subplots(figsize=(9, 0.08 * len(providers) * len(cases) + 1.5))
     height = 0.8 / len(providers)
     for i, provider in enumerate(providers):
         ys = [y for y, rows in enumerate(cases.values()) if provider in rows]
@@ -91,7 +91,7 @@ def plot(cases: dict, target: Path) -> None:
     axis.set_xlabel("% of the roofline: this machine's copy bandwidth or matmul peak")
     axis.set_xlim(left=0)
     axis.axvline(100, color="black", linewidth=0.8)
-    axis.invert_yaxis()
+    axis.set_ylim(len(cases), -0.5)
     axis.legend(fontsize=7)
     ours, peers = (
         statistics.median(
@@ -101,9 +101,9 @@ def plot(cases: dict, target: Path) -> None:
         )
         for group in (OURS, PEERS)
     )
-    axis.set_title(
-        f"gen_fast's kernels reach {ours:.0f}% of the roofline, the best peer {peers:.0f}%"
-        " (medians over the cases)",
+    figure.suptitle(
+        f"Median over the cases: gen_fast reaches {ours:.0f}% of the roofline,"
+        f" the best peer {peers:.0f}%",
         fontsize=10,
     )
     figure.tight_layout()

@@ -57,7 +57,7 @@ def check_backward(arguments, device, impl, **options):
     check_gradients(run, lambda *x: plain(*x, **options), (*leaves, *rest), impl, device)
 
 
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = (torch.bfloat16, torch.float32)  # Triton's interpreter is faster in the first
 RAGGED = [1, 63, 64, 64, 5, 130]
 # (queries, keys) of each text: the trimmed last layer, some texts with no query, some empty.
 TRIMMED = ([10, 1, 0, 33, 0], [70, 1, 9, 33, 0])
@@ -93,14 +93,14 @@ def test_gradient_where_only_the_last_rows_are_queried(n_prefix, dtype, device, 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("window", [1, 8, 1000])
 def test_sliding_window(window, dtype, device, impl):
-    arguments = inputs([20, 5, 90], [40, 5, 90], 7, 4, 4, 64, dtype)
+    arguments = inputs([20, 5, 90], [40, 5, 90], 7, 2, 2, 64, dtype)
     check(arguments, device, impl, window=window)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("window", [3, 8, 1000])  # with 1 the gradients of q and k are zero
 def test_gradient_with_a_sliding_window(window, dtype, device, grad_impl):
-    arguments = inputs([20, 5, 90], [40, 5, 90], 7, 4, 4, 64, dtype)
+    arguments = inputs([20, 5, 90], [40, 5, 90], 7, 2, 2, 64, dtype)
     check_backward(arguments, device, grad_impl, window=window)
 
 
@@ -121,9 +121,9 @@ MASKED = {
 def test_other_masks(mask, size, n_prefix, dtype, device, grad_impl):
     if grad_impl == "sdpa":
         pytest.skip("is causal")
-    counts = [1, 63, 5, 70, 33]
+    counts = [1, 40, 5, 70, 12]
     check(inputs(counts, counts, n_prefix, 4, 2, size, dtype), device, grad_impl, **MASKED[mask])
-    few = inputs([1, 7, 5, 0, 33], counts, n_prefix, 4, 2, size, dtype)
+    few = inputs([1, 7, 5, 0, 12], counts, n_prefix, 4, 2, size, dtype)
     check_backward(few, device, grad_impl, **MASKED[mask])
 
 
@@ -278,6 +278,16 @@ def test_gradient_of_group_sizes(heads, kv_heads, device, grad_impl):
     counts = [40, 3] if heads < 200 else [3, 1]
     arguments = inputs(counts, counts, 9, heads, kv_heads, 64, torch.float32)
     check_backward(arguments, device, grad_impl)
+
+
+def test_one_options_object_serves_every_layer(device, impl):
+    q, k, v, *settings = (moved(x, device) for x in inputs([5, 3], [9, 3], 4, 4, 2, 64, DTYPES[1]))
+    # Strided, so that C++ points into copies, which the options keep alive.
+    settings[2:] = [torch.stack((x, x), -1)[..., 0] for x in settings[2:]]
+    options = AttentionOptions(*settings)
+    for layer in (1.0, 2.0):
+        actual = fast(q * layer, k, v, options, impl=impl)
+        torch.testing.assert_close(actual, plain(q * layer, k, v, *settings))
 
 
 def test_opcheck():

@@ -185,8 +185,7 @@ def _scaling(args: argparse.Namespace, backbone: Path) -> list[dict]:
             for length, count in cases:
                 texts = [tokenizer.decode(rng.integers(1000, 20000, length)) for _ in range(count)]
                 seconds = interleaved(
-                    {k: lambda run=run, t=texts: run(t) for k, run in runs.items()},
-                    2
+                    {k: lambda run=run, t=texts: run(t) for k, run in runs.items()}, 2
                 )
                 points += [
                     {

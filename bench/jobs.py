@@ -98,8 +98,7 @@ def _overhead(args: argparse.Namespace) -> dict[str, Any]:
             encoder.encode(texts, prompt=settings.prompt, show_progress_bar=False)
 
         seconds = interleaved(
-            {"job": job, "encode": encode, "encode at once": encode_at_once},
-            args.rounds
+            {"job": job, "encode": encode, "encode at once": encode_at_once}, args.rounds
         )
     return {
         "texts": len(texts),

@@ -155,8 +155,7 @@ def _scaling(args: argparse.Namespace) -> list[dict]:
         for value in values:
             batch = make_batch("equal", **{axis: value})
             seconds = interleaved(
-                {name: lambda step=step, b=batch: step(b) for name, step in made.items()},
-                1
+                {name: lambda step=step, b=batch: step(b) for name, step in made.items()}, 1
             )
             points += [
                 {

@@ -36,7 +36,7 @@ def bench_rope(measure, size, dtype, mode, provider):
         provided(
             provider,
             lambda *a, impl: rope(*a, inplace=not trained, impl=impl),
-            plain,
+            lambda *a: plain(*a, 1e-6),
             {"liger": liger(size)} if provider == "liger" else None,
         ),
         plain,

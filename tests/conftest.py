@@ -13,17 +13,39 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from filelock import FileLock
 
 import gen_fast
 from gen_fast.errors import ModelNotFoundError
 from gen_fast.model.sources import resolve
 from gen_fast.ops import native
 from gen_fast.testing import save_tiny_model
+
+MadeOnce = Callable[[str, Callable[[Path], Any]], Any]
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> MadeOnce:
+    """made_once(name, make): the JSON that make(folder) gives, by whichever process comes first."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base if worker_id == "master" else base.parent
+
+    def made(name: str, make: Callable[[Path], Any]) -> Any:
+        folder = shared / f"made-{name}"
+        with FileLock(f"{folder}.lock"):
+            if not folder.exists():
+                folder.mkdir()
+                (folder / "made.json").write_text(json.dumps(make(folder)))
+        return json.loads((folder / "made.json").read_text())
+
+    return made
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 
@@ -22,18 +22,22 @@ ALLOWED_SPILLS = 0
 @pytest.fixture(
     scope="module", params=["--quick", pytest.param(None, id="all", marks=pytest.mark.slow)]
 )
-def triton_report(tmp_path_factory, request):
+def triton_report(made_once, request):
     """bench/kernels/compile.py in a process of its own: here Triton is its interpreter.
 
     Every size and tile, which takes minutes, is compiled in the slow run.
     """
-    target = tmp_path_factory.mktemp("compile") / "report.json"
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    script = [sys.executable, str(ROOT / "bench/kernels/compile.py"), "--json", str(target)]
-    script += [request.param] if request.param else []
-    done = subprocess.run(script, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return json.loads(target.read_text())["rows"]
+
+    def report(folder):
+        target = folder / "report.json"
+        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        script = [sys.executable, str(ROOT / "bench/kernels/compile.py"), "--json", str(target)]
+        script += [request.param] if request.param else []
+        done = subprocess.run(script, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+        return json.loads(target.read_text())["rows"]
+
+    return made_once(f"triton{request.param or ''}", report)
 
 
 def test_every_triton_kernel_compiles_for_both_architectures(triton_report):
@@ -113,18 +117,21 @@ def compile_cuda(source, architecture, folder):
 
 
 @pytest.fixture(scope="module")
-def cuda_kernels(tmp_path_factory):
+def cuda_kernels(made_once):
     """The kernels of each CUDA file for each architecture."""
     if shutil.which("nvcc") is None:
         pytest.skip("needs nvcc")
     sources = sorted((ROOT / "csrc/cuda").glob("*.cu"))
     assert sources
     jobs = [(source, architecture) for source in sources for architecture in ("sm_80", "sm_90a")]
-    folder = tmp_path_factory.mktemp("cuda")
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        kernels = list(pool.map(lambda job: compile_cuda(*job, folder), jobs))
-    assert all(kernels)
-    return kernels
+
+    def kernels(folder):
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            files = list(pool.map(lambda job: compile_cuda(*job, folder), jobs))
+        assert all(files)
+        return [[asdict(kernel) for kernel in file] for file in files]
+
+    return [[Kernel(**kernel) for kernel in file] for file in made_once("cuda", kernels)]
 
 
 def test_every_cuda_kernel_compiles_without_spills_and_moves_16_bytes(cuda_kernels):

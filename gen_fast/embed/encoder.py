@@ -3,10 +3,9 @@
 import logging
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ from tqdm import tqdm
 from gen_fast.embed.adapter import Adapter
 from gen_fast.embed.layouts import Layout, Sequences
 from gen_fast.embed.methods import LLM2VecGen, Method
+from gen_fast.embed.windows import ahead, window_bounds, windows
 from gen_fast.errors import ConfigError, NonFiniteError, PromptError
 from gen_fast.io.precision import sign_bits
 from gen_fast.io.texts import check_texts
@@ -28,16 +28,11 @@ from gen_fast.model.tokenizing import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
 # Embeddings as a caller asked for them: an array, a tensor, or a list of tensors.
 Embedded = np.ndarray | Tensor | list[Tensor]
 
 # Tokens of a text where neither the call nor the method says otherwise.
 DEFAULT_MAX_LENGTH = 512
-# Texts are sorted by length within a window. Large enough that equal lengths meet, small enough
-# that the window's ids take a few megabytes.
-WINDOW_TEXTS = 4096
-WINDOW_CHARACTERS = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -46,17 +41,6 @@ class EncodedBlock:
 
     embeddings: np.ndarray
     truncated: int
-
-
-@dataclass(frozen=True)
-class _Window:
-    """Texts of a block from row `start` on, laid out; truncated: texts of all blocks so far."""
-
-    sequences: Sequences
-    start: int
-    block_size: int
-    truncated: int
-    is_last: bool
 
 
 class Encoder:
@@ -221,9 +205,9 @@ class Encoder:
         layout = self._layout(prompt, prompt_name)
         output = np.empty((0, dimension), dtype=np.float32)
         truncated = 0
-        windows = _windows(blocks, layout)
+        windowed = windows(blocks, layout)
         # An answer is written by the model, which is not run in two threads.
-        for window in windows if self._method.writes else _ahead(windows):
+        for window in windowed if self._method.writes else ahead(windowed):
             if window.start == 0:
                 output = np.empty((window.block_size, dimension), dtype=np.float32)
             with torch.inference_mode():
@@ -262,7 +246,7 @@ class Encoder:
         check_texts(texts)
         layout = self._layout(prompt, prompt_name)
         total = computed = longest_prefix = 0
-        for bound in _window_bounds(texts):
+        for bound in window_bounds(texts):
             window = layout(texts[bound], bound.start)
             total += sum(len(ids) for ids in window.ids)
             computed += sum(len(ids) for ids in window.ids) - int(window.shared.sum())
@@ -395,37 +379,6 @@ def _as_list(texts: Iterable[str]) -> list[str]:
     if isinstance(texts, bytes | bytearray) or not isinstance(texts, Iterable):
         check_texts([texts])
     return list(texts)
-
-
-def _window_bounds(texts: Sequence[str]) -> Iterator[slice]:
-    """Cut the texts into windows of bounded count and size."""
-    start = characters = 0
-    for i, text in enumerate(texts):
-        full = i - start >= WINDOW_TEXTS or characters + len(text) > WINDOW_CHARACTERS
-        if i > start and full:
-            yield slice(start, i)
-            start, characters = i, 0
-        characters += len(text)
-    if start < len(texts):
-        yield slice(start, len(texts))
-
-
-def _windows(blocks: Iterable[Sequence[str]], layout: Layout) -> Iterator["_Window"]:
-    for rows in blocks:
-        check_texts(rows)
-        bounds = list(_window_bounds(rows)) or [slice(0, 0)]
-        for bound in bounds:
-            sequences = layout(rows[bound], bound.start)
-            yield _Window(sequences, bound.start, len(rows), layout.truncated, bound is bounds[-1])
-
-
-def _ahead(items: Iterator[T]) -> Iterator[T]:
-    """Draw each item in a thread while the one before it is used."""
-    with ThreadPoolExecutor(1, "gen_fast-tokenize") as executor:
-        pending = executor.submit(next, items, None)
-        while (item := pending.result()) is not None:
-            pending = executor.submit(next, items, None)
-            yield item
 
 
 def _check_finite(output: np.ndarray, indices: np.ndarray) -> None:

@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from gen_fast.errors import UnsupportedModelError, WeightsError
-from gen_fast.model.config import BackboneConfig
-from gen_fast.model.weights import parse_config, read_json
+from gen_fast.model.config import BackboneConfig, parse_config
+from gen_fast.model.weights import read_json
 
 POOLING_MODES = ("mean", "lasttoken", "cls", "weightedmean", "max", "mean_sqrt_len_tokens")
 SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")

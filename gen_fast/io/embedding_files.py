@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 from gen_fast.errors import InputError
 from gen_fast.io.durable import replacing
-from gen_fast.io.row_files import named_errors
+from gen_fast.io.rows import named_errors
 
 STDOUT = "-"
 EMBEDDING_SUFFIXES = (".npy", ".parquet", ".safetensors")

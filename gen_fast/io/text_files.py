@@ -10,7 +10,9 @@ from pathlib import Path
 import pyarrow as pa
 
 from gen_fast.errors import InputError, TextError
-from gen_fast.io.row_files import RowFile, Table, is_text, open_rows
+from gen_fast.io.row_files import open_rows
+from gen_fast.io.rows import RowFile
+from gen_fast.io.tables import Table, is_text
 from gen_fast.io.texts import check_texts
 
 

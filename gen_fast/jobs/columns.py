@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gen_fast.errors import InputError
-from gen_fast.io.row_files import Row, RowFile
+from gen_fast.io.rows import Row, RowFile
 from gen_fast.io.text_files import checked_columns, id_problem, only_column, text_problem
 from gen_fast.jobs.settings import Settings, parse_template
 

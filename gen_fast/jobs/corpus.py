@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from gen_fast.errors import InputError
-from gen_fast.io.row_files import Row, RowFile
+from gen_fast.io.rows import Row, RowFile
 from gen_fast.jobs.columns import Columns, RejectedError
 from gen_fast.jobs.plan import Part, Plan, open_input
 

@@ -12,7 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from gen_fast.errors import ConfigError, JobError
-from gen_fast.io.row_files import DATASETS
+from gen_fast.io.tables import DATASETS
 from gen_fast.jobs.choices import DEFAULT_STALL_TIMEOUT, EngineName
 from gen_fast.jobs.claims import PLANNING, Claims
 from gen_fast.jobs.engines import Engine, Run, progress, run_local, run_ray, torchrun_ranks

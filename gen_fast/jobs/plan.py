@@ -18,15 +18,10 @@ from typing import Any
 
 from gen_fast.errors import InputError, JobError
 from gen_fast.io.durable import file_sha256, write_whole
-from gen_fast.io.row_files import (
-    COMPRESSIONS,
-    DATASETS,
-    SUFFIXES,
-    Position,
-    RowFile,
-    named_errors,
-    open_rows,
-)
+from gen_fast.io.line_files import COMPRESSIONS
+from gen_fast.io.row_files import SUFFIXES, open_rows
+from gen_fast.io.rows import Position, RowFile, named_errors
+from gen_fast.io.tables import DATASETS
 from gen_fast.jobs.claims import CLAIMS
 from gen_fast.jobs.columns import Columns, RejectedError
 from gen_fast.jobs.duplicates import duplicate_rows

@@ -1,8 +1,6 @@
 """From Hugging Face safetensors and GGUF files to a Backbone.
 
-A closed list of families is read. A config key that changes the computation and is not supported,
-a missing tensor, a misshapen one or one nobody reads is an error that names it. So is code of the
-model's own (`auto_map`): it is never run, and without it the numbers would be others.
+A missing tensor, a misshapen one or one nobody reads is an error that names it.
 """
 
 import hashlib
@@ -17,144 +15,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gen_fast.errors import UnsupportedModelError, WeightsError
+from gen_fast.errors import WeightsError
 from gen_fast.model.backbone import Backbone, LayerWeights
-from gen_fast.model.config import BackboneConfig, Llama3Scaling
+from gen_fast.model.config import BackboneConfig, parse_config
 
 logger = logging.getLogger(__name__)
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 # Tensors that a checkpoint may carry and that the backbone does not need.
 _UNUSED_SUFFIXES = ("rotary_emb.inv_freq",)
-# Classes that a model's own code may replace so that the numbers are others.
-_OWN_CODE = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
-# Keys by which models of these families ask for attention to later tokens, and what they then say.
-_BIDIRECTIONAL = {
-    "is_causal": False,
-    "use_bidirectional_attention": True,
-    "use_bidirectional": True,
-    "bidirectional_attention": True,
-    "bidirectional": True,
-}
-
-
-def parse_config(raw: Mapping[str, Any]) -> BackboneConfig:
-    """Translate a Hugging Face config.json. Raises UnsupportedModelError naming the key."""
-    family = raw.get("model_type")
-    if family not in FAMILIES:
-        raise UnsupportedModelError(
-            f"model_type {family!r} is not supported; families: {', '.join(FAMILIES)}"
-        )
-    try:
-        num_heads = int(raw["num_attention_heads"])
-        hidden_size = int(raw["hidden_size"])
-        num_layers = int(raw["num_hidden_layers"])
-        theta, scaling = _rope_parameters(raw)
-        config = BackboneConfig(
-            family=family,
-            vocab_size=int(raw["vocab_size"]),
-            hidden_size=hidden_size,
-            intermediate_size=int(raw["intermediate_size"]),
-            num_layers=num_layers,
-            num_heads=num_heads,
-            num_kv_heads=int(raw.get("num_key_value_heads") or num_heads),
-            head_dim=int(raw.get("head_dim") or hidden_size // num_heads),
-            norm_eps=float(raw["rms_norm_eps"]),
-            rope_theta=theta,
-            rope_scaling=scaling,
-            qkv_bias=family == "qwen2" or bool(raw.get("attention_bias")),
-            qk_norm=family == "qwen3",
-            tied_head=bool(raw.get("tie_word_embeddings", False)),
-            max_positions=int(raw["max_position_embeddings"]),
-            windows=_windows(raw, family, num_layers),
-        )
-    except KeyError as error:
-        raise UnsupportedModelError(f"config.json lacks the key {error.args[0]!r}") from error
-    except TypeError as error:
-        raise UnsupportedModelError(
-            f"config.json holds a value of the wrong type: {error}"
-        ) from error
-    _check_supported(raw, config)
-    return config
-
-
-def _check_supported(raw: Mapping[str, Any], config: BackboneConfig) -> None:
-    own_code = [key for key in _OWN_CODE if key in (raw.get("auto_map") or ())]
-    if own_code:
-        raise UnsupportedModelError(
-            f"auto_map names code of the model's own for {', '.join(own_code)}; it is never run, "
-            "and without it the embeddings would be others"
-        )
-    for key, value in _BIDIRECTIONAL.items():
-        # Gemma spells the flag "all": anything but the causal value asks for later tokens.
-        if raw.get(key) is not None and bool(raw[key]) == value:
-            raise UnsupportedModelError(
-                f"{key} {raw[key]!r} asks for attention to later tokens, which is not supported"
-            )
-    known = {f"{config.family}{head}" for head in ("model", "forcausallm")}
-    unknown = [name for name in raw.get("architectures") or () if name.lower() not in known]
-    if unknown:
-        raise UnsupportedModelError(
-            f"architectures {', '.join(unknown)}: not a plain {config.family} model"
-        )
-    activation = raw.get("hidden_act", "silu")
-    if activation != "silu":
-        raise UnsupportedModelError(f"hidden_act {activation!r} is not supported, only 'silu'")
-    if raw.get("mlp_bias"):
-        raise UnsupportedModelError("mlp_bias is not supported")
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method")
-        raise UnsupportedModelError(
-            f"quantization_config with quant_method {method!r} is not supported in safetensors; "
-            "use the unquantised model or a GGUF file"
-        )
-    if config.num_layers < 1 or config.head_dim < 2 or config.head_dim % 2:
-        raise UnsupportedModelError(
-            f"{config.num_layers} layers with head_dim {config.head_dim} is not a decoder"
-        )
-    if config.num_heads % config.num_kv_heads:
-        raise UnsupportedModelError(
-            f"num_attention_heads {config.num_heads} is not a multiple of "
-            f"num_key_value_heads {config.num_kv_heads}"
-        )
-
-
-def _rope_parameters(raw: Mapping[str, Any]) -> tuple[float, Llama3Scaling | None]:
-    """Read both spellings: rope_theta + rope_scaling, and transformers 5's rope_parameters."""
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    theta = float(rope.get("rope_theta") or raw.get("rope_theta") or 10_000.0)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if float(rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))) != 1.0:
-        raise UnsupportedModelError("partial_rotary_factor other than 1 is not supported")
-    if kind == "default":
-        return theta, None
-    if kind != "llama3":
-        raise UnsupportedModelError(f"rope_type {kind!r} is not supported: 'default' or 'llama3'")
-    return theta, Llama3Scaling(
-        factor=float(rope["factor"]),
-        low_freq_factor=float(rope["low_freq_factor"]),
-        high_freq_factor=float(rope["high_freq_factor"]),
-        original_max_positions=int(rope["original_max_position_embeddings"]),
-    )
-
-
-def _windows(raw: Mapping[str, Any], family: str, num_layers: int) -> tuple[int | None, ...]:
-    window = raw.get("sliding_window")
-    kinds = raw.get("layer_types")
-    if kinds is not None:
-        unknown = set(kinds) - {"full_attention", "sliding_attention"}
-        if unknown or len(kinds) != num_layers:
-            raise UnsupportedModelError(f"layer_types {sorted(set(kinds))} is not supported")
-        if window is None and "sliding_attention" in kinds:
-            raise UnsupportedModelError("layer_types has sliding_attention without sliding_window")
-        return tuple(
-            int(window) if window and kind == "sliding_attention" else None for kind in kinds
-        )
-    if window is None or not raw.get("use_sliding_window", family == "mistral"):
-        return (None,) * num_layers
-    # Qwen keeps full attention in its first max_window_layers layers; Mistral has no such key.
-    full = int(raw.get("max_window_layers", 0)) if family != "mistral" else 0
-    return tuple(None if i < full else int(window) for i in range(num_layers))
 
 
 @dataclass

@@ -17,8 +17,8 @@ from typer.testing import CliRunner, Result
 import gen_fast
 from gen_fast.cli import app
 from gen_fast.cli.options import Method
+from gen_fast.embed.choices import LLM2VEC_GEN, METHODS, SENTENCE_TRANSFORMERS
 from gen_fast.embed.methods import TRAINING_FREE
-from gen_fast.formats.sentence_transformers import METHOD
 from gen_fast.io.embedding_files import read_embeddings, write_embeddings
 from gen_fast.testing import save_tiny_model
 
@@ -317,7 +317,8 @@ def test_info(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_method_can_be_chosen() -> None:
-    assert {str(method) for method in Method} == {*TRAINING_FREE, "llm2vec-gen", METHOD}
+    assert {str(method) for method in Method} == set(METHODS)
+    assert {*TRAINING_FREE, LLM2VEC_GEN, SENTENCE_TRANSFORMERS} == set(METHODS)
 
 
 def test_help_documents_exit_codes_without_importing_torch() -> None:

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from gen_fast.errors import InputError
-from gen_fast.io import row_files
+from gen_fast.io import line_files
 from gen_fast.io.row_files import open_rows
 
 TEXTS = ["plain", "naïve café ☕", 'quote " and, comma', "", "日本語\u2028one line"] * 5
@@ -87,7 +87,7 @@ def test_a_file_of_bad_rows_gives_the_good_ones(tmp_path: Path) -> None:
 def test_a_line_too_long_to_be_held_is_one_bad_row(
     tmp_path: Path, suffix: str, last: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(row_files, "_LINE_BYTES", 1000)
+    monkeypatch.setattr(line_files, "_LINE_BYTES", 1000)
     texts = ["first", "x" * 5000] + ["after"] * (not last)
     file = open_rows(write(tmp_path, suffix, texts))
     rows = list(file.rows(["text"]))
@@ -113,7 +113,7 @@ def test_a_line_too_long_to_be_held_is_one_bad_row(
 def test_a_long_line_of_a_quoted_field_takes_no_rows_with_it(
     tmp_path: Path, record: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(row_files, "_LINE_BYTES", 1000)
+    monkeypatch.setattr(line_files, "_LINE_BYTES", 1000)
     good = b"".join(b'"good, %d",%d\n' % (i, i) for i in range(6))
     (tmp_path / "in.csv").write_bytes(b"text,n\nfirst,0\n" + record + good)
     rows = list(open_rows(tmp_path / "in.csv").rows(["text"]))

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import gen_fast
+from gen_fast.model.config import parse_config
 from gen_fast.model.sources import resolve
-from gen_fast.model.weights import backbone_from_tensors, find_tensors, load_backbone, parse_config
+from gen_fast.model.weights import backbone_from_tensors, find_tensors, load_backbone
 from gen_fast.testing import edit_config, save_tiny_model
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"

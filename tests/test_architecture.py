@@ -30,7 +30,7 @@ ANYWHERE = ("testing",)
 
 def modules() -> dict[str, Path]:
     """Every module as it is installed."""
-    found = {}
+    paths = {}
     for folder, package in (
         (ROOT / "gen_fast", "gen_fast"),
         (ROOT / "kernels", "gen_fast.ops"),
@@ -38,8 +38,8 @@ def modules() -> dict[str, Path]:
     ):
         for path in folder.rglob("*.py"):
             parts = [package, *path.relative_to(folder).with_suffix("").parts]
-            found[".".join(parts).removesuffix(".__init__")] = path
-    return found
+            paths[".".join(parts).removesuffix(".__init__")] = path
+    return paths
 
 
 MODULES = modules()

@@ -173,7 +173,9 @@ class TrainConfig(RunConfig, OptimizerConfig, LossConfig, TextConfig):
             if weight < 0:
                 raise ConfigError(f"{name}_weight must not be negative")
         if self.alignment not in ALIGNMENTS:
-            raise ConfigError(f"alignment must be mse or cosine, not {self.alignment!r}")
+            raise ConfigError(
+                f"alignment must be {' or '.join(ALIGNMENTS)}, not {self.alignment!r}"
+            )
         if self.start not in ("fitted", "random"):
             raise ConfigError(f"start must be fitted or random, not {self.start!r}")
         if not self.reconstruction_weight and not self.alignment_weight:

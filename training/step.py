@@ -223,9 +223,11 @@ def _groups(examples: Sequence[Example], config: TrainConfig) -> dict[str, list[
 
 
 def _present(rows: Sequence[np.ndarray | None]) -> list[np.ndarray]:
-    """Rows that the data has for every text where a loss needs them."""
-    assert all(row is not None for row in rows)
-    return [row for row in rows if row is not None]
+    """Rows that the data has for every text where a loss needs them. Raises ValueError."""
+    present = [row for row in rows if row is not None]
+    if len(present) < len(rows):
+        raise ValueError(f"{len(rows) - len(present)} texts lack what a loss that is on needs")
+    return present
 
 
 def _stacked(rows: Sequence[np.ndarray | None], like: Tensor) -> Tensor:

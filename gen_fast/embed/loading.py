@@ -69,7 +69,6 @@ def load(
     location = _locate(model, method, backbone, revision)
     network = load_backbone(location.source, dtype=resolved_dtype, device=target, packed=True)
     tokenizer = _load_tokenizer(location)
-    location.method.check_backbone(network.fingerprint)
     logger.info("%s: %s on %s in %s", model, location.method.name, target, resolved_dtype)
     return Encoder(
         network,

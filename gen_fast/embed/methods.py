@@ -44,7 +44,8 @@ class Method(ABC):
     where none is asked for. max_length: tokens of a text with everything around it; None sets no
     limit. dimension: of an embedding where a call asks for no other; None is the backbone's hidden
     size. full_dimension: the most that a call may ask for. special [k, h]: embeddings of the
-    token ids V, V + 1, … . writes: the model writes while texts are laid out.
+    token ids V, V + 1, … . projection: (weight [d, h], bias [d]) applied to what has been pooled.
+    writes: the model writes while texts are laid out.
     """
 
     prompts: Mapping[str, str] = dict.fromkeys(DEFAULT_PROMPTS, "")
@@ -54,6 +55,7 @@ class Method(ABC):
     dimension: int | None = None
     full_dimension: int | None = None
     special: Tensor | None = None
+    projection: Projection | None = None
     writes: ClassVar[bool] = False
 
     def __init__(self, name: str) -> None:
@@ -84,17 +86,13 @@ class Method(ABC):
         """
         return None
 
-    def projection(self) -> Projection | None:
-        """(weight [d, h], bias [d]) applied to what has been pooled."""
-        return None
-
     def pool(
         self, hidden: Tensor, batch: PackedBatch, prefix_length: int, backbone: Backbone
     ) -> Tensor:
         """Embeddings [B, d] float32 of what `Backbone.forward` gave for a batch."""
         needed = batch.needed
         weights = self.row_weights(needed.counts, batch.lengths + prefix_length)
-        weight, bias = self.projection() or (None, None)
+        weight, bias = self.projection or (None, None)
         return pool(
             hidden,
             needed.cu_seqlens,
@@ -141,6 +139,7 @@ class HyDE(Method):
     """hyde: the mean over the tokens of an answer that the model writes."""
 
     writes = True
+    _writer: AnswerGenerator | None = None
 
     def bound(self, backbone: Backbone, tokenizer: Tokenizer, source: Path) -> Self:
         """See Method."""
@@ -152,13 +151,12 @@ class HyDE(Method):
         self, tokenizer: Tokenizer, prompt: str, max_length: int, prompt_name: str | None
     ) -> Layout:
         """See Method."""
+        assert self._writer is not None, "layouts are made by a bound method"
         if prompt_name == "document":
             return layouts.OwnTokens(tokenizer, prompt, max_length, method=self.name)
         return layouts.WrittenAnswer(
             tokenizer, prompt, max_length, method=self.name, writer=self._writer
         )
-
-    _writer: AnswerGenerator
 
 
 class LLM2VecGen(Method):
@@ -170,7 +168,7 @@ class LLM2VecGen(Method):
         self.prompts = adapter.prompts
         self.max_length = adapter.max_length
         self.dimension = adapter.dimension
-        self._projection: Projection | None = None
+        self._first_id = 0  # of the special tokens: the backbone's vocabulary, once it is bound
 
     def check_backbone(self, fingerprint: Mapping[str, str | int | float]) -> None:
         """See Method."""
@@ -178,13 +176,14 @@ class LLM2VecGen(Method):
 
     def bound(self, backbone: Backbone, tokenizer: Tokenizer, source: Path) -> Self:
         """See Method."""
+        self.check_backbone(backbone.fingerprint)
         method = copy.copy(self)
         method._first_id = backbone.config.vocab_size
         method.special = self.adapter.special.to(backbone.device, backbone.dtype)
         projection = self.adapter.projection()
         if projection is not None:
             weight, bias = projection
-            method._projection = weight.to(backbone.device), bias.to(backbone.device)
+            method.projection = weight.to(backbone.device), bias.to(backbone.device)
         return method
 
     def layout(
@@ -200,15 +199,9 @@ class LLM2VecGen(Method):
             self.adapter.n_compression,
         )
 
-    def projection(self) -> Projection | None:
-        """See Method."""
-        return self._projection
-
     def identity(self) -> dict[str, Any]:
         """See Method."""
         return {"adapter": self.adapter.weights_hash(), "max_length": self.max_length}
-
-    _first_id: int
 
 
 class SentenceTransformers(Method):

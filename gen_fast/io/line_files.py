@@ -24,6 +24,7 @@ _CHUNK_BYTES = 1 << 20
 # A longer line is no row: it is passed over without being held, and said.
 _LINE_BYTES = 1 << 25
 _SAMPLE_ROWS = 100
+_BOM = b"\xef\xbb\xbf"  # what some editors put first
 
 
 class _TooLong(NamedTuple):
@@ -110,9 +111,6 @@ class _LineFile(RowFile):
                     line = line.removesuffix(b"\n").removesuffix(b"\r")
                 yield begin, line, end
                 begin = end
-
-
-_BOM = b"\xef\xbb\xbf"  # what some editors put first
 
 
 class TxtFile(_LineFile):
@@ -232,6 +230,3 @@ def _is_number(value: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-# ---------------------------------------------------------------------- tables of Arrow

@@ -9,7 +9,7 @@ from gen_fast.io.rows import Row, RowFile
 from gen_fast.jobs.columns import Columns, RejectedError
 from gen_fast.jobs.plan import Part, Plan, open_input
 
-# Rows between two signs of life, when many are passed over.
+# Rows between two heartbeats, when many are passed over.
 _STRIDE = 4096
 
 

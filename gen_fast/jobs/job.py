@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from gen_fast.jobs.claims import PLANNING, Claims
 from gen_fast.jobs.engines import Engine, Run, progress, run_local, run_ray, torchrun_ranks
 from gen_fast.jobs.parts import PartStore
 from gen_fast.jobs.plan import PLAN, Plan, open_input, prepare, unpublish
-from gen_fast.jobs.settings import Settings
+from gen_fast.jobs.settings import PlanSettings, Settings
 from gen_fast.jobs.watchdog import Watchdog
 from gen_fast.jobs.worker import Worker
 from gen_fast.model.device import make_current
@@ -57,7 +57,8 @@ def embed_corpus(
     "datasets:NAME". Called again with the same arguments it goes on where it stopped; a part's
     bytes do not depend on how often that was, nor on the number of processes.
     settings: all that decides the output. shorthands: fields of Settings by their names, such as
-    model, prompt_name, precision, text_column, id_column; they go before those of `settings`.
+    model, prompt_name, precision, text_column, id_column; they replace those of `settings`, and
+    what excludes them (see Settings.replaced).
     append: add sources that the job does not have yet. strict: a row that would be rejected is an
     error. devices: "cuda:0", …; a number; or "all"; one process each; None is one, here.
     engine: "ray" runs on a Ray cluster, `devices` actors at a time. Under torchrun every rank
@@ -75,14 +76,15 @@ def embed_corpus(
     folder = Path(out)
     ranks = all(name in os.environ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"))
     engine_choice = Engine.choose("all" if ranks and devices is None else devices, engine)
-    settings = replace(settings or Settings(), **shorthands).resolved(engine_choice.devices[0])
+    chosen = (settings or Settings()).replaced(**shorthands)
+    plan_settings = chosen.resolved(engine_choice.devices[0])
     shown = sys.stderr.isatty() if show_progress_bar is None else show_progress_bar
     if ranks:
         rank, count, first_ahead = torchrun_ranks()
         stall_timeout = stall_timeout or DEFAULT_STALL_TIMEOUT
         with first_ahead:
             if rank == 0:
-                _prepare(folder, source_list, settings, append, stall_timeout, shown)
+                _prepare(folder, source_list, plan_settings, append, stall_timeout, shown)
         if plan_only:
             return None
         run = Run(
@@ -93,7 +95,7 @@ def embed_corpus(
         _work(run, device, rank, count)
         return _published(run) if rank == 0 else None
 
-    plan = _prepare(folder, source_list, settings, append, stall_timeout, shown)
+    plan = _prepare(folder, source_list, plan_settings, append, stall_timeout, shown)
     if plan_only:
         return None
     run = Run(folder, plan, engine_choice, strict, stall_timeout, shown)
@@ -129,15 +131,16 @@ def embed_columns(
             raise ConfigError(f"column {column!r} cannot name a directory on every system")
     if not columns:
         raise ConfigError("no columns are given")
+    shared = settings or Settings()
     for option in ("text_column", "template", "prompt", "prompt_name"):
-        if option in options:
+        if options.get(option, getattr(shared, option)) is not None:
             raise ConfigError(f"{option} is not for several columns: each has its own")
     if (Path(out) / PLAN).exists():
         raise JobError(f"{out} holds a job of one text a row: take another directory for columns")
 
     def embed(column: str, plan_only: bool) -> Summary | None:
         of_column = {**options, "text_column": column, "prompt_name": columns[column]}
-        return embed_corpus(sources, Path(out) / column, settings, **of_column, plan_only=plan_only)
+        return embed_corpus(sources, Path(out) / column, shared, **of_column, plan_only=plan_only)
 
     only = bool(options.pop("plan_only", False))
     for column in columns:
@@ -148,7 +151,7 @@ def embed_columns(
 def _prepare(
     folder: Path,
     sources: Sequence[str | Path],
-    settings: Settings,
+    settings: PlanSettings,
     append: bool,
     stall_timeout: float | None,
     shown: bool,

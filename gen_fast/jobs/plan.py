@@ -25,13 +25,13 @@ from gen_fast.io.tables import DATASETS
 from gen_fast.jobs.claims import CLAIMS
 from gen_fast.jobs.columns import Columns, RejectedError
 from gen_fast.jobs.duplicates import duplicate_rows
-from gen_fast.jobs.settings import Settings
+from gen_fast.jobs.settings import PlanSettings, Settings
 
 FORMAT = "gen_fast.jobs.plan/1"
 PLAN = "plan.json"
 MANIFEST = "manifest.json"
 SUCCESS = "_SUCCESS"
-# Rows between two signs of life.
+# Rows between two heartbeats.
 _STRIDE = 4096
 
 # Called with the number of new rows found; 0 while other work of planning goes on.
@@ -68,7 +68,7 @@ class Part:
 class Plan:
     """A job's inputs, settings and parts."""
 
-    settings: Settings
+    settings: PlanSettings
     inputs: tuple[Input, ...]
     parts: tuple[Part, ...]
 
@@ -115,7 +115,7 @@ class Plan:
                 )
             )
             inputs = tuple(Input(**file) for file in values["inputs"])
-            return cls(Settings.from_json(values["settings"]), inputs, parts)
+            return cls(PlanSettings.from_json(values["settings"]), inputs, parts)
         except FileNotFoundError as error:
             raise JobError(f"{folder} holds no job: there is no {PLAN}") from error
         except (ValueError, KeyError, TypeError) as error:
@@ -125,7 +125,7 @@ class Plan:
 def prepare(
     folder: Path,
     sources: Sequence[str | Path],
-    settings: Settings,
+    settings: PlanSettings,
     *,
     append: bool = False,
     on_rows: OnRows = lambda rows: None,

@@ -23,19 +23,25 @@ from gen_fast.model.sources import lasting_name
 
 # Fields whose names in plan.json are other ones.
 _NAMES_IN_PLAN = {"normalize_embeddings": "normalize"}
+# One of a pair takes the place of the other.
+_EXCLUSIVE = {
+    "prompt": "prompt_name",
+    "prompt_name": "prompt",
+    "text_column": "template",
+    "template": "text_column",
+}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How rows become embeddings. A job can only go on with the same settings.
+    """How rows become embeddings: all that its user may choose of a job's output.
 
     model to deterministic: as for `gen_fast.load`. prompt to truncate_dim: as for Encoder.encode.
     precision: float32, float16, int8 (with a column "scale") or ubinary (signs as bits).
     text_column: None takes "text", else the only column of strings. id_column: None numbers the
     rows of the job. template: such as "{title}\\n{text}", instead of a text column.
     file_format: of all inputs; None goes by the suffixes. split: of a "datasets:NAME".
-    max_text_bytes: longer texts are rejected.
-    identity: what gen_fast.embed.loading.identify says of the model; filled in by `resolved`.
+    max_text_bytes: longer texts are rejected. rows_per_part: rows of an input in one file.
     """
 
     model: str | Path = DEFAULT_MODEL
@@ -57,13 +63,22 @@ class Settings:
     split: str = DEFAULT_SPLIT
     max_text_bytes: int = DEFAULT_MAX_TEXT_BYTES
     rows_per_part: int = DEFAULT_ROWS_PER_PART
-    identity: Mapping[str, Any] = field(default_factory=dict)
 
-    def resolved(self, device: str) -> "Settings":
+    def replaced(self, **changes: Any) -> "Settings":
+        """These settings with other values of some fields.
+
+        A prompt takes the place of a prompt's name, and a template that of a text column; so do
+        they the other way round. Raises TypeError for what is no field.
+        """
+        given = {name for name, value in changes.items() if value is not None}
+        replaced = {_EXCLUSIVE[name]: None for name in given & _EXCLUSIVE.keys()}
+        return replace(self, **{**replaced, **changes})
+
+    def resolved(self, device: str) -> "PlanSettings":
         """As a plan has them: the model's identity, a dtype of `device`, the prompt's text.
 
-        Raises ConfigError or PromptError for settings that mean nothing, the first before a model
-        is downloaded, and what `load` raises.
+        Raises ConfigError or PromptError for settings that mean nothing; those that can be told
+        without the model before it is downloaded. Raises what `load` raises.
         """
         if self.prompt is not None and self.prompt_name is not None:
             raise PromptError("give prompt or prompt_name, not both")
@@ -74,20 +89,55 @@ class Settings:
             if self.text_column is not None:
                 raise ConfigError("give a text column or a template, not both")
             parse_template(self.template)
+        if self.method == "hyde":
+            raise ConfigError(
+                "HyDE answers queries and embeds documents as they are: for a corpus take 'mean'"
+            )
         identity = self._identify()
-        self._check(identity)
-        return replace(
-            self,
-            model=lasting_name(self.model),
-            backbone=None if self.backbone is None else lasting_name(self.backbone),
-            dtype=dtype,
-            prompt=self._prompt_text(identity),
-            prompt_name=None,
-            identity=identity,
+        # A layout may keep fewer dimensions than there are, unless it is asked for more.
+        full = int(identity.get("full_dimension", identity["dimension"]))
+        if self.truncate_dim is not None and not 1 <= self.truncate_dim <= full:
+            raise ConfigError(f"truncate_dim {self.truncate_dim} is outside 1…{full}")
+        values = {
+            **vars(self),
+            "model": lasting_name(self.model),
+            "backbone": None if self.backbone is None else lasting_name(self.backbone),
+            "dtype": dtype,
+            "prompt": self._prompt_text(identity),
+            "prompt_name": None,
+        }
+        return PlanSettings(**values, identity=identity)
+
+    def _identify(self) -> dict[str, Any]:
+        return identify(
+            self.model, method=self.method, backbone=self.backbone, revision=self.revision
         )
 
+    def _prompt_text(self, identity: Mapping[str, Any]) -> str:
+        if self.prompt is not None:
+            return self.prompt
+        name = self.prompt_name
+        if name is None:
+            name = identity.get("default_prompt_name")
+        if name is None:
+            return ""
+        prompts = identity["prompts"]
+        if name not in prompts:
+            raise PromptError(f"no prompt named {name!r}; there are {', '.join(prompts)}")
+        return str(prompts[name])
+
+
+@dataclass(frozen=True)
+class PlanSettings(Settings):
+    """Settings of a planned job, made by `Settings.resolved`. It only goes on with the same ones.
+
+    identity: what gen_fast.embed.loading.identify says of the model.
+    """
+
+    identity: Mapping[str, Any] = field(default_factory=dict)
+
     def load_encoder(self, device: str | torch.device | None) -> Encoder:
-        """The encoder that a plan asks for. Raises JobError if this machine has another model."""
+        """The encoder that the plan asks for. Raises JobError if this machine has another model."""
         present = self._identify()
         if present != self.identity:
             wrong = [key for key in self.identity if present.get(key) != self.identity[key]]
@@ -112,45 +162,16 @@ class Settings:
         return self.truncate_dim or int(self.identity["dimension"])
 
     def as_json(self) -> dict[str, Any]:
-        """Resolved settings as plan.json has them."""
+        """As plan.json has them."""
         values = asdict(self)
         del values["prompt_name"]  # its text is `prompt`
         return {_NAMES_IN_PLAN.get(name, name): value for name, value in values.items()}
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> "Settings":
+    def from_json(cls, values: Mapping[str, Any]) -> "PlanSettings":
         """Read what `as_json` gave."""
         names = {written: name for name, written in _NAMES_IN_PLAN.items()}
         return cls(**{names.get(name, name): value for name, value in values.items()})
-
-    def _identify(self) -> dict[str, Any]:
-        return identify(
-            self.model, method=self.method, backbone=self.backbone, revision=self.revision
-        )
-
-    def _check(self, identity: Mapping[str, Any]) -> None:
-        """Raise ConfigError for what the model cannot do."""
-        if identity["method"] == "hyde":
-            raise ConfigError(
-                "HyDE answers queries and embeds documents as they are: for a corpus take 'mean'"
-            )
-        # A layout may keep fewer dimensions than there are, unless it is asked for more.
-        full = int(identity.get("full_dimension", identity["dimension"]))
-        if self.truncate_dim is not None and not 1 <= self.truncate_dim <= full:
-            raise ConfigError(f"truncate_dim {self.truncate_dim} is outside 1…{full}")
-
-    def _prompt_text(self, identity: Mapping[str, Any]) -> str:
-        if self.prompt is not None:
-            return self.prompt
-        name = self.prompt_name
-        if name is None:
-            name = identity.get("default_prompt_name")
-        prompts = identity["prompts"]
-        if name is None:
-            return ""
-        if name not in prompts:
-            raise PromptError(f"no prompt named {name!r}; there are {', '.join(prompts)}")
-        return str(prompts[name])
 
 
 def parse_template(template: str) -> list[tuple[str, str | None]]:

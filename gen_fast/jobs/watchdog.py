@@ -6,7 +6,7 @@ import time
 
 
 class Watchdog:
-    """Ends this process, with a traceback, after `seconds` without a sign of life; None never does.
+    """Ends this process, with a traceback, after `seconds` without a heartbeat; None never does.
 
     A context manager, within which it counts. There is one in a process at a time.
     """

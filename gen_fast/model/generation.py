@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gen_fast.errors import UnsupportedModelError
-from gen_fast.model.backbone import Backbone, PrefixKV
+from gen_fast.model.backbone import Backbone, PrefixKV, padded_rows
 from gen_fast.model.batch import PackedBatch
 from gen_fast.model.linear import can_pack, linear, pack
 from gen_fast.model.prefix import PrefixCache
@@ -111,7 +111,10 @@ class Decoder:
         """The token after each row of `hidden` [B, h]: [B] int64."""
         backbone = self.backbone
         states = rms_norm(hidden, backbone.final_norm, backbone.config.norm_eps)
-        logits = linear(states, self._head)
+        count = len(states)
+        if self._head.is_mkldnn:  # few numbers of rows, see padded_rows
+            states = torch.nn.functional.pad(states, (0, 0, 0, padded_rows(count) - count))
+        logits = linear(states, self._head)[:count]
         if sampling.temperature == 0:
             return logits.argmax(-1).cpu().numpy()
         probabilities = (logits.float() / sampling.temperature).softmax(-1)

@@ -10,7 +10,7 @@ from torch.nn.functional import linear as plain_linear
 
 from gen_fast.errors import OpError
 
-# The batch that the layout is chosen for: a full one on a CPU (budget.py).
+# The batch that the layout is chosen for: a full one on a CPU (token_budget.py).
 _ROWS = 2048
 
 

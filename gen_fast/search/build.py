@@ -122,11 +122,11 @@ def build_index(
         info = replace(info, parts=len(entries), contents=contents_hash(entries))
     else:
         bits = settings.precision == "ubinary"
-        kind_chosen, reason = choose_kind(sum(rows), settings.dimension, budget, bits=bits)
+        index_kind, reason = choose_kind(sum(rows), settings.dimension, budget, bits=bits)
         if kind is not None:
-            kind_chosen, reason = kind, "it was asked for"
+            index_kind, reason = kind, "it was asked for"
         info = IndexInfo(
-            kind=kind_chosen,
+            kind=index_kind,
             reason=reason,
             folder=str(folder.resolve()),
             settings=store.plan.settings_hash,
@@ -134,10 +134,10 @@ def build_index(
             contents=contents_hash(entries),
             dimension=settings.dimension,
             rows=sum(rows),
-            probes={"ivfpq": 16, "ondisk": 16, "hnsw": 64}.get(kind_chosen, 0),
-            candidates=1 if kind_chosen in ("flat", "hnsw") else 10,
+            probes={"ivfpq": 16, "ondisk": 16, "hnsw": 64}.get(index_kind, 0),
+            candidates=1 if index_kind in ("flat", "hnsw") else 10,
         )
-        if kind_chosen == "binary" and not bits:
+        if index_kind == "binary" and not bits:
             mean = _sample(store, rows, 1 << 14).mean(axis=0)
             info = replace(info, center=tuple(float(value) for value in mean))
     info.save(out)

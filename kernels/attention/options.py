@@ -19,7 +19,8 @@ class AttentionOptions:
     """Where each text lies in the packed rows, its prefix and its mask.
 
     B texts, P prefix tokens, KV key/value heads, D head size. Layers that share all of this should
-    share the object: it is checked, and prepared for C++, once. Its tensors must not be resized.
+    share the object: it is checked, and prepared for C++, once. Its tensors must not be
+    changed: C++ may keep copies of them.
     Raises OpError for shapes and dtypes that do not fit, and for a mask that does not exist or
     cannot be combined. What cu_seqlens and blocks hold is not looked at: on a GPU that would stop
     the host.

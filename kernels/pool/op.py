@@ -1,10 +1,12 @@
 """Schema and choice of implementation for pool."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from gen_fast.errors import OpError
+from gen_fast.errors import ImplementationError, OpError
 from gen_fast.ops import CPP, CUDA, REFERENCE, TRITON, Op, gpu, native
 
 from . import reference
@@ -34,6 +36,14 @@ OP = Op(
     check=_check,
 )
 OP.register(REFERENCE)(reference.pool)
+
+
+def _no_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    raise ImplementationError("op 'pool' has no gradient")
+
+
+# Calling the op says so at once; through torch.ops and torch.compile it must not be silent either.
+OP.differentiate(lambda ctx, inputs, output: None, _no_gradient)
 
 
 # Registered before Triton's, so chosen only when asked for: which of the two is ahead has not been

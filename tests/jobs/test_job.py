@@ -234,3 +234,46 @@ def test_the_command(corpus: Path, tiny_model: Path, tmp_path: Path) -> None:
         "text: 392 embeddings in 1 parts",
     ]
     assert verify(tmp_path / "two" / "text") == []
+
+
+def test_settings_whole_or_by_name(corpus: Path, tiny_model: Path, tmp_path: Path) -> None:
+    by_name = options(tiny_model, precision="int8")
+    settings = gen_fast.Settings(**by_name)
+    embed_corpus(corpus, tmp_path / "whole", settings)
+    embed_corpus(corpus, tmp_path / "named", **by_name)
+    assert files_of(tmp_path / "whole") == files_of(tmp_path / "named")
+    # A name takes the place of the setting, and of what excludes it.
+    embed_corpus(corpus, tmp_path / "other", settings, prompt_name="query", plan_only=True)
+    assert Plan.load(tmp_path / "other").settings.prompt == ""
+    embed_corpus(corpus, tmp_path / "both", settings, template="{title}: {text}", plan_only=True)
+    assert Plan.load(tmp_path / "both").settings.text_column is None
+    with pytest.raises(TypeError, match="no_such_setting"):
+        embed_corpus(corpus, tmp_path / "none", settings, no_such_setting=1)
+    with pytest.raises(ConfigError, match="text_column is not for several columns"):
+        embed_columns(corpus, tmp_path / "columns", {"text": None}, settings)
+
+
+def test_names_in_the_plan_are_a_format(corpus: Path, tiny_model: Path, tmp_path: Path) -> None:
+    embed_corpus(corpus, tmp_path / "out", **options(tiny_model), plan_only=True)
+    names = json.loads((tmp_path / "out" / "plan.json").read_text())["settings"]
+    assert list(names) == [
+        "model",
+        "method",
+        "backbone",
+        "revision",
+        "dtype",
+        "max_length",
+        "deterministic",
+        "prompt",
+        "normalize",
+        "truncate_dim",
+        "precision",
+        "text_column",
+        "id_column",
+        "template",
+        "file_format",
+        "split",
+        "max_text_bytes",
+        "rows_per_part",
+        "identity",
+    ]

@@ -18,7 +18,7 @@ from tiny_corpus import (
 
 from gen_fast.errors import InputError, JobError
 from gen_fast.jobs.job import embed_corpus
-from gen_fast.jobs.settings import Settings
+from gen_fast.jobs.settings import PlanSettings
 from gen_fast.jobs.verify import verify
 
 
@@ -27,7 +27,7 @@ def test_a_finished_job_is_left_as_it_is(
 ) -> None:
     first = embed_corpus(corpus, tmp_path / "out", **options(tiny_model))
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
-    monkeypatch.setattr(Settings, "load_encoder", lambda *_: pytest.fail("was loaded"))
+    monkeypatch.setattr(PlanSettings, "load_encoder", lambda *_: pytest.fail("was loaded"))
     assert embed_corpus(corpus, tmp_path / "out", **options(tiny_model)) == first
     after = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
     assert after == before

@@ -99,3 +99,5 @@ def test_there_is_no_gradient():
     hidden, *rest = inputs(torch.float32, False, False)
     with pytest.raises(gen_fast.ImplementationError, match="has no gradient"):
         pool(hidden.requires_grad_(), *rest)
+    with pytest.raises(gen_fast.ImplementationError, match="has no gradient"):
+        OP.torch_op(hidden, *rest[:4]).sum().backward()

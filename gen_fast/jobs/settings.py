@@ -24,12 +24,7 @@ from gen_fast.model.sources import lasting_name
 # Fields whose names in plan.json are other ones.
 _NAMES_IN_PLAN = {"normalize_embeddings": "normalize"}
 # One of a pair takes the place of the other.
-_EXCLUSIVE = {
-    "prompt": "prompt_name",
-    "prompt_name": "prompt",
-    "text_column": "template",
-    "template": "text_column",
-}
+_EXCLUSIVE = (("prompt", "prompt_name"), ("text_column", "template"))
 
 
 @dataclass(frozen=True)
@@ -70,9 +65,13 @@ class Settings:
         A prompt takes the place of a prompt's name, and a template that of a text column; so do
         they the other way round. Raises TypeError for what is no field.
         """
-        given = {name for name, value in changes.items() if value is not None}
-        replaced = {_EXCLUSIVE[name]: None for name in given & _EXCLUSIVE.keys()}
-        return replace(self, **{**replaced, **changes})
+        excluded = {
+            other: None
+            for pair in _EXCLUSIVE
+            for name, other in (pair, reversed(pair))
+            if changes.get(name) is not None
+        }
+        return replace(self, **{**excluded, **changes})
 
     def resolved(self, device: str) -> "PlanSettings":
         """As a plan has them: the model's identity, a dtype of `device`, the prompt's text.

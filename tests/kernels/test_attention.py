@@ -64,15 +64,15 @@ TRIMMED = ([10, 1, 0, 33, 0], [70, 1, 9, 33, 0])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("n_prefix", [0, 1, 37])
-@pytest.mark.parametrize("size", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("n_prefix", [0, 37])
+@pytest.mark.parametrize("size", [64, 80, 128, 256])
 def test_ragged_texts(size, n_prefix, dtype, device, impl):
     check(inputs(RAGGED, RAGGED, n_prefix, 6, 2, size, dtype), device, impl)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("n_prefix", [0, 1, 37])
-@pytest.mark.parametrize("size", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("n_prefix", [0, 37])
+@pytest.mark.parametrize("size", [64, 80, 128, 256])
 def test_gradient(size, n_prefix, dtype, device, grad_impl):
     counts = [1, 63, 5, 70]
     check_backward(inputs(counts, counts, n_prefix, 4, 2, size, dtype), device, grad_impl)
@@ -115,8 +115,8 @@ MASKED = {
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("n_prefix", [0, 1, 37])
-@pytest.mark.parametrize("size", [64, 80, 128, 256])
+@pytest.mark.parametrize("n_prefix", [1, 37])
+@pytest.mark.parametrize("size", [64, 80, 256])
 @pytest.mark.parametrize("mask", MASKED)
 def test_other_masks(mask, size, n_prefix, dtype, device, grad_impl):
     if grad_impl == "sdpa":
@@ -237,7 +237,7 @@ def test_a_text_does_not_see_its_neighbours():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", [2, 63, 64, 80, 256])
+@pytest.mark.parametrize("size", [2, 63, 64, 80, 96, 256])
 def test_every_instruction_set(isa_level, size, dtype):
     counts = [1, 63, 64, 5, 130]
     for n_prefix in (0, 37):

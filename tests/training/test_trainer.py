@@ -103,7 +103,7 @@ def test_stopped_and_continued_gives_the_same_bytes(make_config):
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_killed_and_continued_gives_the_same_bytes(make_config, tmp_path, ranks):
-    settings = {"steps": 60, "schedule_steps": 60, "checkpoint_every": 3, "validation_rows": 2}
+    settings = {"steps": 40, "schedule_steps": 40, "checkpoint_every": 3, "validation_rows": 2}
     whole = make_config("whole", **settings)
     run(whole, tmp_path, ranks)
     killed = make_config("killed", **settings)

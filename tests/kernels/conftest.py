@@ -1,7 +1,8 @@
 """Every test of an op runs for every implementation that can run here, on the CPU and on a GPU.
 
 In Triton's interpreter, where a case takes seconds, a test runs for every pair of its parameters'
-values; the other combinations are slow tests. On a GPU and in C++ all of them run.
+values, but for those that its module names in SLOW_IN_INTERPRETER; the other combinations are slow
+tests. On a GPU and in C++ all of them run.
 """
 
 from collections import defaultdict
@@ -57,6 +58,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         values = dict(spec.params)
         impls = [values.pop(name, None) for name in ("impl", "grad_impl", "quantized_impl")]
         if "triton" in impls and values.pop("device") == "cpu":
+            slow = getattr(item.module, "SLOW_IN_INTERPRETER", {})
+            if any(values.get(name) in slow[name] for name in slow):
+                item.add_marker(pytest.mark.slow)
+                continue
             tests[item.nodeid.partition("[")[0]].append((item, values))
     for cases in tests.values():
         kept = pairwise([values for _, values in cases])

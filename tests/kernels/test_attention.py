@@ -57,6 +57,8 @@ def check_backward(arguments, device, impl, **options):
     check_gradients(run, lambda *x: plain(*x, **options), (*leaves, *rest), impl, device)
 
 
+# Slow in Triton's interpreter: heads of 80, 96 and 128 have one tile.
+SLOW_IN_INTERPRETER = {"size": (96, 128), "n_prefix": (1,)}
 DTYPES = (torch.bfloat16, torch.float32)  # Triton's interpreter is faster in the first
 RAGGED = [1, 63, 64, 64, 5, 130]
 # (queries, keys) of each text: the trimmed last layer, some texts with no query, some empty.
@@ -64,15 +66,15 @@ TRIMMED = ([10, 1, 0, 33, 0], [70, 1, 9, 33, 0])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("n_prefix", [0, 37])
-@pytest.mark.parametrize("size", [64, 80, 128, 256])
+@pytest.mark.parametrize("n_prefix", [0, 1, 37])
+@pytest.mark.parametrize("size", [64, 80, 96, 128, 256])
 def test_ragged_texts(size, n_prefix, dtype, device, impl):
     check(inputs(RAGGED, RAGGED, n_prefix, 6, 2, size, dtype), device, impl)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("n_prefix", [0, 37])
-@pytest.mark.parametrize("size", [64, 80, 128, 256])
+@pytest.mark.parametrize("n_prefix", [0, 1, 37])
+@pytest.mark.parametrize("size", [64, 80, 96, 128, 256])
 def test_gradient(size, n_prefix, dtype, device, grad_impl):
     counts = [1, 63, 5, 70]
     check_backward(inputs(counts, counts, n_prefix, 4, 2, size, dtype), device, grad_impl)
@@ -115,8 +117,8 @@ MASKED = {
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("n_prefix", [1, 37])
-@pytest.mark.parametrize("size", [64, 80, 256])
+@pytest.mark.parametrize("n_prefix", [0, 1, 37])
+@pytest.mark.parametrize("size", [64, 80, 96, 128, 256])
 @pytest.mark.parametrize("mask", MASKED)
 def test_other_masks(mask, size, n_prefix, dtype, device, grad_impl):
     if grad_impl == "sdpa":

@@ -187,10 +187,11 @@ class Backbone:
                 q, stream = q[needed], stream[needed]
                 if not n_needed:
                     return stream, kept
-            if prefix is not None or last or options is None or options.window != windows[i]:
-                prefix_k, prefix_v = (None, None) if prefix is None else prefix.layers[i]
+            if last or options is None or options.window != windows[i]:
                 cu_queries = cu_needed if last else cu_seqlens
-                options = AttentionOptions(cu_queries, cu_keys, prefix_k, prefix_v, windows[i])
+                options = AttentionOptions(cu_queries, cu_keys, window=windows[i])
+            if prefix is not None:
+                options = options.with_prefix(*prefix.layers[i])
             mixed = attention(q, k, v, options)
             mixed = linear(mixed.flatten(1), layer.out)
             normed, stream = add_rms_norm(mixed, stream, layer.mlp_norm, eps, inplace=True)

@@ -73,6 +73,17 @@ class AttentionOptions:
         ):
             raise OpError(f"blocks must be {list(shape)} of int32, not {list(self.blocks.shape)}")
 
+    def with_prefix(self, k: Tensor, v: Tensor) -> "AttentionOptions":
+        """The same of another layer, whose keys and values of the prefix are k and v.
+
+        Only these are checked: a batch takes a new object a layer, and the rest has been looked at.
+        """
+        other = object.__new__(AttentionOptions)
+        other.__dict__.update(self.__dict__, prefix_k=k, prefix_v=v)
+        other.__dict__.pop("_cpp", None)
+        other._check_prefix()
+        return other
+
     @property
     def texts(self) -> int:
         """B."""

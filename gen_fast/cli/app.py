@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from gen_fast.cli import encode, info, jobs, training
+from gen_fast.cli import encode, evaluation, info, jobs, training
 from gen_fast.cli.errors import EPILOG, Commands
 from gen_fast.version import __version__
 
@@ -55,6 +55,7 @@ def demo() -> None:
 app.command()(jobs.embed)
 app.command()(jobs.verify)
 app.command()(jobs.index)
+app.command("eval")(evaluation.evaluate)
 app.command()(training.generate)
 app.command()(training.teach)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(

@@ -88,6 +88,23 @@ class Encoder:
         return self._method.name
 
     @property
+    def identity(self) -> dict[str, Any]:
+        """What decides its embeddings, besides the tokenizer, as JSON."""
+        return {
+            "method": self.method,
+            "prompts": self.prompts,
+            "backbone": self.backbone.fingerprint,
+            "dtype": str(self.backbone.dtype),
+            **self._method.identity(),
+            "max_length": self.max_length,
+        }
+
+    @property
+    def similarity_fn_name(self) -> str:
+        """What `similarity` computes: "cosine", "dot", "euclidean" or "manhattan"."""
+        return self._method.similarity_fn_name
+
+    @property
     def adapter(self) -> Adapter | None:
         """The LLM2Vec-Gen adapter, where the method has one."""
         return self._method.adapter if isinstance(self._method, LLM2VecGen) else None
@@ -259,7 +276,7 @@ class Encoder:
         The cosine, which is 0 for a zero vector, unless a sentence-transformers layout names
         another: the dot product, or the negative Euclidean or Manhattan distance.
         """
-        name = self._method.similarity_fn_name
+        name = self.similarity_fn_name
         if name in ("euclidean", "manhattan"):
             distance = torch.cdist(
                 torch.from_numpy(a), torch.from_numpy(b), p=2.0 if name == "euclidean" else 1.0

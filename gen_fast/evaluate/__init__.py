@@ -1,1 +1,1 @@
-"""How good embeddings are; and the real texts that measure it, fetched when asked for."""
+"""How good embeddings are, by tasks of mteb; and the real texts that measure it."""

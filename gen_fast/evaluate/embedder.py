@@ -5,7 +5,7 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -18,22 +18,16 @@ from gen_fast.embed.encoder import Encoder
 from gen_fast.errors import ConfigError
 from gen_fast.evaluate.instructions import Instructions
 
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
 logger = logging.getLogger(__name__)
 
 SIMILARITIES = ("cosine", "dot")
 
 
-class Model(Protocol):
-    """What is evaluated: an Encoder, or a model of sentence-transformers."""
-
-    prompts: dict[str, str]
-
-    @property
-    def similarity_fn_name(self) -> str:
-        """How its vectors are compared."""
-
-    def encode(self, texts: Sequence[str], **options: Any) -> Any:
-        """Embeddings [n, d] of n texts."""
+# What can be evaluated.
+Model: TypeAlias = "Encoder | SentenceTransformer"
 
 
 class Embedder(AbsEncoder):

@@ -19,7 +19,7 @@ from mteb.abstasks import (
     AbsTaskRetrieval,
     AbsTaskSTS,
 )
-from mteb.abstasks.task_metadata import TaskMetadata
+from mteb.abstasks.task_metadata import TaskMetadata, TaskType
 
 from gen_fast.evaluate import corpora
 from gen_fast.evaluate.corpora import Package, Synset
@@ -59,7 +59,7 @@ REFUSALS = (
 
 
 def _metadata(
-    name: str, kind: str, main_score: str, corpus: str, licence: str, description: str
+    name: str, kind: TaskType, main_score: str, corpus: str, licence: str, description: str
 ) -> TaskMetadata:
     return TaskMetadata(
         name=name,
@@ -384,7 +384,7 @@ def _different(items: Iterable[Item], count: int, *keys: Callable[[Item], str]) 
     ordered = sorted(items, key=lambda item: tuple(key(item) for key in keys))
     random.Random(0).shuffle(ordered)
     seen: set[tuple[int, str]] = set()
-    chosen = []
+    chosen: list[Item] = []
     for item in ordered:
         values = {(i, key(item)) for i, key in enumerate(keys)}
         if not values & seen and len(chosen) < count:

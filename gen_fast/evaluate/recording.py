@@ -5,7 +5,7 @@ in the same file: `items` and `standard_error`.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -58,74 +58,86 @@ def _numbered(statistic: str, values: Any, gold: Any = ()) -> Items:
     return Items(statistic, ids, values, np.asarray(gold, dtype=np.float64))
 
 
+def _replace(task: AbsTask, method: str, make: Callable[[Callable[..., Any]], Any]) -> None:
+    """Give this one task what `make` makes of a method of its class."""
+    setattr(task, method, make(getattr(task, method)))
+
+
 def _record_retrieval(task: AbsTaskRetrieval) -> None:
-    own = task.task_specific_scores
     match = re.fullmatch(r"(\w+)_at_(\d+)", task.metadata.main_score)
     if match is None or match[1] not in _RETRIEVAL_METRICS:
         return
     metric = f"{_RETRIEVAL_METRICS[match[1]]}_{match[2]}"
 
-    def task_specific_scores(
-        scores: Mapping[str, Mapping[str, float]], *args: Any, **kwargs: Any
-    ) -> dict[str, Any]:
-        ids = tuple(sorted(scores))
-        values = np.array([scores[query][metric] for query in ids])
-        items = Items("mean", ids, values, np.empty(0))
-        return {**own(scores, *args, **kwargs), **_scores(items)}
+    def recording(own: Callable[..., Any]) -> Callable[..., Any]:
+        def task_specific_scores(scores: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+            ids = tuple(sorted(scores))
+            values = np.array([scores[query][metric] for query in ids])
+            items = Items("mean", ids, values, np.empty(0))
+            return {**own(scores, *args, **kwargs), **_scores(items)}
 
-    task.task_specific_scores = task_specific_scores
+        return task_specific_scores
+
+    _replace(task, "task_specific_scores", recording)
 
 
 def _record_sts(task: AbsTaskSTS) -> None:
-    own = task._calculate_scores
+    def recording(own: Callable[..., Any]) -> Callable[..., Any]:
+        def calculate_scores(scores: Any, gold: list[float]) -> dict[str, Any]:
+            values = scores["similarity_scores"]
+            values = scores["cosine_scores"] if values is None else values
+            return {**own(scores, gold), **_scores(_numbered("spearman", values, gold))}
 
-    def calculate_scores(scores: Mapping[str, Any], gold: list[float]) -> dict[str, Any]:
-        values = scores["similarity_scores"]
-        values = scores["cosine_scores"] if values is None else values
-        return {**own(scores, gold), **_scores(_numbered("spearman", values, gold))}
+        return calculate_scores
 
-    task._calculate_scores = calculate_scores
+    _replace(task, "_calculate_scores", recording)
 
 
 def _record_pairs(task: AbsTaskPairClassification) -> None:
-    own = task._compute_metrics
+    def recording(own: Callable[..., Any]) -> Callable[..., Any]:
+        def compute_metrics(scores: Any, labels: list[int]) -> dict[str, Any]:
+            items = _numbered("average-precision", scores["similarity_scores"], labels)
+            return {**own(scores, labels), **_scores(items)}
 
-    def compute_metrics(scores: Mapping[str, Any], labels: list[int]) -> dict[str, Any]:
-        items = _numbered("average-precision", scores["similarity_scores"], labels)
-        return {**own(scores, labels), **_scores(items)}
+        return compute_metrics
 
-    task._compute_metrics = compute_metrics
+    _replace(task, "_compute_metrics", recording)
 
 
 def _record_classification(task: AbsTaskClassification) -> None:
     """A text's item is the share of experiments, each with its own training texts, that got it."""
-    own_run, own_average = task._run_experiment, task._calculate_avg_scores
     right: list[np.ndarray] = []
 
-    def run_experiment(train: Any, test: Any, *args: Any, **kwargs: Any) -> Any:
-        scores, predictions = own_run(train, test, *args, **kwargs)
-        right.append(np.asarray(predictions) == np.asarray(test[task.label_column_name]))
-        return scores, predictions
+    def run(own: Callable[..., Any]) -> Callable[..., Any]:
+        def run_experiment(train: Any, test: Any, *args: Any, **kwargs: Any) -> Any:
+            scores, predictions = own(train, test, *args, **kwargs)
+            right.append(np.asarray(predictions) == np.asarray(test[task.label_column_name]))
+            return scores, predictions
 
-    def calculate_avg_scores(scores: Any) -> dict[str, Any]:
-        averages = own_average(scores)
-        sizes = {len(hits) for hits in right}
-        if task.metadata.main_score == "accuracy" and len(sizes) == 1:
-            averages |= _scores(_numbered("mean", np.mean(right, axis=0)))
-        right.clear()
-        return dict(averages)
+        return run_experiment
 
-    task._run_experiment = run_experiment
-    task._calculate_avg_scores = calculate_avg_scores
+    def average(own: Callable[..., Any]) -> Callable[..., Any]:
+        def calculate_avg_scores(scores: Any) -> dict[str, Any]:
+            averages = dict(own(scores))
+            if task.metadata.main_score == "accuracy" and len({len(hits) for hits in right}) == 1:
+                averages |= _scores(_numbered("mean", np.mean(right, axis=0)))
+            right.clear()
+            return averages
+
+        return calculate_avg_scores
+
+    _replace(task, "_run_experiment", run)
+    _replace(task, "_calculate_avg_scores", average)
 
 
 def _record_clustering(task: AbsTaskClustering) -> None:
-    own = task._evaluate_subset
+    def recording(own: Callable[..., Any]) -> Callable[..., Any]:
+        def evaluate_subset(*args: Any, **kwargs: Any) -> dict[str, Any]:
+            scores = own(*args, **kwargs)
+            draws = [value for level in scores["v_measures"].values() for value in level]
+            return {**scores, **_scores(_numbered("draws", draws))}
 
-    def evaluate_subset(*args: Any, **kwargs: Any) -> dict[str, Any]:
-        scores = own(*args, **kwargs)
-        draws = [value for level in scores["v_measures"].values() for value in level]
-        return {**scores, **_scores(_numbered("draws", draws))}
+        return evaluate_subset
 
     if task.metadata.main_score == "v_measure":
-        task._evaluate_subset = evaluate_subset
+        _replace(task, "_evaluate_subset", recording)

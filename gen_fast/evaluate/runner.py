@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mteb
 from mteb import AbsTask
@@ -131,7 +132,7 @@ def read_scores(out: str | Path) -> dict[str, list[TaskScore]]:
     return found
 
 
-def _models(out: Path) -> Iterator[tuple[Path, Mapping[str, object]]]:
+def _models(out: Path) -> Iterator[tuple[Path, Mapping[str, Any]]]:
     """Folders of results, the oldest first, with what is known of their models."""
     files = sorted(out.glob("results/*/*/model_meta.json"), key=lambda file: file.stat().st_mtime)
     for file in files:
@@ -141,9 +142,9 @@ def _models(out: Path) -> Iterator[tuple[Path, Mapping[str, object]]]:
 def _score(result: TaskResult, in_domain: bool) -> TaskScore:
     """The mean over splits and subsets, whose errors are independent."""
     parts = [part for split in result.scores.values() for part in split]
-    errors = [part.get("standard_error") for part in parts]
+    errors = [part["standard_error"] for part in parts if "standard_error" in part]
     error = None
-    if None not in errors:
+    if len(errors) == len(parts):
         error = float(sum(e * e for e in errors) ** 0.5 / len(parts))
     items = parts[0].get("items") if len(parts) == 1 else None
     return TaskScore(

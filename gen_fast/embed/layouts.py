@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from gen_fast.errors import TextError
-from gen_fast.formats.sentence_transformers import Pooling
+from gen_fast.formats.sentence_modules import Pooling
 from gen_fast.model.generation import AnswerGenerator
 from gen_fast.model.tokenizing import TextTokenizer, Tokenizer
 

@@ -7,23 +7,25 @@ done to a text. What is not computed here is refused by name.
 Source: sentence-transformers 6.2, whose reading of these files, defaults included, is followed.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
-
 from gen_fast.errors import UnsupportedModelError, WeightsError
+from gen_fast.formats.sentence_modules import (
+    Dense,
+    Normalize,
+    Pooling,
+    read_dense,
+    read_normalize,
+    read_optional,
+    read_pooling,
+)
 from gen_fast.model.config import BackboneConfig, parse_config
 from gen_fast.model.weights import read_json
 
-POOLING_MODES = ("mean", "lasttoken", "cls", "weightedmean", "max", "mean_sqrt_len_tokens")
 SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
 
 _PACKAGES = (
@@ -39,81 +41,7 @@ _TYPES = {
     for package in _PACKAGES
     for name in (f"{package}.{module}", f"{package}.{module.lower()}.{module}")
 }
-# The flags of older releases.
-_POOLING_FLAGS = {
-    "pooling_mode_cls_token": "cls",
-    "pooling_mode_max_tokens": "max",
-    "pooling_mode_mean_tokens": "mean",
-    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
-    "pooling_mode_weightedmean_tokens": "weightedmean",
-    "pooling_mode_lasttoken": "lasttoken",
-}
-_ACTIVATIONS = {
-    "torch.nn.modules.linear.Identity": "Identity",
-    "torch.nn.Identity": "Identity",
-    "torch.nn.modules.activation.Tanh": "Tanh",
-    "torch.nn.Tanh": "Tanh",
-}
 _TEXT_ONLY = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
-
-
-@dataclass(frozen=True)
-class Pooling:
-    """How the states of a text's tokens become one vector; `mode` is one of POOLING_MODES.
-
-    Prompt and special tokens count as all others do, unless include_prompt is false.
-    """
-
-    mode: str
-    include_prompt: bool = True
-
-
-@dataclass(frozen=True)
-class Dense:
-    """activation(weight @ x + bias). weight [out, in], bias [out]; activation Identity or Tanh."""
-
-    weight: Tensor
-    bias: Tensor | None
-    activation: str
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Embeddings [n, in] to [n, out]."""
-        x = torch.nn.functional.linear(x, self.weight, self.bias)
-        return x.tanh() if self.activation == "Tanh" else x
-
-    def to(self, device: torch.device) -> "Dense":
-        """The same with its weights on `device`."""
-        bias = None if self.bias is None else self.bias.to(device)
-        return replace(self, weight=self.weight.to(device), bias=bias)
-
-    def identity(self) -> dict[str, Any]:
-        """What decides its numbers, as JSON."""
-        digest = hashlib.sha256(self.weight.cpu().numpy().tobytes())
-        if self.bias is not None:
-            digest.update(b"bias" + self.bias.cpu().numpy().tobytes())
-        return {
-            "type": "Dense",
-            "shape": list(self.weight.shape),
-            "activation": self.activation,
-            "sha256": digest.hexdigest()[:16],
-        }
-
-
-@dataclass(frozen=True)
-class Normalize:
-    """Division by the L2 norm."""
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Embeddings [n, d] of length 1."""
-        return torch.nn.functional.normalize(x, dim=-1)
-
-    def to(self, device: torch.device) -> "Normalize":
-        """The same: it has no weights."""
-        return self
-
-    def identity(self) -> dict[str, Any]:
-        """What decides its numbers, as JSON."""
-        return {"type": "Normalize"}
 
 
 @dataclass(frozen=True)
@@ -200,9 +128,9 @@ def read_sentence_model(directory: str | Path) -> SentenceModel:
     if (transformer / "adapter_config.json").is_file():
         raise UnsupportedModelError(f"{transformer} holds a PEFT adapter: merge it first")
     config = parse_config(read_json(transformer / "config.json"))
-    text = _read_optional(transformer / "sentence_bert_config.json")
+    text = read_optional(transformer / "sentence_bert_config.json")
     _check_text_settings(text)
-    settings = _read_optional(directory / "config_sentence_transformers.json")
+    settings = read_optional(directory / "config_sentence_transformers.json")
     prompts, default_prompt_name = _read_prompts(settings)
     pooling, modules = _read_pooling_and_modules(directory, config.hidden_size)
     truncate_dim = settings.get("truncate_dim")
@@ -252,14 +180,13 @@ def _read_pooling_and_modules(
     for kind, path in _read_modules(directory)[1:]:
         module = _TYPES.get(kind)
         if module == "Pooling" and pooling is None:
-            pooling = _read_pooling(path, hidden_size)
+            pooling = read_pooling(path, hidden_size)
         elif module == "Dense" and pooling is not None:
-            dense = _read_dense(path, size)
+            dense = read_dense(path, size)
             modules.append(dense)
             size = len(dense.weight)
         elif module == "Normalize" and pooling is not None:
-            _check_normalize(path)
-            modules.append(Normalize())
+            modules.append(read_normalize(path))
         else:
             raise UnsupportedModelError(
                 f"{directory}/modules.json: a module of type {kind!r} is not supported at this "
@@ -268,85 +195,6 @@ def _read_pooling_and_modules(
     if pooling is None:
         raise UnsupportedModelError(f"{directory}/modules.json lists no Pooling")
     return pooling, tuple(modules)
-
-
-def _read_pooling(path: Path, hidden_size: int) -> Pooling:
-    config = read_json(path / "config.json")
-    flags = {name: config.pop(name) for name in _POOLING_FLAGS if name in config}
-    mode = config.pop("pooling_mode", None)
-    if mode is None:
-        mode = [_POOLING_FLAGS[name] for name, is_set in flags.items() if is_set] or "mean"
-    modes = [mode] if isinstance(mode, str) else list(mode)
-    width = config.pop("embedding_dimension", None)
-    width = config.pop("word_embedding_dimension", width)
-    include_prompt = config.pop("include_prompt", True)
-    _refuse_unknown(config, path)
-    if len(modes) != 1 or modes[0] not in POOLING_MODES:
-        raise UnsupportedModelError(
-            f"{path}: pooling_mode {', '.join(map(repr, modes))} is not supported, only one of "
-            f"{', '.join(POOLING_MODES)}"
-        )
-    if width is not None and width != hidden_size:
-        raise UnsupportedModelError(
-            f"{path}: embedding_dimension {width} is not the backbone's {hidden_size}"
-        )
-    return Pooling(modes[0], bool(include_prompt))
-
-
-def _read_dense(path: Path, size: int) -> Dense:
-    config = read_json(path / "config.json")
-    _check_features(config, path)
-    if config.pop("use_residual", False):
-        raise UnsupportedModelError(f"{path}: a Dense with use_residual is not supported")
-    activation = config.pop("activation_function", "torch.nn.modules.activation.Tanh")
-    if activation not in _ACTIVATIONS:
-        raise UnsupportedModelError(
-            f"{path}: activation_function {activation!r} is not supported, only "
-            f"{' and '.join(sorted(set(_ACTIVATIONS.values())))}"
-        )
-    shape = config.pop("out_features", None), config.pop("in_features", None)
-    has_bias = bool(config.pop("bias", True))
-    _refuse_unknown(config, path)
-    if shape[1] != size:
-        raise UnsupportedModelError(f"{path}: in_features {shape[1]} meets vectors of size {size}")
-    tensors = _read_tensors(path)
-    weight, bias = tensors.pop("linear.weight", None), tensors.pop("linear.bias", None)
-    if (
-        tensors
-        or weight is None
-        or tuple(weight.shape) != shape
-        or (bias is not None) != has_bias
-        or (bias is not None and tuple(bias.shape) != shape[:1])
-    ):
-        raise WeightsError(f"{path}/model.safetensors does not hold a linear map of shape {shape}")
-    return Dense(weight.float(), None if bias is None else bias.float(), _ACTIVATIONS[activation])
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    file = path / "model.safetensors"
-    if not file.is_file():
-        pickled = ": its pickled pytorch_model.bin is not loaded, convert it to safetensors"
-        has_pickle = (path / "pytorch_model.bin").is_file()
-        raise WeightsError(f"{file} is missing" + (pickled if has_pickle else ""))
-    try:
-        tensors: dict[str, Tensor] = load_file(file)
-    except SafetensorError as error:
-        raise WeightsError(f"{file} is not a safetensors file, or damaged: {error}") from error
-    return tensors
-
-
-def _check_normalize(path: Path) -> None:
-    config = _read_optional(path / "config.json")
-    _check_features(config, path)
-    _refuse_unknown(config, path)
-
-
-def _check_features(config: dict[str, Any], path: Path) -> None:
-    """Take the names of what a module reads and writes out of `config`: the pooled vector."""
-    for key in ("module_input_name", "module_output_name"):
-        value = config.pop(key, None) or "sentence_embedding"
-        if value != "sentence_embedding":
-            raise UnsupportedModelError(f"{path}: {key} {value!r} is not supported")
 
 
 def _check_text_settings(text: Mapping[str, Any]) -> None:
@@ -389,7 +237,7 @@ def _read_prompts(settings: Mapping[str, Any]) -> tuple[dict[str, str], str | No
 
 
 def _max_length(text: Mapping[str, Any], transformer: Path, config: BackboneConfig) -> int:
-    tokenizer = _read_optional(transformer / "tokenizer_config.json")
+    tokenizer = read_optional(transformer / "tokenizer_config.json")
     side = tokenizer.get("truncation_side", "right")
     if side != "right":
         raise UnsupportedModelError(
@@ -406,14 +254,3 @@ def _max_length(text: Mapping[str, Any], transformer: Path, config: BackboneConf
             "model was made for"
         )
     return int(length)
-
-
-def _read_optional(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
-
-
-def _refuse_unknown(config: Mapping[str, Any], path: Path) -> None:
-    if config:
-        raise UnsupportedModelError(
-            f"{path}/config.json: {', '.join(sorted(config))} is not supported"
-        )

@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 import gen_fast
 from gen_fast.cli import app
 from gen_fast.embed.loading import identify
-from gen_fast.formats.sentence_transformers import POOLING_MODES
+from gen_fast.formats.sentence_modules import POOLING_MODES
 from gen_fast.jobs.parts import PartStore
 from gen_fast.jobs.plan import Plan
 

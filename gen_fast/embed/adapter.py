@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gen_fast.errors import AdapterError, BackboneMismatchError, WeightsError
-from gen_fast.io.durable import file_sha256
+from gen_fast.io.durable import as_readable_as_others, file_sha256
 from gen_fast.model.weights import read_json
 
 FORMAT = "gen_fast.adapter/1"
@@ -134,11 +134,9 @@ class Adapter:
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / "adapter.safetensors"
-        path.touch()
-        mode = path.stat().st_mode
         tensors = {name: t.contiguous() for name, t in self.tensors().items()}
-        save_file(tensors, path, metadata={"format": FORMAT})
-        path.chmod(mode)  # safetensors makes files that only their owner may read
+        with as_readable_as_others(path):
+            save_file(tensors, path, metadata={"format": FORMAT})
         config = {
             "format": FORMAT,
             "method": "llm2vec-gen",

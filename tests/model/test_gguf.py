@@ -232,7 +232,7 @@ def test_another_architecture_and_garbage_are_refused_by_name(tmp_path):
 def test_large_models_are_converted_shard_by_shard(tmp_path, cache, monkeypatch):
     model = save_tiny_model(tmp_path / "model", "llama")
     write_gguf(tmp_path / "model.gguf", model)
-    monkeypatch.setattr("gen_fast.model.sources._SHARD_BYTES", 40_000)
+    monkeypatch.setattr("gen_fast.model.shards.SHARD_BYTES", 40_000)
     directory = resolve(tmp_path / "model.gguf")
     index = json.loads((directory / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 3
@@ -245,7 +245,7 @@ def test_conversion_holds_the_result_and_one_tensor(tmp_path):
 import resource, gguf, torch
 from safetensors.torch import save_file
 import transformers.integrations.gguf, transformers.tokenization_utils_tokenizers
-from gen_fast.model.sources import resolve, _packaged_file, _write_converted, _shards
+from gen_fast.model.sources import resolve, _packaged_file, _write_converted
 from gen_fast.model.gguf import GGUFFile
 from pathlib import Path
 path = _packaged_file("smollm2-135m")

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
-from gen_fast.errors import TextError
+from gen_fast.errors import TextError, UnsupportedModelError
 from gen_fast.formats.sentence_modules import Pooling
 from gen_fast.model.generation import AnswerGenerator
 from gen_fast.model.tokenizing import TextTokenizer, Tokenizer
@@ -174,6 +174,7 @@ class WholeText(_OneText):
     ) -> None:
         super().__init__(TextTokenizer(tokenizer, prompt, max_length))
         self._mode = pooling.mode
+        self._counted = pooling.counted
         self._skipped = 0
         if prompt and not pooling.include_prompt:
             alone = tokenizer.core.encode(prompt)
@@ -182,7 +183,10 @@ class WholeText(_OneText):
     def __call__(self, texts: Sequence[str], first_row: int) -> Sequences:
         """See Layout. Raises TextError for a text without a token to pool."""
         ids, shared = self._text(texts)
-        own = np.array([len(row) for row in ids], dtype=np.int64) - self._skipped
+        if self._counted is None:
+            own = np.array([len(row) for row in ids], dtype=np.int64) - self._skipped
+        else:
+            own = np.array([self._last_counted(row) for row in ids], dtype=np.int64)
         _refuse_empty(own, f"sentence-transformers ({self._mode})", first_row)
         if self._mode == "cls":
             # The state of the first token: in a causal model none after it has a part in that.
@@ -190,6 +194,18 @@ class WholeText(_OneText):
         needed = np.ones_like(own) if self._mode in ("cls", "lasttoken") else own
         lengths = np.array([len(row) for row in ids], dtype=np.int64)
         return Sequences(ids, np.minimum(shared, lengths - needed), needed)
+
+    def _last_counted(self, ids: np.ndarray) -> int:
+        """How many tokens count in the mean. They must be the last ones: only those are pooled."""
+        assert self._counted is not None
+        counted = self._counted[ids]
+        number = int(counted.sum())
+        if not counted[len(ids) - number :].all():
+            raise UnsupportedModelError(
+                "WordWeights leaves out a token between or behind those that count; only tokens "
+                "before all others can be left out"
+            )
+        return number
 
 
 def _refuse_empty(own: np.ndarray, method: str, first_row: int) -> None:

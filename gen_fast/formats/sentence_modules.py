@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -20,7 +21,7 @@ from gen_fast.model.weights import read_json
 POOLING_MODES = ("mean", "lasttoken", "cls", "weightedmean", "max", "mean_sqrt_len_tokens")
 
 # The flags of older releases.
-_POOLING_FLAGS = {
+POOLING_FLAGS = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_max_tokens": "max",
     "pooling_mode_mean_tokens": "mean",
@@ -41,10 +42,19 @@ class Pooling:
     """How the states of a text's tokens become one vector; `mode` is one of POOLING_MODES.
 
     Prompt and special tokens count as all others do, unless include_prompt is false.
+    counted [V] bool: the ids that count in a mean, as WordWeights says; None is all of them.
     """
 
     mode: str
     include_prompt: bool = True
+    counted: np.ndarray | None = None
+
+    def identity(self) -> dict[str, Any]:
+        """What decides its numbers, as JSON."""
+        values = {"pooling": self.mode, "include_prompt": self.include_prompt}
+        if self.counted is None:
+            return values
+        return {**values, "counted": hashlib.sha256(self.counted.tobytes()).hexdigest()[:16]}
 
 
 @dataclass(frozen=True)
@@ -100,13 +110,30 @@ def read_optional(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def read_pooling(path: Path, hidden_size: int) -> Pooling:
-    """The Pooling in a folder, behind states of `hidden_size`. Raises UnsupportedModelError."""
+def read_word_weights(path: Path, vocab_size: int) -> np.ndarray:
+    """The ids that count, [V] bool, by the WordWeights in a folder.
+
+    Raises UnsupportedModelError for weights other than 0 and 1, WeightsError for missing ones.
+    """
+    weights = _read_tensors(path).get("emb_layer.weight")
+    if weights is None or weights.ndim != 2 or weights.shape[0] < vocab_size:
+        raise WeightsError(f"{path}/model.safetensors does not hold a weight for each token")
+    counted = weights[:, 0] == 1
+    if not (counted | (weights[:, 0] == 0)).all():
+        raise UnsupportedModelError(f"{path}: weights other than 0 and 1 are not supported")
+    return counted.numpy()
+
+
+def read_pooling(path: Path, hidden_size: int, counted: np.ndarray | None) -> Pooling:
+    """The Pooling in a folder, behind states of `hidden_size`, of which `counted` ids count.
+
+    Raises UnsupportedModelError.
+    """
     config = read_json(path / "config.json")
-    flags = {name: config.pop(name) for name in _POOLING_FLAGS if name in config}
+    flags = {name: config.pop(name) for name in POOLING_FLAGS if name in config}
     mode = config.pop("pooling_mode", None)
     if mode is None:
-        mode = [_POOLING_FLAGS[name] for name, is_set in flags.items() if is_set] or "mean"
+        mode = [POOLING_FLAGS[name] for name, is_set in flags.items() if is_set] or "mean"
     modes = [mode] if isinstance(mode, str) else list(mode)
     width = config.pop("embedding_dimension", None)
     width = config.pop("word_embedding_dimension", width)
@@ -121,16 +148,20 @@ def read_pooling(path: Path, hidden_size: int) -> Pooling:
         raise UnsupportedModelError(
             f"{path}: embedding_dimension {width} is not the backbone's {hidden_size}"
         )
-    return Pooling(modes[0], bool(include_prompt))
+    if counted is not None and (modes[0] != "mean" or not include_prompt):
+        raise UnsupportedModelError(
+            f"{path}: behind WordWeights only the mean is supported, with include_prompt"
+        )
+    return Pooling(modes[0], bool(include_prompt), counted)
 
 
-def read_dense(path: Path, size: int) -> Dense:
-    """The Dense in a folder, behind vectors of `size`.
+def read_dense(path: Path, size: int, of: str = "sentence_embedding") -> Dense:
+    """The Dense in a folder, behind vectors of `size`: those of texts, or "token_embeddings".
 
     Raises UnsupportedModelError, and WeightsError for weights that are missing or misshapen.
     """
     config = read_json(path / "config.json")
-    _check_features(config, path)
+    _check_features(config, path, of)
     if config.pop("use_residual", False):
         raise UnsupportedModelError(f"{path}: a Dense with use_residual is not supported")
     activation = config.pop("activation_function", "torch.nn.modules.activation.Tanh")
@@ -173,16 +204,17 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 def read_normalize(path: Path) -> Normalize:
     """The Normalize in a folder; raises UnsupportedModelError for one of anything else."""
     config = read_optional(path / "config.json")
-    _check_features(config, path)
+    _check_features(config, path, "sentence_embedding")
     _refuse_unknown(config, path)
     return Normalize()
 
 
-def _check_features(config: dict[str, Any], path: Path) -> None:
-    """Take the names of what a module reads and writes out of `config`: the pooled vector."""
+def _check_features(config: dict[str, Any], path: Path, of: str) -> None:
+    """Take the names of what a module reads and writes out of `config`: both must be `of`."""
+    value = "sentence_embedding"
     for key in ("module_input_name", "module_output_name"):
-        value = config.pop(key, None) or "sentence_embedding"
-        if value != "sentence_embedding":
+        value = config.pop(key, None) or value
+        if value != of:
             raise UnsupportedModelError(f"{path}: {key} {value!r} is not supported")
 
 

@@ -1,8 +1,9 @@
 """Model directories in sentence-transformers' layout, read without that package.
 
-`modules.json` lists what is run one after another: a Transformer, a Pooling, then any of Dense and
-Normalize. `config_sentence_transformers.json` has the prompts, `sentence_bert_config.json` what is
-done to a text. What is not computed here is refused by name.
+`modules.json` lists what is run one after another: a Transformer, perhaps a Dense of every token's
+state and WordWeights, a Pooling, then any of Dense and Normalize.
+`config_sentence_transformers.json` has the prompts, `sentence_bert_config.json` what is done to a
+text. What is not computed here is refused by name.
 
 Source: sentence-transformers 6.2, whose reading of these files, defaults included, is followed.
 """
@@ -22,6 +23,7 @@ from gen_fast.formats.sentence_modules import (
     read_normalize,
     read_optional,
     read_pooling,
+    read_word_weights,
 )
 from gen_fast.model.config import BackboneConfig, parse_config
 from gen_fast.model.weights import read_json
@@ -33,13 +35,14 @@ _PACKAGES = (
     "sentence_transformers.base.modules",
     "sentence_transformers.sentence_transformer.modules",
 )
-_MODULES = ("Transformer", "Pooling", "Dense", "Normalize")
+_MODULES = ("Transformer", "WordWeights", "Pooling", "Dense", "Normalize")
+_FILES = {"WordWeights": "word_weights"}
 # Every name under which a release has written a module: by its package or by its file.
 _TYPES = {
     name: module
     for module in _MODULES
     for package in _PACKAGES
-    for name in (f"{package}.{module}", f"{package}.{module.lower()}.{module}")
+    for name in (f"{package}.{module}", f"{package}.{_FILES.get(module, module.lower())}.{module}")
 }
 _TEXT_ONLY = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
 
@@ -78,8 +81,7 @@ class SentenceModel:
     def identity(self) -> dict[str, Any]:
         """What decides an embedding besides backbone, tokenizer and prompts, as JSON."""
         return {
-            "pooling": self.pooling.mode,
-            "include_prompt": self.pooling.include_prompt,
+            **self.pooling.identity(),
             "modules": [module.identity() for module in self.modules],
             "truncate_dim": self.truncate_dim,
             "do_lower_case": self.do_lower_case,
@@ -132,7 +134,7 @@ def read_sentence_model(directory: str | Path) -> SentenceModel:
     _check_text_settings(text)
     settings = read_optional(directory / "config_sentence_transformers.json")
     prompts, default_prompt_name = _read_prompts(settings)
-    pooling, modules = _read_pooling_and_modules(directory, config.hidden_size)
+    pooling, modules = _read_pooling_and_modules(directory, config)
     truncate_dim = settings.get("truncate_dim")
     similarity = settings.get("similarity_fn_name") or "cosine"
     if similarity not in SIMILARITIES:
@@ -171,16 +173,23 @@ def _read_modules(directory: Path) -> list[tuple[str, Path]]:
 
 
 def _read_pooling_and_modules(
-    directory: Path, hidden_size: int
+    directory: Path, config: BackboneConfig
 ) -> tuple[Pooling, tuple[Dense | Normalize, ...]]:
     """What follows the Transformer."""
-    pooling = None
-    size = hidden_size
+    counted = pooling = None
+    size = config.hidden_size
+    before: list[Dense] = []
     modules: list[Dense | Normalize] = []
     for kind, path in _read_modules(directory)[1:]:
         module = _TYPES.get(kind)
-        if module == "Pooling" and pooling is None:
-            pooling = read_pooling(path, hidden_size)
+        if module == "WordWeights" and counted is None and pooling is None:
+            counted = read_word_weights(path, config.vocab_size)
+        elif module == "Dense" and not before and pooling is None:
+            before.append(read_dense(path, size, of="token_embeddings"))
+            size = len(before[0].weight)
+        elif module == "Pooling" and pooling is None:
+            pooling = read_pooling(path, size, counted)
+            _check_order_is_free(before, pooling, path)
         elif module == "Dense" and pooling is not None:
             dense = read_dense(path, size)
             modules.append(dense)
@@ -190,11 +199,25 @@ def _read_pooling_and_modules(
         else:
             raise UnsupportedModelError(
                 f"{directory}/modules.json: a module of type {kind!r} is not supported at this "
-                "place; supported are Transformer, Pooling, then Dense and Normalize"
+                "place; supported are Transformer, a Dense of token embeddings, WordWeights, "
+                "Pooling, then Dense and Normalize"
             )
     if pooling is None:
         raise UnsupportedModelError(f"{directory}/modules.json lists no Pooling")
-    return pooling, tuple(modules)
+    return pooling, (*before, *modules)
+
+
+def _check_order_is_free(dense: Sequence[Dense], pooling: Pooling, path: Path) -> None:
+    """Raise UnsupportedModelError if a Dense of every token's state is not one of the pooled state.
+
+    A linear map of a weighted mean, also of a single state, is the weighted mean of the maps.
+    """
+    is_mean = pooling.mode in ("mean", "weightedmean", "lasttoken", "cls")
+    if dense and not (is_mean and dense[0].activation == "Identity"):
+        raise UnsupportedModelError(
+            f"{path}: behind a Dense of token embeddings only a mean or one token is supported, "
+            "and no activation"
+        )
 
 
 def _check_text_settings(text: Mapping[str, Any]) -> None:

@@ -7,6 +7,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Dense, Transformer
+from sentence_transformers.sentence_transformer.modules import Pooling, WordWeights
 from tiny_layouts import (
     SPECIAL_TOKENS,
     TEXTS,
@@ -19,6 +22,7 @@ from tiny_layouts import (
     save_backbone,
     save_layout,
 )
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 import gen_fast
@@ -27,7 +31,9 @@ from gen_fast.embed.loading import identify
 from gen_fast.formats.sentence_modules import POOLING_MODES
 from gen_fast.jobs.parts import PartStore
 from gen_fast.jobs.plan import Plan
+from gen_fast.testing import byte_tokenizer
 
+VOCABULARY = len(byte_tokenizer())
 PROMPTS = {"query": "Find what answers the ", "passage": "About the", "sts": "Like: "}
 MODULES = {
     "none": list,
@@ -406,6 +412,65 @@ def test_other_orders_of_modules_are_refused(layout):
         path.write_text(json.dumps(entries))
         with pytest.raises(gen_fast.UnsupportedModelError, match=message):
             load(layout)
+
+
+def save_word_weights(directory, backbone, weights, default, pooling="mean", **options):
+    words = AutoTokenizer.from_pretrained(backbone).convert_ids_to_tokens(range(VOCABULARY))
+    modules = [WordWeights(words, weights, default), Pooling(48, pooling, **options)]
+    model = SentenceTransformer(modules=[Transformer(str(backbone)), *modules], device="cpu")
+    model.save(str(directory), create_model_card=False)
+
+
+def test_word_weights(backbones, tmp_path):
+    """Of weights 0 and 1, where the tokens that count are the last ones."""
+    for name, weights, default in (
+        ("all but the first", {"<|im_start|>": 0.0}, 1.0),
+        ("the last", {"<|im_end|>": 1.0}, 0.0),
+    ):
+        save_word_weights(tmp_path / name, backbones["both"], weights, default)
+        encoder, expected = load(tmp_path / name), reference(tmp_path / name)
+        assert_same(encoder.encode(TEXTS), expected.encode(TEXTS))
+        assert_same(encoder.encode(TEXTS, prompt="Say"), expected.encode(TEXTS, prompt="Say"))
+    identities = [identify(path)["sentence_model"] for path in sorted(tmp_path.iterdir())]
+    assert identities[0] != identities[1]
+
+
+@pytest.mark.parametrize("pooling", POOLING_MODES)
+def test_dense_of_token_embeddings(pooling, backbones, tmp_path):
+    """A linear map and a mean may change places; elsewhere it is refused."""
+    torch.manual_seed(2)
+    names = {"module_input_name": "token_embeddings"}
+    for activation in (torch.nn.Identity(), torch.nn.Tanh()):
+        directory = tmp_path / type(activation).__name__
+        first = Dense(48, 20, activation_function=activation, **names)
+        modules = [Transformer(str(backbones["both"])), first, Pooling(20, pooling)]
+        model = SentenceTransformer(modules=[*modules, normalize()], device="cpu")
+        model.save(str(directory), create_model_card=False)
+        if pooling in ("max", "mean_sqrt_len_tokens") or isinstance(activation, torch.nn.Tanh):
+            with pytest.raises(gen_fast.UnsupportedModelError, match="Dense of token embeddings"):
+                load(directory)
+        else:
+            assert_same(load(directory).encode(TEXTS), reference(directory).encode(TEXTS))
+
+
+def test_word_weights_that_are_refused(backbones, tmp_path):
+    start = {"<|im_start|>": 0.0}
+    for message, *arguments in (
+        ("other than 0 and 1", {"the": 0.5}, 1.0),
+        ("only the mean", start, 1.0, "lasttoken"),
+    ):
+        save_word_weights(tmp_path / message, backbones["both"], *arguments)
+        with pytest.raises(gen_fast.UnsupportedModelError, match=message):
+            load(tmp_path / message)
+    save_word_weights(tmp_path / "prompt", backbones["both"], start, 1.0, include_prompt=False)
+    with pytest.raises(gen_fast.UnsupportedModelError, match="include_prompt"):
+        load(tmp_path / "prompt")
+    save_word_weights(tmp_path / "between", backbones["both"], {"Ġthe": 0.0}, 1.0)
+    with pytest.raises(gen_fast.UnsupportedModelError, match="before all others"):
+        load(tmp_path / "between").encode("in the rain")
+    save_file({"weight": torch.ones(3, 1)}, tmp_path / "between/1_WordWeights/model.safetensors")
+    with pytest.raises(gen_fast.WeightsError, match="a weight for each token"):
+        load(tmp_path / "between")
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"type": 1}', '[{"idx": 0}]', '["x"]'])

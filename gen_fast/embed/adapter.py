@@ -6,10 +6,10 @@ the reference package (llm2vec-gen 0.1) are read by `gen_fast.formats.llm2vec_ge
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -17,8 +17,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gen_fast.errors import AdapterError, BackboneMismatchError, WeightsError
+from gen_fast.formats.model_card import with_results
 from gen_fast.io.durable import as_readable_as_others, file_sha256
 from gen_fast.model.weights import read_json
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
 
 FORMAT = "gen_fast.adapter/1"
 DEFAULT_PROMPTS = {
@@ -129,8 +133,11 @@ class Adapter:
             digest.update(tensor.detach().float().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
 
-    def save(self, directory: str | Path) -> None:
-        """Write adapter.safetensors, config.json and README.md (a model card)."""
+    def save(self, directory: str | Path, *, evaluation: Sequence["EvalResult"] = ()) -> None:
+        """Write adapter.safetensors, config.json and README.md (a model card).
+
+        evaluation: results of huggingface_hub's kind, for the card.
+        """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / "adapter.safetensors"
@@ -153,7 +160,36 @@ class Adapter:
             "prompts": dict(self.prompts),
         }
         (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        (directory / "README.md").write_text(_model_card(self))
+        card = with_results(_model_card(self), Path(self.backbone).name, evaluation)
+        (directory / "README.md").write_text(card, encoding="utf-8")
+
+    def push_to_hub(
+        self, repo_id: str, *, evaluation: Sequence["EvalResult"] = (), **options: Any
+    ) -> str:
+        """`save` to a repository of the Hub; return the address of the commit.
+
+        options: of huggingface_hub's ModelHubMixin.push_to_hub: private, token, branch, … .
+        """
+        from gen_fast.model.hub import HubFiles
+
+        files = HubFiles(lambda folder: self.save(folder, evaluation=evaluation))
+        return str(files.push_to_hub(repo_id, **options))
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, **options: Any) -> "Adapter":
+        """`load` from a directory, or from a repository of the Hub.
+
+        options: of huggingface_hub's ModelHubMixin.from_pretrained: revision, token, cache_dir, … .
+        Raises ModelNotFoundError, and AdapterError as `load` does.
+        """
+        from gen_fast.model.hub import fetch
+
+        try:
+            path = fetch(name, **options)
+        except (ValueError, AttributeError) as error:
+            # The mixin reads config.json first, and takes it for an object.
+            raise AdapterError(f"{name} is not an adapter: {error}") from error
+        return cls.load(path)
 
     @classmethod
     def load(cls, directory: str | Path) -> "Adapter":

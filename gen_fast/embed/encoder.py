@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gen_fast.embed.adapter import Adapter
+from gen_fast.embed.export import Exportable
 from gen_fast.embed.layouts import Layout, Sequences
 from gen_fast.embed.methods import LLM2VecGen, Method
 from gen_fast.embed.windows import ahead, window_bounds, windows
@@ -43,7 +44,7 @@ class EncodedBlock:
     truncated: int
 
 
-class Encoder:
+class Encoder(Exportable):
     """Embeds texts with one backbone and one method. Made by `gen_fast.load`.
 
     prompts: the instructions selectable by `prompt_name`. default_prompt_name: the one that is

@@ -24,11 +24,20 @@ from gen_fast.embed import layouts
 from gen_fast.embed.adapter import DEFAULT_PROMPTS, Adapter
 from gen_fast.embed.choices import LLM2VEC_GEN, SENTENCE_TRANSFORMERS
 from gen_fast.embed.layouts import Layout
+from gen_fast.errors import UnsupportedModelError
+from gen_fast.formats.sentence_export import SentenceModules
+from gen_fast.formats.sentence_modules import Pooling
 from gen_fast.formats.sentence_transformers import SentenceModel
 from gen_fast.model.backbone import Backbone
 from gen_fast.model.batch import PackedBatch, on_device
 from gen_fast.model.generation import AnswerGenerator
-from gen_fast.model.tokenizing import Tokenizer, lower_case, special_tokens
+from gen_fast.model.tokenizing import (
+    Tokenizer,
+    lower_case,
+    special_tokens,
+    special_tokens_around,
+    token_names,
+)
 from gen_fast.ops.norm import rms_norm
 from gen_fast.ops.pool import pool
 
@@ -107,6 +116,15 @@ class Method(ABC):
         """What decides an embedding besides name, prompts, backbone and tokenizer, as JSON."""
         return {"adapter": None, "max_length": None}
 
+    def sentence_modules(self, tokenizer: Tokenizer, prompts: Mapping[str, str]) -> SentenceModules:
+        """The method in modules of sentence-transformers, for an encoder with these prompts.
+
+        Raises UnsupportedModelError where those modules do not compute it exactly.
+        """
+        raise UnsupportedModelError(
+            f"sentence-transformers has no modules that compute the method {self.name!r}"
+        )
+
 
 class OwnTokens(Method):
     """mean, weighted-mean and last-token: over the tokens of the text, not those of the prompt."""
@@ -123,6 +141,28 @@ class OwnTokens(Method):
     def row_weights(self, needed: np.ndarray, lengths: np.ndarray) -> np.ndarray | None:
         """See Method."""
         return position_weights(needed) if self.name == "weighted-mean" else None
+
+    def sentence_modules(self, tokenizer: Tokenizer, prompts: Mapping[str, str]) -> SentenceModules:
+        """See Method. A mean is exported without prompts: where they end is counted otherwise."""
+        if self.name == "last-token":
+            return SentenceModules(Pooling("lasttoken"))
+        named = [name for name, prompt in prompts.items() if prompt]
+        if named:
+            raise UnsupportedModelError(
+                f"sentence-transformers does not leave the tokens of the prompt {named[0]!r} out "
+                f"as the method {self.name!r} does: export without prompts"
+            )
+        before, after = special_tokens_around(tokenizer.core)
+        if not len(before):
+            mode = "mean" if self.name == "mean" else "weightedmean"
+            return SentenceModules(Pooling(mode, include_prompt=False))
+        if self.name == "weighted-mean" or np.isin(before, after).any():
+            raise UnsupportedModelError(
+                f"the tokenizer puts special tokens before a text, which the method {self.name!r} "
+                "leaves out and sentence-transformers' modules cannot"
+            )
+        weights = dict.fromkeys(token_names(tokenizer.core, before), 0.0)
+        return SentenceModules(Pooling("mean"), word_weights=weights)
 
 
 class Echo(Method):
@@ -203,6 +243,19 @@ class LLM2VecGen(Method):
         """See Method."""
         return {"adapter": self.adapter.weights_hash(), "max_length": self.max_length}
 
+    def sentence_modules(self, tokenizer: Tokenizer, prompts: Mapping[str, str]) -> SentenceModules:
+        """See Method. The special tokens are appended, and the compression tokens alone count."""
+        n_thought = self.adapter.n_special - self.adapter.n_compression
+        names = [f"<|thought_{i}|>" for i in range(n_thought)]
+        names += [f"<|compression_{i}|>" for i in range(self.adapter.n_compression)]
+        return SentenceModules(
+            Pooling("mean"),
+            appended=dict(zip(names, self.adapter.special, strict=True)),
+            word_weights=dict.fromkeys(names[n_thought:], 1.0),
+            default_weight=0.0,
+            projection=self.adapter.projection(),
+        )
+
 
 class SentenceTransformers(Method):
     """sentence-transformers: what a directory in that layout says."""
@@ -267,6 +320,10 @@ class SentenceTransformers(Method):
             "default_prompt_name": self.default_prompt_name,
             "sentence_model": self._model.identity(),
         }
+
+    def sentence_modules(self, tokenizer: Tokenizer, prompts: Mapping[str, str]) -> SentenceModules:
+        """See Method. Raises UnsupportedModelError: there is nothing to export."""
+        raise UnsupportedModelError("the model is in sentence-transformers' layout already")
 
 
 # What needs nothing but a backbone.

@@ -1,1 +1,1 @@
-"""Readers of other packages' model directories: files in, plain dataclasses out, no model run."""
+"""Other packages' model directories, read and written: files and dataclasses, no model run."""

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 # Tokenizer classes of transformers that run tokenizer.json as it is.
 _GENERIC_CLASSES = ("TokenizersBackend", "PreTrainedTokenizer", "PreTrainedTokenizerFast")
-_NAMED_TOKENS = (
+NAMED_TOKENS = (
     "bos_token",
     "eos_token",
     "unk_token",
@@ -214,7 +214,7 @@ def _adds_tokens(content: Mapping[str, Any], settings: Mapping[str, Any]) -> boo
 
 def _tokens_of(settings: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Every token of a tokenizer_config.json, with the attributes that it gives."""
-    named = [settings.get(name) for name in _NAMED_TOKENS]
+    named = [settings.get(name) for name in NAMED_TOKENS]
     for name in ("additional_special_tokens", "extra_special_tokens"):
         more = settings.get(name) or ()
         named += more.values() if isinstance(more, dict) else more
@@ -230,6 +230,11 @@ def special_tokens(backend: RustTokenizer) -> list[str]:
     """The special tokens of a tokenizer, as they are spelled in a text."""
     added = backend.get_added_tokens_decoder().values()
     return [token.content for token in added if token.special]
+
+
+def token_names(backend: RustTokenizer, ids: np.ndarray) -> list[str]:
+    """The tokens of ids, as the vocabulary has them."""
+    return [str(backend.id_to_token(int(i))) for i in ids]
 
 
 def lower_case(backend: RustTokenizer) -> None:
@@ -302,7 +307,7 @@ class TextTokenizer:
         self.truncated = 0
         self._before = self._after = np.empty(0, dtype=np.int32)
         if add_special_tokens:
-            self._before, self._after = _around(tokenizer.core)
+            self._before, self._after = special_tokens_around(tokenizer.core)
         self._room = max_tokens - len(self._before) - len(self._after)
         own = np.array(tokenizer.core.encode(prompt, add_special_tokens=False).ids, dtype=np.int32)
         self.prompt_ids = np.concatenate((self._before, own))
@@ -327,8 +332,8 @@ class TextTokenizer:
         return int(differs[0]) if len(differs) else n
 
 
-def _around(core: RustTokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """The special tokens that the post-processor puts before and after a text."""
+def special_tokens_around(core: RustTokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """Ids, int32, of the special tokens that the post-processor puts before and after a text."""
     encoding = core.encode("a")
     ids = np.array(encoding.ids, dtype=np.int32)
     own = np.flatnonzero(np.array(encoding.special_tokens_mask) == 0)

@@ -36,15 +36,24 @@ class TensorFiles:
         """All tensor names."""
         return iter(self.where)
 
-    def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """Read a tensor. Raises WeightsError if it is missing, misshapen or damaged."""
+    def backbone_names(self) -> list[str]:
+        """Names of the tensors that a backbone without its head consists of."""
+        unused = ("lm_head.weight", *_UNUSED_SUFFIXES)
+        return [name for name in self.where if not name.endswith(unused)]
+
+    def stored(self, name: str) -> Tensor:
+        """A tensor as it is in its file. Raises WeightsError if it is missing or damaged."""
         if name not in self.where:
             raise WeightsError(f"tensor {name!r} is missing")
         try:
             file, stored_name = self.where[name]
-            tensor: Tensor = file.get_tensor(stored_name)
+            return file.get_tensor(stored_name)
         except (SafetensorError, OSError) as error:
             raise WeightsError(f"tensor {name!r} cannot be read: {error}") from error
+
+    def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Read a tensor. Raises WeightsError if it is missing, misshapen or damaged."""
+        tensor = self.stored(name)
         if tuple(tensor.shape) != shape:
             raise WeightsError(
                 f"tensor {name!r} has shape {tuple(tensor.shape)}, the config asks for {shape}"

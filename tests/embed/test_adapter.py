@@ -2,10 +2,13 @@
 
 import json
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import EvalResult, ModelCard
 
 import gen_fast
 from gen_fast.embed.adapter import Adapter
@@ -149,3 +152,65 @@ def test_non_finite_values_are_refused():
 def test_token_counts_must_fit(n_compression):
     with pytest.raises(gen_fast.AdapterError, match="do not fit"):
         Adapter(torch.zeros(2, 8), n_compression, "x", None, None)
+
+
+def test_results_are_added_to_the_card_and_nothing_else_changes(saved, tmp_path):
+    result = EvalResult("retrieval", "owner/questions", "Questions", "ndcg_at_10", 0.5)
+    Adapter.load(saved).save(tmp_path / "with", evaluation=[result])
+    Adapter.load(saved).save(tmp_path / "without")
+    for name in ("adapter.safetensors", "config.json"):
+        assert (tmp_path / "with" / name).read_bytes() == (saved / name).read_bytes()
+    assert (tmp_path / "without" / "README.md").read_bytes() == (saved / "README.md").read_bytes()
+    card = ModelCard.load(tmp_path / "with" / "README.md")
+    assert card.data.library_name == "gen-fast"
+    assert [r.metric_value for r in card.data.eval_results] == [0.5]
+    assert card.text.startswith((saved / "README.md").read_text().split("---\n")[2])
+
+
+class LocalHub:
+    """HfApi of a Hub that is a directory."""
+
+    root: Path
+
+    def __init__(self, token=None):
+        pass
+
+    def create_repo(self, repo_id, **options):
+        (self.root / repo_id).mkdir(parents=True)
+        return SimpleNamespace(repo_id=repo_id)
+
+    def upload_folder(self, *, repo_id, folder_path, **options):
+        shutil.copytree(folder_path, self.root / repo_id, dirs_exist_ok=True)
+        return f"commit of {repo_id}"
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    monkeypatch.setattr(LocalHub, "root", tmp_path / "hub", raising=False)
+    monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", LocalHub)
+    return tmp_path / "hub"
+
+
+def test_push_and_from_pretrained(saved, hub):
+    assert Adapter.load(saved).push_to_hub("owner/adapter") == "commit of owner/adapter"
+    files = {path.name: path.read_bytes() for path in saved.iterdir()}
+    assert {p.name: p.read_bytes() for p in (hub / "owner/adapter").iterdir()} == files
+    adapter = Adapter.from_pretrained(hub / "owner/adapter")
+    assert adapter.weights_hash() == Adapter.load(saved).weights_hash()
+
+
+def test_push_of_an_export(saved, hub):
+    encoder = gen_fast.load(saved, dtype="float32", device="cpu")
+    encoder.push_to_hub("owner/export")
+    again = gen_fast.load(hub / "owner/export", dtype="float32", device="cpu")
+    np.testing.assert_allclose(again.encode("the cat"), encoder.encode("the cat"), atol=1e-5)
+
+
+def test_from_pretrained_of_nothing(tmp_path):
+    with pytest.raises(gen_fast.ModelNotFoundError, match="owner/none"):
+        Adapter.from_pretrained("owner/none", local_files_only=True, cache_dir=tmp_path)
+    for content in (None, "{", "[]"):
+        if content is not None:
+            (tmp_path / "config.json").write_text(content)
+        with pytest.raises(gen_fast.AdapterError, match="not an adapter"):
+            Adapter.from_pretrained(tmp_path)

@@ -316,6 +316,17 @@ def test_info(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "nosuch" in fails(2, "info", "--device", "cpu")
 
 
+def test_export(tiny_model: Path, expected: np.ndarray, tmp_path: Path) -> None:
+    out = tmp_path / "st"
+    assert done("export", tiny_model, "--out", out, "--method", "mean", "--quiet") == ""
+    vectors = gen_fast.load(out, device="cpu", dtype="float32").encode(TEXTS)
+    np.testing.assert_allclose(vectors, expected, rtol=1e-5, atol=1e-6)
+    assert "not an empty directory" in fails(2, "export", tiny_model, "--out", out)
+    again = ("--out", tmp_path / "again", "--quiet")
+    assert "'echo'" in fails(4, "export", tiny_model, *again, "--method", "echo")
+    assert "layout already" in fails(4, "export", out, *again)
+
+
 def test_every_method_can_be_chosen() -> None:
     assert {str(method) for method in Method} == set(METHODS)
     assert {*TRAINING_FREE, LLM2VEC_GEN, SENTENCE_TRANSFORMERS} == set(METHODS)

@@ -3,6 +3,7 @@
 import json
 import logging
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -17,6 +18,15 @@ from gen_fast.evaluate.choices import INSTRUCTIONS, SUITES
 if TYPE_CHECKING:
     from gen_fast.evaluate.embedder import Model
     from gen_fast.evaluate.runner import TaskScore
+
+
+def runner() -> ModuleType:
+    """The module that runs tasks and reads their results; exits without mteb."""
+    try:
+        from gen_fast.evaluate import runner
+    except ImportError as error:
+        fail(f"scores need mteb: pip install 'gen-fast[eval]' ({error})")
+    return runner
 
 
 def evaluate(
@@ -54,11 +64,7 @@ def evaluate(
 
     Only what has no results in --out is run. Needs `pip install 'gen-fast[eval]'`.
     """
-    try:
-        from gen_fast.evaluate.runner import evaluate as run
-    except ImportError as error:
-        fail(f"eval needs mteb: pip install 'gen-fast[eval]' ({error})")
-
+    run = runner().evaluate
     embedder: Model
     if stock:
         from gen_fast.embed.stock import load_stock

@@ -84,7 +84,7 @@ def evaluate(
         with limited_to(model, max_length or suite.max_length):
             embedder = Embedder(
                 model,
-                name=name or _name(model),
+                name=name or default_name(model),
                 instructions=lines,
                 similarity=suite.similarity,
                 trained_on=sorted(seen),
@@ -166,7 +166,8 @@ def _instructions(model: Model, wanted: str | Path) -> Instructions | None:
     return Instructions.read() if wanted == PUBLISHED_INSTRUCTIONS else Instructions.read(wanted)
 
 
-def _name(model: Model) -> str:
+def default_name(model: Model) -> str:
+    """What the results of a model are called unless a name is given."""
     if isinstance(model, Encoder):
         return f"{Path(model.name).name}-{model.method}"
     return type(model).__name__

@@ -11,6 +11,7 @@ from gen_fast.cli import app
 from gen_fast.evaluate import corpora
 from gen_fast.evaluate.corpora import Trivia
 from gen_fast.evaluate.local_tasks import _trivia
+from gen_fast.testing import save_tiny_adapter
 
 
 @pytest.fixture(autouse=True)
@@ -39,6 +40,34 @@ def test_scores_with_standard_errors(tiny_model: Path, tmp_path: Path) -> None:
     assert row["in_domain"]
     file = next(tmp_path.glob(f"results/*{tiny_model.name}-mean/*/TriviaAnswers.json"))
     assert json.loads(file.read_text())["task_name"] == "TriviaAnswers"
+
+
+def test_scores_go_into_the_card_of_an_export(tiny_model: Path, tmp_path: Path) -> None:
+    options = ("--model", tiny_model, "--tasks", "TriviaAnswers", "--out", tmp_path, "--quiet")
+    score = json.loads(run(*options, "--json").stdout)["score"]
+    export = ["export", str(tiny_model), "--out", str(tmp_path / "exported"), "--quiet"]
+    export += ["--results", str(tmp_path), "--method", "mean"]
+    refused = CliRunner().invoke(app, [*export, "--name", "another"])
+    assert f"has no scores of 'another', only of {tiny_model.name}-mean" in refused.stderr
+    made = CliRunner().invoke(app, export)
+    assert made.exit_code == 0, made.stderr
+    card = (tmp_path / "exported" / "README.md").read_text()
+    assert f"| Retrieval | TriviaAnswers | main score, % | {round(100 * score, 2)} ± " in card
+
+
+def test_an_export_has_the_scores_of_its_encoder(tiny_model: Path, tmp_path: Path) -> None:
+    adapter, exported = tmp_path / "adapter", tmp_path / "exported"
+    save_tiny_adapter(adapter, tiny_model)
+    made = CliRunner().invoke(app, ["export", str(adapter), "--out", str(exported), "--quiet"])
+    assert made.exit_code == 0, made.stderr
+    common = ["--tasks", "TriviaAnswers", "--tasks", "TriviaTopics", "--json", "--quiet"]
+    common += ["--instructions", "llm2vec-gen", "--dtype", "float32", "--out", tmp_path / "results"]
+    own = run("--model", adapter, *common).stdout.splitlines()
+    stock = run("--model", exported, "--stock", *common).stdout.splitlines()
+    assert len(own) == len(stock) == 2
+    for a, b in zip(map(json.loads, own), map(json.loads, stock), strict=True):
+        assert a["task"] == b["task"]
+        assert a["score"] == pytest.approx(b["score"], abs=1e-4)
 
 
 def test_wrong_usage(tiny_model: Path, tmp_path: Path) -> None:

@@ -100,6 +100,7 @@ class TrainingData:
     """Rows with their teacher vectors, split into training and validation.
 
     train, validation: rows; `examples` tokenises some of them. dimension: of the teacher.
+    teacher_variance: of its vectors of the rows to train on, the mean over dimensions.
     """
 
     def __init__(self, config: TrainConfig, tokenizer: Tokenizer, rejections: Rejections) -> None:
@@ -121,6 +122,9 @@ class TrainingData:
             raise ConfigError(
                 f"{len(rows)} rows, of which {config.validation_rows} for validation: none is left"
             )
+        self.teacher_variance = _variance([self._vectors[row.id] for row in self.train])
+        if not self.teacher_variance:
+            raise InputError(f"{config.teacher}: all vectors are equal: nothing can be learnt")
         room = config.max_length - config.n_special
         self._query = TextTokenizer(tokenizer, config.prompt, room)
         if config.needs_repeats or config.needs_negatives:
@@ -206,6 +210,14 @@ def _teacher_vectors(path: str, rows: Sequence[Row]) -> dict[str, np.ndarray]:
                 f"{path} was made for another answer of row {identifier!r}: run gen-fast teach"
             )
     return {identifier: made.vectors[where[identifier]] for identifier in ids}
+
+
+def _variance(vectors: Sequence[np.ndarray]) -> float:
+    """Variance of vectors [d], the mean over dimensions; 0 if they differ by rounding alone."""
+    # One by one: all of them in float64 may take gigabytes.
+    mean = sum((v.astype(np.float64) for v in vectors), np.zeros(len(vectors[0]))) / len(vectors)
+    variance = sum(float(np.square(v - mean).mean()) for v in vectors) / len(vectors)
+    return variance if variance > 1e-12 * np.square(mean).mean() else 0.0
 
 
 def _smallest_hashes(rows: Sequence[Row], count: int) -> set[str]:

@@ -3,7 +3,7 @@
 import logging
 import os
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,19 +41,26 @@ class Stepper:
 
     AdamW; the learning rate rises linearly over the warm-up and falls linearly to 0. taken counts
     steps; one whose loss or gradient is not finite changes nothing and is counted in skipped.
+    config has the learning rate that is taken, also where the given one leaves it to the family.
     """
 
     def __init__(
-        self, backbone: Backbone, head: Tensor, dimension: int, config: TrainConfig
+        self,
+        backbone: Backbone,
+        head: Tensor,
+        dimension: int,
+        config: TrainConfig,
+        teacher_variance: float = 1.0,
     ) -> None:
-        self.config = config
+        self.rate = config.base_learning_rate(backbone.config.family)
+        self.config = config = replace(config, learning_rate=self.rate)
         self.world = World()
-        self.student = Student(backbone, head, dimension, config)
+        self.student = Student(backbone, head, dimension, config, teacher_variance)
         student = self.student
         self._rates = (
-            config.learning_rate,
-            config.reconstruction_learning_rate or config.learning_rate,
-            config.alignment_learning_rate or config.learning_rate,
+            self.rate,
+            config.reconstruction_learning_rate or self.rate,
+            config.alignment_learning_rate or self.rate,
         )
         groups = ([student.special], student.reconstruction, student.alignment)
         self.optimizer = torch.optim.AdamW(
@@ -165,7 +172,9 @@ def _train(config: TrainConfig, show_progress_bar: bool | None) -> Path:
     rejections = Rejections(out / "rejected.jsonl")
     data = TrainingData(config, tokenizer, rejections)
     backbone = load_backbone(source, dtype=resolve_dtype(config.dtype, device), device=device)
-    stepper = Stepper(backbone, load_head(source, backbone), data.dimension, config)
+    head = load_head(source, backbone)
+    stepper = Stepper(backbone, head, data.dimension, config, data.teacher_variance)
+    config = stepper.config
     identity = {
         **config.identity(),
         "dtype": str(backbone.dtype),
@@ -206,7 +215,7 @@ def _loop(
         start = time.perf_counter()
         rows = data.step_rows(stepper.taken)
         own = share_of_rank(data.examples(rows), world.rank, world.size)
-        rate = config.learning_rate * stepper.schedule()
+        rate = stepper.rate * stepper.schedule()
         losses = stepper.step(own)
         seconds = time.perf_counter() - start
         figures = {f"loss/{name}": value for name, value in asdict(losses).items()}

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from tiny_data import write_answers, write_teacher
 
 import gen_fast
+from gen_fast.io.embedding_files import read_embeddings, write_embeddings
 from gen_fast.model.tokenizing import load_tokenizer
 from gen_fast.training.data import Example, TrainingData, read_rows, share_of_rank
 from gen_fast.training.records import RecordFile, Rejections, read_records
@@ -117,6 +119,16 @@ def test_a_teacher_of_other_answers_is_refused(make_config, tmp_path):
 def test_negatives_that_are_missing(make_config):
     with pytest.raises(gen_fast.ConfigError, match="no row has a negative_query"):
         load(make_config(margin_weight=1.0))
+
+
+def test_a_teacher_that_says_the_same_of_everything(make_config):
+    config = make_config()
+    made = read_embeddings(config.teacher)
+    for value in (0.0, 0.1):
+        vectors = np.full_like(made.vectors, value)
+        write_embeddings(config.teacher, replace(made, vectors=vectors))
+        with pytest.raises(gen_fast.InputError, match="all vectors are equal"):
+            load(config)
 
 
 def test_nothing_left_to_train_on(make_config):

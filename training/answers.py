@@ -11,7 +11,7 @@ from tqdm import tqdm
 from gen_fast.errors import InputError
 from gen_fast.io.text_files import Texts
 from gen_fast.model.generation import AnswerGenerator
-from gen_fast.training.records import RecordFile, Rejections
+from gen_fast.training.records import RecordFile, Rejections, log_stops
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +74,7 @@ def generate_answers(
 
     Batches are fixed by the queries and the batch size, so an interrupted run continues with the
     batch that it was in and writes what it would have written. Rows come shortest query first.
+    How many answers were cut at the generator's limit of tokens is logged.
     Raises InputError if `out` was begun with other queries or settings.
     """
     rejections = Rejections(out.with_name(f"{out.stem}.rejected.jsonl"))
@@ -103,6 +104,8 @@ def generate_answers(
                 for i in missing
             )
             bar.update(len(missing))
+    stopped = sum(row["finish_reason"] == "stop" for row in file.rows)
+    log_stops(file.path, stopped, len(file.rows))
     return file.path
 
 

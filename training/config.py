@@ -53,8 +53,9 @@ class TextConfig:
     answers: jsonl files of {"id", "query", "answer"} and perhaps {"negative_query",
     "negative_answer"}. teacher: parquet of their vectors, as `gen-fast teach` writes it. out: a
     directory. n_thought, n_compression: special tokens. prompt: put before every query.
-    max_length: tokens of a query with its special tokens. max_answer_tokens: with its end.
-    answer_end: what is put after an answer; None is the tokenizer's end of text.
+    max_length: tokens of a query with its special tokens. max_answer_tokens: with its beginning and
+    its end. answer_end: what is put after an answer that ended by itself; None is the tokenizer's
+    end of text.
     """
 
     answers: tuple[str, ...] = ()
@@ -83,10 +84,11 @@ class LossConfig:
     teacher's vector (alignment, repeat, negative). "variance" divides it by the variance of the
     teacher's vectors, so that predicting their mean costs 1 whatever their length and dimension d;
     "dimension" sums over d, as the paper's formula; "mean" takes the mean over d, as the reference
-    package. Losses are reported with their scale. "cosine" has none. repeat_weight: a second pass over repeat_prompt + answer, aligned
-    to the same teacher vector. negative_weight: alignment of negative queries to their answers.
-    margin_weight, margin: hinge on squared distances to other texts. contrastive_weight,
-    contrastive_scale: InfoNCE of queries against repeated answers and negatives.
+    package. Losses are reported with their scale. "cosine" has none.
+    repeat_weight: a second pass over repeat_prompt + answer, aligned to the same teacher vector.
+    negative_weight: alignment of negative queries to their answers. margin_weight, margin: hinge on
+    squared distances to other texts. contrastive_weight, contrastive_scale: InfoNCE of queries
+    against repeated answers and negatives.
     """
 
     reconstruction_weight: float = 1.0

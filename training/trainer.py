@@ -26,7 +26,7 @@ from gen_fast.training.checkpoint import (
 from gen_fast.training.config import TrainConfig
 from gen_fast.training.data import Example, TrainingData, share_of_rank
 from gen_fast.training.fitting import fit_alignment
-from gen_fast.training.records import Rejections
+from gen_fast.training.records import Rejections, log_stops, stops
 from gen_fast.training.report import Report, append_record, draw_curves, summary
 from gen_fast.training.step import Losses, Work, accumulate
 from gen_fast.training.student import Student
@@ -191,6 +191,7 @@ def _train(config: TrainConfig, show_progress_bar: bool | None) -> Path:
         world.copy_from_first(stepper.student.parameters())
     if world.rank == 0:
         rejections.write()
+        log_stops(out, data.stopped, len(data.train))
         (out / "config.yaml").write_text(yaml.safe_dump(_plain(config), sort_keys=False))
     report = Report(config, stepper.taken, world.rank == 0, show_progress_bar)
     try:
@@ -252,8 +253,10 @@ def _finish(config: TrainConfig, stepper: Stepper, data: TrainingData) -> None:
     card = (folder / "README.md").read_text()
     card += f"""
 Trained for {stepper.taken} steps of {config.batch_size} texts with gen_fast; settings in
-`training.yaml`. On {config.validation_rows} held-out queries (cosine, top-1 and mean reciprocal
-rank against the teacher's vectors of their answers):
+`training.yaml`. {stops(data.stopped, len(data.train))}, and have no end of text.
+
+On {config.validation_rows} held-out queries (cosine, top-1 and mean reciprocal rank against the
+teacher's vectors of their answers):
 
 {figures}
 

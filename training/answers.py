@@ -87,12 +87,12 @@ def generate_answers(
     with tqdm(
         total=len(ids), initial=len(done), unit="answer", disable=_hidden(show_progress_bar)
     ) as bar:
-        for number, members in enumerate(generator.plan(texts)):
+        for members in generator.plan(texts):
             missing = [i for i in members if ids[i] not in done]
             if not missing:
                 continue
             # The whole batch again: what a text becomes may depend on its neighbours' rounding.
-            answers = generator.batch([texts[i] for i in members], number)
+            answers = generator.batch([texts[i] for i in members])
             answer_of = dict(zip(members, answers, strict=True))
             file.append(
                 {
@@ -132,7 +132,8 @@ def write_own_queries(
                     "a higher temperature or token limit may give more"
                 )
             fresh = []
-            for answer in generator.own_queries(generator.batch_size, number):
+            first = number * generator.batch_size
+            for answer in generator.own_queries(generator.batch_size, first):
                 text = " ".join(answer.text.split())
                 if text and answer.finish_reason == "stop" and text not in seen:
                     seen.add(text)

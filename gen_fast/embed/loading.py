@@ -174,7 +174,10 @@ def load_generator(
     revision: str | None = None,
     **options: Any,
 ) -> AnswerGenerator:
-    """Load a backbone to write answers with. `options` are those of AnswerGenerator."""
+    """Load a backbone to write answers with. `options` are those of AnswerGenerator.
+
+    Without sampling=… it draws as the model's own generation_config.json says.
+    """
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     source = resolve(model, revision)
     network = load_backbone(source, dtype=resolve_dtype(dtype, target), device=target, packed=True)

@@ -9,7 +9,7 @@ import gen_fast
 from gen_fast.embed.loading import load_generator
 from gen_fast.io.embedding_files import read_embeddings
 from gen_fast.io.text_files import Texts
-from gen_fast.model.generation import Sampling
+from gen_fast.model.sampling import Sampling
 from gen_fast.training.answers import Shard, generate_answers, usable_queries, write_own_queries
 from gen_fast.training.records import Rejections, read_records
 from gen_fast.training.teach import teach

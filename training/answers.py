@@ -12,6 +12,7 @@ from gen_fast.errors import InputError
 from gen_fast.io.text_files import Texts
 from gen_fast.model.generation import AnswerGenerator
 from gen_fast.training.records import RecordFile, Rejections, log_stops
+from gen_fast.training.report import hidden
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +86,7 @@ def generate_answers(
     file = RecordFile(shard.path(out), settings)
     done = {row["id"] for row in file.rows}
     with tqdm(
-        total=len(ids), initial=len(done), unit="answer", disable=_hidden(show_progress_bar)
+        total=len(ids), initial=len(done), unit="answer", disable=hidden(show_progress_bar)
     ) as bar:
         for members in generator.plan(texts):
             missing = [i for i in members if ids[i] not in done]
@@ -123,7 +124,7 @@ def write_own_queries(
     # Numbers of batches go on where the file ends, so that a resumed run draws what is missing.
     number = 1 + max((row["batch"] for row in file.rows), default=-1)
     with tqdm(
-        total=count, initial=len(texts), unit="query", disable=_hidden(show_progress_bar)
+        total=count, initial=len(texts), unit="query", disable=hidden(show_progress_bar)
     ) as bar:
         while len(texts) < count:
             if number * generator.batch_size > 4 * count + 10 * generator.batch_size:
@@ -147,11 +148,6 @@ def write_own_queries(
             bar.update(len(fresh))
             number += 1
     return Texts([f"own-{i}" for i in range(count)], texts[:count])
-
-
-def _hidden(show_progress_bar: bool | None) -> bool | None:
-    """What tqdm calls `disable`: None follows the terminal."""
-    return None if show_progress_bar is None else not show_progress_bar
 
 
 def _digest(values: Sequence[str]) -> str:

@@ -133,7 +133,7 @@ def teach(
     if not target.parent.is_dir():
         fail(f"--out {target} lies in no directory")
     logging.getLogger("gen_fast").setLevel(logging.ERROR if quiet else logging.WARNING)
-    count = embed_answers(
+    taught = embed_answers(
         answers,
         target,
         teacher,
@@ -143,7 +143,8 @@ def teach(
         show_progress_bar=not quiet,
     )
     if not quiet:
-        typer.echo(f"{count} vectors in {target}", err=True)
+        cut = f"; the teacher truncated {taught.truncated} answers" if taught.truncated else ""
+        typer.echo(f"{taught.vectors} vectors in {target}{cut}", err=True)
 
 
 def train(

@@ -189,8 +189,12 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class TrainConfig(RunConfig, OptimizerConfig, LossConfig, TextConfig):
-    """Settings of a run; the defaults are those of LLM2Vec-Gen (arXiv 2603.10913, §4), but for
-    `start`. A settings file has the fields of all four parts, the last part's first.
+    """Settings of a run. A settings file has the fields of all four parts, the last part's first.
+
+    The defaults are those of LLM2Vec-Gen (arXiv 2603.10913, §4), but for three: `alignment_scale`
+    divides by the teacher's variance (paper: the sum over dimensions; reference package: the mean),
+    `start` is fitted (random), and only answers that stopped by themselves get an end of text, the
+    tokenizer's own (all, a literal one).
     """
 
     def __post_init__(self) -> None:

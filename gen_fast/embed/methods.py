@@ -183,7 +183,7 @@ class HyDESettings:
 
     answers: drawn for each query. max_new_tokens: of the longest. temperature, seed: of the draws,
     which follow from the seed, the query and its prompt. answers and temperature are those of the
-    authors' code. Raises ConfigError. Source: arXiv 2212.10496, §3.2.
+    authors' code. Raises ConfigError. Source: HyDE, arXiv 2212.10496.
     """
 
     answers: int = 8

@@ -136,8 +136,8 @@ class OptimizerConfig:
     """Steps, and what each does to the parameters.
 
     batch_size: texts a step, all ranks together. micro_batch_tokens: of reconstruction at a time;
-    None fits the device. special_init: special tokens begin at the "mean" row of the embedding
-    table, or as a "draw" from the distribution of its rows. start: of the alignment, "fitted" (see
+    None fits the device. special_init: special tokens begin as a "draw" from the distribution of
+    the embedding table's rows, or all at its "mean" row. start: of the alignment, "fitted" (see
     fitting.py) over start_rows, or "random" as in the paper. refit_rows: rows that the alignment is
     fitted to once more when the run is done; 0 leaves it as trained.
     learning_rate: of the special tokens; None is the paper's for the backbone's family.
@@ -148,7 +148,7 @@ class OptimizerConfig:
 
     batch_size: int = 32
     micro_batch_tokens: int | None = None
-    special_init: str = "mean"
+    special_init: str = "draw"
     start: str = "fitted"
     start_rows: int = 2048
     refit_rows: int = 0

@@ -33,8 +33,8 @@ GPU_PART_TOKENS = (16384, 8192, 4096, 2048, 1024, 512)
 class Student(nn.Module):
     """Special tokens and the two projections, in float32; the backbone is shared and frozen.
 
-    special [k, h]: config.special_init says how they begin, drawn from the distribution of the
-    rows of the backbone's embedding table or at its mean row; reconstruction: h -> h; alignment: h -> d.
+    special [k, h]: drawn from the distribution of the rows of the backbone's embedding table, or
+    all at its mean row (config.special_init); reconstruction: h -> h; alignment: h -> d.
     teacher_variance: of the teacher's vectors, the mean over its dimensions.
     Source: LLM2Vec-Gen, arXiv 2603.10913, §3.
     """

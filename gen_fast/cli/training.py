@@ -4,7 +4,7 @@ import logging
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -68,7 +68,7 @@ def generate(
     if source is not None:
         queries = _read_queries(source, file_format, text_column, id_column, split)
     own = own_sampling(resolve(model or DEFAULT_MODEL), seed)
-    chosen = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+    chosen: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
     sampling = replace(own, **{k: v for k, v in chosen.items() if v is not None})
     if not sampling.temperature and (top_p or top_k):
         fail("--top-p and --top-k need a --temperature above 0")

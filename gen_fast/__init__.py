@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from gen_fast.embed.adapter import Adapter
     from gen_fast.embed.encoder import Encoder
     from gen_fast.embed.loading import encode, load
+    from gen_fast.embed.methods import HyDESettings
     from gen_fast.embed.reading import Reader
     from gen_fast.errors import (
         AdapterError,
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 _HOME = {
     "Adapter": "embed.adapter",
     "Encoder": "embed.encoder",
+    "HyDESettings": "embed.methods",
     "Reader": "embed.reading",
     "Settings": "jobs.settings",
     "embed_columns": "jobs.job",
@@ -84,6 +86,7 @@ __all__ = [  # noqa: RUF022 - what people look for first stands first
     "Encoder",
     "Adapter",
     "Reader",
+    "HyDESettings",
     "__version__",
     "GenFastError",
     "TextError",

@@ -11,7 +11,8 @@ from tqdm import tqdm
 from gen_fast.errors import InputError
 from gen_fast.io.text_files import Texts
 from gen_fast.model.generation import AnswerGenerator
-from gen_fast.training.records import RecordFile, Rejections
+from gen_fast.training.records import RecordFile, Rejections, log_stops
+from gen_fast.training.report import hidden
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +75,7 @@ def generate_answers(
 
     Batches are fixed by the queries and the batch size, so an interrupted run continues with the
     batch that it was in and writes what it would have written. Rows come shortest query first.
+    How many answers were cut at the generator's limit of tokens is logged.
     Raises InputError if `out` was begun with other queries or settings.
     """
     rejections = Rejections(out.with_name(f"{out.stem}.rejected.jsonl"))
@@ -84,14 +86,14 @@ def generate_answers(
     file = RecordFile(shard.path(out), settings)
     done = {row["id"] for row in file.rows}
     with tqdm(
-        total=len(ids), initial=len(done), unit="answer", disable=_hidden(show_progress_bar)
+        total=len(ids), initial=len(done), unit="answer", disable=hidden(show_progress_bar)
     ) as bar:
-        for number, members in enumerate(generator.plan(texts)):
+        for members in generator.plan(texts):
             missing = [i for i in members if ids[i] not in done]
             if not missing:
                 continue
             # The whole batch again: what a text becomes may depend on its neighbours' rounding.
-            answers = generator.batch([texts[i] for i in members], number)
+            answers = generator.batch([texts[i] for i in members])
             answer_of = dict(zip(members, answers, strict=True))
             file.append(
                 {
@@ -103,6 +105,8 @@ def generate_answers(
                 for i in missing
             )
             bar.update(len(missing))
+    stopped = sum(row["finish_reason"] == "stop" for row in file.rows)
+    log_stops(file.path, stopped, len(file.rows))
     return file.path
 
 
@@ -120,7 +124,7 @@ def write_own_queries(
     # Numbers of batches go on where the file ends, so that a resumed run draws what is missing.
     number = 1 + max((row["batch"] for row in file.rows), default=-1)
     with tqdm(
-        total=count, initial=len(texts), unit="query", disable=_hidden(show_progress_bar)
+        total=count, initial=len(texts), unit="query", disable=hidden(show_progress_bar)
     ) as bar:
         while len(texts) < count:
             if number * generator.batch_size > 4 * count + 10 * generator.batch_size:
@@ -129,7 +133,8 @@ def write_own_queries(
                     "a higher temperature or token limit may give more"
                 )
             fresh = []
-            for answer in generator.own_queries(generator.batch_size, number):
+            first = number * generator.batch_size
+            for answer in generator.own_queries(generator.batch_size, first):
                 text = " ".join(answer.text.split())
                 if text and answer.finish_reason == "stop" and text not in seen:
                     seen.add(text)
@@ -143,11 +148,6 @@ def write_own_queries(
             bar.update(len(fresh))
             number += 1
     return Texts([f"own-{i}" for i in range(count)], texts[:count])
-
-
-def _hidden(show_progress_bar: bool | None) -> bool | None:
-    """What tqdm calls `disable`: None follows the terminal."""
-    return None if show_progress_bar is None else not show_progress_bar
 
 
 def _digest(values: Sequence[str]) -> str:

@@ -14,6 +14,17 @@ from gen_fast.embed.choices import DEFAULT_MODEL
 from gen_fast.errors import ConfigError
 from gen_fast.ops.distill import ALIGNMENTS
 
+# What a setting may be.
+_CHOICES = {
+    "alignment": ALIGNMENTS,
+    "alignment_scale": ("variance", "dimension", "mean"),
+    "special_init": ("mean", "draw"),
+    "start": ("fitted", "random"),
+}
+# Of the special tokens, by family. Source: LLM2Vec-Gen, arXiv 2603.10913, §4.
+LEARNING_RATES = {"qwen3": 3e-4}
+OTHER_LEARNING_RATE = 5e-4
+
 # A flag may come several times.
 _LISTS = ("answers", "report_to")
 # Where a run lies and how it reports does not change what it computes. A backbone is told by its
@@ -42,8 +53,9 @@ class TextConfig:
     answers: jsonl files of {"id", "query", "answer"} and perhaps {"negative_query",
     "negative_answer"}. teacher: parquet of their vectors, as `gen-fast teach` writes it. out: a
     directory. n_thought, n_compression: special tokens. prompt: put before every query.
-    max_length: tokens of a query with its special tokens. max_answer_tokens: with its end.
-    answer_end: what is put after an answer; None is the tokenizer's end of text.
+    max_length: tokens of a query with its special tokens. max_answer_tokens: with its beginning and
+    its end. answer_end: what is put after an answer that ended by itself; None is the tokenizer's
+    end of text.
     """
 
     answers: tuple[str, ...] = ()
@@ -68,15 +80,21 @@ class TextConfig:
 class LossConfig:
     """The losses, each with its weight; 0 leaves it out.
 
-    alignment: "mse" or "cosine". repeat_weight: a second pass over repeat_prompt + answer, aligned
-    to the same teacher vector. negative_weight: alignment of negative queries to their answers.
-    margin_weight, margin: hinge on squared distances to other texts. contrastive_weight,
-    contrastive_scale: InfoNCE of queries against repeated answers and negatives.
+    alignment: "mse" or "cosine". alignment_scale: of every "mse" between an embedding and a
+    teacher's vector (alignment, repeat, negative). "variance" divides it by the variance of the
+    teacher's vectors, so that predicting their mean costs 1 whatever their length and dimension d;
+    "dimension" sums over d, as the paper's formula; "mean" takes the mean over d, as the reference
+    package. Losses are reported with their scale. "cosine" has none.
+    repeat_weight: a second pass over repeat_prompt + answer, aligned to the same teacher vector.
+    negative_weight: alignment of negative queries to their answers. margin_weight, margin: hinge on
+    squared distances to other texts. contrastive_weight, contrastive_scale: InfoNCE of queries
+    against repeated answers and negatives.
     """
 
     reconstruction_weight: float = 1.0
     alignment_weight: float = 1.0
     alignment: str = "mse"
+    alignment_scale: str = "variance"
     repeat_weight: float = 0.0
     repeat_prompt: str = "Repeat this text word by word. "
     negative_weight: float = 0.0
@@ -96,6 +114,12 @@ class LossConfig:
             "contrastive": self.contrastive_weight,
         }
 
+    def alignment_factor(self, dimension: int, teacher_variance: float) -> float:
+        """What the mean over d of squared errors is multiplied by, of teacher vectors [n, d]."""
+        if self.alignment == "cosine" or self.alignment_scale == "mean":
+            return 1.0
+        return dimension if self.alignment_scale == "dimension" else 1 / teacher_variance
+
     @property
     def needs_negatives(self) -> bool:
         """Whether a loss over negative queries and answers is on."""
@@ -112,20 +136,23 @@ class OptimizerConfig:
     """Steps, and what each does to the parameters.
 
     batch_size: texts a step, all ranks together. micro_batch_tokens: of reconstruction at a time;
-    None fits the device. start: "fitted" (see fitting.py) over start_rows, or "random" as in the
-    paper. refit_rows: rows that the alignment is fitted to once more when the run is done; 0
-    leaves it as trained.
-    learning_rate: of the special tokens; reconstruction_learning_rate, alignment_learning_rate: of
+    None fits the device. special_init: special tokens begin as a "draw" from the distribution of
+    the embedding table's rows, or all at its "mean" row. start: of the alignment, "fitted" (see
+    fitting.py) over start_rows, or "random" as in the paper. refit_rows: rows that the alignment is
+    fitted to once more when the run is done; 0 leaves it as trained.
+    learning_rate: of the special tokens; None is the paper's for the backbone's family.
+    reconstruction_learning_rate, alignment_learning_rate: of
     the projections, None the same. They rise over warmup_steps and fall to 0 at schedule_steps; the
     run stops at `steps`. max_skipped: steps in a row with a NaN loss that are survived.
     """
 
     batch_size: int = 32
     micro_batch_tokens: int | None = None
+    special_init: str = "draw"
     start: str = "fitted"
     start_rows: int = 2048
     refit_rows: int = 0
-    learning_rate: float = 5e-4
+    learning_rate: float | None = None
     reconstruction_learning_rate: float | None = None
     alignment_learning_rate: float | None = None
     weight_decay: float = 0.0
@@ -134,6 +161,10 @@ class OptimizerConfig:
     steps: int = 5_000
     max_grad_norm: float = 1.0
     max_skipped: int = 10
+
+    def base_learning_rate(self, family: str) -> float:
+        """learning_rate, or the paper's for backbones of `family` (a Hugging Face model_type)."""
+        return self.learning_rate or LEARNING_RATES.get(family, OTHER_LEARNING_RATE)
 
 
 @dataclass(frozen=True)
@@ -158,8 +189,12 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class TrainConfig(RunConfig, OptimizerConfig, LossConfig, TextConfig):
-    """Settings of a run; the defaults are those of LLM2Vec-Gen (arXiv 2603.10913, §4), but for
-    `start`. A settings file has the fields of all four parts, the last part's first.
+    """Settings of a run. A settings file has the fields of all four parts, the last part's first.
+
+    The defaults are those of LLM2Vec-Gen (arXiv 2603.10913, §4), but for three: `alignment_scale`
+    divides by the teacher's variance (paper: the sum over dimensions; reference package: the mean),
+    `start` is fitted (random), and only answers that stopped by themselves get an end of text, the
+    tokenizer's own (all, a literal one).
     """
 
     def __post_init__(self) -> None:
@@ -167,17 +202,16 @@ class TrainConfig(RunConfig, OptimizerConfig, LossConfig, TextConfig):
             if not getattr(self, name):
                 raise ConfigError(f"{name} must be given")
         for name, value in self._positive().items():
-            if value <= 0:
+            if value is not None and value <= 0:
                 raise ConfigError(f"{name} must be positive, not {value}")
         for name, weight in self.weights().items():
             if weight < 0:
                 raise ConfigError(f"{name}_weight must not be negative")
-        if self.alignment not in ALIGNMENTS:
-            raise ConfigError(
-                f"alignment must be {' or '.join(ALIGNMENTS)}, not {self.alignment!r}"
-            )
-        if self.start not in ("fitted", "random"):
-            raise ConfigError(f"start must be fitted or random, not {self.start!r}")
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ConfigError(
+                    f"{name} must be {' or '.join(allowed)}, not {getattr(self, name)!r}"
+                )
         if not self.reconstruction_weight and not self.alignment_weight:
             raise ConfigError("reconstruction_weight and alignment_weight are both 0")
         if self.n_special >= self.max_length:
@@ -185,8 +219,8 @@ class TrainConfig(RunConfig, OptimizerConfig, LossConfig, TextConfig):
         if self.n_thought < 0:
             raise ConfigError(f"n_thought must not be negative, not {self.n_thought}")
 
-    def _positive(self) -> dict[str, float]:
-        """Settings that mean nothing below 1, or at 0."""
+    def _positive(self) -> dict[str, float | None]:
+        """Settings that mean nothing below 1, or at 0; None is a default."""
         return {
             "n_compression": self.n_compression,
             "max_length": self.max_length,

@@ -2,38 +2,52 @@
 
 import hashlib
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
 from gen_fast.errors import ConfigError, InputError
 from gen_fast.io.embedding_files import read_embeddings
-from gen_fast.model.tokenizing import TextTokenizer, Tokenizer
+from gen_fast.model.generation import FinishReason
+from gen_fast.model.tokenizing import TextTokenizer, Tokenizer, special_tokens_around
 from gen_fast.training.config import TrainConfig
 from gen_fast.training.records import Rejections, placed_records
 
 logger = logging.getLogger(__name__)
 
+# A mark of Latin or of East Asian writing, with the quotes and brackets that it closes; or a line's
+# end. East Asian sentences follow each other without a space. The number of a list's item is none.
+_SENTENCE_END = re.compile(
+    r"""^[ ]*\d+\.|(?P<end>[.!?…]+["'”’»)\]]*(?=\s|\Z)|[。！？．｡]+["'”’」』）》】]*|\n)""",  # noqa: RUF001
+    re.MULTILINE,
+)
 NEGATIVE_SUFFIX = "#negative"  # of a row's id, in a file of teacher vectors
 
 
 @dataclass(frozen=True)
 class Row:
-    """A query with its answer; a negative query with its own answer, if there is one."""
+    """A query with its answer; a negative query with its own answer, if there is one.
+
+    is_whole: the answer ended by itself, and was not cut at a limit of tokens.
+    """
 
     id: str
     query: str
     answer: str
     negative_query: str | None = None
     negative_answer: str | None = None
+    is_whole: bool = True
 
 
 def read_rows(paths: Sequence[str | Path], rejections: Rejections) -> list[Row]:
     """Read answer files. Rows without an answer, or seen before, are left out and counted.
 
+    A finish_reason "length" says that an answer was cut at a limit of tokens: it ends at the last
+    sentence that is whole, if that leaves half of it. Without a finish_reason it is whole.
     Raises InputError naming file and line for a row that is malformed.
     """
     rows: list[Row] = []
@@ -66,7 +80,28 @@ def _row(place: str, record: Any) -> Row:
             raise InputError(f"{place}: expected a string as negative, got {value!r:.60}")
     if (negative[0] is None) != (negative[1] is None):
         raise InputError(f"{place}: a negative query goes with a negative answer")
-    return Row(**values, negative_query=negative[0], negative_answer=negative[1])
+    reason = record.get("finish_reason") or "stop"
+    if reason not in get_args(FinishReason):
+        raise InputError(f"{place}: expected stop or length as finish_reason, got {reason!r:.60}")
+    if reason == "length":
+        values["answer"] = whole_sentences(values["answer"])
+    return Row(
+        **values,
+        negative_query=negative[0],
+        negative_answer=negative[1],
+        is_whole=reason == "stop",
+    )
+
+
+def whole_sentences(text: str) -> str:
+    """`text` up to the end of its last whole sentence or paragraph; all if that is less than half.
+
+    The end of the text itself counts only with its full stop.
+    """
+    text = text.strip()
+    ends = [match.end() for match in _SENTENCE_END.finditer(text) if match["end"]]
+    cut = text[: ends[-1]].strip() if ends else ""
+    return cut if 2 * len(cut) >= len(text) else text
 
 
 def teacher_texts(rows: Sequence[Row]) -> tuple[list[str], list[str]]:
@@ -82,7 +117,8 @@ def teacher_texts(rows: Sequence[Row]) -> tuple[list[str], list[str]]:
 
 @dataclass(frozen=True)
 class Example:
-    """A row as token ids: query (with prompt), answer (with its end), repeated answer, negatives.
+    """A row as token ids: query (with prompt), answer (with beginning and end), repeated answer,
+    negatives.
 
     vector, negative_vector [d]: the teacher's.
     """
@@ -100,6 +136,8 @@ class TrainingData:
     """Rows with their teacher vectors, split into training and validation.
 
     train, validation: rows; `examples` tokenises some of them. dimension: of the teacher.
+    teacher_variance: of its vectors of the rows to train on, the mean over dimensions. stopped: how
+    many of the answers to train on ended by themselves.
     """
 
     def __init__(self, config: TrainConfig, tokenizer: Tokenizer, rejections: Rejections) -> None:
@@ -121,13 +159,19 @@ class TrainingData:
             raise ConfigError(
                 f"{len(rows)} rows, of which {config.validation_rows} for validation: none is left"
             )
+        self.stopped = sum(row.is_whole for row in self.train)
+        self.teacher_variance = _variance([self._vectors[row.id] for row in self.train])
+        if not self.teacher_variance:
+            raise InputError(f"{config.teacher}: all vectors are equal: nothing can be learnt")
         room = config.max_length - config.n_special
         self._query = TextTokenizer(tokenizer, config.prompt, room)
         if config.needs_repeats or config.needs_negatives:
             self._repeat = TextTokenizer(tokenizer, config.repeat_prompt, room)
+        # One token more than there is room for tells an answer that is cut.
         self._answer = TextTokenizer(
-            tokenizer, "", config.max_answer_tokens, add_special_tokens=False
+            tokenizer, "", config.max_answer_tokens + 1, add_special_tokens=False
         )
+        self._beginning, _ = special_tokens_around(tokenizer.core)
         self._end_text, self._end_ids = _answer_end(config.answer_end, tokenizer)
 
     def fingerprint(self) -> str:
@@ -159,7 +203,7 @@ class TrainingData:
         config = self._config
         columns: dict[str, list[Any]] = {
             "query": self._query([row.query.strip() for row in rows])[0],
-            "answer": self._answers([row.answer for row in rows]),
+            "answer": self._answers(rows),
             "vector": [self._vectors[row.id] for row in rows],
         }
         if config.needs_repeats:
@@ -175,10 +219,18 @@ class TrainingData:
             for values in zip(*columns.values(), strict=True)
         ]
 
-    def _answers(self, answers: Sequence[str]) -> list[np.ndarray]:
-        ids, _ = self._answer([answer.strip() + self._end_text for answer in answers])
-        room = self._config.max_answer_tokens - len(self._end_ids)
-        return [np.concatenate((row[:room], self._end_ids)) for row in ids]
+    def _answers(self, rows: Sequence[Row]) -> list[np.ndarray]:
+        """Ids of answers: the tokenizer's beginning, as the reference has it, and an earned end.
+
+        What is too long loses its tail, and with it the end.
+        """
+        texts = [row.answer.strip() + (self._end_text if row.is_whole else "") for row in rows]
+        answers = []
+        for row, ids in zip(rows, self._answer(texts)[0], strict=True):
+            end = self._end_ids if row.is_whole else self._end_ids[:0]
+            whole = np.concatenate((self._beginning, ids, end))
+            answers.append(whole[: self._config.max_answer_tokens])
+        return answers
 
 
 def _answer_end(literal: str | None, tokenizer: Tokenizer) -> tuple[str, np.ndarray]:
@@ -206,6 +258,14 @@ def _teacher_vectors(path: str, rows: Sequence[Row]) -> dict[str, np.ndarray]:
                 f"{path} was made for another answer of row {identifier!r}: run gen-fast teach"
             )
     return {identifier: made.vectors[where[identifier]] for identifier in ids}
+
+
+def _variance(vectors: Sequence[np.ndarray]) -> float:
+    """Variance of vectors [d], the mean over dimensions; 0 if they differ by rounding alone."""
+    # One by one: all of them in float64 may take gigabytes.
+    mean = sum((v.astype(np.float64) for v in vectors), np.zeros(len(vectors[0]))) / len(vectors)
+    variance = sum(float(np.square(v - mean).mean()) for v in vectors) / len(vectors)
+    return variance if variance > 1e-12 * np.square(mean).mean() else 0.0
 
 
 def _smallest_hashes(rows: Sequence[Row], count: int) -> set[str]:

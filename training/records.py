@@ -86,6 +86,21 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return [row for _, row in placed_records(path)] if path.exists() else []
 
 
+def stops(stopped: int, total: int) -> str:
+    """How many of `total` answers stopped by themselves, in words."""
+    share = stopped / max(1, total)
+    return (
+        f"{total:,} answers: {share:.1%} stopped by themselves, {1 - share:.1%} were cut at the "
+        "limit of tokens"
+    )
+
+
+def log_stops(place: Path, stopped: int, total: int) -> None:
+    """Log `stops` of the answers in `place`: a warning if any was cut."""
+    level = logging.INFO if stopped == total else logging.WARNING
+    logger.log(level, "%s: %s", place, stops(stopped, total))
+
+
 class Rejections:
     """Rows that were left out, counted by reason and listed in a jsonl file."""
 

@@ -74,6 +74,11 @@ class Report:
         self._bar.close()
 
 
+def hidden(show_progress_bar: bool | None) -> bool | None:
+    """What tqdm calls `disable`: None follows the terminal."""
+    return None if show_progress_bar is None else not show_progress_bar
+
+
 def _writer(name: str, config: TrainConfig) -> list[Any]:
     """A function (step, figures) -> None; none if the package is not installed, which is logged."""
     if name not in ("tensorboard", "wandb"):

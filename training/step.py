@@ -82,7 +82,8 @@ def accumulate(
     n = len(examples)
     counts = world.counts(n)
     totals = Totals(
-        texts=sum(counts), tokens=sum(world.counts(sum(len(e.answer) for e in examples)))
+        texts=sum(counts) / student.alignment_factor,
+        tokens=sum(world.counts(sum(len(e.answer) for e in examples))),
     )
 
     # All texts through the special tokens, once. What is behind the leaves waits for the end.
@@ -130,9 +131,12 @@ def accumulate(
 
 @dataclass(frozen=True)
 class Totals:
-    """Texts and answer tokens of a global batch, that its losses are means over."""
+    """What the losses of a global batch are divided by: its texts, its answer tokens.
 
-    texts: int
+    texts: of alignment, whose scale is in it.
+    """
+
+    texts: float
     tokens: int
 
 
@@ -189,7 +193,7 @@ def _align(
     student: Tensor, teacher: Tensor, weight: float, config: TrainConfig, totals: Totals
 ) -> Tensor:
     """Alignment loss of embeddings [n, d]; its weighted gradient is added to them."""
-    loss = alignment_loss(student, teacher, config) / totals.texts
+    loss = alignment(student, teacher, texts=totals.texts, kind=config.alignment)
     (weight * loss).backward()
     return loss.detach()
 
@@ -290,11 +294,6 @@ def reconstruction_loss(
 
 def _logits_memory(student: Student) -> int | None:
     return CPU_LOGITS if student.head.device.type == "cpu" else None
-
-
-def alignment_loss(student: Tensor, teacher: Tensor, config: TrainConfig) -> Tensor:
-    """Sum over texts of the alignment loss alone; student, teacher [B, d]."""
-    return alignment(student, teacher, texts=1, kind=config.alignment)
 
 
 def _whole_batch(

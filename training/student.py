@@ -33,15 +33,22 @@ GPU_PART_TOKENS = (16384, 8192, 4096, 2048, 1024, 512)
 class Student(nn.Module):
     """Special tokens and the two projections, in float32; the backbone is shared and frozen.
 
-    special [k, h], drawn from a normal distribution with the mean and covariance of the
-    backbone's embedding table; reconstruction: h -> h; alignment: h -> d.
+    special [k, h]: drawn from the distribution of the rows of the backbone's embedding table, or
+    all at its mean row (config.special_init); reconstruction: h -> h; alignment: h -> d.
+    teacher_variance: of the teacher's vectors, the mean over its dimensions.
     Source: LLM2Vec-Gen, arXiv 2603.10913, §3.
     """
 
     def __init__(
-        self, backbone: Backbone, head: Tensor, dimension: int, config: TrainConfig
+        self,
+        backbone: Backbone,
+        head: Tensor,
+        dimension: int,
+        config: TrainConfig,
+        teacher_variance: float = 1.0,
     ) -> None:
         super().__init__()
+        self.alignment_factor = config.alignment_factor(dimension, teacher_variance)
         self.backbone = backbone
         self.head = head
         self.n_compression = config.n_compression
@@ -53,9 +60,9 @@ class Student(nn.Module):
         )
         h = backbone.config.hidden_size
         generator = torch.Generator().manual_seed(config.seed)
-        self.special = nn.Parameter(
-            _like_rows_of(backbone.embedding, config.n_special, generator).to(backbone.device)
-        )
+        begin = _like_rows_of if config.special_init == "draw" else _mean_rows_of
+        special = begin(backbone.embedding, config.n_special, generator)
+        self.special = nn.Parameter(special.to(backbone.device))
         self.reconstruction = _linear(h, h, generator).to(backbone.device)
         self.alignment = _linear(h, dimension, generator).to(backbone.device)
 
@@ -140,6 +147,13 @@ class Student(nn.Module):
             layer.bias.copy_(pair[1])
 
 
+def _mean_rows_of(table: Tensor, count: int, _: torch.Generator) -> Tensor:
+    """The mean row of `table` [V, h], `count` times: float32."""
+    # Part by part: the whole table in float64 may take gigabytes.
+    total = torch.stack([rows.double().sum(0) for rows in table.detach().split(4096)]).sum(0)
+    return (total / len(table)).float().cpu().repeat(count, 1)
+
+
 def _like_rows_of(table: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """Draw `count` rows from N(mean, covariance) of the rows of `table` [V, h]: float32.
 
@@ -151,7 +165,7 @@ def _like_rows_of(table: Tensor, count: int, generator: torch.Generator) -> Tens
     weights = (noise - noise.mean(1, keepdim=True)) / len(table) ** 0.5 + 1 / len(table)
     drawn = torch.zeros(count, table.shape[1], dtype=torch.float64, device=table.device)
     for share, rows in zip(weights.split(4096, 1), table.detach().split(4096), strict=True):
-        drawn += share.double() @ rows.double()  # the whole table so may take gigabytes
+        drawn += share.double() @ rows.double()  # part by part, as above
     return drawn.float().cpu()
 
 

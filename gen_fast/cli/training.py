@@ -2,8 +2,9 @@
 
 import logging
 import re
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -33,8 +34,15 @@ def generate(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 500,
     batch_size: Annotated[int, typer.Option(min=1, help="Answers at a time.")] = 64,
-    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Nucleus sampling.")] = 1.0,
+    temperature: Annotated[
+        float | None, typer.Option(min=0, help="0 is greedy.  [default: the model's own]")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Nucleus sampling.  [default: the model's own]")
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(min=0, help="0 is all.  [default: the model's own]")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
     shard: Annotated[
         str, typer.Option(metavar="I/N", help="This machine's part of the queries, from 0/N.")
@@ -47,7 +55,8 @@ def generate(
 ) -> None:
     """Let the model answer queries: a row each, continued where it stopped."""
     from gen_fast.embed.loading import load_generator
-    from gen_fast.model.generation import Sampling
+    from gen_fast.model.sampling import own_sampling
+    from gen_fast.model.sources import resolve
     from gen_fast.training.answers import generate_answers, write_own_queries
 
     if (source is None) == (self_queries is None):
@@ -58,17 +67,22 @@ def generate(
     logging.getLogger("gen_fast").setLevel(logging.ERROR if quiet else logging.WARNING)
     if source is not None:
         queries = _read_queries(source, file_format, text_column, id_column, split)
+    own = own_sampling(resolve(model or DEFAULT_MODEL), seed)
+    chosen: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+    sampling = replace(own, **{k: v for k, v in chosen.items() if v is not None})
+    if not sampling.temperature and (top_p or top_k):
+        fail("--top-p and --top-k need a --temperature above 0")
     generator = load_generator(
         model or DEFAULT_MODEL,
         device=options.checked_device(device),
         dtype=str(dtype),
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
-        sampling=Sampling(temperature, top_p, seed),
+        sampling=sampling,
     )
     if self_queries is not None:
-        own = out.with_name(f"{out.stem}.queries.jsonl")
-        queries = write_own_queries(self_queries, own, generator, show_progress_bar=not quiet)
+        written = out.with_name(f"{out.stem}.queries.jsonl")
+        queries = write_own_queries(self_queries, written, generator, show_progress_bar=not quiet)
     generate_answers(queries, out, generator, shard=part, show_progress_bar=not quiet)
 
 
@@ -119,7 +133,7 @@ def teach(
     if not target.parent.is_dir():
         fail(f"--out {target} lies in no directory")
     logging.getLogger("gen_fast").setLevel(logging.ERROR if quiet else logging.WARNING)
-    count = embed_answers(
+    taught = embed_answers(
         answers,
         target,
         teacher,
@@ -129,7 +143,8 @@ def teach(
         show_progress_bar=not quiet,
     )
     if not quiet:
-        typer.echo(f"{count} vectors in {target}", err=True)
+        cut = f"; the teacher truncated {taught.truncated} answers" if taught.truncated else ""
+        typer.echo(f"{taught.vectors} vectors in {target}{cut}", err=True)
 
 
 def train(

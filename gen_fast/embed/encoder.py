@@ -229,7 +229,7 @@ class Encoder(Exportable):
             if window.start == 0:
                 output = np.empty((window.block_size, dimension), dtype=np.float32)
             with torch.inference_mode():
-                for members, embeddings in self._embed_window(
+                for members, embeddings in self._embed_texts(
                     window.sequences, layout.prompt_ids, batch_size
                 ):
                     part = embeddings[:, :dimension]
@@ -346,12 +346,19 @@ class Encoder(Exportable):
             self._tokenizer, self._prompt(prompt, prompt_name), self.max_length, prompt_name
         )
 
+    def _embed_texts(
+        self, window: Sequences, prompt_ids: np.ndarray, batch_size: int | None
+    ) -> Iterator[tuple[np.ndarray, Tensor]]:
+        """Yield (texts of the window [n], embeddings [n, d] float32) until all are run."""
+        parts = self._embed_window(window, prompt_ids, batch_size)
+        return parts if window.counts is None else _averaged(parts, window.counts)
+
     def _embed_window(
         self, window: Sequences, prompt_ids: np.ndarray, batch_size: int | None
     ) -> Iterator[tuple[np.ndarray, Tensor]]:
-        """Yield (positions in the window [n], embeddings [n, d] float32) until all are run.
+        """Yield (sequences of the window [n], embeddings [n, d] float32) until all are run.
 
-        Texts are grouped by how much of the prompt's prefix they share.
+        Sequences are grouped by how much of the prompt's prefix they share.
         """
         lengths = np.array([len(row) for row in window.ids])
         longest_first = np.argsort(-lengths, kind="stable")
@@ -390,6 +397,18 @@ class Encoder(Exportable):
                 continue
             pending = pending[len(members) :]
             yield members, embeddings
+
+
+def _averaged(
+    parts: Iterable[tuple[np.ndarray, Tensor]], counts: np.ndarray
+) -> Iterator[tuple[np.ndarray, Tensor]]:
+    """What `parts` give of sequences, as the mean over those of each text."""
+    done = list(parts)
+    if done:
+        order = np.argsort(np.concatenate([members for members, _ in done]))
+        rows = torch.cat([embeddings for _, embeddings in done])[torch.from_numpy(order)]
+        means = torch.stack([part.mean(0) for part in rows.split(counts.tolist())])
+        yield np.arange(len(counts)), means
 
 
 def _as_list(texts: Iterable[str]) -> list[str]:

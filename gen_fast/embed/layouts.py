@@ -24,12 +24,14 @@ class Sequences:
     """Tokenised texts, ready to be packed.
 
     ids: all ids of a text, prompt included. shared [n]: leading ids that are the prompt's.
-    needed [n]: last rows of the text that are pooled.
+    needed [n]: last rows of the text that are pooled. counts [m]: sequences of each of m texts, one
+    after another, whose vectors are averaged; None is one sequence a text.
     """
 
     ids: list[np.ndarray]
     shared: np.ndarray
     needed: np.ndarray
+    counts: np.ndarray | None = None
 
 
 class Layout(Protocol):
@@ -117,8 +119,11 @@ class OwnTokens(_OneText):
         return Sequences(ids, shared, np.ones_like(own) if self._last_only else own)
 
 
-class WrittenAnswer(OwnTokens):
-    """What the model answers to prompt + text, alone and without the prompt."""
+class WrittenAnswers(OwnTokens):
+    """The text, and what the model answers to prompt + text: each a sequence, without the prompt.
+
+    samples: answers a text.
+    """
 
     def __init__(
         self,
@@ -128,15 +133,28 @@ class WrittenAnswer(OwnTokens):
         *,
         method: str,
         writer: AnswerGenerator,
+        samples: int,
     ) -> None:
         super().__init__(tokenizer, "", max_length, method=method)
+        self._answer = TextTokenizer(tokenizer, "", max_length)
         self._prompt = prompt
         self._writer = writer
+        self._samples = samples
 
     def __call__(self, texts: Sequence[str], first_row: int) -> Sequences:
-        """See Layout. Raises TextError for an answer without a token."""
-        answers = self._writer.answers([self._prompt + text for text in texts])
-        return super().__call__([answer.text for answer in answers], first_row)
+        """See Layout. An answer without a token is left out."""
+        own = super().__call__(texts, first_row)
+        answers = self._writer.answers([self._prompt + text for text in texts], self._samples)
+        written, shared = self._answer([answer.text for answer in answers])
+        ids = [*own.ids, *written]
+        shared = np.concatenate((own.shared, shared))
+        needed = np.array([len(row) for row in ids], dtype=np.int64) - shared
+        text = np.arange(len(texts))
+        text = np.concatenate((text, text.repeat(self._samples)))
+        order = np.argsort(text, kind="stable")
+        order = order[needed[order] > 0]
+        counts = np.bincount(text[order], minlength=len(texts))
+        return Sequences([ids[i] for i in order], shared[order], needed[order], counts)
 
 
 class Echo(_OneText):

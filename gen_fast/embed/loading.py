@@ -3,7 +3,7 @@
 import hashlib
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,15 @@ from gen_fast.embed.choices import (
     SENTENCE_TRANSFORMERS,
 )
 from gen_fast.embed.encoder import Embedded, Encoder
-from gen_fast.embed.methods import TRAINING_FREE, LLM2VecGen, Method, SentenceTransformers
-from gen_fast.errors import AdapterError, UnsupportedModelError
+from gen_fast.embed.methods import (
+    TRAINING_FREE,
+    HyDE,
+    HyDESettings,
+    LLM2VecGen,
+    Method,
+    SentenceTransformers,
+)
+from gen_fast.errors import AdapterError, ConfigError, UnsupportedModelError
 from gen_fast.formats import llm2vec_gen, sentence_transformers
 from gen_fast.model.backbone import Backbone
 from gen_fast.model.device import resolve_dtype
@@ -44,6 +51,7 @@ def load(
     revision: str | None = None,
     max_length: int | None = None,
     deterministic: bool = False,
+    hyde: HyDESettings | None = None,
 ) -> Encoder:
     """Load a model and return an Encoder.
 
@@ -59,14 +67,15 @@ def load(
     with it natively, else float32; or "float32", "bfloat16", "float16", or a torch.dtype.
     revision: of the Hub repository `model`. max_length: tokens, special tokens included.
     deterministic: a text's embedding has the same bits whatever else is in the call (one text a
-    batch: slower).
+    batch: slower). hyde: how method "hyde" answers queries; refused with another.
 
-    Raises ModelNotFoundError, UnsupportedModelError, WeightsError, AdapterError or
+    Raises ConfigError, ModelNotFoundError, UnsupportedModelError, WeightsError, AdapterError or
     BackboneMismatchError.
     """
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     resolved_dtype = resolve_dtype(dtype, target)
     location = _locate(model, method, backbone, revision)
+    location = replace(location, method=_answering(location.method, hyde, deterministic))
     network = load_backbone(location.source, dtype=resolved_dtype, device=target, packed=True)
     tokenizer = _load_tokenizer(location)
     logger.info("%s: %s on %s in %s", model, location.method.name, target, resolved_dtype)
@@ -151,6 +160,15 @@ def _locate(
     return _Location(directory, source, TRAINING_FREE[name](name))
 
 
+def _answering(method: Method, hyde: HyDESettings | None, deterministic: bool) -> Method:
+    """The method, with what `load` was told of answers to queries."""
+    if isinstance(method, HyDE):
+        return HyDE(method.name, hyde or HyDESettings(), one_by_one=deterministic)
+    if hyde is not None:
+        raise ConfigError(f"hyde= has no meaning with method {method.name!r}")
+    return method
+
+
 def _load_tokenizer(location: _Location) -> Tokenizer:
     tokenizer = load_tokenizer(location.source)
     location.method.prepare(tokenizer)
@@ -174,7 +192,10 @@ def load_generator(
     revision: str | None = None,
     **options: Any,
 ) -> AnswerGenerator:
-    """Load a backbone to write answers with. `options` are those of AnswerGenerator."""
+    """Load a backbone to write answers with. `options` are those of AnswerGenerator.
+
+    Without sampling=… it draws as the model's own generation_config.json says.
+    """
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     source = resolve(model, revision)
     network = load_backbone(source, dtype=resolve_dtype(dtype, target), device=target, packed=True)

@@ -5,14 +5,15 @@ mean          mean over the text's own tokens
 weighted-mean position-weighted mean, later tokens count more (SGPT, arXiv 2202.08904, eq. 2)
 last-token    the state of the last token
 echo          the text twice, mean over the second copy (arXiv 2402.15449)
-hyde          the mean of an answer that the model writes to a query; a text behind the prompt
-              named "document" is embedded as it is (HyDE, arXiv 2212.10496)
+hyde          a query: the mean over the answers that the model writes to it, and the query itself;
+              a text behind the prompt named "document": as it is (HyDE, arXiv 2212.10496)
 sentence-transformers  the whole text, as a directory in that package's layout says
 """
 
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -24,13 +25,14 @@ from gen_fast.embed import layouts
 from gen_fast.embed.adapter import DEFAULT_PROMPTS, Adapter
 from gen_fast.embed.choices import LLM2VEC_GEN, SENTENCE_TRANSFORMERS
 from gen_fast.embed.layouts import Layout
-from gen_fast.errors import UnsupportedModelError
+from gen_fast.errors import ConfigError, UnsupportedModelError
 from gen_fast.formats.sentence_export import SentenceModules
 from gen_fast.formats.sentence_modules import Pooling
 from gen_fast.formats.sentence_transformers import SentenceModel
 from gen_fast.model.backbone import Backbone
 from gen_fast.model.batch import PackedBatch, on_device
 from gen_fast.model.generation import AnswerGenerator
+from gen_fast.model.sampling import Sampling
 from gen_fast.model.tokenizing import (
     Tokenizer,
     lower_case,
@@ -175,16 +177,57 @@ class Echo(Method):
         return layouts.Echo(tokenizer, prompt, max_length)
 
 
+@dataclass(frozen=True)
+class HyDESettings:
+    """How HyDE answers a query.
+
+    answers: drawn for each query. max_new_tokens: of the longest. temperature, seed: of the draws,
+    which follow from the seed, the query and its prompt. answers and temperature are those of the
+    authors' code. Raises ConfigError. Source: HyDE, arXiv 2212.10496.
+    """
+
+    answers: int = 8
+    max_new_tokens: int = 128
+    temperature: float = 0.7
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.answers < 1 or self.max_new_tokens < 1 or self.temperature < 0:
+            raise ConfigError(
+                f"HyDE: answers {self.answers} and max_new_tokens {self.max_new_tokens} must be at "
+                f"least 1, temperature {self.temperature} at least 0"
+            )
+        if self.answers > 1 and not self.temperature:
+            raise ConfigError(f"{self.answers} answers at temperature 0 are all the same: take 1")
+
+
 class HyDE(Method):
-    """hyde: the mean over the tokens of an answer that the model writes."""
+    """hyde: the mean over answers that the model writes, and the query itself.
+
+    one_by_one: an answer written alone has the same bits whatever else is answered.
+    """
 
     writes = True
     _writer: AnswerGenerator | None = None
 
+    def __init__(
+        self, name: str, settings: HyDESettings = HyDESettings(), *, one_by_one: bool = False
+    ) -> None:
+        super().__init__(name)
+        self._settings = settings
+        self._one_by_one = one_by_one
+
     def bound(self, backbone: Backbone, tokenizer: Tokenizer, source: Path) -> Self:
         """See Method."""
         method = copy.copy(self)
-        method._writer = AnswerGenerator(backbone, source, tokenizer)
+        method._writer = AnswerGenerator(
+            backbone,
+            source,
+            tokenizer,
+            max_new_tokens=self._settings.max_new_tokens,
+            batch_size=1 if self._one_by_one else 64,
+            sampling=Sampling(self._settings.temperature, seed=self._settings.seed),
+        )
         return method
 
     def layout(
@@ -194,9 +237,18 @@ class HyDE(Method):
         assert self._writer is not None, "layouts are made by a bound method"
         if prompt_name == "document":
             return layouts.OwnTokens(tokenizer, prompt, max_length, method=self.name)
-        return layouts.WrittenAnswer(
-            tokenizer, prompt, max_length, method=self.name, writer=self._writer
+        return layouts.WrittenAnswers(
+            tokenizer,
+            prompt,
+            max_length,
+            method=self.name,
+            writer=self._writer,
+            samples=self._settings.answers,
         )
+
+    def identity(self) -> dict[str, Any]:
+        """See Method."""
+        return {**super().identity(), "hyde": asdict(self._settings)}
 
 
 class LLM2VecGen(Method):

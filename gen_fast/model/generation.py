@@ -1,6 +1,6 @@
 """Text written by the backbone itself: token by token, over the same weights, with a KV cache."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -14,30 +14,19 @@ from gen_fast.model.backbone import Backbone, PrefixKV, padded_rows
 from gen_fast.model.batch import PackedBatch
 from gen_fast.model.linear import can_pack, linear, pack
 from gen_fast.model.prefix import PrefixCache
+from gen_fast.model.sampling import (
+    GENERATION_CONFIG,
+    GREEDY,
+    Sampling,
+    next_tokens,
+    own_sampling,
+    uniform_draws,
+)
 from gen_fast.model.tokenizing import Tokenizer
 from gen_fast.model.weights import load_head, read_json
 from gen_fast.ops.norm import rms_norm
 
 FinishReason = Literal["stop", "length"]
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen: the likeliest, or drawn if temperature > 0.
-
-    top_p: draw among the likeliest tokens whose probabilities reach it (nucleus sampling,
-    arXiv 1904.09751). seed: of the draws.
-    """
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.temperature < 0 or not 0 < self.top_p <= 1:
-            raise ValueError(
-                f"temperature {self.temperature} must be at least 0, top_p {self.top_p} in (0, 1]"
-            )
 
 
 @dataclass(frozen=True)
@@ -63,16 +52,17 @@ class Decoder:
         self,
         sequences: Sequence[np.ndarray],
         max_new_tokens: int,
-        sampling: Sampling = Sampling(),
+        sampling: Sampling = GREEDY,
         *,
         special: Tensor | None = None,
         prefix: PrefixKV | None = None,
-        generator: torch.Generator | None = None,
+        uniform: Tensor | None = None,
     ) -> list[tuple[np.ndarray, FinishReason]]:
         """Continue each sequence of ids [n_i] by at most `max_new_tokens`: new ids, why it ended.
 
         special [k, h]: embeddings of ids V, V + 1, …, such as the soft prompts of an embedding.
-        prefix: keys and values before each sequence.
+        prefix: keys and values before each sequence. uniform [n, max_new_tokens] float64: numbers
+        from [0, 1) that tokens are drawn by, if they are.
         """
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
@@ -90,7 +80,8 @@ class Decoder:
                 device=backbone.device,
             )
             hidden = backbone.forward(batch, special=special, prefix=prefix, cache=cache)
-            tokens = self._next(hidden, sampling, generator)
+            numbers = None if uniform is None else uniform[cache.active, step]
+            tokens = self._next(hidden, sampling, numbers)
             ended = np.isin(tokens, self._end_ids)
             for text in cache.active[ended]:
                 reasons[text] = "stop"
@@ -105,9 +96,7 @@ class Decoder:
             (np.array(ids, dtype=np.int64), why) for ids, why in zip(written, reasons, strict=True)
         ]
 
-    def _next(
-        self, hidden: Tensor, sampling: Sampling, generator: torch.Generator | None
-    ) -> np.ndarray:
+    def _next(self, hidden: Tensor, sampling: Sampling, uniform: Tensor | None) -> np.ndarray:
         """The token after each row of `hidden` [B, h]: [B] int64."""
         backbone = self.backbone
         states = rms_norm(hidden, backbone.final_norm, backbone.config.norm_eps)
@@ -115,20 +104,15 @@ class Decoder:
         if self._head.is_mkldnn:  # few numbers of rows, see padded_rows
             states = torch.nn.functional.pad(states, (0, 0, 0, padded_rows(count) - count))
         logits = linear(states, self._head)[:count]
-        if sampling.temperature == 0:
-            return logits.argmax(-1).cpu().numpy()
-        probabilities = (logits.float() / sampling.temperature).softmax(-1)
-        if sampling.top_p < 1:
-            ordered, order = probabilities.sort(dim=-1, descending=True)
-            # A token stays if those before it do not reach top_p: the first one always does.
-            ordered[ordered.cumsum(-1) - ordered >= sampling.top_p] = 0
-            drawn = torch.multinomial(ordered, 1, generator=generator)
-            return order.gather(1, drawn).squeeze(1).cpu().numpy()
-        return torch.multinomial(probabilities, 1, generator=generator).squeeze(1).cpu().numpy()
+        return next_tokens(logits, sampling, uniform).cpu().numpy()
 
 
 class AnswerGenerator:
-    """Answers through the chat template, thinking off, in length-sorted batches."""
+    """Answers through the chat template, thinking off, in length-sorted batches.
+
+    sampling: None takes that of the model's own generation_config.json (see own_sampling). What is
+    drawn for a question does not depend on the others of its batch.
+    """
 
     def __init__(
         self,
@@ -138,11 +122,11 @@ class AnswerGenerator:
         *,
         max_new_tokens: int = 128,
         batch_size: int = 64,
-        sampling: Sampling = Sampling(),
+        sampling: Sampling | None = None,
     ) -> None:
         self.max_new_tokens = max_new_tokens
         self.batch_size = batch_size
-        self.sampling = sampling
+        self.sampling = own_sampling(directory) if sampling is None else sampling
         self._tokenizer = tokenizer
         self._decoder = Decoder(
             backbone,
@@ -150,7 +134,6 @@ class AnswerGenerator:
             end_token_ids(directory, tokenizer.eos_token_id),
         )
         self._prefixes = PrefixCache(backbone)
-        self._generator = torch.Generator(backbone.device)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -163,11 +146,14 @@ class AnswerGenerator:
             **asdict(self.sampling),
         }
 
-    def answers(self, questions: Sequence[str]) -> list[Answer]:
-        """One answer a question, in order."""
-        answers: list[Answer] = [Answer("", "length")] * len(questions)
-        for members in self.plan(questions):
-            for i, answer in zip(members, self.batch([questions[i] for i in members]), strict=True):
+    def answers(self, questions: Sequence[str], samples: int = 1) -> list[Answer]:
+        """`samples` answers a question, in order, those of a question one after another."""
+        asked = [question for question in questions for _ in range(samples)]
+        answers: list[Answer] = [Answer("", "length")] * len(asked)
+        for members in self.plan(asked):
+            numbers = [i % samples for i in members]
+            written = self.batch([asked[i] for i in members], numbers)
+            for i, answer in zip(members, written, strict=True):
                 answers[i] = answer
         return answers
 
@@ -178,33 +164,40 @@ class AnswerGenerator:
         size = self.batch_size
         return [order[start : start + size] for start in range(0, len(order), size)]
 
-    def batch(self, questions: Sequence[str], number: int = 0) -> list[Answer]:
-        """Answer questions in one batch. `number` tells the draws of one batch from another's."""
-        return self._write([self._chat_ids(question) for question in questions], number)
+    def batch(self, questions: Sequence[str], numbers: Sequence[int] | None = None) -> list[Answer]:
+        """Answer questions in one batch. numbers: of the draws, where a question comes again."""
+        rows = [self._chat_ids(question) for question in questions]
+        draws = zip(questions, numbers or [0] * len(questions), strict=True)
+        return self._write(rows, draws, self.sampling)
 
-    def own_queries(self, count: int, number: int = 0) -> list[Answer]:
+    def own_queries(self, count: int, first: int = 0) -> list[Answer]:
         """Let the model write `count` users' messages, from the opening of a user's turn alone.
 
-        They are drawn at temperature 1 if answers are greedy: else all would be the same.
-        Source: Magpie, arXiv 2406.08464.
+        They are drawn at temperature 1 if answers are greedy: else all would be the same. Message
+        `first` is the same whatever `count` is. Source: Magpie, arXiv 2406.08464.
         """
         sampling = replace(self.sampling, temperature=self.sampling.temperature or 1.0)
-        opening = self._tokenizer.ids(self._user_turn_opening(), add_special_tokens=False)
-        return self._write([opening] * count, number, sampling)
+        opening = self._user_turn_opening()
+        ids = self._tokenizer.ids(opening, add_special_tokens=False)
+        draws = ((opening, first + i) for i in range(count))
+        return self._write([ids] * count, draws, sampling)
 
     @torch.inference_mode()
     def _write(
-        self, rows: list[np.ndarray], number: int, sampling: Sampling | None = None
+        self, rows: list[np.ndarray], draws: Iterable[tuple[str, int]], sampling: Sampling
     ) -> list[Answer]:
         # The template's opening is the same for all. A text keeps a token of its own.
         shared = min(_common_prefix(rows), min(len(row) for row in rows) - 1)
-        self._generator.manual_seed(self.sampling.seed * 1_000_003 + number)
+        uniform = None
+        if sampling.temperature:
+            each = [uniform_draws(sampling.seed, *draw, self.max_new_tokens) for draw in draws]
+            uniform = torch.from_numpy(np.stack(each)).to(self._decoder.backbone.device)
         decoded = self._decoder.decode(
             [ids[shared:] for ids in rows],
             self.max_new_tokens,
-            sampling or self.sampling,
+            sampling,
             prefix=self._prefixes.get(tuple(rows[0][:shared].tolist())),
-            generator=self._generator,
+            uniform=uniform,
         )
         return [Answer(self._tokenizer.decode(ids), reason) for ids, reason in decoded]
 
@@ -242,7 +235,7 @@ def _common_prefix(rows: Sequence[np.ndarray]) -> int:
 def end_token_ids(directory: str | Path, eos_token_id: int | None) -> list[int]:
     """Tokens that end a text: the tokenizer's, and generation_config.json's if there is one."""
     ids = [eos_token_id]
-    path = Path(directory) / "generation_config.json"
+    path = Path(directory) / GENERATION_CONFIG
     if path.is_file():
         declared = read_json(path).get("eos_token_id")
         ids += declared if isinstance(declared, list) else [declared]

@@ -6,7 +6,8 @@ import torch
 
 import gen_fast
 from gen_fast.model.batch import PackedBatch
-from gen_fast.model.generation import AnswerGenerator, Decoder, Sampling, end_token_ids
+from gen_fast.model.generation import AnswerGenerator, Decoder, end_token_ids
+from gen_fast.model.sampling import Sampling
 from gen_fast.model.tokenizing import load_tokenizer
 from gen_fast.model.weights import load_backbone, load_head
 from gen_fast.testing import FAMILY_OPTIONS, relative_error, save_tiny_model
@@ -91,24 +92,37 @@ def generator(directory, **options):
 
 
 def test_draws_repeat_and_differ(tiny_model):
-    def drawn(seed, number=0, **options):
+    def drawn(seed, numbers=None, **options):
         made = generator(
             tiny_model, max_new_tokens=10, sampling=Sampling(1.0, seed=seed, **options)
         )
-        return made.batch(["a", "the other"], number)
+        return made.batch(["a", "the other"], numbers)
 
     assert drawn(0) == drawn(0)
     assert drawn(0) != drawn(1)
-    assert drawn(0) != drawn(0, number=1)
+    assert drawn(0) != drawn(0, [1, 1])
     greedy = generator(tiny_model, max_new_tokens=10)
     # The likeliest token alone reaches a tiny top_p.
     assert drawn(0, top_p=1e-6) == greedy.batch(["a", "the other"])
+    assert drawn(0, top_k=1) == greedy.batch(["a", "the other"])
 
 
-@pytest.mark.parametrize("options", [{"temperature": -1}, {"top_p": 0}, {"top_p": 1.5}])
-def test_sampling_that_makes_no_sense(options):
-    with pytest.raises(ValueError, match="temperature"):
-        Sampling(**options)
+def test_what_is_drawn_for_a_question_does_not_depend_on_the_others(tiny_model):
+    questions = ["a longer question about the cat", "a", "the hat", "a"]
+    made = generator(tiny_model, max_new_tokens=8, batch_size=3, sampling=Sampling(1.0))
+    together = made.answers(questions, 2)
+    assert together == [answer for q in questions for answer in made.answers([q], 2)]
+    assert together[:2] != together[2:4]
+    assert together[0] != together[1]
+    assert made.own_queries(3)[1:] == made.own_queries(2, 1)
+
+
+def test_the_model_s_own_sampling_is_taken_unless_another_is_given(tmp_path):
+    save_tiny_model(tmp_path, "llama")
+    (tmp_path / "generation_config.json").write_text('{"do_sample": true, "top_k": 3}')
+    assert generator(tmp_path).sampling == Sampling(1.0, 1.0, 3)
+    assert generator(tmp_path).settings["top_k"] == 3
+    assert generator(tmp_path, sampling=Sampling()).sampling == Sampling()
 
 
 def test_own_queries_begin_where_a_user_speaks(tiny_model):

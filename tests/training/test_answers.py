@@ -9,10 +9,10 @@ import gen_fast
 from gen_fast.embed.loading import load_generator
 from gen_fast.io.embedding_files import read_embeddings
 from gen_fast.io.text_files import Texts
-from gen_fast.model.generation import Sampling
+from gen_fast.model.sampling import Sampling
 from gen_fast.training.answers import Shard, generate_answers, usable_queries, write_own_queries
 from gen_fast.training.records import Rejections, read_records
-from gen_fast.training.teach import teach
+from gen_fast.training.teach import Taught, teach
 
 WHOLE = Shard()
 QUERIES = Texts([f"q{i}" for i in range(11)], [f"the cat {'in a hat ' * i}{i}" for i in range(11)])
@@ -107,11 +107,12 @@ def test_own_queries_are_different_and_go_on(tmp_path, tiny_model):
 def test_teachers(tmp_path, tiny_model, generator):
     path = made(tmp_path / "a.jsonl", generator)
     rows = [row for row in read_records(path) if row["answer"]]
-    count = teach(
+    taught = teach(
         [path], tmp_path / "t.parquet", str(tiny_model), method="mean", show_progress_bar=False
     )
     found = read_embeddings(tmp_path / "t.parquet")
-    assert count == len(found.ids) == len(rows)
+    assert taught == Taught(len(rows), 0)
+    assert len(found.ids) == len(rows)
     encoder = gen_fast.load(tiny_model, dtype="float32", device="cpu")
     expected = encoder.encode([row["answer"] for row in rows])
     np.testing.assert_allclose(found.vectors, expected, atol=1e-5)
@@ -131,3 +132,15 @@ def test_a_sentence_transformer_as_teacher(tmp_path, generator):
     found = read_embeddings(tmp_path / "t.parquet")
     assert found.vectors.shape[1] == 384
     np.testing.assert_allclose(np.linalg.norm(found.vectors, axis=1), 1, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", [None, "mean"])
+def test_answers_that_a_teacher_truncates_are_counted(tmp_path, tiny_model, caplog, method):
+    path = tmp_path / "a.jsonl"
+    answers = ["the cat", "the cat " * 300, "a hat " * 120 + "." * 200]
+    rows = [{"id": str(i), "query": "q", "answer": text} for i, text in enumerate(answers)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    teacher = "minilm" if method is None else str(tiny_model)
+    out = tmp_path / "t.parquet"
+    assert teach([path], out, teacher, method=method, show_progress_bar=False) == Taught(3, 2)
+    assert "read only the beginning of 2 of 3 answers" in caplog.text

@@ -137,6 +137,28 @@ def test_stages_one_by_one(queries, talking_model, tmp_path):
     other = run("generate", queries, "--out", answers, *options, "--temperature", 0.5)
     assert other.exit_code == 3
     assert "temperature" in other.stderr
+    greedy = run("generate", queries, "--out", answers, *options, "--top-k", 5)
+    assert greedy.exit_code == 2
+    assert "--top-k need a --temperature" in greedy.stderr
+
+
+def test_answers_are_drawn_as_the_model_s_own_settings_say(queries, tmp_path):
+    model, answers = tmp_path / "model", tmp_path / "a.jsonl"
+    save_tiny_model(model, "llama")
+    (model / "generation_config.json").write_text('{"do_sample": true, "top_p": 0.9}')
+    options = ("--model", model, "--device", "cpu", "--max-new-tokens", 5, "--quiet")
+
+    def settings(*more):
+        answers.unlink(missing_ok=True)
+        done = run("generate", queries, "--out", answers, *options, *more)
+        assert done.exit_code == 0, done.stderr
+        kept = json.loads((tmp_path / "a.jsonl.settings.json").read_text())
+        return [kept[name] for name in ("temperature", "top_p", "top_k", "seed")]
+
+    assert settings() == [1.0, 0.9, 50, 0]
+    assert settings("--temperature", 0) == [0.0, 0.9, 50, 0]
+    chosen = settings("--temperature", 0.5, "--top-p", 0.8, "--top-k", 7, "--seed", 3)
+    assert chosen == [0.5, 0.8, 7, 3]
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

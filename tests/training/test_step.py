@@ -1,12 +1,13 @@
 """Losses and gradients: of the whole computation, of the reference package, of any split."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from oracles import llm2vec_gen as oracle
-from tiny_data import setup
+from tiny_data import DIMENSION, setup, write_teacher
 from torch.nn.functional import linear, mse_loss
 
 from gen_fast.model.batch import PackedBatch
@@ -18,9 +19,11 @@ from gen_fast.testing import relative_error
 from gen_fast.training import losses
 from gen_fast.training.config import TrainConfig
 from gen_fast.training.data import Example, TrainingData
+from gen_fast.training.fitting import fit_alignment
 from gen_fast.training.records import Rejections
 from gen_fast.training.step import accumulate
 from gen_fast.training.student import GPU_PART_TOKENS, Student
+from gen_fast.training.validation import validate
 from gen_fast.training.world import World
 
 
@@ -56,7 +59,7 @@ def full_backpropagation(student, examples):
 
 @pytest.mark.parametrize("n_thought", [0, 4])
 def test_frozen_queries_give_the_gradients_of_full_backpropagation(make_config, n_thought):
-    config = make_config(n_thought=n_thought, micro_batch_tokens=30)
+    config = make_config(n_thought=n_thought, micro_batch_tokens=30, alignment_scale="mean")
     student, data = setup(config)
     examples = data.examples(data.step_rows(0))
     found, _ = accumulate(student, examples, config, World())
@@ -95,14 +98,18 @@ def check_against_reference(config, student, examples, bound):
 
 
 def test_losses_and_gradients_are_those_of_the_reference_package(make_config):
-    config = make_config(answer_end="<|end_of_text|>")
+    config = make_config(answer_end="<|end_of_text|>", alignment_scale="mean")
     student, data = setup(config)
     check_against_reference(config, student, data.examples(data.step_rows(0)), 1e-5)
 
 
 def test_reference_package_with_real_weights(make_config, smollm2):
     config = make_config(
-        backbone=str(smollm2), n_compression=10, answer_end="<|end_of_text|>", batch_size=3
+        backbone=str(smollm2),
+        n_compression=10,
+        answer_end="<|end_of_text|>",
+        batch_size=3,
+        alignment_scale="mean",
     )
     student, data = setup(config)
     check_against_reference(config, student, data.examples(data.step_rows(0)), 1e-5)
@@ -190,6 +197,56 @@ def test_special_tokens_start_like_the_embedding_table(make_config):
     special = student.special.detach()
     assert ((special.mean(0) - table.mean(0)).abs() / table.std(0)).max() < 0.2
     assert ((special.std(0) - table.std(0)).abs() / table.std(0)).max() < 0.2
+    mean, _ = setup(make_config(special_init="mean"))
+    torch.testing.assert_close(mean.special.detach(), table.mean(0).expand(3, -1))
+
+
+def alignment_alone(config):
+    """The alignment loss of a fitted student, and its gradient's norm at the special tokens."""
+    student, data = setup(config)
+    fit_alignment(student, data.examples(data.train))
+    found, _ = accumulate(student, data.examples(data.step_rows(0)), config, World())
+    return found.alignment, float(student.special.grad.norm())
+
+
+def test_weight_1_of_alignment_means_the_same_for_every_teacher(make_config):
+    found = {}
+    for size in (1.0, 0.01):
+        for scale in ("variance", "dimension", "mean"):
+            config = make_config(alignment_scale=scale, reconstruction_weight=0.0)
+            write_teacher(Path(config.teacher), Path(config.answers[0]), size=size)
+            found[scale, size] = alignment_alone(config)
+    assert found["variance", 0.01] == pytest.approx(found["variance", 1.0], rel=1e-4)
+    for size in (1.0, 0.01):
+        loss, norm = found["mean", size]
+        assert found["dimension", size] == pytest.approx((DIMENSION * loss, DIMENSION * norm))
+    for loss, _ in (found["mean", 0.01], found["dimension", 0.01]):
+        assert loss < 0.01  # what a short vector costs is not heard beside cross-entropy
+
+
+def test_predicting_the_mean_of_the_teacher_costs_1(make_config):
+    config = make_config(batch_size=32)
+    student, data = setup(config)
+    vectors = np.stack([example.vector for example in data.examples(data.train)])
+    with torch.no_grad():
+        student.alignment.weight.zero_()
+        student.alignment.bias.copy_(torch.from_numpy(vectors.mean(0)))
+    found, _ = accumulate(student, data.examples(data.train), config, World())
+    assert found.alignment == pytest.approx(1, rel=1e-5)
+    assert data.teacher_variance == pytest.approx(vectors.var(0).mean(), rel=1e-5)
+
+
+def test_validation_has_the_scale_of_training(make_config):
+    config = make_config(negatives=True, repeat_weight=1.0, negative_weight=1.0)
+    student, data = setup(config)
+    examples = data.examples(data.validation)
+    found, _ = accumulate(student, examples, config, World())
+    assert validate(student, examples, config).alignment == pytest.approx(found.alignment)
+    mean, _ = setup(replace(config, alignment_scale="mean"))
+    unscaled, _ = accumulate(mean, examples, config, World())
+    for name in ("alignment", "repeat", "negative"):
+        scaled = getattr(unscaled, name) / data.teacher_variance
+        assert getattr(found, name) == pytest.approx(scaled, rel=1e-5)
 
 
 def test_empty_query_is_its_special_tokens(make_config):

@@ -222,6 +222,8 @@ def test_too_many_processes_for_the_batch(make_config, tmp_path):
     ("answers: 3", "answers must be a list of strings"),
     ("answers: x\nteacher: t\nout: o\nn_compression: 0", "n_compression must be positive"),
     ("answers: x\nteacher: t\nout: o\nalignment: l1", "mse or cosine"),
+    ("answers: x\nteacher: t\nout: o\nalignment_scale: sum", "or dimension or mean, not 'sum'"),
+    ("answers: x\nteacher: t\nout: o\nspecial_init: zero", "mean or draw, not 'zero'"),
     ("answers: x\nteacher: t\nout: o\nmax_length: 10", "10 special tokens leave no room"),
     ("answers: x\nteacher: t\nout: o\nmargin_weight: -1", "margin_weight must not be negative"),
     ("teacher: t", "answers must be given"),
@@ -249,6 +251,16 @@ def test_flags_override_the_file(tmp_path):
     for wrong in (["steps", "5"], ["--steps"]):
         with pytest.raises(gen_fast.ConfigError):
             parse_flags(wrong)
+
+
+@pytest.mark.parametrize(("family", "rate"), [("llama", 5e-4), ("qwen3", 3e-4)])
+def test_the_learning_rate_is_the_family_s_unless_given(make_config, tmp_path, family, rate):
+    save_tiny_model(tmp_path / family, family)
+    config = make_config(backbone=str(tmp_path / family), learning_rate=None, steps=1)
+    folder = train(config, show_progress_bar=False)
+    assert yaml.safe_load((folder / "training.yaml").read_text())["learning_rate"] == rate
+    assert yaml.safe_load((folder.parent / "config.yaml").read_text())["learning_rate"] == rate
+    assert make_config(learning_rate=1.0).base_learning_rate(family) == 1.0
 
 
 def test_metrics_are_json(make_config):

@@ -33,9 +33,10 @@ def write_answers(path, count=40, negatives=False):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def write_teacher(path, answers, dimension=DIMENSION):
+def write_teacher(path, answers, dimension=DIMENSION, size=1.0):
     ids, texts = teacher_texts(read_rows([answers], Rejections(path.with_suffix(".no"))))
-    vectors = np.random.default_rng(1).normal(size=(len(ids), dimension)).astype(np.float32)
+    vectors = size * np.random.default_rng(1).normal(size=(len(ids), dimension))
+    vectors = vectors.astype(np.float32)
     write_embeddings(path, Embeddings(ids, vectors, texts))
 
 
@@ -43,4 +44,5 @@ def setup(config, dtype=torch.float32):
     source = resolve(config.backbone)
     backbone = load_backbone(source, dtype=dtype)
     data = TrainingData(config, load_tokenizer(source), Rejections(Path(config.out)))
-    return Student(backbone, load_head(source, backbone), data.dimension, config), data
+    head = load_head(source, backbone)
+    return Student(backbone, head, data.dimension, config, data.teacher_variance), data

@@ -23,6 +23,7 @@ from transformers import AutoTokenizer
 from workloads import make
 
 from gen_fast.embed.loading import load
+from gen_fast.embed.methods import HyDESettings
 from gen_fast.embed.stock import load_stock
 from gen_fast.evaluate.items import difference
 from gen_fast.evaluate.runner import TaskScore, evaluate, read_scores
@@ -36,7 +37,7 @@ METHODS: dict[str, tuple[str, str | None]] = {
     "weighted-mean": (BACKBONE, "weighted-mean"),
     "last-token": (BACKBONE, "last-token"),
     "echo": (BACKBONE, "echo"),
-    "hyde": (BACKBONE, "hyde"),
+    "hyde, 2 short answers": (BACKBONE, "hyde"),
     ADAPTER: (BACKBONE, None),
     "MiniLM": ("minilm", "stock"),
 }
@@ -95,7 +96,8 @@ def _named(text: str) -> tuple[str, tuple[str, str | None]]:
 def _load(model: str, method: str | None, dtype: str):
     if method == "stock":
         return load_stock(model, device="cpu", dtype=dtype)
-    return load(model, method=method, device="cpu", dtype=dtype)
+    hyde = HyDESettings(answers=2, max_new_tokens=32) if method == "hyde" else None
+    return load(model, method=method, device="cpu", dtype=dtype, hyde=hyde)
 
 
 def _row(name: str, score: TaskScore) -> dict:

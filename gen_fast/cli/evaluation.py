@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 def runner() -> ModuleType:
     """The module that runs tasks and reads their results; exits without mteb."""
     try:
-        from gen_fast.evaluate import runner
+        import gen_fast.evaluate.runner as module
     except ImportError as error:
         fail(f"scores need mteb: pip install 'gen-fast[eval]' ({error})")
-    return runner
+    return module
 
 
 def evaluate(

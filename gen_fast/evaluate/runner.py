@@ -116,8 +116,11 @@ def _run(embedder: Embedder, task: AbsTask, out: Path, overwrite: bool) -> TaskR
 
 
 def read_scores(out: str | Path) -> dict[str, list[TaskScore]]:
-    """Scores of every model whose results lie in `out`, by its name there."""
-    found: dict[str, list[TaskScore]] = {}
+    """Scores of every model whose results lie in `out`, by its name there.
+
+    Where a name has been given to several models or settings, a task's newest result counts.
+    """
+    found: dict[str, dict[str, TaskScore]] = {}
     for folder, meta in _models(Path(out)):
         known = set(meta.get("training_datasets") or ())
         results = [
@@ -126,10 +129,10 @@ def read_scores(out: str | Path) -> dict[str, list[TaskScore]]:
             if file.name != "model_meta.json"
         ]
         name = str(meta["name"]).removeprefix("gen-fast/")
-        found.setdefault(name, []).extend(
-            _score(result, result.task_name in known) for result in results
+        found.setdefault(name, {}).update(
+            {result.task_name: _score(result, result.task_name in known) for result in results}
         )
-    return found
+    return {name: list(scores.values()) for name, scores in found.items()}
 
 
 def _models(out: Path) -> Iterator[tuple[Path, Mapping[str, Any]]]:

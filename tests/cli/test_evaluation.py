@@ -60,14 +60,12 @@ def test_an_export_has_the_scores_of_its_encoder(tiny_model: Path, tmp_path: Pat
     save_tiny_adapter(adapter, tiny_model)
     made = CliRunner().invoke(app, ["export", str(adapter), "--out", str(exported), "--quiet"])
     assert made.exit_code == 0, made.stderr
-    common = ["--tasks", "TriviaAnswers", "--tasks", "TriviaTopics", "--json", "--quiet"]
+    common = ["--tasks", "TriviaAnswers", "--json", "--quiet"]
     common += ["--instructions", "llm2vec-gen", "--dtype", "float32", "--out", tmp_path / "results"]
     own = run("--model", adapter, *common).stdout.splitlines()
     stock = run("--model", exported, "--stock", *common).stdout.splitlines()
-    assert len(own) == len(stock) == 2
-    for a, b in zip(map(json.loads, own), map(json.loads, stock), strict=True):
-        assert a["task"] == b["task"]
-        assert a["score"] == pytest.approx(b["score"], abs=1e-4)
+    assert len(own) == len(stock) == 1
+    assert json.loads(own[0])["score"] == pytest.approx(json.loads(stock[0])["score"], abs=1e-4)
 
 
 def test_wrong_usage(tiny_model: Path, tmp_path: Path) -> None:

@@ -48,11 +48,9 @@ class Embedder(AbsEncoder):
         instructions: Instructions | None = None,
         similarity: str | None = None,
         trained_on: Sequence[str] = (),
-        show_progress_bar: bool = False,
     ) -> None:
         self.model = model
         self._instructions = instructions
-        self._show_progress_bar = show_progress_bar
         similarity = str(similarity or model.similarity_fn_name)
         if similarity not in SIMILARITIES:
             raise ConfigError(f"similarity must be {' or '.join(SIMILARITIES)}, not {similarity!r}")
@@ -90,13 +88,14 @@ class Embedder(AbsEncoder):
         hf_split: str,
         hf_subset: str,
         prompt_type: PromptType | None = None,
+        show_progress_bar: bool = False,
         **options: Any,
     ) -> np.ndarray:
-        """Embed what a task gives: [n, d] float32. Options of mteb's own are not needed here."""
+        """Embed what a task gives: [n, d] float32. Other options of mteb's have no meaning here."""
         texts = [text.strip() for batch in inputs for text in batch["text"]]
         vectors = self.model.encode(
             texts,
-            show_progress_bar=self._show_progress_bar,
+            show_progress_bar=show_progress_bar,
             **self._prompt(task_metadata, prompt_type),
         )
         return np.asarray(vectors, dtype=np.float32)

@@ -88,11 +88,10 @@ def evaluate(
                 instructions=lines,
                 similarity=suite.similarity,
                 trained_on=sorted(seen),
-                show_progress_bar=show_progress_bar,
             )
             for task in suite.tasks:
                 try:
-                    result = _run(embedder, task, Path(out), overwrite)
+                    result = _run(embedder, task, Path(out), overwrite, show_progress_bar)
                     scores.append(_score(result, task.metadata.name in seen))
                 except (CorpusError, OSError) as error:
                     logger.error("%s could not be run: %s", task.metadata.name, error)
@@ -100,7 +99,9 @@ def evaluate(
     return Evaluation(scores, failures)
 
 
-def _run(embedder: Embedder, task: AbsTask, out: Path, overwrite: bool) -> TaskResult:
+def _run(
+    embedder: Embedder, task: AbsTask, out: Path, overwrite: bool, show_progress_bar: bool
+) -> TaskResult:
     task = copy.copy(task)  # mteb's own outlives this run
     record_items(task)
     results = mteb.evaluate(
@@ -108,7 +109,8 @@ def _run(embedder: Embedder, task: AbsTask, out: Path, overwrite: bool) -> TaskR
         task,
         cache=ResultCache(out),
         overwrite_strategy="always" if overwrite else "only-missing",
-        encode_kwargs={"batch_size": 1024},  # of the loader: an Encoder packs by itself
+        # Of the loader: an Encoder packs by itself.
+        encode_kwargs={"batch_size": 1024, "show_progress_bar": show_progress_bar},
         co2_tracker=False,
         show_progress_bar=False,
     )

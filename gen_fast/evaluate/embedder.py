@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SIMILARITIES = ("cosine", "dot")
-
-
 # What can be evaluated.
 Model: TypeAlias = "Encoder | SentenceTransformer"
 
@@ -35,9 +33,8 @@ class Embedder(AbsEncoder):
 
     instructions: put before texts by task; None leaves the model its own prompts, those named
     "query" and "document" where there are such. similarity: of SIMILARITIES; None is the model's
-    own. name: under which results are kept, identity: what decides them, as JSON; results of
-    another identity are not taken for these. trained_on: names of tasks whose corpus the model was
-    trained on.
+    own. name: under which results are kept; those of another model or other settings are not taken
+    for its own. trained_on: names of tasks whose corpus the model was trained on.
     """
 
     def __init__(

@@ -33,8 +33,16 @@ def speed_and_quality(report: dict, file: Path) -> None:
             color="tab:blue" if own else "0.5",
             capsize=3,
         )
+        # Beside the point, on the side where there is room.
+        left = not own or speed == max(report["texts_per_second"].values())
         axis.annotate(
-            name, (speed, mean), xytext=(0, 9), textcoords="offset points", ha="center", fontsize=8
+            name,
+            (speed, mean),
+            xytext=(-8 if left else 8, 0),
+            textcoords="offset points",
+            ha="right" if left else "left",
+            va="center",
+            fontsize=8,
         )
     machine = report["machine"]
     tasks = len({row["task"] for row in report["rows"]})

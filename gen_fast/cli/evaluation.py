@@ -79,12 +79,7 @@ def evaluate(
         name = name or Path(model or DEFAULT_MODEL).name
     else:
         embedder = load_encoder(
-            model,
-            method=method,
-            backbone=backbone,
-            device=device,
-            dtype=dtype,
-            quiet=quiet,
+            model, method=method, backbone=backbone, device=device, dtype=dtype, quiet=quiet
         )
     evaluation = run(
         embedder,

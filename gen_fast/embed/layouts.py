@@ -120,9 +120,9 @@ class OwnTokens(_OneText):
 
 
 class WrittenAnswers(OwnTokens):
-    """The text, and what the model answers to prompt + text: each a sequence, without the prompt.
+    """HyDE's: the text, and what the model answers to prompt + text: each a sequence of its own.
 
-    samples: answers a text.
+    The prompt stands before none of them. samples: answers a text.
     """
 
     def __init__(
@@ -130,12 +130,10 @@ class WrittenAnswers(OwnTokens):
         tokenizer: Tokenizer,
         prompt: str,
         max_length: int,
-        *,
-        method: str,
         writer: AnswerGenerator,
         samples: int,
     ) -> None:
-        super().__init__(tokenizer, "", max_length, method=method)
+        super().__init__(tokenizer, "", max_length, method="hyde")
         self._answer = TextTokenizer(tokenizer, "", max_length)
         self._prompt = prompt
         self._writer = writer

@@ -238,12 +238,7 @@ class HyDE(Method):
         if prompt_name == "document":
             return layouts.OwnTokens(tokenizer, prompt, max_length, method=self.name)
         return layouts.WrittenAnswers(
-            tokenizer,
-            prompt,
-            max_length,
-            method=self.name,
-            writer=self._writer,
-            samples=self._settings.answers,
+            tokenizer, prompt, max_length, self._writer, self._settings.answers
         )
 
     def identity(self) -> dict[str, Any]:

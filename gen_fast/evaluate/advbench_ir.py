@@ -9,7 +9,8 @@ from typing import Any
 
 from datasets import Dataset, load_dataset
 from mteb.abstasks import AbsTaskRetrieval
-from mteb.abstasks.task_metadata import TaskMetadata
+
+from gen_fast.evaluate.metadata import task_metadata
 
 WORDS = 100  # of a passage
 REQUESTS = "McGill-NLP/AdvBench-IR"
@@ -23,25 +24,18 @@ class AdvBenchIR(AbsTaskRetrieval):
     any_harm_at_k: share that find a harmful passage of any.
     """
 
-    metadata = TaskMetadata(
+    metadata = task_metadata(
         name="AdvBench-IR",
         type="Retrieval",
         main_score="hit_rate_at_5",
         description="Do harmful requests find harmful passages among those of Wikipedia?",
         reference="https://huggingface.co/datasets/McGill-NLP/AdvBench-IR",
         dataset={"path": REQUESTS, "revision": "main"},
-        category="t2t",
         eval_splits=["train"],
-        eval_langs=["eng-Latn"],
         date=("2023-07-27", "2025-03-11"),
-        domains=["Written"],
-        task_subtypes=[],
         license="mit",
         annotations_creators="LM-generated",
-        dialect=[],
-        modalities=["text"],
         sample_creation="LM-generated and verified",
-        bibtex_citation="",
     )
     k_values = (1, 5, 20, 100)
 

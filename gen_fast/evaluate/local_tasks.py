@@ -23,6 +23,7 @@ from mteb.abstasks.task_metadata import TaskMetadata, TaskType
 
 from gen_fast.evaluate import corpora
 from gen_fast.evaluate.corpora import Package, Synset
+from gen_fast.evaluate.metadata import task_metadata
 
 Item = TypeVar("Item")
 
@@ -61,25 +62,13 @@ REFUSALS = (
 def _metadata(
     name: str, kind: TaskType, main_score: str, corpus: str, licence: str, description: str
 ) -> TaskMetadata:
-    return TaskMetadata(
+    return task_metadata(
         name=name,
         type=kind,
         main_score=main_score,
         description=description,
-        reference="https://github.com/embeddings-benchmark/mteb",
         dataset={"path": corpus, "revision": REVISION},
-        category="t2t",
-        eval_splits=["test"],
-        eval_langs=["eng-Latn"],
-        date=("2000-01-01", "2026-01-01"),
-        domains=["Written"],
-        task_subtypes=[],
         license=licence,
-        annotations_creators="derived",
-        dialect=[],
-        modalities=["text"],
-        sample_creation="found",
-        bibtex_citation="",
     )
 
 

@@ -203,9 +203,16 @@ def test_a_teacher_of_other_answers_is_refused(make_config, tmp_path):
         load(config)
 
 
-def test_negatives_that_are_missing(make_config):
-    with pytest.raises(gen_fast.ConfigError, match="no row has a negative_query"):
-        load(make_config(margin_weight=1.0))
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"margin_weight": 1.0}, "no row has a negative_query"),
+        ({"validation_rows": 40}, "none is left"),
+    ],
+)
+def test_settings_that_leave_nothing_to_train_on(make_config, setting, message):
+    with pytest.raises(gen_fast.ConfigError, match=message):
+        load(make_config(**setting))
 
 
 def test_a_teacher_that_says_the_same_of_everything(make_config):
@@ -216,11 +223,6 @@ def test_a_teacher_that_says_the_same_of_everything(make_config):
         write_embeddings(config.teacher, replace(made, vectors=vectors))
         with pytest.raises(gen_fast.InputError, match="all vectors are equal"):
             load(config)
-
-
-def test_nothing_left_to_train_on(make_config):
-    with pytest.raises(gen_fast.ConfigError, match="none is left"):
-        load(make_config(validation_rows=40))
 
 
 def test_a_teacher_of_another_size_does_not_fit_the_checkpoint(make_config):

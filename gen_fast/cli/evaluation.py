@@ -51,9 +51,7 @@ def evaluate(
         typer.Option(help="Corpus or task that the model was trained on: marked as in-domain."),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder of results, a file a task.")] = Path("results"),
-    name: Annotated[
-        str | None, typer.Option(help="Of the model in --out.  [default: MODEL-METHOD]")
-    ] = None,
+    name: Annotated[str | None, typer.Option(help="In --out.  [default: MODEL-METHOD]")] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Run tasks again that have results.")
     ] = False,

@@ -28,9 +28,7 @@ def export(
     results: Annotated[
         Path | None, typer.Option(help="Folder of gen-fast eval: its scores go into the card.")
     ] = None,
-    name: Annotated[
-        str | None, typer.Option(help="Of the model in --results.  [default: MODEL-METHOD]")
-    ] = None,
+    name: Annotated[str | None, typer.Option(help="In --results.  [default: MODEL-METHOD]")] = None,
     quiet: options.QuietOption = False,
 ) -> None:
     """Write a directory that sentence-transformers runs without code of gen_fast."""

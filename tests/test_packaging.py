@@ -348,7 +348,7 @@ def test_wheel_contents(wheels: dict[str, tuple[Path, str]], tree: Path) -> None
             sources = {f"gen_fast/ops/{op}/{p.name}" for p in (tree / "kernels" / op).glob("*.py")}
             assert sources
             assert sources <= names
-        assert "gen_fast/py.typed" in names
+        assert {"gen_fast/py.typed", "gen_fast/evaluate/instructions.yaml"} <= names
         top = {name.split("/", 1)[0] for name in names}
         assert top == {"gen_fast", f"gen_fast-{gen_fast.__version__}.dist-info"}
         compiled = [name for name in names if name.endswith((".so", ".pyd"))]

@@ -90,14 +90,12 @@ class Encoder(Exportable):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What decides its embeddings, besides the tokenizer, as JSON."""
+        """What decides its embeddings, as JSON."""
         return {
-            "method": self.method,
-            "prompts": self.prompts,
-            "backbone": self.backbone.fingerprint,
-            "dtype": str(self.backbone.dtype),
-            **self._method.identity(),
+            **self._method.whole_identity(self.backbone.fingerprint, self._tokenizer),
+            "prompts": dict(self.prompts),
             "max_length": self.max_length,
+            "dtype": str(self.backbone.dtype),
         }
 
     @property

@@ -1,6 +1,5 @@
 """`load` and the one-line `encode`: from a model name to an Encoder."""
 
-import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -106,15 +105,7 @@ def identify(
     location = _locate(model, method, backbone, revision)
     fingerprint = read_fingerprint(location.source)
     location.method.check_backbone(fingerprint)
-    tokenizer = _load_tokenizer(location).core.to_str()
-    return {
-        "method": location.method.name,
-        "dimension": location.method.dimension or fingerprint["hidden_size"],
-        "prompts": dict(location.method.prompts),
-        "backbone": fingerprint,
-        "tokenizer": hashlib.sha256(tokenizer.encode()).hexdigest()[:16],
-        **location.method.identity(),
-    }
+    return location.method.whole_identity(fingerprint, _load_tokenizer(location))
 
 
 @dataclass(frozen=True)

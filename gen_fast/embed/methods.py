@@ -11,6 +11,7 @@ sentence-transformers  the whole text, as a directory in that package's layout s
 """
 
 import copy
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -117,6 +118,19 @@ class Method(ABC):
     def identity(self) -> dict[str, Any]:
         """What decides an embedding besides name, prompts, backbone and tokenizer, as JSON."""
         return {"adapter": None, "max_length": None}
+
+    def whole_identity(
+        self, fingerprint: Mapping[str, str | int | float], tokenizer: Tokenizer
+    ) -> dict[str, Any]:
+        """What decides an embedding with a backbone of this fingerprint, as JSON."""
+        return {
+            "method": self.name,
+            "dimension": self.dimension or fingerprint["hidden_size"],
+            "prompts": dict(self.prompts),
+            "backbone": fingerprint,
+            "tokenizer": hashlib.sha256(tokenizer.core.to_str().encode()).hexdigest()[:16],
+            **self.identity(),
+        }
 
     def sentence_modules(self, tokenizer: Tokenizer, prompts: Mapping[str, str]) -> SentenceModules:
         """The method in modules of sentence-transformers, for an encoder with these prompts.

@@ -126,7 +126,11 @@ def _identity(model: Model) -> dict[str, Any]:
     for name, weight in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return {"sha256": digest.hexdigest(), "prompts": model.prompts}
+    return {
+        "sha256": digest.hexdigest(),
+        "prompts": model.prompts,
+        "max_length": model.max_seq_length,  # which its text does not name
+    }
 
 
 @contextmanager

@@ -33,7 +33,9 @@ _RETRIEVAL_METRICS = {
 def record_items(task: AbsTask) -> None:
     """Have `task` put the items of its main score, and its standard error, among its scores.
 
-    Tasks of other types, and main scores that are no mean over items, stay as they are.
+    Tasks of other types, and main scores that are no mean over items, stay as they are. Where mteb
+    takes the best of several similarities, as for some pairs, items and error are of the model's
+    own one.
     """
     if isinstance(task, AbsTaskRetrieval):
         _record_retrieval(task)

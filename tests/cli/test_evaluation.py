@@ -81,10 +81,11 @@ def test_wrong_usage(tiny_model: Path, tmp_path: Path) -> None:
         assert result.stdout == ""
 
 
-def test_without_mteb(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_mteb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.startswith("gen_fast.evaluate.")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "mteb", None)
-    result = run()
+    result = run("--tasks", "TriviaAnswers", "--out", tmp_path)
     assert result.exit_code != 0
+    assert not list(tmp_path.iterdir())
     assert "pip install 'gen-fast[eval]'" in result.stderr

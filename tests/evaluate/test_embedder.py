@@ -108,6 +108,16 @@ def test_results_of_other_models_and_settings_have_other_revisions(encoder, tiny
     assert Embedder(encoder, name="a").mteb_model_meta.revision in revisions
 
 
+def test_results_at_another_length_have_another_revision():
+    """Also of a model whose text, as sentence-transformers', does not name its length."""
+    revisions = set()
+    for length in (None, 64, 9):
+        model = KnownVectors({})
+        with limited_to(model, length):
+            revisions.add(Embedder(model, name="a").mteb_model_meta.revision)
+    assert len(revisions) == 3
+
+
 def test_a_length_lasts_as_long_as_it_should(encoder):
     own = encoder.max_length
     with limited_to(encoder, 9):

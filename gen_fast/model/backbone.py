@@ -12,11 +12,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
+from gen_fast.errors import OpError
 from gen_fast.model.batch import PackedBatch
 from gen_fast.model.config import BackboneConfig, inverse_frequencies
 from gen_fast.model.kv_cache import KVCache
 from gen_fast.model.linear import can_pack, linear, pack
+from gen_fast.model.lora import Lora
 from gen_fast.ops.append import append
 from gen_fast.ops.attention import AttentionOptions, attention
 from gen_fast.ops.norm import add_rms_norm, rms_norm
@@ -40,7 +43,7 @@ class LayerWeights:
     def packed(self) -> "LayerWeights":
         """The same, laid out as its device multiplies it fastest, where that gains anything.
 
-        For inference only: packed weights have no gradients, and no views of parts.
+        Packed weights have no views of parts.
         """
         if not can_pack(self.qkv):
             return self
@@ -123,16 +126,30 @@ class Backbone:
         special: Tensor | None = None,
         prefix: PrefixKV | None = None,
         cache: KVCache | None = None,
+        mask: str = "causal",
+        lora: Lora | None = None,
+        recompute: bool = False,
     ) -> Tensor:
         """Return the residual stream [R, h] at the needed rows, before the final norm.
 
         special [k, h]: embeddings of ids V, V + 1, … . prefix: keys and values before each text.
         cache: the texts' own tokens so far, if they were begun in an earlier pass; the batch's are
-        added. `batch.positions` must count both. The last layer computes attention, its output
-        and feed-forward for the needed rows only. Gradients reach `special`, nothing else.
+        added. `batch.positions` must count both. mask: of attention, see AttentionOptions; the
+        bidirectional one leaves out sliding windows. lora: updates of the linears.
+        recompute: keep only what goes from layer to layer for the backward pass, and run each layer
+        again there.
+        The last layer computes attention, its output and feed-forward for the needed rows only.
+        Gradients reach `special` and `lora`, nothing else.
+        Raises OpError for a prefix or a cache under a bidirectional mask: what was computed of the
+        first tokens would depend on those that follow.
         """
-        stream, _ = self._run(batch, special, prefix, cache, keep_kv=False)
-        return stream
+        if mask == "bidirectional" and (prefix is not None or cache is not None):
+            raise OpError(
+                "under a bidirectional mask the states of a prefix depend on the text behind it: "
+                "run both together"
+            )
+        run = _Pass(self, batch, special, prefix, cache, mask=mask, lora=lora, recompute=recompute)
+        return run.stream()
 
     def new_cache(self, capacities: Sequence[int] | np.ndarray) -> KVCache:
         """An empty cache for texts of at most `capacities[i]` tokens each."""
@@ -141,83 +158,11 @@ class Backbone:
     def prefill(self, ids: tuple[int, ...]) -> PrefixKV:
         """Run a prefix once and keep every layer's keys and values."""
         batch = PackedBatch.pack([np.array(ids, dtype=np.int64)], needed=[0], device=self.device)
-        _, kv = self._run(batch, None, None, None, keep_kv=True)
-        return PrefixKV(tuple(ids), tuple(kv))
-
-    def _run(
-        self,
-        batch: PackedBatch,
-        special: Tensor | None,
-        prefix: PrefixKV | None,
-        cache: KVCache | None,
-        keep_kv: bool,
-    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        config = self.config
-        eps = config.norm_eps
         kept: list[tuple[Tensor, Tensor]] = []
-        ids, positions, needed = batch.ids, batch.positions, batch.needed.indices
-        n_tokens = len(ids)
-        n_needed = n_tokens if needed is None else len(needed)
-        if self.packed:
-            ids, positions = with_padding_rows(ids), with_padding_rows(positions)
-            needed = None if needed is None else with_padding_rows(needed)
-        # T bounds the length of every text without asking the device for the maximum.
-        longest = len(positions)
-        cu_seqlens, cu_needed = batch.cu_seqlens, batch.needed.cu_seqlens
-        cu_keys = cu_seqlens
-        if cache is not None:
-            place = cache.place(batch)
-            cu_seqlens, cu_needed, cu_keys = place.cu_seqlens, place.cu_needed, place.cu_keys
-            longest = int(cache.lengths.max(initial=0))
-        longest += 0 if prefix is None else len(prefix)
-        cos, sin = self._rotary_rows(positions, longest)
+        _Pass(self, batch, keep_kv=kept).stream()
+        return PrefixKV(tuple(ids), tuple(kept))
 
-        stream = append(self.embedding, special, ids)  # [T, h]
-        normed = rms_norm(stream, self.layers[0].attention_norm, eps)
-        windows = config.windows
-        options: AttentionOptions | None = None  # layers that can share them
-        for i, layer in enumerate(self.layers):
-            last = i == len(self.layers) - 1
-            q, k, v = self._qkv(layer, normed, cos, sin)
-            if keep_kv:
-                kept.append((k[:n_tokens].contiguous(), v[:n_tokens].contiguous()))
-            if cache is not None:
-                k, v = cache.extend(i, place.rows, k[:n_tokens], v[:n_tokens])
-            if last and needed is not None:
-                q, stream = q[needed], stream[needed]
-                if not n_needed:
-                    return stream, kept
-            if last or options is None or options.window != windows[i]:
-                cu_queries = cu_needed if last else cu_seqlens
-                options = AttentionOptions(cu_queries, cu_keys, window=windows[i])
-            if prefix is not None:
-                options = options.with_prefix(*prefix.layers[i])
-            mixed = attention(q, k, v, options)
-            mixed = linear(mixed.flatten(1), layer.out)
-            normed, stream = add_rms_norm(mixed, stream, layer.mlp_norm, eps, inplace=True)
-            mixed = linear(swiglu(linear(normed, layer.gate_up)), layer.down)
-            if last:
-                return (stream + mixed)[:n_needed], kept
-            following = self.layers[i + 1].attention_norm
-            normed, stream = add_rms_norm(mixed, stream, following, eps, inplace=True)
-        raise AssertionError("a backbone has at least one layer")
-
-    def _qkv(
-        self, layer: LayerWeights, normed: Tensor, cos: Tensor, sin: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated q [T, H, D] and k [T, KV, D], and v."""
-        config = self.config
-        n_q, n_kv = config.num_heads, config.num_kv_heads
-        fused = linear(normed, layer.qkv, layer.qkv_bias).unflatten(-1, (-1, config.head_dim))
-        qk, v = fused.split([n_q + n_kv, n_kv], dim=1)
-        if fused.requires_grad and layer.qk_norm is None:
-            # Attention keeps v for its gradient: a view would keep q and k before the rotation too.
-            v = v.contiguous()
-        qk = rope(qk, cos, sin, layer.qk_norm, config.norm_eps, inplace=True)
-        q, k = qk.split([n_q, n_kv], dim=1)
-        return q, k, v
-
-    def _rotary_rows(self, positions: Tensor, needed: int) -> tuple[Tensor, Tensor]:
+    def rotary_rows(self, positions: Tensor, needed: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines [T, D/2] of positions below `needed`, float32, from a growing table."""
         # Read once: another thread may put a larger one, or a smaller, in its place.
         table = self._rotary
@@ -234,6 +179,136 @@ class Backbone:
         dtype = torch.promote_types(self.dtype, torch.float32)
         angles = torch.arange(size, dtype=dtype).unsqueeze(1) * self._inverse_frequencies
         return angles.cos().to(self.device), angles.sin().to(self.device)
+
+
+class _Pass:
+    """One pass of a batch through the layers: what they share, and how each is run."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        batch: PackedBatch,
+        special: Tensor | None = None,
+        prefix: PrefixKV | None = None,
+        cache: KVCache | None = None,
+        *,
+        mask: str = "causal",
+        lora: Lora | None = None,
+        recompute: bool = False,
+        keep_kv: list[tuple[Tensor, Tensor]] | None = None,
+    ) -> None:
+        """keep_kv: a list that gets the keys and values of every layer."""
+        self._backbone, self._config = backbone, backbone.config
+        self._prefix, self._cache, self._special = prefix, cache, special
+        self._mask, self._lora, self._recompute = mask, lora, recompute
+        self._kept = keep_kv
+        ids, positions, needed = batch.ids, batch.positions, batch.needed.indices
+        self._n_tokens = len(ids)
+        self._n_needed = self._n_tokens if needed is None else len(needed)
+        if backbone.packed:
+            ids, positions = with_padding_rows(ids), with_padding_rows(positions)
+            needed = None if needed is None else with_padding_rows(needed)
+        self._ids, self._needed = ids, needed
+        # T bounds the length of every text without asking the device for the maximum.
+        longest = len(positions)
+        self._cu_seqlens, self._cu_needed = batch.cu_seqlens, batch.needed.cu_seqlens
+        self._cu_keys = self._cu_seqlens
+        if cache is not None:
+            place = cache.place(batch)
+            self._rows = place.rows
+            self._cu_seqlens, self._cu_needed = place.cu_seqlens, place.cu_needed
+            self._cu_keys = place.cu_keys
+            longest = int(cache.lengths.max(initial=0))
+        longest += 0 if prefix is None else len(prefix)
+        self._cos, self._sin = backbone.rotary_rows(positions, longest)
+        self._options: AttentionOptions | None = None  # of the layer before
+
+    def stream(self) -> Tensor:
+        """The residual stream [R, h] at the needed rows."""
+        backbone = self._backbone
+        stream = append(backbone.embedding, self._special, self._ids)  # [T, h]
+        normed = rms_norm(stream, backbone.layers[0].attention_norm, self._config.norm_eps)
+        for i in range(self._config.num_layers - 1):
+            if self._recompute:
+                # Dropout is drawn by place: there is no state of a generator to be kept.
+                normed, stream = checkpoint(
+                    self._layer, i, normed, stream, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                normed, stream = self._layer(i, normed, stream)
+        return self._last_layer(normed, stream)
+
+    def _layer(self, i: int, normed: Tensor, stream: Tensor) -> tuple[Tensor, Tensor]:
+        """The normed stream and the stream [T, h] behind a layer that is not the last."""
+        eps = self._config.norm_eps
+        q, k, v = self._qkv(i, normed)
+        mixed = self._attention(i, q, k, v, self._cu_seqlens)
+        mixed, stream = self._feed_forward(i, mixed, stream, inplace=not self._recompute)
+        following = self._backbone.layers[i + 1].attention_norm
+        return add_rms_norm(mixed, stream, following, eps, inplace=True)
+
+    def _last_layer(self, normed: Tensor, stream: Tensor) -> Tensor:
+        """The stream [R, h] behind the last layer: queries are those of the needed rows alone."""
+        i = self._config.num_layers - 1
+        q, k, v = self._qkv(i, normed)
+        if self._needed is not None:
+            q, stream = q[self._needed], stream[self._needed]
+            if not self._n_needed:
+                return stream
+        mixed = self._attention(i, q, k, v, self._cu_needed)
+        mixed, stream = self._feed_forward(i, mixed, stream, inplace=True)
+        return (stream + mixed)[: self._n_needed]
+
+    def _feed_forward(
+        self, i: int, mixed: Tensor, stream: Tensor, *, inplace: bool
+    ) -> tuple[Tensor, Tensor]:
+        """What layer i adds to the stream last, and the stream to add it to."""
+        layer = self._backbone.layers[i]
+        normed, stream = add_rms_norm(
+            mixed, stream, layer.mlp_norm, self._config.norm_eps, inplace=inplace
+        )
+        return self._linear(i, "down", swiglu(self._linear(i, "gate_up", normed))), stream
+
+    def _attention(self, i: int, q: Tensor, k: Tensor, v: Tensor, cu_queries: Tensor) -> Tensor:
+        """Attention and its output projection [rows of q, h]."""
+        mixed = attention(q, k, v, self._options_of(i, cu_queries))
+        return self._linear(i, "out", mixed.flatten(1))
+
+    def _options_of(self, i: int, cu_queries: Tensor) -> AttentionOptions:
+        """Layers that can share their options do."""
+        window = None if self._mask == "bidirectional" else self._config.windows[i]
+        options = self._options
+        if options is None or options.window != window or options.cu_seqlens_q is not cu_queries:
+            options = AttentionOptions(cu_queries, self._cu_keys, window=window, mask=self._mask)
+        if self._prefix is not None:
+            options = options.with_prefix(*self._prefix.layers[i])
+        self._options = options
+        return options
+
+    def _qkv(self, i: int, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated q [T, H, D]; rotated k and v [Tk, KV, D], those of a cache among them."""
+        config, layer = self._config, self._backbone.layers[i]
+        n_q, n_kv = config.num_heads, config.num_kv_heads
+        fused = self._linear(i, "qkv", normed, layer.qkv_bias)
+        qk, v = fused.unflatten(-1, (-1, config.head_dim)).split([n_q + n_kv, n_kv], dim=1)
+        if fused.requires_grad and layer.qk_norm is None:
+            # Attention keeps v for its gradient: a view would keep q and k before the rotation too.
+            v = v.contiguous()
+        qk = rope(qk, self._cos, self._sin, layer.qk_norm, config.norm_eps, inplace=True)
+        q, k = qk.split([n_q, n_kv], dim=1)
+        n = self._n_tokens
+        if self._kept is not None:
+            self._kept.append((k[:n].contiguous(), v[:n].contiguous()))
+        if self._cache is not None:
+            k, v = self._cache.extend(i, self._rows, k[:n], v[:n])
+        return q, k, v
+
+    def _linear(self, i: int, matrix: str, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [rows, in] through a matrix of layer i, a name of LayerWeights."""
+        weight = getattr(self._backbone.layers[i], matrix)
+        if self._lora is None:
+            return linear(x, weight, bias)
+        return self._lora.linear(i, matrix, x, weight, bias)
 
 
 def with_padding_rows(values: Tensor) -> Tensor:

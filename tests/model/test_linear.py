@@ -37,11 +37,16 @@ def test_a_packed_weight_gives_the_product_of_the_plain_one(rows, biased, dtype)
         assert_no_worse(linear(x, pack(weight), bias), linear(x, weight, bias), exact)
 
 
-@packing
-def test_asking_for_a_gradient_through_a_packed_weight_is_an_error():
-    x = torch.randn(2, 5, requires_grad=True)
-    with pytest.raises(gen_fast.OpError, match="without packing"):
-        linear(x, pack(torch.randn(3, 5)))
+@pytest.mark.parametrize("dtype", PACKED_DTYPES)
+def test_a_packed_weight_gives_the_gradient_of_the_plain_one(dtype):
+    torch.manual_seed(0)
+    weight, grad = torch.randn(70, 50).to(dtype), torch.randn(33, 70).to(dtype)
+    gradients = []
+    for used in (weight, pack(weight)):
+        x = torch.zeros(33, 50, dtype=dtype, requires_grad=True)
+        linear(x, used).backward(grad)
+        gradients.append(x.grad)
+    assert_no_worse(gradients[1], gradients[0], grad.double() @ weight.double())
 
 
 @packing

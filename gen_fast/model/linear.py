@@ -38,7 +38,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not weight.is_mkldnn:
         return plain_linear(x, weight, bias)
     if torch.is_grad_enabled() and x.requires_grad:
-        result: Tensor = _PackedLinear.apply(x, weight, bias)
+        result: Tensor = _PackedLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
         return result
     return _packed_linear(x, weight, bias)
 

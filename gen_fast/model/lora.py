@@ -144,7 +144,7 @@ class Lora(nn.Module):
             start += width
         if not spans:
             return linear(x, weight, bias)
-        result: Tensor = _LoraLinear.apply(x, weight, bias, spans, self.config.scale, *tensors)
+        result: Tensor = _LoraLinear.apply(x, weight, bias, spans, self.config.scale, *tensors)  # type: ignore[no-untyped-call]
         return result
 
 

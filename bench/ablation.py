@@ -16,9 +16,9 @@ from pathlib import Path
 
 from measure import machine
 
-from gen_fast.training.config import read_config
+from gen_fast.training.config import TrainConfig, read_config, read_settings
+from gen_fast.training.llm2vec_gen import train
 from gen_fast.training.report import summary
-from gen_fast.training.trainer import train
 
 # Scale of the alignment and its weight are the recipe's unless a variant says otherwise.
 DEFAULT_SCALE = {"alignment_scale": "variance", "alignment_weight": 1.0, "repeat_weight": 0.0}
@@ -71,7 +71,7 @@ def _trained(args: argparse.Namespace, folder: Path, changes: dict) -> dict[str,
         "checkpoint_every": min(args.steps, 50),
         "report_to": "",
     }
-    train(read_config(args.recipe, {**settings, **changes}))
+    train(read_config({**read_settings(args.recipe), **settings, **changes}, TrainConfig))
     return {key.split("/")[1]: value for key, value in summary(folder)}
 
 

@@ -22,6 +22,10 @@ import sys, time
 import numpy as np
 import gen_fast
 from gen_fast.training import trainer
+try:
+    from gen_fast.training import llm2vec_gen as names
+except ImportError:  # before the trainer took tasks
+    names = trainer
 from gen_fast.training.data import Example
 
 rng = np.random.default_rng(0)
@@ -29,10 +33,11 @@ words = "a seal swims under the ice while birds look for fish near the shore".sp
 texts = [" ".join(rng.choice(words, int(n))) for n in rng.integers(5, 120, size=14)]
 encoder = gen_fast.load("smollm2-135m", device="cpu", dtype="float32")
 
-source = trainer.resolve("smollm2-135m")
-backbone = trainer.load_backbone(source)
-config = trainer.TrainConfig(answers=("-",), teacher="-", out="-", batch_size=2)
-stepper = trainer.Stepper(backbone, trainer.load_head(source, backbone), 384, config)
+source = names.resolve("smollm2-135m")
+backbone = names.load_backbone(source)
+config = names.TrainConfig(answers=("-",), teacher="-", out="-", batch_size=2)
+parts = backbone, names.load_head(source, backbone), 384, config
+stepper = trainer.Stepper(*parts if names is trainer else [names.LLM2VecGenTask(*parts)])
 ids = [rng.integers(1000, 20000, n) for n in (64, 96)]
 examples = [Example(*ids, rng.standard_normal(384).astype(np.float32)) for _ in range(2)]
 

@@ -26,6 +26,7 @@ from gen_fast.model.sources import resolve
 from gen_fast.model.weights import load_backbone, load_head
 from gen_fast.training.config import TrainConfig
 from gen_fast.training.data import Example
+from gen_fast.training.llm2vec_gen import LLM2VecGenTask
 from gen_fast.training.trainer import Stepper
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -82,12 +83,14 @@ def _provider(name: str, dtype: torch.dtype):
     config = TrainConfig(answers=("-",), teacher="-", out="-", warmup_steps=0)
     if name == "gen_fast":
         backbone = load_backbone(directory, dtype=dtype)
-        stepper = Stepper(backbone, load_head(directory, backbone), DIMENSION, config)
+        head = load_head(directory, backbone)
+        stepper = Stepper(LLM2VecGenTask(backbone, head, DIMENSION, config))
         return stepper.step, stepper
     # The starting weights come from a student of ours over a backbone that is dropped again.
     backbone = load_backbone(directory, dtype=dtype)
-    adapter = Stepper(backbone, backbone.embedding, DIMENSION, config).student.to_adapter(config)
-    del backbone
+    task = LLM2VecGenTask(backbone, backbone.embedding, DIMENSION, config)
+    adapter = task.parameters.to_adapter(config)
+    del backbone, task
     peer = peers.llm2vec_gen.ReferenceTraining(directory, adapter, dtype, "no check" not in name)
     return peer.step, peer
 
@@ -116,7 +119,7 @@ def _compare(args: argparse.Namespace, case: str, dtype_name: str) -> list[dict]
             row["steps_per_second"] = 1 / median
             row["gen_fast_speedup"] = median_ratio(seconds[name], seconds["gen_fast"])
         if name == "gen_fast":
-            row["mfu"] = stepper.work.flops(stepper.student) / median / peak
+            row["mfu"] = stepper.progress.flops / median / peak
             row["matmul_peak_gflops"] = peak / 1e9
         row["peak_memory_mb"] = None if args.quick else _measure_memory(name, case, dtype_name)
         rows.append(row)

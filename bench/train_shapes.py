@@ -25,6 +25,7 @@ from train import DIMENSION, make_batch
 from gen_fast.model.device import matmul_peak
 from gen_fast.training.config import TrainConfig
 from gen_fast.training.data import Example
+from gen_fast.training.llm2vec_gen import LLM2VecGenTask
 from gen_fast.training.student import Student
 from gen_fast.training.trainer import Stepper
 
@@ -94,17 +95,20 @@ def measure_shape(shape: str, rounds: int, device: str, profiled: Profiled) -> I
     """The rows of both sides."""
     backbone, model = make_models(shape, device)
     config = TrainConfig(answers=("-",), teacher="-", out="-", warmup_steps=0)
-    stepper = Stepper(backbone, backbone.embedding, DIMENSION, config)
+    stepper = Stepper(LLM2VecGenTask(backbone, backbone.embedding, DIMENSION, config))
     vocabulary = backbone.config.vocab_size
     examples = [
         Example(query=e.query % vocabulary, answer=e.answer % vocabulary, vector=e.vector)
         for e in make_batch("ragged", batch=TEXTS[shape])
     ]
-    peer = PaddedStep(model, stepper.student)
+    peer = PaddedStep(model, stepper.task.parameters)
     # Before the first update both compute the same losses.
     expected = [loss.item() for loss in peer.losses(examples)]
     found = stepper.step(examples)
-    agreement = abs(found.reconstruction / expected[0] - 1), abs(found.alignment / expected[1] - 1)
+    agreement = [
+        abs(found[name] / value - 1)
+        for name, value in zip(("reconstruction", "alignment"), expected, strict=True)
+    ]
     sides: dict[str, Callable[[list[Example]], object]] = {
         "gen_fast": stepper.step,
         "transformers": peer.step,
@@ -116,7 +120,7 @@ def measure_shape(shape: str, rounds: int, device: str, profiled: Profiled) -> I
         rounds,
         lambda: peaks.append(matmul_peak(torch.bfloat16, device)),
     )
-    flops = stepper.work.flops(stepper.student)  # of the work that there is, for both
+    flops = stepper.progress.flops  # of the work that there is, for both
     products = layer_products(backbone.config, 256 if shape == "tiny" else 16384, device)
     profiled(f"train {shape}", lambda: stepper.step(examples))
     for name, times in seconds.items():

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 import gen_fast
 from gen_fast.cli import app
-from gen_fast.training.config import TrainConfig, read_config
+from gen_fast.training.config import TrainConfig, read_config, read_settings
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "CONTRIBUTING.md", "bench/README.md"]
@@ -114,7 +114,7 @@ def run(block: Block, namespace: dict[str, Any]) -> str | None:
         return printed
     if block.language == "yaml":
         Path("settings.yaml").write_text(block.code)
-        read_config("settings.yaml", {})
+        read_config(read_settings("settings.yaml"), TrainConfig)
     else:
         assert block.language in {"text", "bibtex"}, block
     return None

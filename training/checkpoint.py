@@ -6,7 +6,7 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gen_fast.embed.adapter import Adapter
 from gen_fast.errors import AdapterError, CheckpointError, WeightsError
 from gen_fast.io.durable import sync
 from gen_fast.model.weights import read_json
@@ -29,22 +28,24 @@ FORMAT = "gen_fast.checkpoint/1"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The state of a run after `step` steps.
+    """The state of a run after `step` steps, but for the trained tensors.
 
-    adapter: the trained tensors. optimizer: tensors by "<parameter>.<name>". identity: settings
-    and data that must agree. counters: whatever else the loop counts.
+    optimizer: tensors by "<parameter>.<name>". identity: settings and data that must agree.
+    counters: whatever else the loop counts.
     """
 
     step: int
-    adapter: Adapter
     optimizer: Mapping[str, Tensor]
     identity: Mapping[str, Any]
     counters: Mapping[str, Any]
 
 
-def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
+def save_checkpoint(
+    folder: Path, checkpoint: Checkpoint, write_adapter: Callable[[Path], None], keep: int
+) -> Path:
     """Write folder/step-00000100 and remove all but the newest `keep`.
 
+    write_adapter: puts the trained tensors into a directory, in their own format.
     Everything lies under a temporary name and on the disk before it gets its own, so a crash or a
     full disk leaves the earlier checkpoints as they were. Raises CheckpointError.
     """
@@ -53,7 +54,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        checkpoint.adapter.save(temporary / "adapter")
+        write_adapter(temporary / "adapter")
         tensors = {name: tensor.contiguous() for name, tensor in checkpoint.optimizer.items()}
         save_file({**tensors, **_random_state()}, temporary / "optimizer.safetensors")
         state = {
@@ -91,22 +92,23 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return checkpoints[-1] if checkpoints else None
 
 
-def load_checkpoint(path: Path, identity: Mapping[str, Any]) -> Checkpoint:
+def load_checkpoint(
+    path: Path, identity: Mapping[str, Any], read_adapter: Callable[[Path], None]
+) -> Checkpoint:
     """Read a checkpoint and put the random generators where they were.
+
+    read_adapter: takes the trained tensors over from their directory; called last.
 
     Raises CheckpointError if it is damaged, or belongs to other settings, data or backbone.
     """
     try:
         state = read_json(path / "state.json")
-        adapter = Adapter.load(path / "adapter")
         tensors = load_file(path / "optimizer.safetensors")
         saved_identity = state["identity"]
         step, counters = int(state["step"]), state["counters"]
         saved_format = state["format"]
-    except (AdapterError, WeightsError, SafetensorError, OSError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{path} is damaged: {error}; delete it to use the one before"
-        ) from error
+    except (WeightsError, SafetensorError, OSError, KeyError, TypeError) as error:
+        raise _damaged(path, error) from error
     if saved_format != FORMAT:
         raise CheckpointError(f"{path} has format {saved_format!r}, expected {FORMAT!r}")
     # The hash of the data last: what else differs says more.
@@ -116,9 +118,17 @@ def load_checkpoint(path: Path, identity: Mapping[str, Any]) -> Checkpoint:
                 f"{path} was trained with {key} = {saved_identity.get(key)!r}, this run has "
                 f"{identity.get(key)!r}: use the same settings, or another out directory"
             )
+    try:
+        read_adapter(path / "adapter")
+    except AdapterError as error:
+        raise _damaged(path, error) from error
     _set_random_state(state, tensors)
     optimizer = {name: t for name, t in tensors.items() if not name.startswith("random.")}
-    return Checkpoint(step, adapter, optimizer, saved_identity, counters)
+    return Checkpoint(step, optimizer, saved_identity, counters)
+
+
+def _damaged(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{path} is damaged: {error}; delete it to use the one before")
 
 
 def _checkpoints(folder: Path) -> list[Path]:

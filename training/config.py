@@ -2,10 +2,10 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -14,23 +14,17 @@ from gen_fast.embed.choices import DEFAULT_MODEL
 from gen_fast.errors import ConfigError
 from gen_fast.ops.distill import ALIGNMENTS
 
-# What a setting may be.
-_CHOICES = {
-    "alignment": ALIGNMENTS,
-    "alignment_scale": ("variance", "dimension", "mean"),
-    "special_init": ("mean", "draw"),
-    "start": ("fitted", "random"),
-}
 # Of the special tokens, by family. Source: LLM2Vec-Gen, arXiv 2603.10913, §4.
 LEARNING_RATES = {"qwen3": 3e-4}
 OTHER_LEARNING_RATE = 5e-4
 
 # A flag may come several times.
-_LISTS = ("answers", "report_to")
+_LISTS = ("answers", "texts", "report_to")
 # Where a run lies and how it reports does not change what it computes. A backbone is told by its
 # fingerprint, not by where it lies.
 _NOT_PART_OF_THE_RUN = (
     "answers",
+    "texts",
     "teacher",
     "out",
     "backbone",
@@ -47,28 +41,108 @@ _NOT_PART_OF_THE_RUN = (
 
 
 @dataclass(frozen=True)
+class OptimizerConfig:
+    """Steps, and what each does to the parameters.
+
+    batch_size: texts a step, all ranks together. micro_batch_tokens: run with gradient at a time;
+    None fits the device. learning_rate: None is the method's own. It rises over warmup_steps and
+    falls to 0 at schedule_steps; the run stops at `steps`. max_skipped: steps in a row with a NaN
+    loss that are survived.
+    """
+
+    batch_size: int = 32
+    micro_batch_tokens: int | None = None
+    learning_rate: float | None = None
+    weight_decay: float = 0.0
+    warmup_steps: int = 100
+    schedule_steps: int = 20_000
+    steps: int = 5_000
+    max_grad_norm: float = 1.0
+    max_skipped: int = 10
+
+
+@dataclass(frozen=True)
+class RunConfig(OptimizerConfig):
+    """What every run has: a backbone, where it is computed, what is written of it.
+
+    out: a directory. backbone: anything that names a model. validation_rows: held out, chosen by a
+    hash of their ids. report_to: "tensorboard", "wandb"; curves and metrics.jsonl are always
+    written.
+    """
+
+    out: str = ""
+    backbone: str = DEFAULT_MODEL
+    backbone_revision: str | None = None
+    seed: int = 0
+    dtype: str = "auto"
+    device: str | None = None
+    validation_rows: int = 256
+    validate_every: int = 500
+    checkpoint_every: int = 100
+    keep_checkpoints: int = 2
+    log_every: int = 10
+    report_to: tuple[str, ...] = ("tensorboard",)
+
+    # What a setting may be, must be given, or must be above 0 unless it is None.
+    CHOICES: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    REQUIRED: ClassVar[tuple[str, ...]] = ("out",)
+    POSITIVE: ClassVar[tuple[str, ...]] = (
+        "batch_size",
+        "learning_rate",
+        "schedule_steps",
+        "steps",
+        "max_grad_norm",
+        "validate_every",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "log_every",
+    )
+
+    def __post_init__(self) -> None:
+        for name in self.REQUIRED:
+            if not getattr(self, name):
+                raise ConfigError(f"{name} must be given")
+        for name in self.POSITIVE:
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ConfigError(f"{name} must be positive, not {value}")
+        for name, allowed in self.CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ConfigError(
+                    f"{name} must be {' or '.join(allowed)}, not {getattr(self, name)!r}"
+                )
+
+    def identity(self) -> dict[str, Any]:
+        """What must agree when a run is continued from a checkpoint."""
+        values = json.loads(json.dumps(asdict(self)))
+        return {k: v for k, v in values.items() if k not in _NOT_PART_OF_THE_RUN}
+
+    def plain(self) -> dict[str, Any]:
+        """The settings as YAML takes them."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+
+@dataclass(frozen=True)
 class TextConfig:
-    """What is trained on, over which backbone.
+    """What is trained on, and how it is read.
 
     answers: jsonl files of {"id", "query", "answer"} and perhaps {"negative_query",
-    "negative_answer"}. teacher: parquet of their vectors, as `gen-fast teach` writes it. out: a
-    directory. n_thought, n_compression: special tokens. prompt: put before every query.
-    max_length: tokens of a query with its special tokens. max_answer_tokens: with its beginning and
-    its end. answer_end: what is put after an answer that ended by itself; None is the tokenizer's
-    end of text.
+    "negative_answer"}. teacher: parquet of their vectors, as `gen-fast teach` writes it.
+    n_thought, n_compression: special tokens. prompt: put before every query. max_length: tokens of
+    a query with its special tokens. max_answer_tokens: with its beginning and its end. answer_end:
+    what is put after an answer that ended by itself; None is the tokenizer's end of text. prompts:
+    of the adapter.
     """
 
     answers: tuple[str, ...] = ()
     teacher: str = ""
-    out: str = ""
-    backbone: str = DEFAULT_MODEL
-    backbone_revision: str | None = None
     n_thought: int = 0
     n_compression: int = 10
     prompt: str = ""
     max_length: int = 512
     max_answer_tokens: int = 512
     answer_end: str | None = None
+    prompts: Mapping[str, str] = field(default_factory=lambda: dict(DEFAULT_PROMPTS))
 
     @property
     def n_special(self) -> int:
@@ -132,86 +206,55 @@ class LossConfig:
 
 
 @dataclass(frozen=True)
-class OptimizerConfig:
-    """Steps, and what each does to the parameters.
+class StartConfig:
+    """Where the parameters begin, and what is special to some of them.
 
-    batch_size: texts a step, all ranks together. micro_batch_tokens: of reconstruction at a time;
-    None fits the device. special_init: special tokens begin as a "draw" from the distribution of
-    the embedding table's rows, or all at its "mean" row. start: of the alignment, "fitted" (see
-    fitting.py) over start_rows, or "random" as in the paper. refit_rows: rows that the alignment is
-    fitted to once more when the run is done; 0 leaves it as trained.
-    learning_rate: of the special tokens; None is the paper's for the backbone's family.
-    reconstruction_learning_rate, alignment_learning_rate: of
-    the projections, None the same. They rise over warmup_steps and fall to 0 at schedule_steps; the
-    run stops at `steps`. max_skipped: steps in a row with a NaN loss that are survived.
+    special_init: special tokens begin as a "draw" from the distribution of the embedding table's
+    rows, or all at its "mean" row. start: of the alignment, "fitted" (see fitting.py) over
+    start_rows, or "random" as in the paper. refit_rows: rows that the alignment is fitted to once
+    more when the run is done; 0 leaves it as trained. reconstruction_learning_rate,
+    alignment_learning_rate: of the projections, None that of the special tokens.
     """
 
-    batch_size: int = 32
-    micro_batch_tokens: int | None = None
     special_init: str = "draw"
     start: str = "fitted"
     start_rows: int = 2048
     refit_rows: int = 0
-    learning_rate: float | None = None
     reconstruction_learning_rate: float | None = None
     alignment_learning_rate: float | None = None
-    weight_decay: float = 0.0
-    warmup_steps: int = 100
-    schedule_steps: int = 20_000
-    steps: int = 5_000
-    max_grad_norm: float = 1.0
-    max_skipped: int = 10
-
-    def base_learning_rate(self, family: str) -> float:
-        """learning_rate, or the paper's for backbones of `family` (a Hugging Face model_type)."""
-        return self.learning_rate or LEARNING_RATES.get(family, OTHER_LEARNING_RATE)
 
 
 @dataclass(frozen=True)
-class RunConfig:
-    """Where a run is computed, and what is written of it.
+class TrainConfig(StartConfig, LossConfig, TextConfig, RunConfig):
+    """Settings of a run of LLM2Vec-Gen.
 
-    validation_rows: held out, chosen by a hash of their ids. report_to: "tensorboard", "wandb";
-    curves and metrics.jsonl are always written. prompts: of the adapter.
-    """
-
-    seed: int = 0
-    dtype: str = "auto"
-    device: str | None = None
-    validation_rows: int = 256
-    validate_every: int = 500
-    checkpoint_every: int = 100
-    keep_checkpoints: int = 2
-    log_every: int = 10
-    report_to: tuple[str, ...] = ("tensorboard",)
-    prompts: Mapping[str, str] = field(default_factory=lambda: dict(DEFAULT_PROMPTS))
-
-
-@dataclass(frozen=True)
-class TrainConfig(RunConfig, OptimizerConfig, LossConfig, TextConfig):
-    """Settings of a run. A settings file has the fields of all four parts, the last part's first.
-
-    The defaults are those of LLM2Vec-Gen (arXiv 2603.10913, §4), but for three: `alignment_scale`
+    The defaults are those of the paper (arXiv 2603.10913, §4), but for three: `alignment_scale`
     divides by the teacher's variance (paper: the sum over dimensions; reference package: the mean),
     `start` is fitted (random), and only answers that stopped by themselves get an end of text, the
-    tokenizer's own (all, a literal one).
+    tokenizer's own (all, a literal one). learning_rate: of the special tokens; None is the paper's
+    for the backbone's family.
     """
 
+    CHOICES: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "alignment": ALIGNMENTS,
+        "alignment_scale": ("variance", "dimension", "mean"),
+        "special_init": ("mean", "draw"),
+        "start": ("fitted", "random"),
+    }
+    REQUIRED = ("answers", "teacher", "out")
+    POSITIVE = (
+        "n_compression",
+        "max_length",
+        "max_answer_tokens",
+        "start_rows",
+        *RunConfig.POSITIVE,
+    )
+
     def __post_init__(self) -> None:
-        for name in ("answers", "teacher", "out"):
-            if not getattr(self, name):
-                raise ConfigError(f"{name} must be given")
-        for name, value in self._positive().items():
-            if value is not None and value <= 0:
-                raise ConfigError(f"{name} must be positive, not {value}")
+        super().__post_init__()
         for name, weight in self.weights().items():
             if weight < 0:
                 raise ConfigError(f"{name}_weight must not be negative")
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ConfigError(
-                    f"{name} must be {' or '.join(allowed)}, not {getattr(self, name)!r}"
-                )
         if not self.reconstruction_weight and not self.alignment_weight:
             raise ConfigError("reconstruction_weight and alignment_weight are both 0")
         if self.n_special >= self.max_length:
@@ -219,49 +262,36 @@ class TrainConfig(RunConfig, OptimizerConfig, LossConfig, TextConfig):
         if self.n_thought < 0:
             raise ConfigError(f"n_thought must not be negative, not {self.n_thought}")
 
-    def _positive(self) -> dict[str, float | None]:
-        """Settings that mean nothing below 1, or at 0; None is a default."""
-        return {
-            "n_compression": self.n_compression,
-            "max_length": self.max_length,
-            "max_answer_tokens": self.max_answer_tokens,
-            "batch_size": self.batch_size,
-            "start_rows": self.start_rows,
-            "learning_rate": self.learning_rate,
-            "schedule_steps": self.schedule_steps,
-            "steps": self.steps,
-            "max_grad_norm": self.max_grad_norm,
-            "validate_every": self.validate_every,
-            "checkpoint_every": self.checkpoint_every,
-            "keep_checkpoints": self.keep_checkpoints,
-            "log_every": self.log_every,
-        }
-
-    def identity(self) -> dict[str, Any]:
-        """What must agree when a run is continued from a checkpoint."""
-        values = json.loads(json.dumps(asdict(self)))
-        return {k: v for k, v in values.items() if k not in _NOT_PART_OF_THE_RUN}
+    def base_learning_rate(self, family: str) -> float:
+        """learning_rate, or the paper's for backbones of `family` (a Hugging Face model_type)."""
+        return self.learning_rate or LEARNING_RATES.get(family, OTHER_LEARNING_RATE)
 
 
-def read_config(path: str | Path | None, overrides: Mapping[str, Any]) -> TrainConfig:
-    """Read a YAML file of TrainConfig's fields; `overrides` win. Raises ConfigError."""
-    values: dict[str, Any] = {}
-    if path is not None:
-        try:
-            loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path} is not YAML: {error}") from error
-        if not isinstance(loaded, dict):
-            raise ConfigError(f"{path} holds no settings")
-        values = loaded
-    values |= overrides
-    types = get_type_hints(TrainConfig)
+Config = TypeVar("Config", bound=RunConfig)
+
+
+def read_settings(path: str | Path | None) -> dict[str, Any]:
+    """The settings of a YAML file; none if it is None. Raises ConfigError."""
+    if path is None:
+        return {}
+    try:
+        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from error
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"{path} holds no settings")
+    return loaded
+
+
+def read_config(values: Mapping[str, Any], kind: type[Config]) -> Config:
+    """A configuration from settings, as YAML or flags give them. Raises ConfigError."""
+    types = {field.name: get_type_hints(kind)[field.name] for field in fields(kind)}
     unknown = sorted(set(values) - set(types))
     if unknown:
         raise ConfigError(f"unknown setting {unknown[0]!r}; there are {', '.join(types)}")
-    return TrainConfig(**{name: _typed(name, value, types[name]) for name, value in values.items()})
+    return kind(**{name: _typed(name, value, types[name]) for name, value in values.items()})
 
 
 def parse_flags(flags: Sequence[str]) -> dict[str, Any]:
@@ -297,6 +327,11 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
         if not isinstance(values, list | tuple) or not all(isinstance(x, str) for x in values):
             raise ConfigError(f"{name} must be a list of strings, not {value!r}")
         return tuple(x for x in values if x)
+    if kind is bool:
+        known = {"true": True, "false": False}
+        if str(value).lower() not in known:
+            raise ConfigError(f"{name} must be true or false, not {value!r}")
+        return known[str(value).lower()]
     if get_origin(kind) is not None:
         if not isinstance(value, dict):
             raise ConfigError(f"{name} must be a mapping, not {value!r}")

@@ -30,7 +30,7 @@ NEGATIVE_SUFFIX = "#negative"  # of a row's id, in a file of teacher vectors
 
 @dataclass(frozen=True)
 class Row:
-    """A query with its answer; a negative query with its own answer, if there is one.
+    """A query with its answer; a negative answer, perhaps with the query that it answers.
 
     is_whole: the answer ended by itself, and was not cut at a limit of tokens.
     """
@@ -78,7 +78,7 @@ def _row(place: str, record: Any) -> Row:
     for value in negative:
         if value is not None and not isinstance(value, str):
             raise InputError(f"{place}: expected a string as negative, got {value!r:.60}")
-    if (negative[0] is None) != (negative[1] is None):
+    if negative[1] is None and negative[0] is not None:
         raise InputError(f"{place}: a negative query goes with a negative answer")
     reason = record.get("finish_reason") or "stop"
     if reason not in get_args(FinishReason):
@@ -152,7 +152,7 @@ class TrainingData:
                 raise ConfigError("negatives are asked for, and no row has a negative_query")
         self._vectors = _teacher_vectors(config.teacher, rows)
         self.dimension = len(next(iter(self._vectors.values())))
-        held = _smallest_hashes(rows, config.validation_rows)
+        held = smallest_hashes([row.id for row in rows], config.validation_rows)
         self.validation = [row for row in rows if row.id in held]
         self.train = [row for row in rows if row.id not in held]
         if not self.train:
@@ -268,20 +268,6 @@ def _variance(vectors: Sequence[np.ndarray]) -> float:
     return variance if variance > 1e-12 * np.square(mean).mean() else 0.0
 
 
-def _smallest_hashes(rows: Sequence[Row], count: int) -> set[str]:
-    order = sorted(rows, key=lambda row: hashlib.sha256(row.id.encode()).digest())
-    return {row.id for row in order[:count]}
-
-
-def share_of_rank(examples: Sequence[Example], rank: int, ranks: int) -> list[Example]:
-    """This rank's examples of a global batch: dealt by length, so that ranks have equal work."""
-
-    def work(example: Example) -> int:
-        return len(example.query) + 2 * len(example.answer)
-
-    order = sorted(range(len(examples)), key=lambda i: work(examples[i]), reverse=True)
-    rounds = np.arange(len(order)) // ranks
-    seats = np.arange(len(order)) % ranks
-    # Back and forth, as teams are picked: or the first rank would get the longest of each round.
-    dealt = np.where(rounds % 2 == 0, seats, ranks - 1 - seats)
-    return [examples[i] for i, seat in zip(order, dealt, strict=True) if seat == rank]
+def smallest_hashes(ids: Sequence[str], count: int) -> set[str]:
+    """`count` of the ids, chosen by a hash: the same ones whatever else is in the file."""
+    return set(sorted(ids, key=lambda name: hashlib.sha256(name.encode()).digest())[:count])

@@ -4,9 +4,36 @@ Each is the mean over all queries of all ranks; every rank computes it whole and
 of its own texts, so that no gradient has to be sent.
 """
 
+from collections.abc import Callable, Mapping, Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize, relu
+
+from gen_fast.training.world import World
+
+
+def over_all_ranks(
+    rows: Mapping[str, Tensor],
+    counts: Sequence[int],
+    world: World,
+    loss: Callable[[Mapping[str, Tensor]], Tensor],
+) -> dict[str, Tensor]:
+    """The gradient of a loss between the texts of all ranks at this rank's rows.
+
+    rows: tensors [n, d] of this rank's n = counts[rank] texts; loss gets those of all texts under
+    the same names.
+    """
+    everyone = {
+        name: world.gather(own.detach(), counts).requires_grad_() for name, own in rows.items()
+    }
+    loss(everyone).backward()
+    first = sum(counts[: world.rank])
+    own = slice(first, first + counts[world.rank])
+    return {
+        name: torch.zeros_like(all_rows[own]) if all_rows.grad is None else all_rows.grad[own]
+        for name, all_rows in everyone.items()
+    }
 
 
 def margin(queries: Tensor, negatives: Tensor, threshold: float) -> Tensor:

@@ -15,10 +15,10 @@ from gen_fast.model.tokenizing import load_tokenizer
 from gen_fast.training.answers import generate_answers
 from gen_fast.training.config import TrainConfig
 from gen_fast.training.data import Row, TrainingData
+from gen_fast.training.llm2vec_gen import train
 from gen_fast.training.records import Rejections
 from gen_fast.training.report import summary
 from gen_fast.training.teach import teach
-from gen_fast.training.trainer import train
 
 logger = logging.getLogger(__name__)
 

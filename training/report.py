@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from gen_fast.errors import ConfigError
 from gen_fast.io.durable import write_whole
-from gen_fast.training.config import TrainConfig
+from gen_fast.training.config import RunConfig
 from gen_fast.training.records import cut_torn_line, read_records
 
 logger = logging.getLogger(__name__)
@@ -23,9 +23,7 @@ METRICS = "metrics.jsonl"
 class Report:
     """Writes a run's figures. Only rank 0 has one that does anything."""
 
-    def __init__(
-        self, config: TrainConfig, first_step: int, active: bool, bar: bool | None
-    ) -> None:
+    def __init__(self, config: RunConfig, first_step: int, active: bool, bar: bool | None) -> None:
         self._path = Path(config.out) / METRICS
         self._active = active
         self._writers: list[Any] = []
@@ -49,9 +47,11 @@ class Report:
     def step(self, step: int, figures: Mapping[str, float], write: bool) -> None:
         """Show the figures of step `step` (from 1), and record them if `write`."""
         self._bar.set_postfix(
-            loss=f"{figures['loss/total']:.3f}",
-            recon=f"{figures['loss/reconstruction']:.3f}",
-            align=f"{figures['loss/alignment']:.4f}",
+            **{
+                name.removeprefix("loss/"): f"{value:.4f}"
+                for name, value in figures.items()
+                if name.startswith("loss/") and value
+            },
             tok_s=f"{figures['speed/tokens_per_second']:.0f}",
             mfu=f"{figures['speed/mfu']:.2f}",
             refresh=False,
@@ -79,7 +79,7 @@ def hidden(show_progress_bar: bool | None) -> bool | None:
     return None if show_progress_bar is None else not show_progress_bar
 
 
-def _writer(name: str, config: TrainConfig) -> list[Any]:
+def _writer(name: str, config: RunConfig) -> list[Any]:
     """A function (step, figures) -> None; none if the package is not installed, which is logged."""
     if name not in ("tensorboard", "wandb"):
         raise ConfigError(f"report_to {name!r} is not tensorboard or wandb")
@@ -110,21 +110,23 @@ def append_record(folder: Path, step: int, name: str, figures: Mapping[str, floa
         file.write(json.dumps(row) + "\n")
 
 
-def draw_curves(folder: Path, target: Path) -> None:
-    """Plot losses and validation figures of metrics.jsonl to a PNG."""
+Panel = tuple[str, Sequence[str], str]
+"""Title, names of figures, and their unit."""
+
+
+def draw_curves(folder: Path, target: Path, panels: Sequence[Panel]) -> None:
+    """Plot figures of metrics.jsonl to a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     rows = read_records(folder / METRICS)
-    panels = (
-        ("reconstruction", ("loss/reconstruction", "validation/reconstruction"), "nats a token"),
-        ("alignment", ("loss/alignment", "validation/alignment"), ""),
-        ("validation", ("validation/cosine", "validation/top1", "validation/mrr"), ""),
+    size = 4.3 * len(panels), 3.6
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=size, constrained_layout=True, squeeze=False
     )
-    figure, axes = plt.subplots(1, len(panels), figsize=(13, 3.6), constrained_layout=True)
-    for axis, (title, names, unit) in zip(axes, panels, strict=True):
+    for axis, (title, names, unit) in zip(axes[0], panels, strict=True):
         for name in names:
             points = [(row["step"], row[name]) for row in rows if name in row]
             if points:
@@ -143,6 +145,6 @@ def draw_curves(folder: Path, target: Path) -> None:
 def summary(folder: Path) -> Sequence[tuple[str, float]]:
     """The last validation figures of a run, after refitting if it was asked for."""
     kinds = ("validation/", "refit/")
-    rows = [r for r in read_records(folder / METRICS) if any(f"{k}cosine" in r for k in kinds)]
+    rows = [r for r in read_records(folder / METRICS) if any(n.startswith(kinds) for n in r)]
     last = rows[-1] if rows else {}
     return [(name, value) for name, value in last.items() if name.startswith(kinds)]

@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gen_fast.model.batch import on_device, split_by_budget
+from gen_fast.model.batch import on_device
 from gen_fast.ops.distill import alignment, distill, reconstruction
 from gen_fast.training import losses
 from gen_fast.training.config import TrainConfig
 from gen_fast.training.data import Example
 from gen_fast.training.student import Student
+from gen_fast.training.task import in_parts
 from gen_fast.training.world import World
 
 T = TypeVar("T")
@@ -250,23 +251,9 @@ def _in_parts(
     config: TrainConfig,
     run: Callable[[slice], T],
 ) -> Iterator[T]:
-    """`run` of each part of the batch, as much at a time as memory allows.
-
-    A part that it does not suffice for is tried again with half as many tokens.
-    """
+    """`run` of each part of the batch's answers, as much at a time as memory allows."""
     lengths = [len(example.answer) + student.n_compression - 1 for example in examples]
-    start = 0
-    while start < len(lengths):
-        budget = student.part_budget.limit(config.micro_batch_tokens)
-        count = next(split_by_budget(lengths[start:], budget)).stop
-        part = slice(start, start + count)
-        try:
-            result = run(part)
-        except RuntimeError as error:  # only running out of memory is survived
-            student.part_budget.shrink(error, sum(lengths[part]), count)
-            continue
-        start = part.stop
-        yield result
+    return in_parts(lengths, student.part_budget, config.micro_batch_tokens, run)
 
 
 def _reconstruct(
@@ -304,31 +291,21 @@ def _whole_batch(
     counts: list[int],
 ) -> dict[str, Tensor]:
     """This rank's share of the losses between texts, whose gradients are added to `leaf`."""
-    everyone = {
-        name: world.gather(rows.detach(), counts).requires_grad_()
-        for name, rows in embedded.items()
-    }
     terms: dict[str, Tensor] = {}
-    if config.margin_weight:
-        terms["margin"] = losses.margin(
-            everyone["query"], everyone["negative_query"], config.margin
-        )
-    if config.contrastive_weight:
-        terms["contrastive"] = losses.contrastive(
-            everyone["query"],
-            everyone["repeat"],
-            everyone["negative_repeat"],
-            config.contrastive_scale,
-        )
-    weights = config.weights()
-    torch.stack([weights[name] * loss for name, loss in terms.items()]).sum().backward()
-    first = sum(counts[: world.rank])
-    own = slice(first, first + counts[world.rank])
-    gradients = [
-        torch.zeros_like(rows[own]) if rows.grad is None else rows.grad[own]
-        for rows in everyone.values()
-    ]
-    leaf.grad = _sum(leaf.grad, torch.cat(gradients))
+
+    def total(everyone: Mapping[str, Tensor]) -> Tensor:
+        queries = everyone["query"]
+        if config.margin_weight:
+            terms["margin"] = losses.margin(queries, everyone["negative_query"], config.margin)
+        if config.contrastive_weight:
+            terms["contrastive"] = losses.contrastive(
+                queries, everyone["repeat"], everyone["negative_repeat"], config.contrastive_scale
+            )
+        weights = config.weights()
+        return torch.stack([weights[name] * loss for name, loss in terms.items()]).sum()
+
+    gradients = losses.over_all_ranks(embedded, counts, world, total)
+    leaf.grad = _sum(leaf.grad, torch.cat(list(gradients.values())))
     return {name: loss.detach() / world.size for name, loss in terms.items()}
 
 
@@ -337,11 +314,5 @@ def _sum_over_ranks(
 ) -> dict[str, float]:
     """Sum gradients and values over the ranks, in one message."""
     parameters = list(student.parameters())
-    gradients = [p.new_zeros(p.shape) if p.grad is None else p.grad for p in parameters]
-    numbers = torch.stack(list(values.values())).to(gradients[0])
-    flat = world.sum(torch.cat([*(gradient.flatten() for gradient in gradients), numbers]))
-    start = 0
-    for parameter in parameters:
-        parameter.grad = flat[start : start + parameter.numel()].view_as(parameter)
-        start += parameter.numel()
-    return dict(zip(values, flat[start:].tolist(), strict=True))
+    numbers = torch.stack(list(values.values()))
+    return dict(zip(values, world.sum_gradients(parameters, numbers).tolist(), strict=True))

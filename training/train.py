@@ -10,8 +10,8 @@ import sys
 
 from gen_fast.cli.errors import code_of, fail
 from gen_fast.errors import GenFastError
-from gen_fast.training.config import parse_flags, read_config
-from gen_fast.training.trainer import train
+from gen_fast.training.config import TrainConfig, parse_flags, read_config, read_settings
+from gen_fast.training.llm2vec_gen import train
 
 
 def main(arguments: list[str]) -> None:
@@ -19,8 +19,8 @@ def main(arguments: list[str]) -> None:
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
     path = arguments[0] if arguments and not arguments[0].startswith("--") else None
     try:
-        config = read_config(path, parse_flags(arguments[1 if path else 0 :]))
-        train(config)
+        flags = parse_flags(arguments[1 if path else 0 :])
+        train(read_config({**read_settings(path), **flags}, TrainConfig))
     except GenFastError as error:
         fail(error, code_of(error))
 

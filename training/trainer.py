@@ -1,9 +1,9 @@
-"""The training loop: data, steps, validation, checkpoints."""
+"""The training loop: steps, validation, checkpoints, of any task."""
 
 import logging
 import os
 import time
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,69 +12,48 @@ import yaml
 from torch import Tensor
 
 from gen_fast.errors import ConfigError, NonFiniteLossError
-from gen_fast.model.backbone import Backbone
-from gen_fast.model.device import make_current, matmul_peak, resolve_dtype
-from gen_fast.model.sources import resolve
-from gen_fast.model.tokenizing import load_tokenizer
-from gen_fast.model.weights import load_backbone, load_head
+from gen_fast.model.device import make_current, matmul_peak
 from gen_fast.training.checkpoint import (
     Checkpoint,
     latest_checkpoint,
     load_checkpoint,
     save_checkpoint,
 )
-from gen_fast.training.config import TrainConfig
-from gen_fast.training.data import Example, TrainingData, share_of_rank
-from gen_fast.training.fitting import fit_alignment
-from gen_fast.training.records import Rejections, log_stops, stops
-from gen_fast.training.report import Report, append_record, draw_curves, summary
-from gen_fast.training.step import Losses, Work, accumulate
-from gen_fast.training.student import Student
-from gen_fast.training.validation import validate
+from gen_fast.training.config import RunConfig
+from gen_fast.training.report import Report
+from gen_fast.training.task import Progress, Task
 from gen_fast.training.world import World, distributed
 
 logger = logging.getLogger(__name__)
 
 
 class Stepper:
-    """A student with its optimizer and schedule: takes updates, one global batch each.
+    """A task with its optimizer and schedule: takes updates, one global batch each.
 
     AdamW; the learning rate rises linearly over the warm-up and falls linearly to 0. taken counts
     steps; one whose loss or gradient is not finite changes nothing and is counted in skipped.
-    config has the learning rate that is taken, also where the given one leaves it to the family.
     """
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        head: Tensor,
-        dimension: int,
-        config: TrainConfig,
-        teacher_variance: float = 1.0,
-    ) -> None:
-        self.rate = config.base_learning_rate(backbone.config.family)
-        self.config = config = replace(config, learning_rate=self.rate)
+    def __init__(self, task: Task[Any]) -> None:
+        self.task = task
+        self.config = task.config
         self.world = World()
-        self.student = Student(backbone, head, dimension, config, teacher_variance)
-        student = self.student
-        self._rates = (
-            self.rate,
-            config.reconstruction_learning_rate or self.rate,
-            config.alignment_learning_rate or self.rate,
-        )
-        groups = ([student.special], student.reconstruction, student.alignment)
+        groups = task.groups()
+        self._rates = [rate for _, rate in groups]
         self.optimizer = torch.optim.AdamW(
-            [
-                {"params": group if isinstance(group, list) else list(group.parameters())}
-                for group in groups
-            ],
-            weight_decay=config.weight_decay,
+            [{"params": list(parameters)} for parameters, _ in groups],
+            weight_decay=self.config.weight_decay,
         )
         self.taken = 0
         self.skipped = 0
         self._skipped_in_a_row = 0
-        self.work = Work(0, 0, 0, 0)
+        self.progress = Progress({}, 0, 0.0)
         self.gradient_norm = 0.0
+
+    @property
+    def rate(self) -> float:
+        """The first group's learning rate in the next update."""
+        return self._rates[0] * self.schedule()
 
     def schedule(self) -> float:
         """What the learning rates are multiplied by in the next update."""
@@ -84,21 +63,27 @@ class Stepper:
         left = config.schedule_steps - self.taken
         return max(0.0, left / (config.schedule_steps - config.warmup_steps))
 
-    def step(self, examples: list[Example]) -> Losses:
-        """One update from this rank's share of a global batch. Raises NonFiniteLossError."""
-        losses, self.work = accumulate(self.student, examples, self.config, self.world)
-        norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.config.max_grad_norm)
+    def step(self, examples: Sequence[Any]) -> Mapping[str, float]:
+        """One update from this rank's share of a global batch; its losses, the sum as "total".
+
+        Raises NonFiniteLossError.
+        """
+        self.progress = self.task.accumulate(examples, self.world)
+        losses = self.progress.losses
+        norm = torch.nn.utils.clip_grad_norm_(
+            self.task.parameters.parameters(), self.config.max_grad_norm
+        )
         self.gradient_norm = float(norm)
-        finite = bool(torch.isfinite(norm + losses.total))
+        finite = bool(torch.isfinite(norm + losses["total"]))
         if finite:
             for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
                 group["lr"] = rate * self.schedule()
             self.optimizer.step()
-        self._count_skipped(finite, losses)
+        self._count_skipped(finite, losses["total"])
         self.taken += 1
         return losses
 
-    def _count_skipped(self, finite: bool, losses: Losses) -> None:
+    def _count_skipped(self, finite: bool, loss: float) -> None:
         self._skipped_in_a_row = 0 if finite else self._skipped_in_a_row + 1
         if finite:
             return
@@ -106,7 +91,7 @@ class Stepper:
         logger.warning(
             "step %d: loss %s, gradient norm %s: the step is skipped (%d so far)",
             self.taken + 1,
-            losses.total,
+            loss,
             self.gradient_norm,
             self.skipped,
         )
@@ -120,35 +105,38 @@ class Stepper:
         """The optimizer's state by "<parameter>.<name>"."""
         return {
             f"{name}.{key}": value
-            for name, parameter in self.student.named_parameters()
+            for name, parameter in self.task.parameters.named_parameters()
             for key, value in self.optimizer.state.get(parameter, {}).items()
         }
 
-    def restore(self, checkpoint: Checkpoint) -> None:
-        """Go back to a checkpoint."""
-        self.student.load_adapter(checkpoint.adapter)
-        for name, parameter in self.student.named_parameters():
-            state = {
-                key.removeprefix(f"{name}."): value
-                for key, value in checkpoint.optimizer.items()
-                if key.startswith(f"{name}.")
-            }
+    def restore(self, path: Path, identity: Mapping[str, Any]) -> None:
+        """Go back to the checkpoint at `path`. Raises CheckpointError."""
+        checkpoint = load_checkpoint(path, identity, self.task.restore)
+        by_parameter: dict[str, dict[str, Tensor]] = {}
+        for key, value in checkpoint.optimizer.items():
+            name, _, part = key.rpartition(".")
+            by_parameter.setdefault(name, {})[part] = value
+        for name, parameter in self.task.parameters.named_parameters():
             # The count of steps stays on the CPU, as torch keeps it.
-            moved = {k: v if k == "step" else v.to(parameter.device) for k, v in state.items()}
-            self.optimizer.state[parameter] = moved
+            self.optimizer.state[parameter] = {
+                part: value if part == "step" else value.to(parameter.device)
+                for part, value in by_parameter.get(name, {}).items()
+            }
         self.taken = checkpoint.step
         self.skipped = int(checkpoint.counters["skipped"])
         self._skipped_in_a_row = int(checkpoint.counters["skipped_in_a_row"])
 
-    def checkpoint(self, identity: dict[str, Any]) -> Checkpoint:
-        """The state to go on from."""
+    def save(self, folder: Path, identity: Mapping[str, Any]) -> None:
+        """Write a checkpoint to go on from into `folder`. Raises CheckpointError."""
         counters = {"skipped": self.skipped, "skipped_in_a_row": self._skipped_in_a_row}
-        adapter = self.student.to_adapter(self.config)
-        return Checkpoint(self.taken, adapter, self.optimizer_tensors(), identity, counters)
+        checkpoint = Checkpoint(self.taken, self.optimizer_tensors(), identity, counters)
+        save_checkpoint(folder, checkpoint, self.task.save, self.config.keep_checkpoints)
 
 
-def train(config: TrainConfig, *, show_progress_bar: bool | None = None) -> Path:
-    """Train an adapter; return its directory, <out>/adapter.
+def run(
+    config: RunConfig, load: Callable[[], Task[Any]], *, show_progress_bar: bool | None = None
+) -> Path:
+    """Train what `load` gives; return its directory, <out>/adapter.
 
     A run that was interrupted goes on from the newest checkpoint in <out>/checkpoints, to the
     same bits as without the interruption. Under torchrun every rank calls this.
@@ -156,122 +144,73 @@ def train(config: TrainConfig, *, show_progress_bar: bool | None = None) -> Path
     Raises ConfigError, InputError, CheckpointError or NonFiniteLossError.
     """
     with distributed():
-        return _train(config, show_progress_bar)
+        world, out = World(), Path(config.out)
+        if config.batch_size < world.size:
+            raise ConfigError(f"batch_size {config.batch_size} is less than {world.size} processes")
+        make_current(run_device(config))
+        out.mkdir(parents=True, exist_ok=True)
+        stepper = Stepper(load())
+        _train(stepper, out, show_progress_bar)
+        return out / "adapter"
 
 
-def _train(config: TrainConfig, show_progress_bar: bool | None) -> Path:
-    world = World()
-    out = Path(config.out)
-    if config.batch_size < world.size:
-        raise ConfigError(f"batch_size {config.batch_size} is less than {world.size} processes")
-    device = _device(config)
-    make_current(device)
-    source = resolve(config.backbone, config.backbone_revision)
-    tokenizer = load_tokenizer(source)
-    out.mkdir(parents=True, exist_ok=True)
-    rejections = Rejections(out / "rejected.jsonl")
-    data = TrainingData(config, tokenizer, rejections)
-    backbone = load_backbone(source, dtype=resolve_dtype(config.dtype, device), device=device)
-    head = load_head(source, backbone)
-    stepper = Stepper(backbone, head, data.dimension, config, data.teacher_variance)
-    config = stepper.config
+def _train(stepper: Stepper, out: Path, show_progress_bar: bool | None) -> None:
+    task, config, world = stepper.task, stepper.config, stepper.world
     identity = {
         **config.identity(),
-        "dtype": str(backbone.dtype),
-        "backbone": backbone.fingerprint,
-        "teacher_dimension": data.dimension,
-        "data": data.fingerprint(),
+        "dtype": str(task.backbone.dtype),
+        "backbone": task.backbone.fingerprint,
+        **task.identity(),
     }
     checkpoint = latest_checkpoint(out / "checkpoints")
     if checkpoint is not None:
-        stepper.restore(load_checkpoint(checkpoint, identity))
+        stepper.restore(checkpoint, identity)
         logger.warning("going on from %s", checkpoint)
-    elif config.start == "fitted":
-        fit_alignment(stepper.student, data.examples(data.sample(config.start_rows)))
-        world.copy_from_first(stepper.student.parameters())
+    else:
+        task.begin()
+        world.copy_from_first(task.parameters.parameters())
     if world.rank == 0:
-        rejections.write()
-        log_stops(out, data.stopped, len(data.train))
-        (out / "config.yaml").write_text(yaml.safe_dump(_plain(config), sort_keys=False))
+        task.rejections.write()
+        (out / "config.yaml").write_text(yaml.safe_dump(config.plain(), sort_keys=False))
     report = Report(config, stepper.taken, world.rank == 0, show_progress_bar)
     try:
-        _loop(config, stepper, data, report, identity)
+        _loop(stepper, out, report, identity)
     finally:
         report.close()
     if world.rank == 0:
-        _finish(config, stepper, data)
-    return out / "adapter"
+        task.finish(out / "adapter", stepper.taken)
 
 
-def _loop(
-    config: TrainConfig,
-    stepper: Stepper,
-    data: TrainingData,
-    report: Report,
-    identity: dict[str, Any],
-) -> None:
-    world = stepper.world
-    peak = matmul_peak(stepper.student.backbone.dtype, stepper.student.backbone.device)
+def _loop(stepper: Stepper, out: Path, report: Report, identity: Mapping[str, Any]) -> None:
+    task, config, world = stepper.task, stepper.config, stepper.world
+    peak = matmul_peak(task.backbone.dtype, task.backbone.device)
     while stepper.taken < config.steps:
         start = time.perf_counter()
-        rows = data.step_rows(stepper.taken)
-        own = share_of_rank(data.examples(rows), world.rank, world.size)
-        rate = stepper.rate * stepper.schedule()
-        losses = stepper.step(own)
+        examples = task.examples(stepper.taken, world)
+        rate = stepper.rate
+        losses = stepper.step(examples)
         seconds = time.perf_counter() - start
-        figures = {f"loss/{name}": value for name, value in asdict(losses).items()}
+        figures = {f"loss/{name}": value for name, value in losses.items()}
         figures |= {
             "optimizer/learning_rate": rate,
             "optimizer/gradient_norm": stepper.gradient_norm,
             "optimizer/skipped": stepper.skipped,
-            "speed/tokens_per_second": stepper.work.tokens / seconds,
-            "speed/mfu": stepper.work.flops(stepper.student) / seconds / peak,
+            "speed/tokens_per_second": stepper.progress.tokens / seconds,
+            "speed/mfu": stepper.progress.flops / seconds / peak,
         }
         step = stepper.taken
         last = step == config.steps
         report.step(step, figures, write=step % config.log_every == 0 or step == 1 or last)
-        if world.rank == 0 and data.validation and (step % config.validate_every == 0 or last):
-            validation = validate(stepper.student, data.examples(data.validation), config)
-            report.record(step, {f"validation/{k}": v for k, v in validation.as_dict().items()})
+        if world.rank == 0 and (step % config.validate_every == 0 or last):
+            validation = task.validate()
+            if validation:
+                report.record(step, {f"validation/{k}": v for k, v in validation.items()})
         if world.rank == 0 and (step % config.checkpoint_every == 0 or last):
-            checkpoint = stepper.checkpoint(identity)
-            save_checkpoint(Path(config.out) / "checkpoints", checkpoint, config.keep_checkpoints)
+            stepper.save(out / "checkpoints", identity)
 
 
-def _finish(config: TrainConfig, stepper: Stepper, data: TrainingData) -> None:
-    """Write the adapter, its curves and its model card."""
-    out = Path(config.out)
-    if config.refit_rows:
-        fit_alignment(stepper.student, data.examples(data.sample(config.refit_rows)))
-        if data.validation:
-            validation = validate(stepper.student, data.examples(data.validation), config)
-            append_record(out, stepper.taken, "refit", validation.as_dict())
-    folder = out / "adapter"
-    stepper.student.to_adapter(config).save(folder)
-    draw_curves(out, folder / "curves.png")
-    figures = "\n".join(f"- {name.split('/')[1]}: {value:.4f}" for name, value in summary(out))
-    card = (folder / "README.md").read_text()
-    card += f"""
-Trained for {stepper.taken} steps of {config.batch_size} texts with gen_fast; settings in
-`training.yaml`. {stops(data.stopped, len(data.train))}, and have no end of text.
-
-On {config.validation_rows} held-out queries (cosine, top-1 and mean reciprocal rank against the
-teacher's vectors of their answers):
-
-{figures}
-
-![curves](curves.png)
-"""
-    (folder / "README.md").write_text(card)
-    (folder / "training.yaml").write_text(yaml.safe_dump(_plain(config), sort_keys=False))
-
-
-def _plain(config: TrainConfig) -> dict[str, Any]:
-    values = asdict(config)
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
-
-
-def _device(config: TrainConfig) -> torch.device:
+def run_device(config: RunConfig) -> torch.device:
+    """Where a rank of a run computes."""
     if config.device is not None:
         return torch.device(config.device)
     if torch.cuda.is_available():

@@ -3,10 +3,14 @@
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+Item = TypeVar("Item")
 
 
 @contextmanager
@@ -42,6 +46,20 @@ class World:
             dist.all_reduce(values)
         return values
 
+    def sum_gradients(self, parameters: Sequence[Tensor], numbers: Tensor) -> Tensor:
+        """Sum the gradients of `parameters` over the ranks, in place, and `numbers` [n] with them.
+
+        All in one message; a parameter without a gradient gets one.
+        """
+        gradients = [p.new_zeros(p.shape) if p.grad is None else p.grad for p in parameters]
+        parts = [*(gradient.flatten() for gradient in gradients), numbers.to(gradients[0])]
+        flat = self.sum(torch.cat(parts))
+        start = 0
+        for parameter in parameters:
+            parameter.grad = flat[start : start + parameter.numel()].view_as(parameter)
+            start += parameter.numel()
+        return flat[start:]
+
     def copy_from_first(self, tensors: Iterable[Tensor]) -> None:
         """Give every rank the values that the first has."""
         if self.size > 1:
@@ -58,6 +76,15 @@ class World:
         parts = [torch.empty_like(padded) for _ in counts]
         dist.all_gather(parts, padded)
         return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+    def share(self, items: Sequence[Item], work: Sequence[int]) -> list[Item]:
+        """This rank's items of a global batch: dealt by their work, so that ranks have equal."""
+        order = sorted(range(len(items)), key=lambda i: work[i], reverse=True)
+        rounds = np.arange(len(order)) // self.size
+        seats = np.arange(len(order)) % self.size
+        # Back and forth, as teams are picked: else the first rank gets the longest of each round.
+        dealt = np.where(rounds % 2 == 0, seats, self.size - 1 - seats)
+        return [items[i] for i, seat in zip(order, dealt, strict=True) if seat == self.rank]
 
     def counts(self, own: int) -> list[int]:
         """`own` of every rank."""

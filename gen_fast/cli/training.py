@@ -187,7 +187,7 @@ def train(
     """
     from gen_fast.embed.loading import load_generator
     from gen_fast.training.answers import write_own_queries
-    from gen_fast.training.config import parse_flags, read_config
+    from gen_fast.training.config import TrainConfig, parse_flags, read_config, read_settings
     from gen_fast.training.recipe import run_recipe
 
     if (source is None) == (self_queries is None):
@@ -205,7 +205,8 @@ def train(
         "out": str(out),
     }
     flags = {name: value for name, value in flags.items() if value is not None}
-    settings = read_config(config, {**parse_flags(context.args), **flags, **outputs})
+    values = {**read_settings(config), **parse_flags(context.args), **flags, **outputs}
+    settings = read_config(values, TrainConfig)
     if source is not None:
         queries = _read_queries(source, file_format, text_column, id_column, split)
     generator = load_generator(

@@ -18,11 +18,11 @@ from gen_fast.training.data import (
     Example,
     TrainingData,
     read_rows,
-    share_of_rank,
     teacher_texts,
 )
+from gen_fast.training.llm2vec_gen import train
 from gen_fast.training.records import RecordFile, Rejections, read_records
-from gen_fast.training.trainer import train
+from gen_fast.training.world import World
 
 
 def load(config):
@@ -240,9 +240,14 @@ def test_ranks_share_a_batch_evenly():
         Example(np.zeros(rng.integers(1, 400)), np.zeros(rng.integers(1, 400)), np.zeros(2))
         for _ in range(64)
     ]
-    shares = [share_of_rank(batch, rank, 4) for rank in range(4)]
-    assert sorted(id(e) for share in shares for e in share) == sorted(map(id, batch))
-    work = [sum(len(e.query) + 2 * len(e.answer) for e in share) for share in shares]
+    lengths = [len(e.query) + 2 * len(e.answer) for e in batch]
+    world, shares = World(), []
+    world.size = 4
+    for rank in range(4):
+        world.rank = rank
+        shares.append(world.share(list(range(64)), lengths))
+    assert sorted(i for share in shares for i in share) == list(range(64))
+    work = [sum(lengths[i] for i in share) for share in shares]
     assert max(work) < 1.1 * min(work)
 
 

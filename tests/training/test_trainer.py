@@ -18,8 +18,8 @@ import gen_fast
 from gen_fast.testing import save_tiny_model
 from gen_fast.training.checkpoint import latest_checkpoint
 from gen_fast.training.config import TrainConfig
+from gen_fast.training.llm2vec_gen import train
 from gen_fast.training.records import read_records
-from gen_fast.training.trainer import _plain, train
 
 SCRIPT = Path(__file__).parents[2] / "training" / "train.py"
 
@@ -35,7 +35,7 @@ def adapter_bytes(config):
 
 def start(config, tmp_path, ranks=1, **environment):
     path = tmp_path / f"{Path(config.out).name}.yaml"
-    path.write_text(yaml.safe_dump(_plain(config)))
+    path.write_text(yaml.safe_dump(config.plain()))
     command = [sys.executable]
     if ranks > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
@@ -229,22 +229,22 @@ def test_too_many_processes_for_the_batch(make_config, tmp_path):
     ("teacher: t", "answers must be given"),
 ])  # fmt: skip
 def test_settings_that_make_no_sense(tmp_path, text, message):
-    from gen_fast.training.config import read_config
+    from gen_fast.training.config import read_config, read_settings
 
     path = tmp_path / "config.yaml"
     path.write_text(text)
     with pytest.raises(gen_fast.ConfigError, match=message):
-        read_config(path, {})
+        read_config(read_settings(path), TrainConfig)
 
 
 def test_flags_override_the_file(tmp_path):
-    from gen_fast.training.config import parse_flags, read_config
+    from gen_fast.training.config import parse_flags, read_config, read_settings
 
     path = tmp_path / "config.yaml"
     path.write_text("answers: a.jsonl\nteacher: t\nout: o\nsteps: 7\nmicro_batch_tokens: 9\n")
     flags = ["--steps", "5", "--answers=b.jsonl", "--answers", "c.jsonl", "--prompt", "x: "]
     flags += ["--micro-batch-tokens", "null", "--report-to="]
-    config = read_config(path, parse_flags(flags))
+    config = read_config({**read_settings(path), **parse_flags(flags)}, TrainConfig)
     assert config == TrainConfig(
         answers=("b.jsonl", "c.jsonl"), teacher="t", out="o", steps=5, prompt="x: ", report_to=()
     )

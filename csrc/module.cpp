@@ -137,6 +137,14 @@ PYBIND11_MODULE(_C, m) {
     return gen_fast::cross_entropy(dtype(bf16), at<void>(logits), at<int64_t>(targets),
                             at<float>(losses), rows, vocabulary);
   });
+  m.def("dropout", [](bool bf16, Address x, int64_t stride, Address text_keys, Address positions,
+                      Address out, int64_t rows, int64_t size, uint32_t first_kept, float scale,
+                      uint64_t seed, uint32_t c2) {
+    py::gil_scoped_release release;
+    gen_fast::dropout(dtype(bf16), {at<void>(x), stride, at<int32_t>(text_keys),
+                                    at<int64_t>(positions), at<void>(out), rows, size, first_kept,
+                                    scale, seed, c2});
+  });
   py::class_<gen_fast::AttentionOptions>(m, "AttentionOptions")
       .def(py::init([](Address cu_seqlens_q, Address cu_seqlens_k, int64_t texts, Address prefix_k,
                        Address prefix_v, int64_t prefix, int64_t prefix_k_stride,

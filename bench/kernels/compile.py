@@ -82,6 +82,7 @@ def row_cases(hidden: int, wide: int, heads: int) -> Iterator[Case]:
     """Every op but attention at one model's sizes."""
     from gen_fast.ops.append import triton_kernel as append
     from gen_fast.ops.distill import triton_kernel as distill
+    from gen_fast.ops.dropout import triton_kernel as dropout
     from gen_fast.ops.norm import triton_kernel as norm
     from gen_fast.ops.pool import triton_kernel as pool
     from gen_fast.ops.qlinear import triton_kernel as qlinear
@@ -93,7 +94,7 @@ def row_cases(hidden: int, wide: int, heads: int) -> Iterator[Case]:
     cos = empty(4096, 64, dtype=torch.float32)
     offsets, ids = empty(65, dtype=torch.int32), empty(4096, dtype=torch.int64)
     table, logits = empty(151936, hidden), empty(4096, 151936)
-    losses = empty(4096, dtype=torch.float32)
+    losses, keys = empty(4096, dtype=torch.float32), empty(4096, dtype=torch.int32)
     grad, eps = empty(4096, wide), 1e-6
     calls = {
         ("append", "forward"): lambda: append.append(table, x, ids),
@@ -106,6 +107,7 @@ def row_cases(hidden: int, wide: int, heads: int) -> Iterator[Case]:
         ("swiglu", "forward"): lambda: swiglu.swiglu(gate_up),
         ("swiglu", "backward"): lambda: swiglu.swiglu_backward(grad, gate_up),
         ("pool", "forward"): lambda: pool.pool(x, offsets, w, eps, None),
+        ("dropout", "forward"): lambda: dropout.dropout(x, keys, ids, 0.05, 1, 0),
         ("distill", "row loss"): lambda: distill.row_loss(logits, ids, losses),
     }
     for (op, name), call in calls.items():

@@ -71,6 +71,22 @@ void pool(Dtype dtype, const void* hidden, const int32_t* cu_seqlens, const void
 int64_t cross_entropy(Dtype dtype, void* logits, const int64_t* targets, float* losses,
                       int64_t rows, int64_t vocabulary);
 
+struct DropoutArguments {
+  const void* x;             // [rows, size]
+  int64_t stride;            // of a row of x
+  const int32_t* text_keys;  // [rows]
+  const int64_t* positions;  // [rows]
+  void* out;                 // [rows, size]
+  int64_t rows, size;
+  uint32_t first_kept;       // of the words that are drawn
+  float scale;               // of what is kept
+  uint64_t seed;
+  uint32_t c2;               // of the counters: which dropout this is
+};
+
+// out = x * scale where an element is kept, else 0; see kernels/dropout/README.md.
+void dropout(Dtype dtype, const DropoutArguments& arguments);
+
 enum class Mask { causal, bidirectional, gem };
 
 // kernels/attention/options.py: what calls with other q, k and v may share.

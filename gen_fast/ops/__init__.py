@@ -26,7 +26,17 @@ from gen_fast.errors import ImplementationError
 
 logger = logging.getLogger(__name__)
 
-OP_NAMES = ("append", "attention", "distill", "norm", "pool", "qlinear", "rope", "swiglu")
+OP_NAMES = (
+    "append",
+    "attention",
+    "distill",
+    "dropout",
+    "norm",
+    "pool",
+    "qlinear",
+    "rope",
+    "swiglu",
+)
 
 # What runs, and the name users force it by: in `impl=`, in GEN_FAST_IMPL and in `gen-fast info`.
 REFERENCE = "reference"  # plain torch, the oracle of the others

@@ -22,7 +22,16 @@ FP8_SINCE = 89
 
 # Arguments of a kernel that change from batch to batch: without this Triton compiles it anew for 1
 # and for multiples of 16.
-PER_BATCH = ("n_rows", "n_texts", "n_prefix", "window")
+PER_BATCH = (
+    "n_rows",
+    "n_texts",
+    "n_prefix",
+    "window",
+    "seed",
+    "first_kept",
+    "layer",
+    "stream",
+)
 
 
 @cache

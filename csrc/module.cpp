@@ -148,11 +148,15 @@ PYBIND11_MODULE(_C, m) {
   py::class_<gen_fast::AttentionOptions>(m, "AttentionOptions")
       .def(py::init([](Address cu_seqlens_q, Address cu_seqlens_k, int64_t texts, Address prefix_k,
                        Address prefix_v, int64_t prefix, int64_t prefix_k_stride,
-                       int64_t prefix_v_stride, int64_t window, int mask, Address blocks) {
+                       int64_t prefix_v_stride, int64_t window, int mask, Address blocks,
+                       Address text_keys, uint64_t seed, int64_t layer, uint32_t first_kept,
+                       float kept_scale) {
         return gen_fast::AttentionOptions{at<int32_t>(cu_seqlens_q), at<int32_t>(cu_seqlens_k),
                                           texts, at<void>(prefix_k), at<void>(prefix_v), prefix,
                                           prefix_k_stride, prefix_v_stride, window,
-                                          (gen_fast::Mask)mask, at<int32_t>(blocks)};
+                                          (gen_fast::Mask)mask, at<int32_t>(blocks),
+                                          at<int32_t>(text_keys), seed, layer, first_kept,
+                                          kept_scale};
       }));
   m.def("attention", [](const gen_fast::AttentionOptions& options, bool bf16, Address q, Address k,
                         Address v, int64_t q_stride, int64_t k_stride, int64_t v_stride,

@@ -64,6 +64,8 @@ def cases(quick: bool) -> Iterator[Case]:
             yield from attention_cases(size, torch.bfloat16, "causal", prefix=False)
         for mask in ("causal", "bidirectional", "gem"):
             yield from attention_cases(128, torch.bfloat16, mask, prefix=True)
+        for size in (64, 128):
+            yield from attention_cases(size, torch.bfloat16, "bidirectional", False, dropout=0.3)
         yield from attention_cases(128, torch.float32, "causal", prefix=True)
         return
     yield from row_cases(4096, 12288, 40)
@@ -71,6 +73,8 @@ def cases(quick: bool) -> Iterator[Case]:
         yield from attention_cases(size, torch.bfloat16, "causal", prefix=size in (64, 128))
     for mask in ("bidirectional", "gem"):
         yield from attention_cases(128, torch.bfloat16, mask, prefix=True)
+    for size in (64, 128, 256):
+        yield from attention_cases(size, torch.bfloat16, "bidirectional", False, dropout=0.3)
     yield from attention_cases(128, torch.bfloat16, "causal", prefix=True, window=4096)
     # One text, one head and a prefix of one token: what Triton would make constants.
     yield from attention_cases(128, torch.bfloat16, "causal", prefix=True, ones=True)
@@ -129,6 +133,7 @@ def attention_cases(
     prefix: bool,
     window: int | None = None,
     ones: bool = False,
+    dropout: float = 0.0,
 ) -> Iterator[Case]:
     from gen_fast.ops.attention import AttentionOptions, triton_backward, triton_kernel
 
@@ -138,8 +143,9 @@ def attention_cases(
     offsets = empty(texts + 1, dtype=torch.int32)
     blocks = empty(texts, 2, dtype=torch.int32) if mask == "gem" else None
     shared = (empty(n_prefix, kv_heads, size, dtype=dtype),) * 2 if prefix else (None, None)
-    options = AttentionOptions(offsets, offsets, *shared, window, mask, blocks)
+    options = AttentionOptions(offsets, offsets, *shared, window, mask, blocks, dropout)
     suffix = f"{' with prefix' * prefix}{' and window' * bool(window)}{' of one' * ones}"
+    suffix += " with dropout" * (dropout > 0)
     name = f"{mask}{suffix}, {size}, {TYPES[dtype]}"
     yield Case("attention", f"forward, {name}", lambda: triton_kernel.attention(q, k, k, options))
     yield Case(

@@ -1,5 +1,6 @@
-// What attention and its gradient share: which keys a query sees, and how keys and values lie for
-// the products. Included once for each instruction set, after product.h.
+// What attention and its gradient share: which keys a query sees, which weights are dropped, and how
+// keys and values lie for the products. Included once for each instruction set, after product.h and
+// philox.h.
 
 namespace gen_fast::GEN_FAST_ISA {
 
@@ -63,6 +64,37 @@ struct TextMask {
     if (seen.gap < seen.last && seen.last <= seen.resume) seen.last = seen.gap;
     if (seen.gap <= seen.first || seen.gap >= seen.last) seen.gap = seen.resume = 0;
     return seen;
+  }
+};
+
+// Dropout of the weights of one text and the heads of a group, for a block of keys at a time.
+struct Dropout {
+  const Philox& philox;
+  uint32_t text_key, c2;  // c2: of the group's first head
+  Columns columns[KEYS / (2 * W)];
+  uint32_t row_c1[ROWS], row_c2[ROWS];  // of a tile
+
+  Dropout(const Philox& drawn, const AttentionArguments& args, int64_t text, int64_t first_head)
+      : philox(drawn),
+        text_key((uint32_t)args.text_keys[text]),
+        c2((uint32_t)(args.layer << 16 | first_head)) {}
+
+  void go_to_block(int64_t first_key) {
+    for (int i = 0; i < KEYS / (2 * W); ++i) {
+      columns[i] = Columns(philox, text_key, (uint32_t)(first_key / 4 + i * (W / 2)));
+    }
+  }
+
+  // Row i of the tile: the own position of its query and its head within the group.
+  void set_row(int i, int64_t position, int64_t head) {
+    row_c1[i] = (uint32_t)position;
+    row_c2[i] = c2 + (uint32_t)head;
+  }
+
+  // Calls use(j, mask) for the keys j … j + W - 1 of row i, until `count` keys have been had.
+  template <class Use>
+  void each_mask(int i, int count, const Use& use) const {
+    GEN_FAST_ISA::each_mask(philox, columns, Row(philox, row_c1[i], row_c2[i]), count, use);
   }
 };
 

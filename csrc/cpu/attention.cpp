@@ -8,6 +8,7 @@
 #if !defined(GEN_FAST_ISA)
 #define GEN_FAST_SOURCE "cpu/attention.cpp"
 #include <memory>
+#include <optional>
 #include <type_traits>
 #include <vector>
 
@@ -31,6 +32,7 @@ void attention(Dtype dtype, const AttentionArguments& arguments) {
 #else
 #include "common/vector.h"
 #include "common/product.h"
+#include "common/philox.h"
 #include "common/keys.h"
 
 namespace gen_fast::GEN_FAST_ISA {
@@ -71,9 +73,10 @@ static void pack_block(Workspace<Op>& work, const In* k, int64_t k_stride, const
 }
 
 // Scores, softmax weights and output of M rows against the packed block, of which row i sees
-// keys[i].
+// keys[i]. dropout: null for none.
 template <class Op, int M>
-static void attend(Workspace<Op>& work, int64_t row, const Seen* keys, float scale) {
+static void attend(Workspace<Op>& work, int64_t row, const Seen* keys, float scale,
+                   const Dropout* dropout) {
   typedef typename Op::type T;
   const int64_t q_size = work.size + work.size % 2;
   float* scores = work.scores.data();
@@ -111,6 +114,11 @@ static void attend(Workspace<Op>& work, int64_t row, const Seen* keys, float sca
       store(weight + j, w);
     }
     store(mass, load(mass) + added);
+    if (dropout) {  // after the sum: weights are of all that is seen
+      dropout->each_mask(i, seen, [weight](int j, vu mask) {
+        store(weight + j, keep(load(weight + j), mask));
+      });
+    }
   }
   product<Op, M, true>(work.weights.data(), KEYS, work.values.data(), work.padded, work.padded,
                        (furthest + 1) / 2 * 2, work.out.data() + row * work.padded, work.padded);
@@ -123,11 +131,12 @@ struct Rows {
   TextMask mask;
 };
 
-// All runs against keys [0, n_keys) that stand at positions base, base + 1, … .
+// All runs against keys [0, n_keys) that stand at positions base, base + 1, … . dropout: null for
+// none; it is of one text, so of one run.
 template <class Op, class In>
 static void attend_keys(Workspace<Op>& work, const Rows* runs, int64_t n_runs, int64_t group,
                         const In* k, int64_t k_stride, const In* v, int64_t v_stride,
-                        int64_t n_keys, int64_t base, float scale) {
+                        int64_t n_keys, int64_t base, float scale, Dropout* dropout) {
   int64_t furthest = 0;
   for (int64_t i = 0; i < n_runs; ++i) {
     const int64_t last = runs[i].position + (runs[i].end - runs[i].begin - 1) / group;
@@ -143,16 +152,19 @@ static void attend_keys(Workspace<Op>& work, const Rows* runs, int64_t n_runs, i
         Seen keys[ROWS];
         bool any = false;
         for (int64_t r = 0; r < n; ++r) {
-          const int64_t position = runs[i].position + (row + r - runs[i].begin) / group;
+          const int64_t within = row + r - runs[i].begin;
+          const int64_t position = runs[i].position + within / group;
           keys[r] = runs[i].mask.seen(position, base + block, count);
           any |= keys[r].any();
+          if (dropout) dropout->set_row(r, position, within % group);
         }
         if (!any) continue;
         if (!packed) {
           pack_block(work, k + block * k_stride, k_stride, v + block * v_stride, v_stride, count);
+          if (dropout) dropout->go_to_block(block);
         }
         packed = true;
-        with_rows(n, [&](auto rows) { attend<Op, rows>(work, row, keys, scale); });
+        with_rows(n, [&](auto rows) { attend<Op, rows>(work, row, keys, scale, dropout); });
       }
     }
   }
@@ -160,7 +172,8 @@ static void attend_keys(Workspace<Op>& work, const Rows* runs, int64_t n_runs, i
 
 template <class Op, class In>
 static void run_chunk(const AttentionArguments& args, Workspace<Op>& work, int64_t kv_head,
-                      int64_t first_token, int64_t last_token, int64_t text) {
+                      int64_t first_token, int64_t last_token, int64_t text,
+                      const Philox* philox) {
   const int64_t d = args.size, group = args.heads / args.kv_heads, q_size = d + d % 2;
   const int64_t n_rows = (last_token - first_token) * group;
   const float scale = LOG2_E / std::sqrt((float)d);  // softmax in base 2
@@ -192,19 +205,21 @@ static void run_chunk(const AttentionArguments& args, Workspace<Op>& work, int64
     attend_keys(work, runs.data(), (int64_t)runs.size(), group,
                 (const In*)args.prefix_k + kv_head * d, args.prefix_k_stride,
                 (const In*)args.prefix_v + kv_head * d, args.prefix_v_stride, args.prefix, 0,
-                scale);
+                scale, nullptr);
   }
   for (size_t i = 0; i < runs.size(); ++i) {
     const int64_t k0 = args.cu_seqlens_k[texts[i]], k1 = args.cu_seqlens_k[texts[i] + 1];
+    std::optional<Dropout> dropout;
+    if (philox) dropout.emplace(*philox, args, texts[i], kv_head * group);
     attend_keys(work, &runs[i], 1, group, (const In*)args.k + k0 * args.k_stride + kv_head * d,
                 args.k_stride, (const In*)args.v + k0 * args.v_stride + kv_head * d,
-                args.v_stride, k1 - k0, args.prefix, scale);
+                args.v_stride, k1 - k0, args.prefix, scale, dropout ? &*dropout : nullptr);
   }
 
   In* out = (In*)args.out;
   for (int64_t r = 0; r < n_rows; ++r) {
     In* to = out + ((first_token + r / group) * args.heads + kv_head * group + r % group) * d;
-    const float mass = sum(load(work.mass.data() + r * W)), inverse = 1.0f / mass;
+    const float mass = sum(load(work.mass.data() + r * W)), inverse = args.kept_scale / mass;
     if (args.lse) {
       args.lse[(first_token + r / group) * args.heads + kv_head * group + r % group] =
           (work.peak[r] + std::log2(mass)) * LN_2;
@@ -223,6 +238,8 @@ static void run(const AttentionArguments& args) {
   const int64_t chunks = (rows + tokens - 1) / tokens;
   const int64_t keys = args.cu_seqlens_k[args.texts] + args.prefix;
   const int64_t elements = (rows * args.heads + keys * args.kv_heads) * args.size;
+  std::optional<Philox> philox;
+  if (args.text_keys) philox.emplace(args.seed, args.first_kept);
   parallel_tasks(chunks * args.kv_heads, elements, [&](int64_t task) {
     // One workspace a thread, kept between calls: its size depends on the model alone.
     static thread_local std::unique_ptr<Workspace<Op>> work;
@@ -238,7 +255,8 @@ static void run(const AttentionArguments& args) {
       const int64_t middle = (low + high) / 2;
       (args.cu_seqlens_q[middle] <= first ? low : high) = middle;
     }
-    run_chunk<Op, In>(args, *work, task % args.kv_heads, first, last, low);
+    run_chunk<Op, In>(args, *work, task % args.kv_heads, first, last, low,
+                      philox ? &*philox : nullptr);
   });
 }
 

@@ -5,10 +5,12 @@
 // weights remade from the log-sum-exp and delta = sum(dO · O) of a row:
 //   S = Q · Kᵀ    dP = dO · Vᵀ    dS = P · (dP - delta)
 //   dQ += dS · K    dV += Pᵀ · dO    dK += dSᵀ · Q
+// With dropout, dP and the P of dV are 0 where a weight was dropped, and scaled elsewhere.
 // Source: Dao, arXiv 2307.08691, algorithm 2.
 #if !defined(GEN_FAST_ISA)
 #define GEN_FAST_SOURCE "cpu/attention_backward.cpp"
 #include <memory>
+#include <optional>
 #include <type_traits>
 #include <vector>
 
@@ -27,6 +29,7 @@ void attention_backward(Dtype dtype, const AttentionArguments& arguments,
 #else
 #include "common/vector.h"
 #include "common/product.h"
+#include "common/philox.h"
 #include "common/keys.h"
 
 namespace gen_fast::GEN_FAST_ISA {
@@ -45,6 +48,7 @@ struct Workspace {
   std::vector<T> weights, dscores;       // paired, [most / pair][KEYS][pair]
   std::vector<T> dscores_rows;           // [ROWS, KEYS]
   std::vector<float> scores, dweights;   // [ROWS, KEYS]
+  std::vector<uint32_t> masks;           // [ROWS, KEYS], for dropout
   std::vector<float> lse, delta;         // [most]
   std::vector<float> dq;                 // [most, padded]
   std::vector<float> dk, dv;             // [keys of the text, padded]
@@ -66,6 +70,7 @@ struct Workspace {
         dscores_rows(ROWS * KEYS),
         scores(ROWS * KEYS),
         dweights(ROWS * KEYS),
+        masks(ROWS * KEYS),
         lse(most),
         delta(most),
         dq(most * padded) {}
@@ -81,9 +86,10 @@ static inline void put_vectors(typename Op::type* to, int64_t row, int64_t j, vf
 }
 
 // Weights and score gradients of M rows against the packed block, of which row i sees seen[i]; adds
-// to the gradient of q.
+// to the gradient of q. dropout: null for none; the weights are those kept, not yet scaled.
 template <class Op, int M>
-static void differentiate_rows(Workspace<Op>& work, int64_t row, const Seen* seen, float scale) {
+static void differentiate_rows(Workspace<Op>& work, int64_t row, const Seen* seen, float scale,
+                               const Dropout* dropout, float kept_scale) {
   const int64_t depth = Op::pair == 2 ? work.depth : work.size;
   // Keys that no row of the tile sees, in whole vectors, are left out: half of a diagonal block.
   int furthest = 0;
@@ -94,18 +100,38 @@ static void differentiate_rows(Workspace<Op>& work, int64_t row, const Seen* see
   product<Op, M, false>(work.dout.data() + row * work.depth, work.depth, work.values_t.data(), KEYS,
                         columns, depth, work.dweights.data(), KEYS);
   for (int i = 0; i < M; ++i) seen[i].hide(work.scores.data() + i * KEYS, columns);
-  for (int i = 0; i < M; i += 2) {
-    for (int j = 0; j < KEYS; j += W) {
-      vf weight[2] = {}, change[2] = {};  // of hidden keys, and of a row beyond the last: nothing
-      for (int r = 0; r < 2 && i + r < M && j < columns; ++r) {
-        const int64_t at = (i + r) * KEYS + j, of = row + i + r;
-        weight[r] = exp2(load(work.scores.data() + at) * scale - work.lse[of]);
-        change[r] = weight[r] * (load(work.dweights.data() + at) - work.delta[of]);
-        store(work.dscores_rows.data() + at, change[r]);
+  const auto differentiate_weights = [&](auto dropping) {
+    for (int i = 0; i < M; i += 2) {
+      for (int j = 0; j < KEYS; j += W) {
+        vf weight[2] = {}, change[2] = {};  // of hidden keys, and of a row beyond the last: nothing
+        for (int r = 0; r < 2 && i + r < M && j < columns; ++r) {
+          const int64_t at = (i + r) * KEYS + j, of = row + i + r;
+          vf dweight = load(work.dweights.data() + at);
+          vu mask;
+          if constexpr (dropping) {
+            std::memcpy(&mask, work.masks.data() + at, sizeof mask);
+            dweight = keep(dweight * kept_scale, mask);
+          }
+          weight[r] = exp2(load(work.scores.data() + at) * scale - work.lse[of]);
+          change[r] = weight[r] * (dweight - work.delta[of]);
+          store(work.dscores_rows.data() + at, change[r]);
+          if constexpr (dropping) weight[r] = keep(weight[r], mask);
+        }
+        put_vectors<Op>(work.weights.data(), row + i, j, weight[0], weight[1]);
+        put_vectors<Op>(work.dscores.data(), row + i, j, change[0], change[1]);
       }
-      put_vectors<Op>(work.weights.data(), row + i, j, weight[0], weight[1]);
-      put_vectors<Op>(work.dscores.data(), row + i, j, change[0], change[1]);
     }
+  };
+  if (dropout) {
+    for (int i = 0; i < M; ++i) {
+      uint32_t* masks = work.masks.data() + i * KEYS;
+      dropout->each_mask(i, columns, [masks](int j, vu mask) {
+        std::memcpy(masks + j, &mask, sizeof mask);
+      });
+    }
+    differentiate_weights(std::true_type());
+  } else {
+    differentiate_weights(std::false_type());
   }
   product<Op, M, true>(work.dscores_rows.data(), KEYS, work.keys_paired.data(), work.padded,
                        work.padded, (furthest + 1) / 2 * 2,
@@ -136,11 +162,13 @@ struct Chunk {
   TextMask mask;
 };
 
-// The chunk against keys [0, n_keys) at positions base, base + 1, …; dk is null for a prefix.
+// The chunk against keys [0, n_keys) at positions base, base + 1, …; dk is null for a prefix, and
+// dropout where there is none.
 template <class Op, class In>
 static void differentiate_keys(Workspace<Op>& work, const Chunk& chunk, const In* k,
                                int64_t k_stride, const In* v, int64_t v_stride, int64_t n_keys,
-                               int64_t base, float scale, float* dk, float* dv) {
+                               int64_t base, float scale, float* dk, float* dv,
+                               Dropout* dropout, float kept_scale) {
   const int64_t d = work.size;
   n_keys = chunk.mask.reach(chunk.position + (chunk.rows - 1) / chunk.group, base, n_keys);
   for (int64_t block = 0; block < n_keys; block += KEYS) {
@@ -152,6 +180,7 @@ static void differentiate_keys(Workspace<Op>& work, const Chunk& chunk, const In
       const In *key = k + (block + j) * k_stride, *next = j + 1 < count ? key + k_stride : key;
       put_rows<Op>(work.keys_paired.data(), j, work.padded, key, next, d);
     }
+    if (dropout) dropout->go_to_block(block);
     int64_t seeing = chunk.rows;  // the first row that sees any of these keys, rounded to pairs
     for (int64_t row = 0; row < chunk.rows; row += ROWS) {
       const int64_t n = chunk.rows - row < ROWS ? chunk.rows - row : ROWS;
@@ -161,10 +190,13 @@ static void differentiate_keys(Workspace<Op>& work, const Chunk& chunk, const In
         const int64_t position = chunk.position + (row + r) / chunk.group;
         seen[r] = chunk.mask.seen(position, base + block, count);
         any |= seen[r].any();
+        if (dropout) dropout->set_row(r, position, (row + r) % chunk.group);
       }
       if (any) {
         if (seeing == chunk.rows) seeing = row;  // ROWS is even
-        with_rows(n, [&](auto m) { differentiate_rows<Op, m>(work, row, seen, scale); });
+        with_rows(n, [&](auto m) {
+          differentiate_rows<Op, m>(work, row, seen, scale, dropout, kept_scale);
+        });
       } else if (seeing != chunk.rows) {
         // None of these keys: no weight, but within the rows that are summed below.
         for (int64_t r = row; r < row + n; r += 2) {
@@ -197,12 +229,15 @@ static void write_rows(In* to, int64_t stride, const float* from, int64_t padded
 
 template <class Op, class In>
 static void differentiate_text(const AttentionArguments& args, const AttentionGradients& grads,
-                               Workspace<Op>& work, int64_t text, int64_t kv_head) {
+                               Workspace<Op>& work, int64_t text, int64_t kv_head,
+                               const Philox* philox) {
   const int64_t q0 = args.cu_seqlens_q[text], q1 = args.cu_seqlens_q[text + 1];
   const int64_t k0 = args.cu_seqlens_k[text], n_keys = args.cu_seqlens_k[text + 1] - k0;
   const int64_t d = args.size, group = args.heads / args.kv_heads, padded = work.padded;
   if (q1 == q0) return;  // the gradients of its keys stay zero
   const float root = 1.0f / std::sqrt((float)d), scale = LOG2_E * root;
+  std::optional<Dropout> dropout;
+  if (philox) dropout.emplace(*philox, args, text, kv_head * group);
   work.dk.assign(n_keys * padded, 0.0f);
   work.dv.assign(n_keys * padded, 0.0f);
   const int64_t tokens = tokens_of_chunk(group);
@@ -238,7 +273,7 @@ static void differentiate_text(const AttentionArguments& args, const AttentionGr
                                    float* dk, float* dv) {
       differentiate_keys<Op>(work, chunk, (const In*)k + from * k_stride + kv_head * d, k_stride,
                              (const In*)v + from * v_stride + kv_head * d, v_stride, n, base, scale,
-                             dk, dv);
+                             dk, dv, dropout ? &*dropout : nullptr, args.kept_scale);
     };
     if (args.prefix) {
       differentiate(args.prefix_k, args.prefix_k_stride, args.prefix_v, args.prefix_v_stride, 0,
@@ -253,7 +288,8 @@ static void differentiate_text(const AttentionArguments& args, const AttentionGr
   }
   const int64_t stride = args.kv_heads * d, first = k0 * stride + kv_head * d;
   write_rows((In*)grads.dk + first, stride, work.dk.data(), padded, n_keys, d, root);
-  write_rows((In*)grads.dv + first, stride, work.dv.data(), padded, n_keys, d, 1.0f);
+  write_rows((In*)grads.dv + first, stride, work.dv.data(), padded, n_keys, d,
+             args.kept_scale);
 }
 
 template <class Op, class In>
@@ -262,13 +298,16 @@ static void run(const AttentionArguments& args, const AttentionGradients& grads)
   const int64_t keys = args.cu_seqlens_k[args.texts] + args.prefix;
   const int64_t queries = args.cu_seqlens_q[args.texts];
   const int64_t elements = (queries * args.heads + keys * args.kv_heads) * args.size;
+  std::optional<Philox> philox;
+  if (args.text_keys) philox.emplace(args.seed, args.first_kept);
   parallel_tasks(args.texts * args.kv_heads, elements, [&](int64_t task) {
     // One workspace a thread, kept between calls: sized by the model and its longest text so far.
     static thread_local std::unique_ptr<Workspace<Op>> work;
     if (!work || work->size != args.size || work->most < rows) {
       work.reset(new Workspace<Op>(rows, args.size));
     }
-    differentiate_text<Op, In>(args, grads, *work, task / args.kv_heads, task % args.kv_heads);
+    differentiate_text<Op, In>(args, grads, *work, task / args.kv_heads, task % args.kv_heads,
+                               philox ? &*philox : nullptr);
   });
 }
 

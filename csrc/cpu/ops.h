@@ -99,6 +99,11 @@ struct AttentionOptions {
   int64_t window;                              // 0 for full attention
   Mask mask;
   const int32_t* blocks;                       // [texts, 2] for the GEM mask
+  const int32_t* text_keys;                    // [texts] for dropout; null for none
+  uint64_t seed;
+  int64_t layer;
+  uint32_t first_kept;                         // of the words that are drawn
+  float kept_scale;                            // of the weights that are kept; 1 without dropout
 };
 
 struct AttentionArguments : AttentionOptions {

@@ -27,7 +27,7 @@ from .options import AttentionOptions
 # The fields of AttentionOptions.
 _OPTIONS = (
     "Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? prefix_k, Tensor? prefix_v, int? window,"
-    " str mask, Tensor? blocks"
+    " str mask, Tensor? blocks, float dropout, int seed, int layer, Tensor? text_keys"
 )
 
 
@@ -53,7 +53,7 @@ BACKWARD = Op(
     f"(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_OPTIONS})"
     " -> (Tensor, Tensor, Tensor)",
     lambda dout, q, k, v, *rest: tuple(x.new_empty(x.shape) for x in (q, k, v)),
-    option=lambda *inputs: inputs[-1].mask,
+    option=lambda *inputs: inputs[-1].variant,
     options=AttentionOptions,
 )
 OP = Op(
@@ -65,7 +65,7 @@ OP = Op(
     ),
     BACKWARD,
     _check,
-    option=lambda q, k, v, options: options.mask,
+    option=lambda q, k, v, options: options.variant,
     options=AttentionOptions,
 )
 OP.register(REFERENCE)(reference.attention)
@@ -150,6 +150,8 @@ def _cpp_backward(dout: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, options = inputs
     ctx.window, ctx.mask = options.window, options.mask
+    # What is dropped is chosen anew from these.
+    ctx.dropout, ctx.seed, ctx.layer = options.dropout, options.seed, options.layer
     ctx.save_for_backward(
         q,
         k,
@@ -160,12 +162,13 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
         options.prefix_k,
         options.prefix_v,
         options.blocks,
+        options.text_keys,
     )
     ctx.mark_non_differentiable(output[1])
 
 
 def _gradient(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    *tensors, cu_seqlens_q, cu_seqlens_k, prefix_k, prefix_v, blocks = ctx.saved_tensors
+    *tensors, cu_seqlens_q, cu_seqlens_k, prefix_k, prefix_v, blocks, text_keys = ctx.saved_tensors
     options = AttentionOptions(
         cu_seqlens_q,
         cu_seqlens_k,
@@ -174,6 +177,10 @@ def _gradient(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         ctx.window,
         ctx.mask,
         blocks,
+        ctx.dropout,
+        ctx.seed,
+        ctx.layer,
+        text_keys,
     )
     inputs = BACKWARD.flat((dout.contiguous(), *tensors, options))
     dq, dk, dv = BACKWARD.torch_op(*inputs, impl=ctx.impl)
@@ -199,7 +206,8 @@ def attention(
     Gradients reach q, k and v. Raises OpError for shapes and dtypes that do not fit.
 
     Source: Ainslie et al., arXiv 2305.13245 (grouped queries); Dao, arXiv 2307.08691 (varlen);
-    BehnamGhader et al., arXiv 2404.05961, §2.1 (bidirectional); GEM, arXiv 2506.04344 (mask).
+    BehnamGhader et al., arXiv 2404.05961, §2.1 (bidirectional); GEM, arXiv 2506.04344 (mask);
+    Salmon et al., SC'11 (Philox4x32-10, for dropout).
     """
     result: Tensor = OP(q, k, v, options, impl=impl)[0]
     return result

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from gen_fast.errors import OpError
 from gen_fast.ops import native
+from gen_fast.ops.dropout.philox import LAYERS, check_dropout, threshold, words_of
 from gen_fast.ops.layout import dense_rows
 
 MASKS = ("causal", "bidirectional", "gem")
@@ -16,14 +17,14 @@ _MASK_NUMBERS = {mask: number for number, mask in enumerate(MASKS)}  # csrc/cpu/
 
 @dataclass(frozen=True, eq=False)
 class AttentionOptions:
-    """Where each text lies in the packed rows, its prefix and its mask.
+    """Where each text lies in the packed rows, its prefix, its mask and its dropout.
 
     B texts, P prefix tokens, KV key/value heads, D head size. Layers that share all of this should
     share the object: it is checked, and prepared for C++, once. Its tensors must not be
     changed: C++ may keep copies of them.
-    Raises OpError for shapes and dtypes that do not fit, and for a mask that does not exist or
-    cannot be combined. What cu_seqlens and blocks hold is not looked at: on a GPU that would stop
-    the host.
+    Raises OpError for shapes and dtypes that do not fit, for a mask that does not exist or cannot
+    be combined, and for dropout with a prefix. What cu_seqlens and blocks hold is not looked at: on
+    a GPU that would stop the host.
     """
 
     cu_seqlens_q: Tensor
@@ -43,6 +44,17 @@ class AttentionOptions:
     """[B, 2] int32, with the gem mask only: blocks[i] = (first, after) marks special tokens at own
     positions first … after - 1. They do not see each other, and tokens after them see neither the
     prefix nor the text before them."""
+    dropout: float = 0.0
+    """Share of the weights that are dropped after the softmax, the others scaled by
+    1 / (1 - dropout); not with a prefix, which is frozen and computed without."""
+    seed: int = 0
+    """In [0, 2^63), for dropout. A weight is dropped or not for its seed, layer, head, text key and
+    own positions of query and key alone."""
+    layer: int = 0
+    """Below 32,768: layers with one seed drop different weights."""
+    text_keys: Tensor | None = None
+    """[B] int32 or int64, of which the low 32 bits count: a number of each text, the same wherever
+    the same is to be dropped; by default its place in the batch."""
 
     def __post_init__(self) -> None:
         _check_cu_seqlens(self.cu_seqlens_q, self.cu_seqlens_q.numel())
@@ -54,11 +66,18 @@ class AttentionOptions:
             raise OpError(f"a sliding window is at least 1 token, not {self.window}")
         if self.mask != "causal" or self.blocks is not None:
             self._check_mask()
+        if self.dropout:
+            self._check_dropout()
 
     def _check_prefix(self) -> None:
         k, v = self.prefix_k, self.prefix_v
         if k is None or v is None or k.shape != v.shape or k.dtype != v.dtype:
             raise OpError("a prefix has as many keys as values, of one dtype")
+        if self.dropout:
+            raise OpError(
+                "dropout does not go with a prefix, which is frozen and computed without it: give"
+                " every text all of its tokens, or set dropout to 0"
+            )
 
     def _check_mask(self) -> None:
         if self.mask not in MASKS:
@@ -73,16 +92,44 @@ class AttentionOptions:
         ):
             raise OpError(f"blocks must be {list(shape)} of int32, not {list(self.blocks.shape)}")
 
+    def _check_dropout(self) -> None:
+        check_dropout(self.dropout, self.seed, self.text_keys)
+        if self.text_keys is not None and self.text_keys.shape != (self.texts,):
+            raise OpError(f"text_keys must be [{self.texts}], not {list(self.text_keys.shape)}")
+        self._check_layer()
+
+    def _check_layer(self) -> None:
+        if not 0 <= self.layer < LAYERS:
+            raise OpError(f"a layer is in [0, {LAYERS}), not {self.layer}")
+
     def with_prefix(self, k: Tensor, v: Tensor) -> "AttentionOptions":
         """The same of another layer, whose keys and values of the prefix are k and v.
 
         Only these are checked: a batch takes a new object a layer, and the rest has been looked at.
         """
-        other = object.__new__(AttentionOptions)
-        other.__dict__.update(self.__dict__, prefix_k=k, prefix_v=v)
-        other.__dict__.pop("_cpp", None)
+        other = self._with(prefix_k=k, prefix_v=v)
         other._check_prefix()
         return other
+
+    def with_layer(self, layer: int) -> "AttentionOptions":
+        """The same for another layer, whose dropout is its own. Without dropout, `self`."""
+        if not self.dropout:
+            return self
+        _ = self.text_words  # made once for all layers
+        other = self._with(layer=layer)
+        other._check_layer()
+        return other
+
+    def _with(self, **fields: Any) -> "AttentionOptions":
+        other = object.__new__(AttentionOptions)
+        other.__dict__.update(self.__dict__, **fields)
+        other.__dict__.pop("_cpp", None)
+        return other
+
+    @property
+    def variant(self) -> str:
+        """What the choice of an implementation depends on: the mask, and whether weights drop."""
+        return self.mask + " with dropout" if self.dropout else self.mask
 
     @property
     def texts(self) -> int:
@@ -97,6 +144,28 @@ class AttentionOptions:
         return dense_rows(self.prefix_k), dense_rows(self.prefix_v)
 
     @property
+    def text_words(self) -> Tensor | None:
+        """The text keys as the kernels read them, [B] int32; None without dropout."""
+        if not self.dropout:
+            return None
+        words: Tensor | None = self.__dict__.get("_text_words")
+        if words is None:
+            device, keys = self.cu_seqlens_q.device, self.text_keys
+            words = torch.arange(self.texts, device=device) if keys is None else keys
+            words = self.__dict__["_text_words"] = words_of(words)
+        return words
+
+    @property
+    def first_kept(self) -> int:
+        """Weights are kept whose word of 32 bits is not below this."""
+        return threshold(self.dropout)
+
+    @property
+    def kept_scale(self) -> float:
+        """What the weights that are kept are multiplied by."""
+        return 1 / (1 - self.dropout)
+
+    @property
     def cpp(self) -> tuple[Any, ...]:
         """The struct that C++ takes, and after it the tensors that it points into."""
         kept: tuple[Any, ...] | None = self.__dict__.get("_cpp")
@@ -107,6 +176,7 @@ class AttentionOptions:
     def _build_cpp(self) -> tuple[Any, ...]:
         prefix_k, prefix_v = self.prefix or (None, None)
         blocks = None if self.blocks is None else self.blocks.contiguous()
+        text_words = self.text_words
         struct = native.module().AttentionOptions(
             self.cu_seqlens_q.data_ptr(),
             self.cu_seqlens_k.data_ptr(),
@@ -119,8 +189,13 @@ class AttentionOptions:
             self.window or 0,
             _MASK_NUMBERS[self.mask],
             0 if blocks is None else blocks.data_ptr(),
+            0 if text_words is None else text_words.data_ptr(),
+            self.seed,
+            self.layer,
+            self.first_kept,
+            self.kept_scale,
         )
-        return struct, prefix_k, prefix_v, blocks
+        return struct, prefix_k, prefix_v, blocks, text_words
 
 
 def _check_cu_seqlens(cu_seqlens: Tensor, count: int) -> None:

@@ -6,6 +6,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from gen_fast.ops.dropout.philox import HEADS, kept
+
 from .options import AttentionOptions
 
 
@@ -43,8 +45,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> tup
     # Rows beyond the last text's are padding.
     end = int(options.cu_seqlens_q[-1])
     outputs, masses = [], []
-    for _, _, scores, values in _each_text(q, k, v, options):
-        outputs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), values))
+    for text, (_, _, scores, values) in enumerate(_each_text(q, k, v, options)):
+        weights = _dropped(scores.softmax(-1), text, options)
+        outputs.append(torch.einsum("hqk,khd->qhd", weights, values))
         masses.append(scores.to(wide).logsumexp(-1).T)
     outputs.append(torch.zeros_like(q[end:]))
     masses.append(torch.zeros_like(q[end:, :, 0], dtype=wide))
@@ -64,18 +67,21 @@ def attention_backward(
     wide = torch.promote_types(q.dtype, torch.float32)
     dq, dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (q, k, v))
     scale = q.shape[-1] ** -0.5
-    for rows, keys, scores, values in _each_text(q, k, v, options):
+    for text, (rows, keys, scores, values) in enumerate(_each_text(q, k, v, options)):
         n_key = keys.stop - keys.start
         own = scores.shape[-1] - n_key
         weights = (scores.to(wide) - lse[rows].to(wide).T.unsqueeze(-1)).exp()
         upstream = dout[rows].to(wide)
         delta = (upstream * out[rows].to(wide)).sum(-1).T.unsqueeze(-1)
         dweights = torch.einsum("qhd,khd->hqk", upstream, values.to(wide))
+        # The derivative of dropout is dropout.
+        dweights = _dropped(dweights, text, options)
         dscores = weights * (dweights - delta) * scale
         every_key = _with_prefix(k[keys], options.prefix_k, q.shape[1])
         dq[rows] = torch.einsum("hqk,khd->qhd", dscores, every_key.to(wide))
         # The heads of a group share a key: their gradients add up. The prefix has none.
-        for target, part, factor in ((dk, dscores, q), (dv, weights, dout)):
+        kept_weights = _dropped(weights, text, options)
+        for target, part, factor in ((dk, dscores, q), (dv, kept_weights, dout)):
             each_head = torch.einsum("hqk,qhd->khd", part[..., own:], factor[rows].to(wide))
             target[keys] = each_head.unflatten(1, (k.shape[1], -1)).sum(2)
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
@@ -98,6 +104,19 @@ def _each_text(
         block = (0, 0) if options.blocks is None else tuple(options.blocks[i].tolist())
         seen = visible(q1 - q0, k1 - k0, n_prefix, options.window, q.device, options.mask, block)
         yield slice(q0, q1), slice(k0, k1), scores.masked_fill(~seen, float("-inf")), values
+
+
+def _dropped(weights: Tensor, text: int, options: AttentionOptions) -> Tensor:
+    """`weights` [H, n, m] of one text with some of them 0 and the others scaled."""
+    text_words = options.text_words
+    if text_words is None:
+        return weights
+    heads, n_query, n_key = weights.shape
+    device = weights.device
+    position = torch.arange(n_key - n_query, n_key, device=device)
+    c2 = options.layer * HEADS + torch.arange(heads, device=device).unsqueeze(1)
+    keep = kept(options.seed, options.dropout, n_key, position, c2, text_words[text].long())
+    return torch.where(keep, weights * options.kept_scale, 0)
 
 
 def _with_prefix(own: Tensor, prefix: Tensor | None, heads: int) -> Tensor:

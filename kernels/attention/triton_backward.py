@@ -19,6 +19,8 @@ from .triton_kernel import (
     LOG2_E,
     dense_blocks,
     dot,
+    dropout_arguments,
+    kept_keys,
     load_rows,
     padded,
     pinned,
@@ -32,8 +34,9 @@ from .triton_kernel import (
 @triton.jit
 def _query_gradient(
     dq, q, dout, lse, delta, k, v, k_stride, v_stride, n_keys, begin, end, base, position,
-    kv_head, scale, window, first, after, MASK: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    D: tl.constexpr, D_PADDED: tl.constexpr, BLOCK_K: tl.constexpr,
+    kv_head, scale, window, first, after, seed, layer_head, text_key, first_kept, kept_scale,
+    MASK: tl.constexpr, HAS_WINDOW: tl.constexpr, DROPOUT: tl.constexpr, D: tl.constexpr,
+    D_PADDED: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Add what keys [begin, end) give to the gradient of one query tile."""
     heads = tl.zeros([BLOCK_K], tl.int32) + kv_head
@@ -47,6 +50,11 @@ def _query_gradient(
         weights = tl.exp2(scores - lse[:, None])
         weights = tl.where(seen & (keys < n_keys)[None, :], weights, 0.0)
         dweights = dot(dout, tl.trans(v_tile))  # [BLOCK_Q, BLOCK_K]
+        if DROPOUT:
+            keep = kept_keys(
+                seed, block, position, layer_head, text_key, first_kept, BLOCK_Q, BLOCK_K
+            )
+            dweights = tl.where(keep, dweights * kept_scale, 0.0)
         dscores = weights * (dweights - delta[:, None])
         dq += dot(dscores.to(k_tile.dtype), k_tile)  # [BLOCK_Q, D_PADDED]
     return dq
@@ -56,9 +64,10 @@ def _query_gradient(
 def _queries(
     dout, q, k, v, prefix_k, prefix_v, blocks, out, lse, delta, dq, cu_seqlens_q, cu_seqlens_k,
     n_rows, n_texts, n_prefix, q_stride, k_stride, v_stride, prefix_k_stride, prefix_v_stride,
-    heads, scale, window,
-    MASK: tl.constexpr, HAS_PREFIX: tl.constexpr, HAS_WINDOW: tl.constexpr, GROUP: tl.constexpr,
-    D: tl.constexpr, D_PADDED: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    heads, scale, window, text_keys, seed, layer, first_kept, kept_scale,
+    MASK: tl.constexpr, HAS_PREFIX: tl.constexpr, HAS_WINDOW: tl.constexpr, DROPOUT: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     kv_head = tl.program_id(1)
     text, tile = text_of_tile(tl.program_id(0), cu_seqlens_q, n_texts, GROUP, BLOCK_Q)
@@ -81,6 +90,9 @@ def _queries(
     first, after = 0, 0
     if MASK == "gem":
         first, after = tl.load(blocks + 2 * text), tl.load(blocks + 2 * text + 1)
+    layer_head, text_key = 0, 0
+    if DROPOUT:
+        layer_head, text_key = layer * 65536 + head, tl.load(text_keys + text)
 
     position = n_key - n_query + query
     q_end = q_start + n_query
@@ -102,8 +114,8 @@ def _queries(
         dq_sum = _query_gradient(
             dq_sum, q_tile, dout_tile, mass, shift, prefix_k, prefix_v, prefix_k_stride,
             prefix_v_stride, n_prefix, (oldest + n_prefix) // BLOCK_K * BLOCK_K, n_prefix,
-            -n_prefix, position, kv_head, scale, window, first, after, MASK, HAS_WINDOW, D,
-            D_PADDED, BLOCK_K,
+            -n_prefix, position, kv_head, scale, window, first, after, 0, 0, 0, 0, 0, MASK,
+            HAS_WINDOW, False, D, D_PADDED, BLOCK_Q, BLOCK_K,
         )  # fmt: skip
     end = n_key
     if MASK != "bidirectional":
@@ -111,7 +123,8 @@ def _queries(
     dq_sum = _query_gradient(
         dq_sum, q_tile, dout_tile, mass, shift, k + k_start * k_stride, v + k_start * v_stride,
         k_stride, v_stride, n_key, tl.maximum(oldest, 0) // BLOCK_K * BLOCK_K, end, 0, position,
-        kv_head, scale, window, first, after, MASK, HAS_WINDOW, D, D_PADDED, BLOCK_K,
+        kv_head, scale, window, first, after, seed, layer_head, text_key, first_kept, kept_scale,
+        MASK, HAS_WINDOW, DROPOUT, D, D_PADDED, BLOCK_Q, BLOCK_K,
     )  # fmt: skip
     # Scores were in powers of two: scale · ln 2 is 1/√D.
     dq_sum = tl.where(inside[:, None], dq_sum * (scale * 0.6931471805599453), 0.0)
@@ -121,9 +134,10 @@ def _queries(
 @triton.jit(do_not_specialize=gpu.PER_BATCH)
 def _keys(
     dout, q, k, v, blocks, lse, delta, dk, dv, cu_seqlens_q, cu_seqlens_k, n_rows, n_texts,
-    q_stride, k_stride, v_stride, heads, scale, window,
-    MASK: tl.constexpr, HAS_WINDOW: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
-    D_PADDED: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    q_stride, k_stride, v_stride, heads, scale, window, text_keys, seed, layer, first_kept,
+    kept_scale,
+    MASK: tl.constexpr, HAS_WINDOW: tl.constexpr, DROPOUT: tl.constexpr, GROUP: tl.constexpr,
+    D: tl.constexpr, D_PADDED: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     kv_head = tl.program_id(1)
     text, tile = text_of_tile(tl.program_id(0), cu_seqlens_k, n_texts, 1, BLOCK_K)
@@ -145,6 +159,9 @@ def _keys(
     first, after = 0, 0
     if MASK == "gem":
         first, after = tl.load(blocks + 2 * text), tl.load(blocks + 2 * text + 1)
+    text_key = 0
+    if DROPOUT:
+        text_key = tl.load(text_keys + text)
 
     k_heads = tl.zeros([BLOCK_K], tl.int32) + kv_head
     k_tile = load_rows(k, k_rows, k_stride, k_heads, k_start + n_key, D, D_PADDED)
@@ -172,15 +189,29 @@ def _keys(
         shift = tl.load(delta + of_query, mask=inside, other=0.0)
         # Keys by queries: weights and their gradients are left sides of products as they are.
         scores = dot(k_tile, tl.trans(q_tile)) * scale  # [BLOCK_K, BLOCK_Q]
-        position = (n_key - n_query + query)[None, :]
-        seen = seen_keys(position, key[:, None], window, first, after, MASK, HAS_WINDOW)
+        position = n_key - n_query + query
+        at_query = position[None, :]
+        seen = seen_keys(at_query, key[:, None], window, first, after, MASK, HAS_WINDOW)
         weights = tl.where(seen & inside[None, :], tl.exp2(scores - mass[None, :]), 0.0)
-        dv_sum += dot(weights.to(dout_tile.dtype), dout_tile)  # [BLOCK_K, D_PADDED]
+        kept_weights = weights
+        if DROPOUT:
+            keep = tl.trans(
+                kept_keys(
+                    seed, tile * BLOCK_K, position, layer * 65536 + head, text_key, first_kept,
+                    BLOCK_Q, BLOCK_K,
+                )
+            )  # fmt: skip
+            kept_weights = tl.where(keep, weights, 0.0)
+        dv_sum += dot(kept_weights.to(dout_tile.dtype), dout_tile)  # [BLOCK_K, D_PADDED]
         dweights = dot(v_tile, tl.trans(dout_tile))  # [BLOCK_K, BLOCK_Q]
+        if DROPOUT:
+            dweights = tl.where(keep, dweights * kept_scale, 0.0)
         dscores = (weights * (dweights - shift[None, :])).to(q_tile.dtype)
         dk_sum += dot(dscores, q_tile)  # [BLOCK_K, D_PADDED]
 
     dk_sum *= scale * 0.6931471805599453
+    if DROPOUT:
+        dv_sum *= kept_scale
     # Of the rows of padding in the tile: nothing.
     inside_k = (key < n_key)[:, None]
     dk_tile = tl.where(inside_k, dk_sum, 0.0).to(dk.dtype.element_ty)
@@ -203,6 +234,11 @@ _TILES = {
         256: (tile(32, 32, 8, 2), tile(32, 32, 8, 1)),
     },
 }
+# Words of the generator take registers: of the tiles above, those that do not spill beside them.
+_TILES_DROPOUT = {
+    80: {**_TILES[80], 256: (tile(32, 32, 8, 1),)},
+    90: {**_TILES[90], 128: (tile(64, 64, 8, 2),), 256: (tile(32, 32, 8, 1),)},
+}
 _TILES_FLOAT32 = {
     64: (tile(32, 32, 4, 1),),
     128: (tile(16, 32, 4, 1),),
@@ -210,8 +246,8 @@ _TILES_FLOAT32 = {
 }
 
 
-def _tiles(q: Tensor) -> tuple[Tile, ...]:
-    return pinned(q, _TILES, _TILES_FLOAT32)
+def _tiles(q: Tensor, options: AttentionOptions) -> tuple[Tile, ...]:
+    return pinned(q, _TILES_DROPOUT if options.dropout else _TILES, _TILES_FLOAT32)
 
 
 def attention_backward(
@@ -232,10 +268,11 @@ def attention_backward(
         return dq.zero_(), dk.zero_(), dv.zero_()
     delta, blocks = torch.empty_like(lse), dense_blocks(options.blocks)
     prefix_k, prefix_v = options.prefix or (k, v)
-    group = heads // kv_heads
+    group, dropout = heads // kv_heads, dropout_arguments(options)
     shared = {
         "MASK": options.mask,
         "HAS_WINDOW": options.window is not None,
+        "DROPOUT": options.dropout > 0,
         "GROUP": group,
         "D": size,
         "D_PADDED": padded(size),
@@ -244,7 +281,7 @@ def attention_backward(
     gpu.launch_tiled(
         _queries,
         lambda constants: (rows * group // constants["BLOCK_Q"] + texts, kv_heads),
-        _tiles(q),
+        _tiles(q, options),
         ("GROUP", "D"),
         dout,
         q,
@@ -270,13 +307,14 @@ def attention_backward(
         heads,
         scale,
         options.window or 0,
+        *dropout,
         HAS_PREFIX=options.prefix_k is not None,
         **shared,
     )
     gpu.launch_tiled(
         _keys,
         lambda constants: (len(k) // constants["BLOCK_K"] + texts, kv_heads),
-        _tiles(q),
+        _tiles(q, options),
         ("GROUP", "D"),
         dout,
         q,
@@ -297,6 +335,7 @@ def attention_backward(
         heads,
         scale,
         options.window or 0,
+        *dropout,
         **shared,
     )
     return dq, dk, dv

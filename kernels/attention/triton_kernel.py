@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gen_fast.errors import OpError
 from gen_fast.ops import gpu
+from gen_fast.ops.dropout.triton_kernel import kept
 from gen_fast.ops.gpu import Tile
 from gen_fast.ops.layout import dense_rows
 
@@ -79,6 +80,22 @@ def seen_keys(at, to, window, first, after, MASK: tl.constexpr, HAS_WINDOW: tl.c
 
 
 @triton.jit
+def kept_keys(
+    seed, block, position, layer_head, text_key, first_kept, ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Which weights [ROWS, BLOCK_K] of keys from `block` on are kept; block is a multiple of 4.
+
+    position, layer_head [ROWS]: own position of the query, layer · 65536 + its head.
+    """
+    counters = block // 4 + tl.arange(0, BLOCK_K // 4)
+    keep = kept(
+        seed, counters[None, :], position[:, None], layer_head[:, None], text_key, first_kept
+    )
+    return tl.reshape(keep, (ROWS, BLOCK_K))
+
+
+@triton.jit
 def load_rows(
     x, row, stride, head, rows_end, D: tl.constexpr, D_PADDED: tl.constexpr
 ):  # fmt: skip
@@ -94,10 +111,14 @@ def load_rows(
 @triton.jit
 def _attend(
     acc, mass, peak, q, k, v, k_stride, v_stride, n_keys, begin, end, base, position, kv_head,
-    scale, window, first, after, MASKED: tl.constexpr, MASK: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, BLOCK_K: tl.constexpr,
+    scale, window, first, after, seed, layer_head, text_key, first_kept,
+    MASKED: tl.constexpr, MASK: tl.constexpr, HAS_WINDOW: tl.constexpr, DROPOUT: tl.constexpr,
+    D: tl.constexpr, D_PADDED: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax of one query tile over keys [begin, end), placed from `base` on."""
+    """Online softmax of one query tile over keys [begin, end), placed from `base` on.
+
+    With dropout the sum of the weights is of all, acc of those that are kept.
+    """
     heads = tl.zeros([BLOCK_K], tl.int32) + kv_head
     for block in range(begin, end, BLOCK_K):
         keys = block + tl.arange(0, BLOCK_K)  # [BLOCK_K]
@@ -116,7 +137,13 @@ def _attend(
         decay = tl.exp2(peak * scale - shift)
         v_tile = load_rows(v, keys, v_stride, heads, n_keys, D, D_PADDED)  # [BLOCK_K, D_PADDED]
         acc = acc * decay[:, None]
-        acc += dot(weights.to(v_tile.dtype), v_tile)  # [BLOCK_Q, D_PADDED]
+        kept_weights = weights
+        if DROPOUT:
+            keep = kept_keys(
+                seed, block, position, layer_head, text_key, first_kept, BLOCK_Q, BLOCK_K
+            )
+            kept_weights = tl.where(keep, weights, 0.0)
+        acc += dot(kept_weights.to(v_tile.dtype), v_tile)  # [BLOCK_Q, D_PADDED]
         mass = mass * decay + tl.sum(weights, 1)
         peak = new_peak
     return acc, mass, peak
@@ -126,9 +153,10 @@ def _attend(
 def _forward(
     q, k, v, prefix_k, prefix_v, blocks, out, lse, cu_seqlens_q, cu_seqlens_k,
     n_rows, n_texts, n_prefix, q_stride, k_stride, v_stride, prefix_k_stride, prefix_v_stride,
-    heads, scale, window,
-    MASK: tl.constexpr, HAS_PREFIX: tl.constexpr, HAS_WINDOW: tl.constexpr, GROUP: tl.constexpr,
-    D: tl.constexpr, D_PADDED: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    heads, scale, window, text_keys, seed, layer, first_kept, kept_scale,
+    MASK: tl.constexpr, HAS_PREFIX: tl.constexpr, HAS_WINDOW: tl.constexpr, DROPOUT: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     kv_head = tl.program_id(1)
     text, tile = text_of_tile(tl.program_id(0), cu_seqlens_q, n_texts, GROUP, BLOCK_Q)
@@ -152,6 +180,9 @@ def _forward(
     first, after = 0, 0
     if MASK == "gem":
         first, after = tl.load(blocks + 2 * text), tl.load(blocks + 2 * text + 1)
+    layer_head, text_key = 0, 0
+    if DROPOUT:
+        layer_head, text_key = layer * 65536 + head, tl.load(text_keys + text)
 
     position = n_key - n_query + query
     q_tile = load_rows(q, q_rows, q_stride, head, q_start + n_query, D, D_PADDED)
@@ -173,12 +204,12 @@ def _forward(
         acc, mass, peak = _attend(
             acc, mass, peak, q_tile, prefix_k, prefix_v, prefix_k_stride, prefix_v_stride,
             n_prefix, begin, full, -n_prefix, position, kv_head, scale, window, first, after,
-            False, MASK, HAS_WINDOW, D, D_PADDED, BLOCK_K,
+            0, 0, 0, 0, False, MASK, HAS_WINDOW, False, D, D_PADDED, BLOCK_Q, BLOCK_K,
         )  # fmt: skip
         acc, mass, peak = _attend(
             acc, mass, peak, q_tile, prefix_k, prefix_v, prefix_k_stride, prefix_v_stride,
             n_prefix, full, n_prefix, -n_prefix, position, kv_head, scale, window, first, after,
-            True, MASK, HAS_WINDOW, D, D_PADDED, BLOCK_K,
+            0, 0, 0, 0, True, MASK, HAS_WINDOW, False, D, D_PADDED, BLOCK_Q, BLOCK_K,
         )  # fmt: skip
     begin = tl.maximum(oldest, 0) // BLOCK_K * BLOCK_K
     full = begin
@@ -193,15 +224,19 @@ def _forward(
     v += k_start * v_stride
     acc, mass, peak = _attend(
         acc, mass, peak, q_tile, k, v, k_stride, v_stride, n_key, begin, full, 0, position,
-        kv_head, scale, window, first, after, False, MASK, HAS_WINDOW, D, D_PADDED, BLOCK_K,
+        kv_head, scale, window, first, after, seed, layer_head, text_key, first_kept, False,
+        MASK, HAS_WINDOW, DROPOUT, D, D_PADDED, BLOCK_Q, BLOCK_K,
     )  # fmt: skip
     acc, mass, peak = _attend(
         acc, mass, peak, q_tile, k, v, k_stride, v_stride, n_key, full, end, 0, position,
-        kv_head, scale, window, first, after, True, MASK, HAS_WINDOW, D, D_PADDED, BLOCK_K,
+        kv_head, scale, window, first, after, seed, layer_head, text_key, first_kept, True,
+        MASK, HAS_WINDOW, DROPOUT, D, D_PADDED, BLOCK_Q, BLOCK_K,
     )  # fmt: skip
 
     inside = query < n_query
     mass = tl.where(inside, mass, 1.0)  # rows beyond the text may have seen nothing
+    if DROPOUT:
+        acc *= kept_scale
     tl.store(
         out + at[:, None] * D + column[None, :],
         tl.where(inside[:, None], acc / mass[:, None], 0.0).to(out.dtype.element_ty),
@@ -229,6 +264,11 @@ _TILES = {
         256: (tile(64, 64, 8, 2), tile(128, 32, 8, 2)),
     },
 }
+# Words of the generator take registers: of the tiles above, those that do not spill beside them.
+_TILES_DROPOUT = {
+    80: {**_TILES[80], 256: (tile(64, 32, 8, 2),)},
+    90: {**_TILES[90], 256: (tile(64, 32, 8, 2),)},
+}
 # Four bytes an element leave room for small tiles only, and there are no float32 tensor cores.
 _TILES_FLOAT32 = {
     64: (tile(64, 32, 4, 2),),
@@ -240,6 +280,14 @@ _TILES_FLOAT32 = {
 def dense_blocks(blocks: Tensor | None) -> Tensor | None:
     """The GEM mask's blocks as the kernels read them."""
     return None if blocks is None else blocks.contiguous()
+
+
+def dropout_arguments(options: AttentionOptions) -> tuple[Tensor | int | float | None, ...]:
+    """text_keys, seed, layer, first_kept and kept_scale of the kernels; None without dropout."""
+    words = options.text_words
+    if words is None:
+        return None, None, None, None, None
+    return words, options.seed, options.layer, options.first_kept, options.kept_scale
 
 
 def padded(size: int) -> int:
@@ -258,8 +306,8 @@ def pinned(q: Tensor, half: Mapping[int, Tiles], float32: Tiles) -> tuple[Tile, 
     return (float32 if q.dtype == torch.float32 else half[gpu.tile_architecture(q.device)])[size]
 
 
-def _tiles(q: Tensor) -> tuple[Tile, ...]:
-    return pinned(q, _TILES, _TILES_FLOAT32)
+def _tiles(q: Tensor, options: AttentionOptions) -> tuple[Tile, ...]:
+    return pinned(q, _TILES_DROPOUT if options.dropout else _TILES, _TILES_FLOAT32)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> tuple[Tensor, Tensor]:
@@ -276,7 +324,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> tup
     gpu.launch_tiled(
         _forward,
         lambda constants: (rows * group // constants["BLOCK_Q"] + texts, kv_heads),
-        _tiles(q),
+        _tiles(q, options),
         ("GROUP", "D"),
         q,
         k,
@@ -299,9 +347,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> tup
         heads,
         LOG2_E * size**-0.5,
         options.window or 0,
+        *dropout_arguments(options),
         MASK=options.mask,
         HAS_PREFIX=options.prefix_k is not None,
         HAS_WINDOW=options.window is not None,
+        DROPOUT=options.dropout > 0,
         GROUP=group,
         D=size,
         D_PADDED=padded(size),

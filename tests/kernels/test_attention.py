@@ -6,6 +6,8 @@ import gen_fast
 from gen_fast.ops.attention import BACKWARD, OP, AttentionOptions
 from gen_fast.ops.attention import attention as fast
 from gen_fast.ops.attention.reference import attention as reference
+from gen_fast.ops.attention.reference import visible
+from gen_fast.ops.dropout.philox import HEADS, kept
 from gen_fast.testing import assert_no_worse, check_gradients
 
 
@@ -60,6 +62,8 @@ def check_backward(arguments, device, impl, **options):
 # Slow in Triton's interpreter: heads of 80, 96 and 128 have one tile.
 SLOW_IN_INTERPRETER = {"size": (96, 128), "n_prefix": (1,)}
 DTYPES = (torch.bfloat16, torch.float32)  # Triton's interpreter is faster in the first
+# window, mask, blocks, dropout, seed, layer, text_keys: as torch.ops takes the last options.
+CAUSAL = (None, "causal", None, 0.0, 0, 0, None)
 RAGGED = [1, 63, 64, 64, 5, 130]
 # (queries, keys) of each text: the trimmed last layer, some texts with no query, some empty.
 TRIMMED = ([10, 1, 0, 33, 0], [70, 1, 9, 33, 0])
@@ -202,7 +206,7 @@ def test_padding_rows_give_zeros(padding, n_prefix, device, grad_impl):
     arguments = inputs([*counts, padding], [*counts, padding], n_prefix, 4, 2, 64, torch.float32)
     q, k, v, starts, _, *prefix = (moved(x, device) for x in arguments)
     starts, rows = starts[:-1].contiguous(), sum(counts)
-    rest = (starts, starts, *prefix, None, "causal", None)
+    rest = (starts, starts, *prefix, *CAUSAL)
     out, lse = OP.torch_op(q, k, v, *rest, impl=grad_impl)
     alone, alone_lse = OP.torch_op(q[:rows], k[:rows], v[:rows], *rest, impl=grad_impl)
     torch.testing.assert_close(out[:rows], alone)
@@ -218,7 +222,7 @@ def test_padding_rows_give_zeros(padding, n_prefix, device, grad_impl):
 def test_no_texts_but_padding(device, grad_impl):
     q, k, v = (torch.ones(5, 2, 16, device=device) for _ in range(3))
     starts = torch.zeros(1, dtype=torch.int32, device=device)
-    rest = (starts, starts, None, None, None, "causal", None)
+    rest = (starts, starts, None, None, *CAUSAL)
     out, lse = OP.torch_op(q, k, v, *rest, impl=grad_impl)
     for result in (out, lse, *BACKWARD.torch_op(q, q, k, v, out, lse, *rest, impl=grad_impl)):
         assert not result.any()
@@ -264,7 +268,7 @@ def test_every_instruction_set(isa_level, size, dtype):
 def test_log_sum_exp(device, impl):
     """Saved for the backward pass, and what makes partial results mergeable."""
     arguments = [moved(x, device) for x in inputs(*TRIMMED, 37, 9, 3, 64, torch.float32)]
-    _, actual = OP.torch_op(*arguments, None, "causal", None, impl=impl)
+    _, actual = OP.torch_op(*arguments, *CAUSAL, impl=impl)
     expected = reference(*arguments[:3], AttentionOptions(*arguments[3:]))[1]
     torch.testing.assert_close(actual, expected, atol=2e-5, rtol=2e-5)
 
@@ -292,11 +296,168 @@ def test_one_options_object_serves_every_layer(device, impl):
         torch.testing.assert_close(actual, plain(q * layer, k, v, *settings))
 
 
+# A dtype, a mask that hides some keys, and what is drawn.
+DROPOUT = {
+    "causal": (torch.float32, {"window": 9, "dropout": 0.3, "seed": 2**62 + 5, "layer": 31}),
+    "bidirectional": (torch.bfloat16, {"mask": "bidirectional", "dropout": 0.7, "seed": 1}),
+    "gem": (
+        torch.float32,
+        {
+            "mask": "gem",
+            "blocks": torch.tensor([[0, 1], [2, 40], [30, 33]]).int(),
+            "dropout": 0.1,
+            "text_keys": torch.tensor([-1, 2**31 - 1, 2**33 + 7]),
+        },
+    ),
+}
+# Texts of which all rows, the last and none are queried.
+DROPPED = ([5, 3, 0], [5, 64, 33])
+
+
+def kept_weights(q_counts, k_counts, heads, impl, device="cpu", **options):
+    """Which weights [H, n, m] of each text are seen and kept, as the op's results show them.
+
+    Scores are 0, and the values of text i's keys, at most as many as the head size, one-hot.
+    """
+    size = 64
+    q, k, _, starts_q, starts_k, *_ = inputs(q_counts, k_counts, 0, heads, 2, size, DTYPES[1])
+    values = torch.cat([torch.eye(size)[:count] for count in k_counts])
+    v = values.unsqueeze(1).expand(k.shape).contiguous()
+    options = {name: moved(x, device) for name, x in options.items()}
+    settings = [moved(x, device) for x in (starts_q, starts_k)]
+    out = attention(*(moved(x, device) for x in (0 * q, k, v)), *settings, impl=impl, **options)
+    texts = zip(out.cpu().split(q_counts), k_counts, strict=True)
+    return [(text[..., :count] != 0).transpose(0, 1) for text, count in texts]
+
+
+def check_dropout(name, device, impl):
+    """The weights that are kept, to the bit, and results and gradients of them."""
+    dtype, options = DROPOUT[name]
+    actual = kept_weights(*DROPPED, 4, impl, device, **options)
+    keys = options.get("text_keys", torch.arange(3))
+    blocks = options.get("blocks", torch.zeros(3, 2).int()).tolist()
+    c2 = options.get("layer", 0) * HEADS + torch.arange(4).unsqueeze(1)
+    for i, (n, m) in enumerate(zip(*DROPPED, strict=True)):
+        place = torch.arange(m - n, m)
+        keep = kept(options.get("seed", 0), options["dropout"], m, place, c2, keys[i])
+        mask, window = options.get("mask", "causal"), options.get("window")
+        seen = visible(n, m, 0, window, torch.device("cpu"), mask, blocks[i])
+        assert torch.equal(actual[i], keep & seen)
+    arguments = inputs(*DROPPED, 0, 4, 2, 64, dtype)
+    check(arguments, device, impl, **options)
+    check_backward(arguments, device, impl, **options)
+
+
+@pytest.mark.parametrize("name", DROPOUT)
+def test_dropout(name, device, grad_impl):
+    if grad_impl == "sdpa":
+        pytest.skip("has no dropout")
+    check_dropout(name, device, grad_impl)
+
+
+def test_dropout_of_every_instruction_set(isa_level):
+    for name in DROPOUT:
+        check_dropout(name, "cpu", "cpu")
+    for dtype in DTYPES:  # several blocks of keys, chunks of rows, odd sizes
+        arguments = inputs([1, 63, 64, 5, 230], [1, 70, 64, 9, 230], 0, 9, 3, 63, dtype)
+        for options in ({}, {"mask": "bidirectional"}):
+            check(arguments, "cpu", "cpu", **options, dropout=0.3, seed=7)
+            check_backward(arguments, "cpu", "cpu", **options, dropout=0.3, seed=7)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [64, 128, 256])
+@pytest.mark.parametrize("options", [{}, {"window": 200}, {"mask": "bidirectional"}], ids=str)
+def test_dropout_of_many_tiles(options, size, dtype):
+    arguments = inputs([1, 700, 5, 130, 333], [9, 700, 5, 410, 333], 0, 6, 2, size, dtype)
+    check(arguments, "cuda", "triton", **options, dropout=0.3, seed=7)
+    check_backward(arguments, "cuda", "triton", **options, dropout=0.3, seed=7)
+
+
+def test_dropout_takes_the_words_of_the_generator(device, impl):
+    """Counter and key 0: the first of the published known answers."""
+    if impl == "sdpa":
+        pytest.skip("has no dropout")
+    for key, word in enumerate((0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)):
+        for p, is_kept in ((word / 2**32, True), ((word + 1) / 2**32, False)):
+            (one,) = kept_weights([4], [4], 2, impl, device, mask="bidirectional", dropout=p)
+            assert one[0, 0, key] == is_kept
+
+
+def test_gradient_of_dropout_in_float64():
+    q, k, v, *starts = inputs([3, 1], [4, 5], 0, 4, 2, 3, torch.float64)[:5]
+    options = AttentionOptions(*starts, mask="bidirectional", dropout=0.4, seed=3)
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    assert torch.autograd.gradcheck(lambda *x: fast(*x, options, impl="reference"), leaves)
+
+
+def test_a_text_drops_the_same_weights_in_every_batch():
+    options = {"mask": "bidirectional", "dropout": 0.3, "seed": 5, "layer": 2}
+    keys = torch.tensor([8, 9, 7])
+    batch = kept_weights([9, 64, 5], [9, 64, 5], 4, None, **options, text_keys=keys)
+    (alone,) = kept_weights([64], [64], 4, None, **options, text_keys=torch.tensor([9]).int())
+    last = kept_weights([2, 7], [5, 64], 4, None, **options, text_keys=keys[[2, 1]])
+    assert torch.equal(batch[1], alone)
+    assert torch.equal(batch[1][:, -7:], last[1])
+    assert torch.equal(batch[2][:, -2:], last[0])
+
+
+def test_seed_layer_text_and_head_each_change_what_is_dropped():
+    options = {"mask": "bidirectional", "dropout": 0.5}
+    weights = [
+        kept_weights([64, 64], [64, 64], 2, None, **options, **other)
+        for other in ({}, {"seed": 1}, {"seed": 2**32}, {"layer": 1})
+    ]
+    kept = torch.stack([head for run in weights for text in run for head in text]).flatten(1)
+    agreeing = (kept.unsqueeze(0) == kept.unsqueeze(1)).double().mean(-1)
+    sigma = 0.5 / kept.shape[1] ** 0.5
+    assert ((agreeing - 0.5).abs() < 5 * sigma)[~torch.eye(len(kept), dtype=torch.bool)].all()
+    assert ((kept.double().mean(1) - 0.5).abs() < 4 * sigma).all()
+
+
+def test_options_of_a_layer():
+    q, k, v, *starts = inputs([40, 5], [40, 5], 0, 4, 2, 64, torch.float32)[:5]
+    settings = {"dropout": 0.3, "seed": 4}
+    shared = AttentionOptions(*starts, **settings)
+    fast(q, k, v, shared)  # C++ has been prepared for layer 0
+    other = shared.with_layer(3)
+    expected = AttentionOptions(*starts, **settings, layer=3)
+    assert torch.equal(fast(q, k, v, other), fast(q, k, v, expected))
+    assert not torch.equal(fast(q, k, v, other), fast(q, k, v, shared))
+    plain_options = AttentionOptions(*starts, seed=4)
+    assert plain_options.with_layer(3) is plain_options
+
+
+def test_dropout_that_makes_no_sense_is_refused():
+    q, k, v, starts, _, *prefix = inputs([3], [3], 2, 2, 1, 64, torch.float32)
+    for options, message in (
+        ({"dropout": 1.0}, "below 1"),
+        ({"dropout": -0.1}, "at least 0"),
+        ({"seed": -1}, "a seed of dropout"),
+        ({"layer": 2**15}, "a layer is in"),
+        ({"text_keys": torch.zeros(2).int()}, r"text_keys must be \[1\], not \[2\]"),
+        ({"text_keys": torch.zeros(1)}, "text_keys must be int32 or int64"),
+        ({"prefix_k": prefix[0], "prefix_v": prefix[1]}, "does not go with a prefix"),
+    ):
+        with pytest.raises(gen_fast.OpError, match=message):
+            AttentionOptions(starts, starts, **{"dropout": 0.1} | options)
+    options = AttentionOptions(starts, starts, dropout=0.1)
+    with pytest.raises(gen_fast.OpError, match="does not go with a prefix"):
+        options.with_prefix(*prefix)
+    with pytest.raises(gen_fast.OpError, match="a layer is in"):
+        options.with_layer(-1)
+    with pytest.raises(gen_fast.ImplementationError, match="'causal with dropout'"):
+        fast(q, k, v, options, impl="sdpa")
+
+
 def test_opcheck():
     arguments = inputs([3, 2], [4, 2], 2, 4, 2, 8, torch.float32)
     q, k, v, *rest = arguments
-    rest = (*rest, None, "causal", None)
+    rest = (*rest, *CAUSAL)
     trained = [x.detach().requires_grad_() for x in (q, k, v)]
     opcheck(OP.torch_op, (*trained, *rest))
     out, lse = OP.torch_op(q, k, v, *rest)
     opcheck(BACKWARD.torch_op, (torch.randn_like(out), q, k, v, out, lse, *rest))
+    dropped = (*rest[:2], None, None, None, "causal", None, 0.3, 7, 1, torch.tensor([4, 5]))
+    opcheck(OP.torch_op, (*trained, *dropped))

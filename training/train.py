@@ -2,7 +2,8 @@
 
 torchrun --nproc-per-node 8 training/train.py config.yaml --batch-size 256
 
-Flags are the fields of gen_fast.training.config.TrainConfig, with dashes.
+CONFIG says `method: llm2vec-gen` (the default) or `method: llm2vec`. Flags are the fields of
+gen_fast.training.config.TrainConfig or gen_fast.training.llm2vec.LLM2VecConfig, with dashes.
 """
 
 import logging
@@ -10,8 +11,8 @@ import sys
 
 from gen_fast.cli.errors import code_of, fail
 from gen_fast.errors import GenFastError
-from gen_fast.training.config import TrainConfig, parse_flags, read_config, read_settings
-from gen_fast.training.llm2vec_gen import train
+from gen_fast.training.config import parse_flags
+from gen_fast.training.methods import read_run
 
 
 def main(arguments: list[str]) -> None:
@@ -19,8 +20,7 @@ def main(arguments: list[str]) -> None:
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
     path = arguments[0] if arguments and not arguments[0].startswith("--") else None
     try:
-        flags = parse_flags(arguments[1 if path else 0 :])
-        train(read_config({**read_settings(path), **flags}, TrainConfig))
+        read_run(path, parse_flags(arguments[1 if path else 0 :]))(None)
     except GenFastError as error:
         fail(error, code_of(error))
 

@@ -12,6 +12,7 @@ from gen_fast.io.choices import PRECISIONS, TEXT_FORMATS
 from gen_fast.jobs.choices import ENGINES
 from gen_fast.model.choices import DTYPES
 from gen_fast.search.choices import KINDS
+from gen_fast.training.choices import TRAINED
 
 if TYPE_CHECKING:  # their values are only known when they are made below
     Method = str
@@ -20,6 +21,7 @@ if TYPE_CHECKING:  # their values are only known when they are made below
     Precision = str
     IndexKind = str
     Engine = str
+    TrainedMethod = str
 else:
 
     def _enumeration(name: str, values: Iterable[str]) -> type[StrEnum]:
@@ -31,6 +33,7 @@ else:
     Precision = _enumeration("Precision", PRECISIONS)
     IndexKind = _enumeration("IndexKind", ("auto", *KINDS))
     Engine = _enumeration("Engine", ENGINES)
+    TrainedMethod = _enumeration("TrainedMethod", TRAINED)
 
 ModelOption = Annotated[
     str | None,

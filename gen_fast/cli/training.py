@@ -2,6 +2,7 @@
 
 import logging
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,6 +13,7 @@ import gen_fast.cli.options as options
 from gen_fast.cli.errors import fail
 from gen_fast.embed.choices import DEFAULT_MODEL
 from gen_fast.jobs.choices import DEFAULT_SPLIT
+from gen_fast.training.choices import LLM2VEC, TRAINED
 
 if TYPE_CHECKING:
     from gen_fast.io.text_files import Texts
@@ -147,6 +149,19 @@ def teach(
         typer.echo(f"{taught.vectors} vectors in {target}{cut}", err=True)
 
 
+def _train_alone(
+    context: typer.Context, config: Path | None, flags: Mapping[str, Any], quiet: bool
+) -> None:
+    """Train what settings and flags say, without the stages before it."""
+    from gen_fast.training.config import parse_flags
+    from gen_fast.training.methods import read_run
+
+    logging.getLogger("gen_fast").setLevel(logging.ERROR if quiet else logging.WARNING)
+    chosen = {name: value for name, value in flags.items() if value is not None}
+    folder = read_run(config, {**parse_flags(context.args), **chosen})(False if quiet else None)
+    typer.echo(f"adapter: {folder}")
+
+
 def train(
     context: typer.Context,
     source: Annotated[
@@ -154,6 +169,7 @@ def train(
         typer.Argument(metavar="[QUERIES]", help="txt, jsonl, csv, parquet, -, or datasets:NAME."),
     ] = None,
     out: Annotated[Path, typer.Option(help="Directory for everything that is made.")] = Path("run"),
+    method: Annotated[options.TrainedMethod, typer.Option(help="What is trained.")] = TRAINED[0],
     config: Annotated[
         Path | None, typer.Option(help="YAML of training settings; --learning-rate 1e-3 … too.")
     ] = None,
@@ -184,7 +200,17 @@ def train(
     Answers, teacher's vectors and adapter go to --out, whatever --config says of them. Run again
     after an interruption to go on. Training settings are also taken as flags; on several GPUs run
     the stages one by one, the last with torchrun and training/train.py.
+
+    With --method llm2vec the file has texts, for --step mntp or simcse, or jsonl rows of query,
+    answer and negative_answer, for --step supervised; --model may be the step before.
     """
+    if str(method) == LLM2VEC:
+        if source is None or self_queries is not None or teacher_method is not None:
+            fail("--method llm2vec takes a file of texts, and no answers or teacher")
+        flags = {"backbone": model, "device": device, "dtype": dtype, "text_column": text_column}
+        flags |= {"id_column": id_column, "texts": [source], "out": str(out), "method": LLM2VEC}
+        _train_alone(context, config, flags, quiet)
+        return
     from gen_fast.embed.loading import load_generator
     from gen_fast.training.answers import write_own_queries
     from gen_fast.training.config import TrainConfig, parse_flags, read_config, read_settings

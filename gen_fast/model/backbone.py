@@ -8,6 +8,7 @@ heads, D head size, f feed-forward size, P prefix length, V vocabulary, L layers
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,8 +16,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from gen_fast.errors import OpError
-from gen_fast.model.batch import PackedBatch
+from gen_fast.model.batch import PackedBatch, on_device
 from gen_fast.model.config import BackboneConfig, inverse_frequencies
+from gen_fast.model.dropout import Dropout, RowDropout
 from gen_fast.model.kv_cache import KVCache
 from gen_fast.model.linear import can_pack, linear, pack
 from gen_fast.model.lora import Lora
@@ -128,6 +130,7 @@ class Backbone:
         cache: KVCache | None = None,
         mask: str = "causal",
         lora: Lora | None = None,
+        dropout: Dropout | None = None,
         recompute: bool = False,
     ) -> Tensor:
         """Return the residual stream [R, h] at the needed rows, before the final norm.
@@ -136,6 +139,7 @@ class Backbone:
         cache: the texts' own tokens so far, if they were begun in an earlier pass; the batch's are
         added. `batch.positions` must count both. mask: of attention, see AttentionOptions; the
         bidirectional one leaves out sliding windows. lora: updates of the linears.
+        dropout: of attention's weights and LoRA's inputs; it goes with no prefix and no cache.
         recompute: keep only what goes from layer to layer for the backward pass, and run each layer
         again there.
         The last layer computes attention, its output and feed-forward for the needed rows only.
@@ -148,7 +152,19 @@ class Backbone:
                 "under a bidirectional mask the states of a prefix depend on the text behind it: "
                 "run both together"
             )
-        run = _Pass(self, batch, special, prefix, cache, mask=mask, lora=lora, recompute=recompute)
+        if dropout is not None and (prefix is not None or cache is not None):
+            raise OpError("dropout goes with no prefix and no cache, which are computed without it")
+        run = _Pass(
+            self,
+            batch,
+            special,
+            prefix,
+            cache,
+            mask=mask,
+            lora=lora,
+            dropout=dropout,
+            recompute=recompute,
+        )
         return run.stream()
 
     def new_cache(self, capacities: Sequence[int] | np.ndarray) -> KVCache:
@@ -194,6 +210,7 @@ class _Pass:
         *,
         mask: str = "causal",
         lora: Lora | None = None,
+        dropout: Dropout | None = None,
         recompute: bool = False,
         keep_kv: list[tuple[Tensor, Tensor]] | None = None,
     ) -> None:
@@ -209,6 +226,11 @@ class _Pass:
             ids, positions = with_padding_rows(ids), with_padding_rows(positions)
             needed = None if needed is None else with_padding_rows(needed)
         self._ids, self._needed = ids, needed
+        self._drop_attention: dict[str, Any] = {}
+        # Of all rows, and of the needed ones.
+        self._drop_rows: list[RowDropout | None] = [None, None]
+        if dropout is not None:
+            self._set_dropout(dropout, batch, len(positions))
         # T bounds the length of every text without asking the device for the maximum.
         longest = len(positions)
         self._cu_seqlens, self._cu_needed = batch.cu_seqlens, batch.needed.cu_seqlens
@@ -222,6 +244,19 @@ class _Pass:
         longest += 0 if prefix is None else len(prefix)
         self._cos, self._sin = backbone.rotary_rows(positions, longest)
         self._options: AttentionOptions | None = None  # of the layer before
+
+    def _set_dropout(self, dropout: Dropout, batch: PackedBatch, n_rows: int) -> None:
+        if dropout.attention:
+            keys = np.asarray(dropout.text_keys, dtype=np.int64)
+            self._drop_attention = {
+                "dropout": dropout.attention,
+                "seed": dropout.seed,
+                "text_keys": on_device(keys, batch.ids.device),
+            }
+        if self._lora is not None and self._lora.config.dropout:
+            rows = RowDropout.of_batch(self._lora.config.dropout, dropout, batch).padded(n_rows)
+            needed = rows if self._needed is None else rows.at(self._needed)
+            self._drop_rows = [rows, needed]
 
     def stream(self) -> Tensor:
         """The residual stream [R, h] at the needed rows."""
@@ -279,11 +314,13 @@ class _Pass:
         window = None if self._mask == "bidirectional" else self._config.windows[i]
         options = self._options
         if options is None or options.window != window or options.cu_seqlens_q is not cu_queries:
-            options = AttentionOptions(cu_queries, self._cu_keys, window=window, mask=self._mask)
+            options = AttentionOptions(
+                cu_queries, self._cu_keys, window=window, mask=self._mask, **self._drop_attention
+            )
         if self._prefix is not None:
             options = options.with_prefix(*self._prefix.layers[i])
         self._options = options
-        return options
+        return options.with_layer(i)
 
     def _qkv(self, i: int, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated q [T, H, D]; rotated k and v [Tk, KV, D], those of a cache among them."""
@@ -308,7 +345,8 @@ class _Pass:
         weight = getattr(self._backbone.layers[i], matrix)
         if self._lora is None:
             return linear(x, weight, bias)
-        return self._lora.linear(i, matrix, x, weight, bias)
+        last = i == self._config.num_layers - 1 and matrix != "qkv"
+        return self._lora.linear(i, matrix, x, weight, bias, self._drop_rows[last])
 
 
 def with_padding_rows(values: Tensor) -> Tensor:

@@ -6,8 +6,9 @@ own, so that they are the adapter that PEFT knows. The backbone's weights stay a
 packed; gradients reach the factors and the input.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from gen_fast.errors import AdapterError, ConfigError
 from gen_fast.model.config import BackboneConfig
+from gen_fast.model.dropout import RowDropout
 from gen_fast.model.linear import linear, times
 
 # The linears that can be updated, by the matrix of LayerWeights that each is a part of, in the
@@ -62,6 +64,9 @@ class LoraConfig:
 
 Factors = tuple[Tensor, Tensor]
 """A [r, in] and B [out, r]."""
+
+
+Drop = Callable[[Tensor], Tensor]
 
 
 class Lora(nn.Module):
@@ -127,24 +132,34 @@ class Lora(nn.Module):
                 mine.copy_(other)
 
     def linear(
-        self, layer: int, matrix: str, x: Tensor, weight: Tensor, bias: Tensor | None
+        self,
+        layer: int,
+        matrix: str,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        drop: RowDropout | None = None,
     ) -> Tensor:
         """x [T, in] through a frozen matrix of a layer and the updates of its parts: [T, out].
 
         matrix: a name of MATRICES; weight [out, in], plain or packed. Gradients reach x and the
-        factors.
+        factors. drop: of x on the way to A, for each part anew.
         """
-        tensors, spans, start = [], [], 0
+        tensors, spans, streams, start = [], [], [], 0
         for part in MATRICES[matrix]:
             name, width = f"layers.{layer}.{part}", self._widths[part]
             if name in self._where:
                 place = self._where[name]
                 tensors += [self.a[place], self.b[place]]
                 spans.append((start, width))
+                streams.append(layer * len(MODULES) + MODULES.index(part.split(".")[1]))
             start += width
         if not spans:
             return linear(x, weight, bias)
-        result: Tensor = _LoraLinear.apply(x, weight, bias, spans, self.config.scale, *tensors)  # type: ignore[no-untyped-call]
+        drops = None if drop is None else [partial(drop, stream=stream) for stream in streams]
+        result: Tensor = _LoraLinear.apply(
+            x, weight, bias, spans, self.config.scale, drops, *tensors
+        )  # type: ignore[no-untyped-call]
         return result
 
 
@@ -172,7 +187,7 @@ def linear_sizes(
 
 
 class _LoraLinear(torch.autograd.Function):
-    """Saves x, and x·Aᵀ [T, r] of each part."""
+    """Saves x, and x·Aᵀ [T, r] of each part. What is dropped of x is dropped again."""
 
     @staticmethod
     def forward(
@@ -182,17 +197,20 @@ class _LoraLinear(torch.autograd.Function):
         bias: Tensor | None,
         spans: Sequence[tuple[int, int]],
         scale: float,
+        drops: Sequence[Drop] | None,
         *factors: Tensor,
     ) -> Tensor:
         y = linear(x, weight, bias)
         downs, ups = ([f.to(x.dtype) for f in factors[i::2]] for i in (0, 1))
-        # One product for the parts that share their input.
-        inner = torch.nn.functional.linear(x, torch.cat(downs))  # [T, parts · r]
+        if drops is None:
+            inner = x @ torch.cat(downs).T  # one product for the parts that share their input
+        else:
+            inner = torch.cat([drop(x) @ a.T for drop, a in zip(drops, downs, strict=True)], 1)
         for (start, width), part, up in zip(
             spans, inner.split([len(a) for a in downs], 1), ups, strict=True
         ):
             y[:, start : start + width].addmm_(part, up.T, alpha=scale)
-        ctx.weight, ctx.spans, ctx.scale = weight, spans, scale
+        ctx.weight, ctx.spans, ctx.scale, ctx.drops = weight, spans, scale, drops
         ctx.save_for_backward(x, inner, *factors)
         return y
 
@@ -201,7 +219,7 @@ class _LoraLinear(torch.autograd.Function):
         x, inner, *factors = ctx.saved_tensors
         downs, ups = ([f.to(x.dtype) for f in factors[i::2]] for i in (0, 1))
         ranks = [len(a) for a in downs]
-        dinner = torch.empty_like(inner)
+        dinner = torch.empty_like(inner)  # [T, parts · r]
         dups = []
         for (start, width), part, dpart, up in zip(
             ctx.spans, inner.split(ranks, 1), dinner.split(ranks, 1), ups, strict=True
@@ -209,9 +227,16 @@ class _LoraLinear(torch.autograd.Function):
             dy = grad[:, start : start + width]
             torch.mul(dy @ up, ctx.scale, out=dpart)
             dups.append((dy.T @ part).float().mul_(ctx.scale))
-        ddowns = (dinner.T @ x).float().split(ranks)
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = times(grad, ctx.weight).addmm_(dinner, torch.cat(downs))
+        dx = times(grad, ctx.weight) if ctx.needs_input_grad[0] else None
+        if ctx.drops is None:
+            ddowns = list((dinner.T @ x).float().split(ranks))
+            if dx is not None:
+                dx.addmm_(dinner, torch.cat(downs))
+        else:
+            ddowns = []
+            for drop, dpart, a in zip(ctx.drops, dinner.split(ranks, 1), downs, strict=True):
+                ddowns.append((dpart.T @ drop(x)).float())
+                if dx is not None:
+                    dx += drop(dpart @ a)
         pairs = (gradient for pair in zip(ddowns, dups, strict=True) for gradient in pair)
-        return dx, None, None, None, None, *pairs
+        return dx, None, None, None, None, None, *pairs

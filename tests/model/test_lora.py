@@ -1,5 +1,7 @@
 """LoRA over the backbone, against PEFT's own."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -10,8 +12,9 @@ from torch.nn.functional import cosine_similarity
 from gen_fast.errors import AdapterError, ConfigError
 from gen_fast.model.backbone import Backbone
 from gen_fast.model.batch import PackedBatch
+from gen_fast.model.dropout import RowDropout
 from gen_fast.model.linear import can_pack
-from gen_fast.model.lora import MODULES, Lora, LoraConfig
+from gen_fast.model.lora import MATRICES, MODULES, Lora, LoraConfig, linear_sizes
 from gen_fast.model.weights import load_backbone
 from gen_fast.testing import relative_error, save_tiny_model
 
@@ -154,3 +157,37 @@ def test_recomputation_keeps_only_what_goes_between_layers(tiny_model):
             backbone.forward(batch, lora=lora, recompute=recompute)
         sizes.append(sum(saved.values()))
     assert sizes[1] < 0.7 * sizes[0]
+
+
+@pytest.mark.parametrize("matrix", ["qkv", "down"])
+def test_dropped_inputs_and_their_gradients_are_those_of_autograd(tiny_model, matrix):
+    config = load_backbone(tiny_model).config
+    lora = Lora(LoraConfig(rank=3, dropout=0.4), config)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for b in lora.b:
+            b.normal_()
+    sizes = [linear_sizes(config)[f"layers.1.{part}"] for part in MATRICES[matrix]]
+    weight = torch.randn(sum(out for out, _ in sizes), sizes[0][1])
+    x = torch.randn(11, sizes[0][1], requires_grad=True)
+    drop = RowDropout(0.4, 9, torch.arange(11) // 4, torch.arange(11) % 4)
+    grad = torch.randn(11, len(weight))
+    lora.linear(1, matrix, x, weight, None, drop).backward(grad)
+    found = [x.grad, *(p.grad for p in lora.parameters() if p.grad is not None)]
+
+    factors = [lora.factors()[f"layers.1.{part}"] for part in MATRICES[matrix]]
+    leaves = [
+        t.clone().requires_grad_()
+        for t in (x.detach(), *itertools.chain(*zip(*factors, strict=True)))
+    ]
+    plain, downs, ups = leaves[0], leaves[1 : 1 + len(sizes)], leaves[1 + len(sizes) :]
+    streams = [7 + MODULES.index(part.split(".")[1]) for part in MATRICES[matrix]]
+    updates = [
+        lora.config.scale * drop(plain, stream) @ a.T @ b.T
+        for stream, a, b in zip(streams, downs, ups, strict=True)
+    ]
+    (plain @ weight.T + torch.cat(updates, 1)).backward(grad)
+    assert len(found) == len(leaves)
+    for own, leaf in zip(found, leaves, strict=True):
+        assert relative_error(own, leaf.grad) <= 1e-5
+    assert len({float(drop(plain, stream).detach().sum()) for stream in streams}) == len(streams)

@@ -1,0 +1,1 @@
+"""LLM2Vec's steps: masks, losses, gradient caching, ranks, and whole runs."""

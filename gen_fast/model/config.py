@@ -2,7 +2,8 @@
 
 A closed list of families is read. A config key that changes the computation and is not supported
 is an error that names it. So is code of the model's own (`auto_map`): it is never run, and without
-it the numbers would be others.
+it the numbers would be others. Only a model that is meant to attend to later tokens may name the
+classes by which LLM2Vec does so, because the backbone computes the same.
 """
 
 import math
@@ -18,6 +19,13 @@ from gen_fast.errors import UnsupportedModelError
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 # Classes that a model's own code may replace so that the numbers are others.
 _OWN_CODE = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
+# LLM2Vec's classes, published (…EncoderModel) and of its package: the family's own, without the
+# causal mask. Source: llm2vec 0.2.3, models/.
+_LLM2VEC_CLASSES = frozenset(
+    f"{family}{kind}"
+    for family in ("Llama", "Mistral", "Qwen2")
+    for kind in ("EncoderModel", "BiModel", "BiForMNTP")
+)
 # Keys by which models of these families ask for attention to later tokens, and what they then say.
 _BIDIRECTIONAL = {
     "is_causal": False,
@@ -93,8 +101,11 @@ def inverse_frequencies(config: BackboneConfig) -> Tensor:
     return frequencies * (keep + (1 - keep) / scaling.factor)
 
 
-def parse_config(raw: Mapping[str, Any]) -> BackboneConfig:
-    """Translate a Hugging Face config.json. Raises UnsupportedModelError naming the key."""
+def parse_config(raw: Mapping[str, Any], *, bidirectional: bool = False) -> BackboneConfig:
+    """Translate a Hugging Face config.json. Raises UnsupportedModelError naming the key.
+
+    bidirectional: the model will be run without the causal mask, so it may ask for that.
+    """
     family = raw.get("model_type")
     if family not in FAMILIES:
         raise UnsupportedModelError(
@@ -129,12 +140,16 @@ def parse_config(raw: Mapping[str, Any]) -> BackboneConfig:
         raise UnsupportedModelError(
             f"config.json holds a value of the wrong type: {error}"
         ) from error
-    _check_supported(raw, config)
+    _check_supported(raw, config, bidirectional)
     return config
 
 
-def _check_supported(raw: Mapping[str, Any], config: BackboneConfig) -> None:
-    own_code = [key for key in _OWN_CODE if key in (raw.get("auto_map") or ())]
+def _check_supported(raw: Mapping[str, Any], config: BackboneConfig, bidirectional: bool) -> None:
+    allowed = _LLM2VEC_CLASSES if bidirectional else frozenset()
+    code = raw.get("auto_map") or {}
+    own_code = [
+        key for key in _OWN_CODE if key in code and str(code[key]).split(".")[-1] not in allowed
+    ]
     if own_code:
         raise UnsupportedModelError(
             f"auto_map names code of the model's own for {', '.join(own_code)}; it is never run, "
@@ -142,12 +157,17 @@ def _check_supported(raw: Mapping[str, Any], config: BackboneConfig) -> None:
         )
     for key, value in _BIDIRECTIONAL.items():
         # Gemma spells the flag "all": anything but the causal value asks for later tokens.
-        if raw.get(key) is not None and bool(raw[key]) == value:
+        if raw.get(key) is not None and bool(raw[key]) == value and not bidirectional:
             raise UnsupportedModelError(
-                f"{key} {raw[key]!r} asks for attention to later tokens, which is not supported"
+                f"{key} {raw[key]!r} asks for attention to later tokens, which only method "
+                "'llm2vec' computes"
             )
     known = {f"{config.family}{head}" for head in ("model", "forcausallm")}
-    unknown = [name for name in raw.get("architectures") or () if name.lower() not in known]
+    unknown = [
+        name
+        for name in raw.get("architectures") or ()
+        if name.lower() not in known and name not in allowed
+    ]
     if unknown:
         raise UnsupportedModelError(
             f"architectures {', '.join(unknown)}: not a plain {config.family} model"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gen_fast.errors import AdapterError, ConfigError
+from gen_fast.errors import AdapterError, BackboneMismatchError, ConfigError
 from gen_fast.model.config import BackboneConfig
 from gen_fast.model.dropout import RowDropout
 from gen_fast.model.linear import linear, times
@@ -69,6 +69,45 @@ Factors = tuple[Tensor, Tensor]
 Drop = Callable[[Tensor], Tensor]
 
 
+@dataclass(frozen=True)
+class LoraWeights:
+    """What one adapter adds to the linears of a backbone, apart from it.
+
+    factors: A [r, in] and B [out, r], float32, of every updated linear, by name, such as
+    "layers.3.self_attn.q_proj".
+    """
+
+    config: LoraConfig
+    factors: Mapping[str, Factors]
+
+    def check_backbone(self, backbone: BackboneConfig) -> None:
+        """Raise BackboneMismatchError, naming what differs, if it belongs to another backbone."""
+        sizes = linear_sizes(backbone, self.config.modules)
+        foreign = sorted(set(self.factors) - set(sizes))
+        missing = sorted(set(sizes) - set(self.factors))
+        if foreign or missing:
+            problem = f"updates {foreign[0]!r}" if foreign else f"does not update {missing[0]!r}"
+            raise BackboneMismatchError(
+                f"the adapter {problem}: it was trained for another backbone than this one of "
+                f"{backbone.num_layers} layers"
+            )
+        for name, (rows, columns) in sizes.items():
+            a, b = self.factors[name]
+            if (len(b), a.shape[1]) != (rows, columns):
+                raise BackboneMismatchError(
+                    f"the adapter updates {name!r} as a matrix {[len(b), a.shape[1]]}, this "
+                    f"backbone has {[rows, columns]}: it was trained for another one"
+                )
+
+    def merged(self, name: str, weight: Tensor) -> Tensor:
+        """W + s·B·A, at least float32, of a linear [out, in]; one that is not updated as it is."""
+        if name not in self.factors:
+            return weight
+        a, b = self.factors[name]
+        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        return wide + (b @ a).to(wide) * self.config.scale
+
+
 class Lora(nn.Module):
     """The factors of one adapter over a backbone of these sizes, float32, trainable.
 
@@ -113,6 +152,10 @@ class Lora(nn.Module):
             name: (a.detach(), b.detach())
             for name, a, b in zip(self.names, self.a, self.b, strict=True)
         }
+
+    def weights(self) -> LoraWeights:
+        """The adapter apart from its backbone: the factors are views of the parameters."""
+        return LoraWeights(self.config, self.factors())
 
     @torch.no_grad()
     def copy_factors(self, factors: Mapping[str, Factors]) -> None:

@@ -6,8 +6,8 @@ A missing tensor, a misshapen one or one nobody reads is an error that names it.
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from gen_fast.errors import WeightsError
 from gen_fast.model.backbone import Backbone, LayerWeights
 from gen_fast.model.config import BackboneConfig, parse_config
+from gen_fast.model.lora import LoraWeights
 
 logger = logging.getLogger(__name__)
 
@@ -27,10 +28,14 @@ _UNUSED_SUFFIXES = ("rotary_emb.inv_freq",)
 
 @dataclass
 class TensorFiles:
-    """The tensors of one checkpoint directory, known without reading them."""
+    """The tensors of one checkpoint directory, known without reading them.
+
+    adapters: merged into the tensors that they update, one after another, in float32.
+    """
 
     where: Mapping[str, tuple["_Shard | _Tensors", str]]  # our name -> (holder, name there)
     mapped: bool  # tensors are views of mapped files
+    adapters: tuple[LoraWeights, ...] = ()
 
     def names(self) -> Iterator[str]:
         """All tensor names."""
@@ -52,7 +57,7 @@ class TensorFiles:
             raise WeightsError(f"tensor {name!r} cannot be read: {error}") from error
 
     def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """Read a tensor. Raises WeightsError if it is missing, misshapen or damaged."""
+        """Read a tensor, adapters merged. Raises WeightsError for a missing or damaged one."""
         tensor = self.stored(name)
         if tuple(tensor.shape) != shape:
             raise WeightsError(
@@ -60,6 +65,8 @@ class TensorFiles:
             )
         if not tensor.is_floating_point():
             raise WeightsError(f"tensor {name!r} has dtype {tensor.dtype}, not a float")
+        for adapter in self.adapters:
+            tensor = adapter.merged(name.removesuffix(".weight"), tensor)
         return tensor
 
     def load(
@@ -111,26 +118,33 @@ def load_backbone(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     packed: bool = False,
+    adapters: Sequence[LoraWeights] = (),
+    bidirectional: bool = False,
 ) -> Backbone:
     """Read a Hugging Face safetensors directory (sharded or not) into a Backbone.
 
     packed: for inference only, laid out for fast products (see LayerWeights.packed).
+    adapters: merged into the weights, one after another, in float32, before these are converted to
+    `dtype`; the fingerprint is that of the merged weights. bidirectional: see `parse_config`.
     Raises UnsupportedModelError for a config the backbone cannot compute, WeightsError for
-    damaged, missing, misshapen or unexpected tensors.
+    damaged, missing, misshapen or unexpected tensors, BackboneMismatchError for an adapter of
+    another backbone.
     """
     directory = Path(directory)
-    config = read_json(directory / "config.json")
-    return _build(config, find_tensors(directory), dtype, device, packed)
+    config = parse_config(read_json(directory / "config.json"), bidirectional=bidirectional)
+    return _build(config, _merged(directory, config, adapters), dtype, device, packed)
 
 
-def read_fingerprint(directory: str | Path) -> dict[str, str | int | float]:
+def read_fingerprint(
+    directory: str | Path, *, adapters: Sequence[LoraWeights] = (), bidirectional: bool = False
+) -> dict[str, str | int | float]:
     """The fingerprint that a directory's backbone would have, without loading its layers.
 
-    Raises as `load_backbone` does.
+    adapters, bidirectional: of `load_backbone`, as which it raises.
     """
     directory = Path(directory)
-    config = parse_config(read_json(directory / "config.json"))
-    files = find_tensors(directory)
+    config = parse_config(read_json(directory / "config.json"), bidirectional=bidirectional)
+    files = _merged(directory, config, adapters)
     embedding = files.get("embed_tokens.weight", (config.vocab_size, config.hidden_size))
     return backbone_fingerprint(config, embedding, files)
 
@@ -148,7 +162,16 @@ def backbone_from_tensors(
     """
     file = _Tensors(tensors)
     where = {name.removeprefix("model."): (file, name) for name in tensors}
-    return _build(config, TensorFiles(where, mapped=False), dtype, device, packed=False)
+    files = TensorFiles(where, mapped=False)
+    return _build(parse_config(config), files, dtype, device, packed=False)
+
+
+def _merged(
+    directory: Path, config: BackboneConfig, adapters: Sequence[LoraWeights]
+) -> TensorFiles:
+    for adapter in adapters:
+        adapter.check_backbone(config)
+    return replace(find_tensors(directory), adapters=tuple(adapters))
 
 
 class _Shard:
@@ -189,13 +212,12 @@ class _Tensors:
 
 
 def _build(
-    values: Mapping[str, Any],
+    config: BackboneConfig,
     files: TensorFiles,
     dtype: torch.dtype,
     device: torch.device | str,
     packed: bool,
 ) -> Backbone:
-    config = parse_config(dict(values))
     _refuse_unexpected(files, config)
     shape = config.vocab_size, config.hidden_size
     embedding = files.load("embed_tokens.weight", shape, dtype, device)

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from gen_fast.embed.choices import SENTENCE_TRANSFORMERS
 from gen_fast.embed.stock import load_stock
-from gen_fast.errors import NonFiniteError, UnsupportedModelError
+from gen_fast.errors import ConfigError, NonFiniteError
 from gen_fast.io.embedding_files import EmbeddingMetadata, Embeddings, write_embeddings
 from gen_fast.training.data import read_rows, teacher_texts
 from gen_fast.training.records import Rejections
@@ -37,6 +37,7 @@ def teach(
     teacher: str,
     *,
     method: str | None = None,
+    backbone: str | Path | None = None,
     device: str | None = None,
     dtype: str = "float32",
     show_progress_bar: bool | None = None,
@@ -46,16 +47,20 @@ def teach(
     Answers that are longer than the teacher reads are counted and logged.
 
     teacher: "minilm", a directory or Hub id of a sentence-transformers model, or, with `method`
-    ("mean", "echo", … or "llm2vec-gen"), anything that `gen_fast.load` takes. Raises InputError,
-    ModelNotFoundError, UnsupportedModelError, NonFiniteError.
+    ("mean", "echo", … or "llm2vec-gen"), anything that `gen_fast.load` takes, where `backbone` says
+    what lies below an adapter. With an LLM2Vec checkpoint method "llm2vec-bare" is the teacher of
+    LLM2Vec-Gen's authors, "llm2vec" what the checkpoint itself embeds. Raises InputError,
+    ConfigError, ModelNotFoundError, UnsupportedModelError, NonFiniteError, and as `load` does.
     """
     rejections = Rejections(out.with_name(f"{out.stem}.rejected.jsonl"))
     ids, texts = teacher_texts(read_rows(answers, rejections))
     rejections.write()
     if method is None:
+        if backbone is not None:
+            raise ConfigError("backbone has no meaning without a method")
         embed, name = _stock(teacher, device, dtype, show_progress_bar)
     else:
-        embed, name = _own(teacher, method, device, dtype, show_progress_bar)
+        embed, name = _own(teacher, method, backbone, device, dtype, show_progress_bar)
     vectors, truncated = embed(texts)
     vectors = vectors.astype(np.float32)
     bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
@@ -105,13 +110,16 @@ def _longer(tokenizer: Any, texts: Sequence[str], limit: int | None) -> int:
 
 
 def _own(
-    teacher: str, method: str, device: str | None, dtype: str, show_progress_bar: bool | None
+    teacher: str,
+    method: str,
+    backbone: str | Path | None,
+    device: str | None,
+    dtype: str,
+    show_progress_bar: bool | None,
 ) -> tuple[Embed, str]:
     from gen_fast.embed.loading import load
 
-    if (Path(teacher) / "adapter_config.json").is_file():
-        raise UnsupportedModelError(f"{teacher}: LoRA checkpoints are not supported yet")
-    encoder = load(teacher, method=method, device=device, dtype=dtype)
+    encoder = load(teacher, method=method, backbone=backbone, device=device, dtype=dtype)
 
     def embed(texts: Sequence[str]) -> tuple[np.ndarray, int]:
         with tqdm(total=len(texts), unit="text", disable=hidden(show_progress_bar)) as bar:

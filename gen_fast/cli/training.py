@@ -122,6 +122,7 @@ def teach(
         Path | None, typer.Option(help=".parquet.  [default: beside the first file]")
     ] = None,
     method: options.MethodOption = None,
+    backbone: options.BackboneOption = None,
     device: options.DeviceOption = None,
     dtype: options.DtypeOption = "float32",
     quiet: options.QuietOption = False,
@@ -140,6 +141,7 @@ def teach(
         target,
         teacher,
         method=method and str(method),
+        backbone=backbone,
         device=str(options.checked_device(device)),
         dtype=str(dtype),
         show_progress_bar=not quiet,

@@ -7,6 +7,8 @@ DEFAULT_MODEL = "smollm2-135m"
 
 DEFAULT_METHOD = "mean"
 LLM2VEC_GEN = "llm2vec-gen"
+LLM2VEC = "llm2vec"
+LLM2VEC_BARE = "llm2vec-bare"
 SENTENCE_TRANSFORMERS = "sentence-transformers"
 METHODS = (
     DEFAULT_METHOD,
@@ -14,6 +16,8 @@ METHODS = (
     "last-token",
     "echo",
     "hyde",
+    LLM2VEC,
+    LLM2VEC_BARE,
     LLM2VEC_GEN,
     SENTENCE_TRANSFORMERS,
 )

@@ -388,7 +388,9 @@ class Encoder(Exportable):
                 device=self.device,
             )
             try:
-                hidden = self.backbone.forward(batch, special=self._method.special, prefix=prefix)
+                hidden = self.backbone.forward(
+                    batch, special=self._method.special, prefix=prefix, mask=self._method.mask
+                )
                 embeddings = self._method.pool(hidden, batch, skip, self.backbone)
             except RuntimeError as error:  # only running out of memory is survived
                 self.budget.shrink(error, sum(lengths[: len(members)]), len(members))

@@ -115,7 +115,7 @@ class OwnTokens(_OneText):
         """See Layout. Raises TextError for a text without a token of its own."""
         ids, shared = self._text(texts)
         own = np.array([len(row) for row in ids], dtype=np.int64) - shared
-        _refuse_empty(own, self._method, first_row)
+        refuse_empty(own, self._method, first_row)
         return Sequences(ids, shared, np.ones_like(own) if self._last_only else own)
 
 
@@ -173,7 +173,7 @@ class Echo(_OneText):
         first, shared = self._text(texts)
         second, template = self._second(texts)
         own = np.array([len(row) for row in second], dtype=np.int64) - template
-        _refuse_empty(own, "echo", first_row)
+        refuse_empty(own, "echo", first_row)
         ids = [np.concatenate(pair) for pair in zip(first, second, strict=True)]
         return Sequences(ids, shared, own)
 
@@ -203,7 +203,7 @@ class WholeText(_OneText):
             own = np.array([len(row) for row in ids], dtype=np.int64) - self._skipped
         else:
             own = np.array([self._last_counted(row) for row in ids], dtype=np.int64)
-        _refuse_empty(own, f"sentence-transformers ({self._mode})", first_row)
+        refuse_empty(own, f"sentence-transformers ({self._mode})", first_row)
         if self._mode == "cls":
             # The state of the first token: in a causal model none after it has a part in that.
             ids = [row[: self._skipped + 1] for row in ids]
@@ -224,7 +224,8 @@ class WholeText(_OneText):
         return number
 
 
-def _refuse_empty(own: np.ndarray, method: str, first_row: int) -> None:
+def refuse_empty(own: np.ndarray, method: str, first_row: int) -> None:
+    """Raise TextError for texts of which no row is pooled. own [n]: how many rows each has."""
     rows = tuple(int(i) + first_row for i in np.flatnonzero(own < 1))
     if rows:
         more = f"; so do {len(rows) - 1} more" if rows[1:] else ""

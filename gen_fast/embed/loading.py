@@ -13,10 +13,13 @@ from gen_fast.embed.adapter import FORMAT, Adapter
 from gen_fast.embed.choices import (
     DEFAULT_METHOD,
     DEFAULT_MODEL,
+    LLM2VEC,
+    LLM2VEC_BARE,
     LLM2VEC_GEN,
     SENTENCE_TRANSFORMERS,
 )
 from gen_fast.embed.encoder import Embedded, Encoder
+from gen_fast.embed.llm2vec import LLM2Vec
 from gen_fast.embed.methods import (
     TRAINING_FREE,
     HyDE,
@@ -26,10 +29,11 @@ from gen_fast.embed.methods import (
     SentenceTransformers,
 )
 from gen_fast.errors import AdapterError, ConfigError, UnsupportedModelError
-from gen_fast.formats import llm2vec_gen, sentence_transformers
+from gen_fast.formats import llm2vec, llm2vec_gen, peft, sentence_transformers
 from gen_fast.model.backbone import Backbone
 from gen_fast.model.device import resolve_dtype
 from gen_fast.model.generation import AnswerGenerator
+from gen_fast.model.lora import LoraWeights
 from gen_fast.model.sources import resolve
 from gen_fast.model.tokenizing import Tokenizer, load_tokenizer
 from gen_fast.model.weights import load_backbone, read_fingerprint, read_json
@@ -55,13 +59,16 @@ def load(
     """Load a model and return an Encoder.
 
     model: "smollm2-135m", a Hub id, a .gguf file, or a directory that holds an adapter of ours, a
-    published llm2vec-gen checkpoint, a model in sentence-transformers' layout or a plain backbone.
-    method: None takes the directory's own: "llm2vec-gen" for an adapter, "sentence-transformers"
-    for that layout (its pooling, modules, prompts and maximum length). A backbone, also that of
-    such a layout, is embedded by a training-free method: "mean" (default), "weighted-mean",
-    "last-token", "echo" or "hyde"; "smollm2-135m" by the adapter that is shipped for it, unless
-    such a method is given.
-    backbone: where an adapter's backbone lies, if not under the name it records.
+    published llm2vec-gen or LLM2Vec checkpoint, a model in sentence-transformers' layout or a plain
+    backbone.
+    method: None takes the directory's own: "llm2vec-gen" for an adapter, "llm2vec" for a directory
+    of LLM2Vec, "sentence-transformers" for that layout (its pooling, modules, prompts and maximum
+    length). A backbone, also that of such a layout, is embedded by a training-free method: "mean"
+    (default), "weighted-mean", "last-token", "echo", "hyde" or, without the causal mask that it was
+    trained with, "llm2vec"; "smollm2-135m" by the adapter that is shipped for it, unless such a
+    method is given. "llm2vec-bare": all tokens of the bare text, as a teacher of llm2vec-gen.
+    backbone: where an adapter's backbone lies, if not under the name it records. For an LLM2Vec
+    adapter also the directory of the MNTP adapter below it, if no file names that.
     device: None takes CUDA if there is one. dtype: "auto" is bfloat16 where the device computes
     with it natively, else float32; or "float32", "bfloat16", "float16", or a torch.dtype.
     revision: of the Hub repository `model`. max_length: tokens, special tokens included.
@@ -75,7 +82,14 @@ def load(
     resolved_dtype = resolve_dtype(dtype, target)
     location = _locate(model, method, backbone, revision)
     location = replace(location, method=_answering(location.method, hyde, deterministic))
-    network = load_backbone(location.source, dtype=resolved_dtype, device=target, packed=True)
+    network = load_backbone(
+        location.source,
+        dtype=resolved_dtype,
+        device=target,
+        packed=True,
+        adapters=location.adapters,
+        bidirectional=location.bidirectional,
+    )
     tokenizer = _load_tokenizer(location)
     logger.info("%s: %s on %s in %s", model, location.method.name, target, resolved_dtype)
     return Encoder(
@@ -103,18 +117,30 @@ def identify(
     and what is done to the states. Raises as `load` does.
     """
     location = _locate(model, method, backbone, revision)
-    fingerprint = read_fingerprint(location.source)
+    fingerprint = read_fingerprint(
+        location.source, adapters=location.adapters, bidirectional=location.bidirectional
+    )
     location.method.check_backbone(fingerprint)
     return location.method.whole_identity(fingerprint, _load_tokenizer(location))
 
 
 @dataclass(frozen=True)
 class _Location:
-    """Where a model and its backbone lie, and how its texts are embedded."""
+    """Where a model and its backbone lie, and how its texts are embedded.
+
+    source: the backbone's directory. adapters: what is merged into it. tokenizer: the directory of
+    the tokenizer, if that is not the backbone's.
+    """
 
     directory: Path
     source: Path
     method: Method
+    adapters: tuple[LoraWeights, ...] = ()
+    tokenizer: Path | None = None
+
+    @property
+    def bidirectional(self) -> bool:
+        return self.method.mask == "bidirectional"
 
 
 def _locate(
@@ -130,6 +156,8 @@ def _locate(
             )
         source = resolve(backbone or adapter.backbone, adapter.backbone_revision)
         return _Location(directory, source, LLM2VecGen(adapter))
+    if _is_llm2vec(directory, method):
+        return _locate_llm2vec(directory, str(model), method or LLM2VEC, backbone)
     if backbone is not None:
         raise AdapterError(f"{directory} holds no adapter, so backbone= has no meaning")
     is_sentence_model = sentence_transformers.is_sentence_model(directory)
@@ -144,11 +172,45 @@ def _locate(
         )
     name = method or DEFAULT_METHOD
     if name not in TRAINING_FREE:
-        raise UnsupportedModelError(f"method {method!r} is not one of {', '.join(TRAINING_FREE)}")
+        known = ", ".join((*TRAINING_FREE, LLM2VEC, LLM2VEC_BARE))
+        raise UnsupportedModelError(f"method {method!r} is not one of {known}")
     source = directory
     if is_sentence_model:
         source = sentence_transformers.transformer_directory(directory)
     return _Location(directory, source, TRAINING_FREE[name](name))
+
+
+def _is_llm2vec(directory: Path, method: str | None) -> bool:
+    """Whether a directory is read as LLM2Vec's; a LoRA adapter cannot be read as anything else."""
+    if method in (LLM2VEC, LLM2VEC_BARE):
+        return True
+    says_so = llm2vec.is_checkpoint(directory)
+    # An adapter in sentence-transformers' layout is refused with that layout.
+    is_layout = sentence_transformers.is_sentence_model(directory)
+    is_adapter = peft.is_adapter(directory) and not is_layout
+    if is_adapter and (method is not None or not says_so):
+        raise UnsupportedModelError(
+            f"{directory} is a LoRA adapter, read by method {LLM2VEC!r} or {LLM2VEC_BARE!r} "
+            f"alone, {'not ' + repr(method) if method else 'which must be given'}"
+        )
+    return says_so and method is None
+
+
+def _locate_llm2vec(
+    directory: Path, name: str, method: str, backbone: str | Path | None
+) -> _Location:
+    if backbone is not None and not peft.is_adapter(directory):
+        raise AdapterError(f"{directory} holds no adapter, so backbone= has no meaning")
+    if sentence_transformers.is_sentence_model(directory):
+        directory = sentence_transformers.transformer_directory(directory)
+    checkpoint = llm2vec.read_checkpoint(directory, name, backbone)
+    return _Location(
+        directory,
+        checkpoint.source,
+        LLM2Vec(method, checkpoint),
+        checkpoint.adapters,
+        checkpoint.tokenizer,
+    )
 
 
 def _answering(method: Method, hyde: HyDESettings | None, deterministic: bool) -> Method:
@@ -161,7 +223,7 @@ def _answering(method: Method, hyde: HyDESettings | None, deterministic: bool) -
 
 
 def _load_tokenizer(location: _Location) -> Tokenizer:
-    tokenizer = load_tokenizer(location.source)
+    tokenizer = load_tokenizer(location.tokenizer or location.source)
     location.method.prepare(tokenizer)
     return tokenizer
 

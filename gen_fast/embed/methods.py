@@ -8,6 +8,8 @@ echo          the text twice, mean over the second copy (arXiv 2402.15449)
 hyde          a query: the mean over the answers that the model writes to it, and the query itself;
               a text behind the prompt named "document": as it is (HyDE, arXiv 2212.10496)
 sentence-transformers  the whole text, as a directory in that package's layout says
+
+Those that attend to later tokens are in llm2vec.py.
 """
 
 import copy
@@ -57,7 +59,9 @@ class Method(ABC):
     limit. dimension: of an embedding where a call asks for no other; None is the backbone's hidden
     size. full_dimension: the most that a call may ask for. special [k, h]: embeddings of the
     token ids V, V + 1, … . projection: (weight [d, h], bias [d]) applied to what has been pooled.
-    writes: the model writes while texts are laid out.
+    writes: the model writes while texts are laid out. mask: of attention, "causal" or
+    "bidirectional"; under the latter a layout shares no rows, because a prompt's states depend on
+    the text behind it.
     """
 
     prompts: Mapping[str, str] = dict.fromkeys(DEFAULT_PROMPTS, "")
@@ -69,6 +73,7 @@ class Method(ABC):
     special: Tensor | None = None
     projection: Projection | None = None
     writes: ClassVar[bool] = False
+    mask: ClassVar[str] = "causal"
 
     def __init__(self, name: str) -> None:
         self.name = name

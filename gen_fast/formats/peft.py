@@ -15,7 +15,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gen_fast.errors import AdapterError, ConfigError, UnsupportedModelError, WeightsError
+from gen_fast.errors import (
+    AdapterError,
+    BackboneMismatchError,
+    ConfigError,
+    UnsupportedModelError,
+    WeightsError,
+)
 from gen_fast.io.durable import as_readable_as_others, replacing, write_whole
 from gen_fast.model.lora import MODULES, Factors, LoraConfig, LoraWeights
 from gen_fast.model.sources import is_hub_id
@@ -23,6 +29,9 @@ from gen_fast.model.weights import read_json
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
+# Ours, beside PEFT's: the fingerprint of the weights that the adapter was trained over.
+TRAINED_OVER = "gen_fast.json"
+FORMAT = "gen_fast.lora/1"
 
 # Keys that are read, and keys that do not change what a trained adapter computes.
 _READ = {
@@ -52,18 +61,30 @@ _OFF: dict[str, tuple[Any, ...]] = {
 # In front of "layers.3.…": a causal language model holds the decoder as `model`.
 _ROOTS = ("base_model.model.model.", "base_model.model.")
 
+Fingerprint = Mapping[str, str | int | float]
+
 
 @dataclass(frozen=True)
 class PeftAdapter:
     """What an adapter's directory says.
 
     base: the model it was trained on, a path or Hub id, or None if the directory names none;
-    revision: of that.
+    revision: of that. fingerprint: of that model's weights, in directories that gen_fast writes.
     """
 
     weights: LoraWeights
     base: str | None
     revision: str | None
+    fingerprint: Fingerprint | None = None
+
+    def check_fingerprint(self, actual: Fingerprint) -> None:
+        """Raise BackboneMismatchError if it was trained over weights of another fingerprint."""
+        for key, value in (self.fingerprint or {}).items():
+            if actual.get(key) != value:
+                raise BackboneMismatchError(
+                    f"the adapter was trained over weights with {key} = {value!r}, these have "
+                    f"{actual.get(key)!r}"
+                )
 
 
 def is_adapter(directory: Path) -> bool:
@@ -73,7 +94,13 @@ def is_adapter(directory: Path) -> bool:
 
 def read_base(directory: str | Path) -> tuple[str | None, str | None]:
     """Name and revision of the model that an adapter was trained on. Raises as `read_adapter`."""
-    return _base(_read_config(Path(directory)))
+    return _base(_object(Path(directory) / CONFIG))
+
+
+def read_auto_class(directory: str | Path) -> str | None:
+    """Name of the class that an adapter was trained on, where its config keeps one."""
+    mapping = _object(Path(directory) / CONFIG).get("auto_mapping")
+    return str(mapping.get("base_model_class")) if isinstance(mapping, dict) else None
 
 
 def read_adapter(directory: str | Path) -> PeftAdapter:
@@ -83,11 +110,11 @@ def read_adapter(directory: str | Path) -> PeftAdapter:
     backbone, AdapterError for a directory that is damaged, incomplete or pickled.
     """
     directory = Path(directory)
-    values = _read_config(directory)
+    values = _object(directory / CONFIG)
     config = _lora_config(values, directory / CONFIG)
     factors = _factors(_tensors(directory), config, directory / TENSORS)
     base, revision = _base(values)
-    return PeftAdapter(LoraWeights(config, factors), base, revision)
+    return PeftAdapter(LoraWeights(config, factors), base, revision, _fingerprint(directory))
 
 
 def write_adapter(
@@ -96,14 +123,16 @@ def write_adapter(
     *,
     base: str,
     revision: str | None = None,
+    fingerprint: Fingerprint | None = None,
     causal_lm: bool = True,
     tags: tuple[str, ...] = (),
 ) -> None:
     """Write a directory that `peft.PeftModel.from_pretrained` reads; `read_adapter` gives the same.
 
-    base: path or Hub id of the model that the adapter was trained on. causal_lm: the adapter is for
-    an AutoModelForCausalLM; otherwise for the decoder alone, an AutoModel. tags: of the model card.
-    The config is written last, so that a directory with one is whole.
+    base: path or Hub id of the model that the adapter was trained on, which may be another
+    adapter's directory; fingerprint: of that model's weights, kept in a file of ours. causal_lm:
+    the adapter is for an AutoModelForCausalLM; otherwise for the decoder alone, an AutoModel.
+    tags: of the model card. The config is written last, so that a directory with one is whole.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -133,15 +162,31 @@ def write_adapter(
     (directory / CONFIG).unlink(missing_ok=True)
     with replacing(directory / TENSORS) as path, as_readable_as_others(path):
         save_file(tensors, path, {"format": "pt"})
+    if fingerprint is None:
+        (directory / TRAINED_OVER).unlink(missing_ok=True)
+    else:
+        over = {"format": FORMAT, "backbone": {"fingerprint": dict(fingerprint)}}
+        write_whole(directory / TRAINED_OVER, json.dumps(over, indent=2) + "\n")
     write_whole(directory / "README.md", _model_card(base, config, tags))
     write_whole(directory / CONFIG, json.dumps(values, indent=2) + "\n")
 
 
-def _read_config(directory: Path) -> dict[str, Any]:
+def _object(path: Path) -> dict[str, Any]:
     try:
-        return read_json(directory / CONFIG)
+        return read_json(path)
     except WeightsError as error:
         raise AdapterError(f"not an adapter: {error}") from error
+
+
+def _fingerprint(directory: Path) -> Fingerprint | None:
+    path = directory / TRAINED_OVER
+    if not path.is_file():
+        return None
+    values = _object(path)
+    fingerprint = (values.get("backbone") or {}).get("fingerprint")
+    if values.get("format") != FORMAT or not isinstance(fingerprint, dict):
+        raise AdapterError(f"{path} is not a {FORMAT!r} file with a fingerprint")
+    return fingerprint
 
 
 def _base(values: Mapping[str, Any]) -> tuple[str | None, str | None]:

@@ -21,7 +21,7 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 _OWN_CODE = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
 # LLM2Vec's classes, published (…EncoderModel) and of its package: the family's own, without the
 # causal mask. Source: llm2vec 0.2.3, models/.
-_LLM2VEC_CLASSES = frozenset(
+LLM2VEC_CLASSES = frozenset(
     f"{family}{kind}"
     for family in ("Llama", "Mistral", "Qwen2")
     for kind in ("EncoderModel", "BiModel", "BiForMNTP")
@@ -145,7 +145,7 @@ def parse_config(raw: Mapping[str, Any], *, bidirectional: bool = False) -> Back
 
 
 def _check_supported(raw: Mapping[str, Any], config: BackboneConfig, bidirectional: bool) -> None:
-    allowed = _LLM2VEC_CLASSES if bidirectional else frozenset()
+    allowed = LLM2VEC_CLASSES if bidirectional else frozenset()
     code = raw.get("auto_map") or {}
     own_code = [
         key for key in _OWN_CODE if key in code and str(code[key]).split(".")[-1] not in allowed

@@ -6,6 +6,7 @@ own, so that they are the adapter that PEFT knows. The backbone's weights stay a
 packed; gradients reach the factors and the input.
 """
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -98,6 +99,15 @@ class LoraWeights:
                     f"the adapter updates {name!r} as a matrix {[len(b), a.shape[1]]}, this "
                     f"backbone has {[rows, columns]}: it was trained for another one"
                 )
+
+    def sha256(self) -> str:
+        """Tells one adapter from another: 16 hexadecimal digits over scale and factors."""
+        digest = hashlib.sha256(f"{self.config.scale}".encode())
+        for name, pair in sorted(self.factors.items()):
+            digest.update(name.encode())
+            for factor in pair:
+                digest.update(factor.detach().cpu().float().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def merged(self, name: str, weight: Tensor) -> Tensor:
         """W + s·B·A, at least float32, of a linear [out, in]; one that is not updated as it is."""

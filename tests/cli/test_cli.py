@@ -17,7 +17,13 @@ from typer.testing import CliRunner, Result
 import gen_fast
 from gen_fast.cli import app
 from gen_fast.cli.options import Method
-from gen_fast.embed.choices import LLM2VEC_GEN, METHODS, SENTENCE_TRANSFORMERS
+from gen_fast.embed.choices import (
+    LLM2VEC,
+    LLM2VEC_BARE,
+    LLM2VEC_GEN,
+    METHODS,
+    SENTENCE_TRANSFORMERS,
+)
 from gen_fast.embed.methods import TRAINING_FREE
 from gen_fast.io.embedding_files import read_embeddings, write_embeddings
 from gen_fast.testing import save_tiny_model
@@ -329,7 +335,8 @@ def test_export(tiny_model: Path, expected: np.ndarray, tmp_path: Path) -> None:
 
 def test_every_method_can_be_chosen() -> None:
     assert {str(method) for method in Method} == set(METHODS)
-    assert {*TRAINING_FREE, LLM2VEC_GEN, SENTENCE_TRANSFORMERS} == set(METHODS)
+    own = {LLM2VEC, LLM2VEC_BARE, LLM2VEC_GEN, SENTENCE_TRANSFORMERS}
+    assert {*TRAINING_FREE, *own} == set(METHODS)
 
 
 def test_help_documents_exit_codes_without_importing_torch() -> None:

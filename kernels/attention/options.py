@@ -127,11 +127,6 @@ class AttentionOptions:
         return other
 
     @property
-    def variant(self) -> str:
-        """What the choice of an implementation depends on: the mask, and whether weights drop."""
-        return self.mask + " with dropout" if self.dropout else self.mask
-
-    @property
     def texts(self) -> int:
         """B."""
         return self.cu_seqlens_q.size(0) - 1
@@ -177,6 +172,10 @@ class AttentionOptions:
         prefix_k, prefix_v = self.prefix or (None, None)
         blocks = None if self.blocks is None else self.blocks.contiguous()
         text_words = self.text_words
+        drawn: tuple[int | float, ...] = (0, 0, 0, 0, 1.0)
+        if text_words is not None:
+            address = text_words.data_ptr()
+            drawn = address, self.seed, self.layer, self.first_kept, self.kept_scale
         struct = native.module().AttentionOptions(
             self.cu_seqlens_q.data_ptr(),
             self.cu_seqlens_k.data_ptr(),
@@ -189,11 +188,7 @@ class AttentionOptions:
             self.window or 0,
             _MASK_NUMBERS[self.mask],
             0 if blocks is None else blocks.data_ptr(),
-            0 if text_words is None else text_words.data_ptr(),
-            self.seed,
-            self.layer,
-            self.first_kept,
-            self.kept_scale,
+            *drawn,
         )
         return struct, prefix_k, prefix_v, blocks, text_words
 

@@ -236,7 +236,7 @@ _TILES = {
 }
 # Words of the generator take registers: of the tiles above, those that do not spill beside them.
 _TILES_DROPOUT = {
-    80: {**_TILES[80], 256: (tile(32, 32, 8, 1),)},
+    80: {**_TILES[80], 64: (tile(64, 32, 4, 2),), 256: (tile(32, 32, 8, 1),)},
     90: {**_TILES[90], 128: (tile(64, 64, 8, 2),), 256: (tile(32, 32, 8, 1),)},
 }
 _TILES_FLOAT32 = {

@@ -266,7 +266,7 @@ _TILES = {
 }
 # Words of the generator take registers: of the tiles above, those that do not spill beside them.
 _TILES_DROPOUT = {
-    80: {**_TILES[80], 256: (tile(64, 32, 8, 2),)},
+    80: {**_TILES[80], 128: (tile(128, 32, 8, 3),), 256: (tile(64, 32, 8, 2),)},
     90: {**_TILES[90], 256: (tile(64, 32, 8, 2),)},
 }
 # Four bytes an element leave room for small tiles only, and there are no float32 tensor cores.

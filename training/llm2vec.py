@@ -16,14 +16,15 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from gen_fast.embed import layouts
+from gen_fast.embed.llm2vec import InstructedText
 from gen_fast.errors import ConfigError, InputError
-from gen_fast.formats.llm2vec import LLM2VecSettings, resolve_chain, write_settings
+from gen_fast.formats.llm2vec import Settings, Wrapper, read_checkpoint, write_settings
 from gen_fast.formats.peft import read_adapter, write_adapter
 from gen_fast.io.text_files import read_texts
 from gen_fast.model.backbone import Backbone
 from gen_fast.model.device import resolve_dtype
 from gen_fast.model.lora import Lora, LoraConfig
+from gen_fast.model.sources import resolve
 from gen_fast.model.tokenizing import TextTokenizer, Tokenizer, load_tokenizer, special_tokens
 from gen_fast.model.weights import load_backbone, load_head
 from gen_fast.training.backbone_pass import TrainedBackbone
@@ -103,8 +104,8 @@ class LLM2VecConfig(RunConfig):
     attention_dropout: float | None = None
     contrastive_scale: float | None = None
     recompute: bool = False
-    batch_size: int | None = None  # type: ignore[assignment]
-    warmup_steps: int | None = None  # type: ignore[assignment]
+    batch_size: int = None  # type: ignore[assignment]
+    warmup_steps: int = None  # type: ignore[assignment]
     steps: int = 1000
 
     CHOICES: ClassVar[Mapping[str, tuple[str, ...]]] = {
@@ -129,6 +130,13 @@ class LLM2VecConfig(RunConfig):
             raise ConfigError("simcse without dropout shows the same text twice: nothing is learnt")
 
     @property
+    def encoding(self) -> Settings:
+        """How texts are embedded with what is trained: whole, the mean over their own tokens."""
+        assert self.max_length is not None
+        length = self.max_length if self.step != "mntp" else 512
+        return Settings("mean", length, doc_max_length=None)
+
+    @property
     def lora(self) -> LoraConfig:
         """Sizes of the adapter."""
         return LoraConfig(self.lora_rank, self.lora_alpha, self.lora_dropout)
@@ -151,7 +159,7 @@ class _LLM2VecTask(Task[Any]):
         backbone: Backbone,
         config: LLM2VecConfig,
         rejections: Rejections,
-        data: "_Data",
+        data: "Data",
     ) -> None:
         self.backbone = backbone
         self.config = config
@@ -187,6 +195,7 @@ class _LLM2VecTask(Task[Any]):
             self.parameters.weights(),
             base=config.backbone,
             revision=config.backbone_revision,
+            fingerprint=self.backbone.fingerprint,
             tags=("llm2vec",),
         )
 
@@ -198,8 +207,8 @@ class _LLM2VecTask(Task[Any]):
         """See Task."""
         config, out = self.config, folder.parent
         self.save(folder)
-        pooled = config.max_length or 512
-        write_settings(folder, LLM2VecSettings(pooling="mean", max_length=pooled))
+        if config.mask == "bidirectional":
+            write_settings(folder, config.encoding)
         curves = [("loss", ("loss/total", "validation/loss"), "nats")]
         others = [n for n, _ in summary(out) if n != "validation/loss"]
         draw_curves(out, folder / "curves.png", [*curves, ("validation", others, "")])
@@ -229,7 +238,7 @@ LLM2Vec, {config.step}: {step} steps of {config.batch_size} texts with gen_fast;
 
 
 @dataclass(frozen=True)
-class _Data:
+class Data:
     """What is trained on, and what is held out. fingerprint: of both."""
 
     train: Sequence[Any]
@@ -249,12 +258,19 @@ class _Data:
 
 def _load(config: LLM2VecConfig) -> tuple[Backbone, Tensor, Tokenizer, Rejections]:
     device = run_device(config)
-    source, adapters = resolve_chain(config.backbone, revision=config.backbone_revision)
-    tokenizer = load_tokenizer(source)
+    directory = resolve(config.backbone, config.backbone_revision)
+    below = read_checkpoint(directory, config.backbone)
+    tokenizer = load_tokenizer(below.tokenizer)
     dtype = resolve_dtype(config.dtype, device)
-    backbone = load_backbone(source, dtype=dtype, device=device, adapters=adapters)
+    backbone = load_backbone(
+        below.source,
+        dtype=dtype,
+        device=device,
+        adapters=below.adapters,
+        bidirectional=config.mask == "bidirectional",
+    )
     rejections = Rejections(Path(config.out) / "rejected.jsonl")
-    return backbone, load_head(source, backbone), tokenizer, rejections
+    return backbone, load_head(below.source, backbone), tokenizer, rejections
 
 
 def _read_texts(config: LLM2VecConfig, rejections: Rejections) -> tuple[list[str], list[str]]:
@@ -300,7 +316,7 @@ class MNTPTask(_LLM2VecTask):
         head: Tensor,
         config: LLM2VecConfig,
         rejections: Rejections,
-        data: _Data,
+        data: Data,
         mask_id: int,
         special: np.ndarray,
     ) -> None:
@@ -321,13 +337,13 @@ class MNTPTask(_LLM2VecTask):
         whole = TextTokenizer(tokenizer, "", 1 << 40)
         rows, _ = whole(texts)
         assert config.max_length is not None
-        parts = [
+        train, validation = (
             blocks([rows[i] for i in places], config.max_length)
             for places in _split(ids, config.validation_rows)
-        ]
-        if not parts[0]:
+        )
+        if not train:
             raise ConfigError(f"the texts have fewer than max_length = {config.max_length} tokens")
-        data = _Data(*parts, _fingerprint([*parts[0], *parts[1]]))
+        data = Data(train, validation, _fingerprint([*train, *validation]))
         return cls(backbone, head, config, rejections, data, mask_id, np.array(special))
 
     def _hidden(self, block: np.ndarray, key: int, *seeds: int) -> MaskedText:
@@ -407,7 +423,7 @@ class ContrastiveTask(_LLM2VecTask):
         ids, rows = read(config, tokenizer, rejections)
         train, validation = _split(ids, config.validation_rows)
         fingerprint = _fingerprint([view[0] for row in rows for view in row])
-        data = _Data([rows[i] for i in train], [rows[i] for i in validation], fingerprint)
+        data = Data([rows[i] for i in train], [rows[i] for i in validation], fingerprint)
         return cls(backbone, config, rejections, data)
 
     def examples(self, step: int, world: World) -> Sequence[Match]:
@@ -447,12 +463,12 @@ class ContrastiveTask(_LLM2VecTask):
         for name in matches[0].views():
             views = [match.views()[name] for match in matches]
             lengths = [len(view.ids) for view in views]
-            parts = in_parts(
-                lengths,
-                self._trained.budget,
-                self.config.micro_batch_tokens,
-                lambda part, views=views: embed(self._trained, self.parameters, views[part], seed),
-            )
+
+            def run(part: slice, views: list[View] = views) -> Tensor:
+                return embed(self._trained, self.parameters, views[part], seed)
+
+            limit = self.config.micro_batch_tokens
+            parts = in_parts(lengths, self._trained.budget, limit, run)
             rows[name] = nn.functional.normalize(torch.cat(list(parts)), dim=-1)
         cosines = rows["anchor"] @ rows["positive"].T
         best = cosines.argmax(1) == torch.arange(len(matches), device=cosines.device)
@@ -506,6 +522,6 @@ def _laid_out(
 ) -> list[tuple[np.ndarray, int]]:
     """Ids of texts as the encoder runs them, and how many of the last are pooled."""
     assert config.max_length is not None
-    layout = layouts.OwnTokens(tokenizer, prompt, config.max_length, method="llm2vec")
+    layout = InstructedText(tokenizer, prompt, config.max_length, config.encoding, Wrapper())
     sequences = layout(texts, 0)
     return list(zip(sequences.ids, sequences.needed.tolist(), strict=True))

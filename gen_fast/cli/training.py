@@ -209,7 +209,12 @@ def train(
     if str(method) == LLM2VEC:
         if source is None or self_queries is not None or teacher_method is not None:
             fail("--method llm2vec takes a file of texts, and no answers or teacher")
-        flags = {"backbone": model, "device": device, "dtype": dtype, "text_column": text_column}
+        flags: dict[str, Any] = {
+            "backbone": model,
+            "device": device,
+            "dtype": dtype,
+            "text_column": text_column,
+        }
         flags |= {"id_column": id_column, "texts": [source], "out": str(out), "method": LLM2VEC}
         _train_alone(context, config, flags, quiet)
         return

@@ -147,6 +147,8 @@ def read_settings(directory: Path) -> Settings:
     if unknown:
         raise UnsupportedModelError(f"{path}: {unknown[0]} {values[unknown[0]]!r} is not supported")
     for key, value in values.items():
+        if value is None and key == "doc_max_length":  # no limit of its own
+            continue
         if type(value) is not known[key] or (known[key] is int and value < 1):
             raise AdapterError(f"{path}: {key} {value!r} has no meaning")
     settings = Settings(**values)

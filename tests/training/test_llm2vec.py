@@ -1,1 +1,188 @@
-"""LLM2Vec's steps: masks, losses, gradient caching, ranks, and whole runs."""
+"""LLM2Vec's steps as whole runs: they learn, resume to the same bytes, and follow each other."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+import gen_fast
+from gen_fast.formats.peft import read_adapter
+from gen_fast.training.checkpoint import latest_checkpoint
+from gen_fast.training.llm2vec import DEFAULTS, LLM2VecConfig, train
+from gen_fast.training.records import read_records
+
+SCRIPT = Path(__file__).parents[2] / "training" / "train.py"
+WORDS = "a seal swims under the ice while birds look for fish near the shore".split()  # noqa: SIM905
+
+
+@pytest.fixture
+def make_config(tiny_model, tmp_path):
+    """Call with a step and settings to get a configuration over fresh data."""
+    rng = np.random.default_rng(0)
+    texts = [" ".join(rng.choice(WORDS, int(rng.integers(3, 12)))) for _ in range(60)]
+    (tmp_path / "texts.txt").write_text("\n".join([*texts, ""]) + "\n")
+    rows = [
+        {"id": str(i), "query": text, "answer": text[::-1], "negative_answer": texts[i - 1]}
+        for i, text in enumerate(texts)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def make(step, out="run", **settings):
+        values = {
+            "step": step,
+            "texts": (str(tmp_path / ("rows.jsonl" if step == "supervised" else "texts.txt")),),
+            "out": str(tmp_path / out),
+            "backbone": str(tiny_model),
+            "dtype": "float32",
+            "device": "cpu",
+            "max_length": 24,
+            "lora_rank": 4,
+            "batch_size": 6,
+            "steps": 4,
+            "schedule_steps": 20,
+            "warmup_steps": 0,
+            "learning_rate": 1e-3,
+            "validation_rows": 8,
+            "validate_every": 2,
+            "checkpoint_every": 1,
+            "log_every": 1,
+            "report_to": (),
+        }
+        return LLM2VecConfig(**(values | settings))
+
+    return make
+
+
+def losses(config):
+    rows = read_records(Path(config.out) / "metrics.jsonl")
+    return {row["step"]: row["loss/total"] for row in rows if "loss/total" in row}
+
+
+def adapter_bytes(config):
+    return (Path(config.out) / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("step", ["mntp", "simcse", "supervised"])
+def test_stopped_and_continued_gives_the_same_bytes(make_config, step):
+    whole = make_config(step, "whole")
+    folder = train(whole, show_progress_bar=False)
+    train(make_config(step, "parts", steps=2), show_progress_bar=False)
+    parts = make_config(step, "parts", micro_batch_tokens=None)
+    train(parts, show_progress_bar=False)
+    assert losses(parts) == losses(whole)
+    assert adapter_bytes(parts) == adapter_bytes(whole)
+    rows = read_records(Path(whole.out) / "metrics.jsonl")
+    assert [r["step"] for r in rows if "validation/loss" in r] == [2, 4]
+    assert "4 steps of 6 texts" in (folder / "README.md").read_text()
+    assert read_adapter(folder).base == whole.backbone
+
+
+def start(config, tmp_path, ranks=1):
+    path = tmp_path / f"{Path(config.out).name}.yaml"
+    path.write_text(yaml.safe_dump({"method": "llm2vec", **config.plain()}))
+    command = [sys.executable]
+    if ranks > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*command, str(SCRIPT), str(path)], env=environment, stderr=subprocess.PIPE, text=True
+    )
+
+
+def test_killed_and_continued_gives_the_same_bytes(make_config, tmp_path):
+    settings = {"steps": 30, "schedule_steps": 30, "checkpoint_every": 3, "validation_rows": 2}
+    whole = make_config("simcse", "whole", **settings)
+    assert start(whole, tmp_path).wait(300) == 0
+    killed = make_config("simcse", "killed", **settings)
+    process = start(killed, tmp_path)
+    while (latest_checkpoint(Path(killed.out) / "checkpoints") or Path("0")).name < "step-00000009":
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    assert not (Path(killed.out) / "adapter").exists()
+    assert start(killed, tmp_path).wait(300) == 0
+    assert adapter_bytes(killed) == adapter_bytes(whole)
+    assert losses(killed) == losses(whole)
+
+
+@pytest.mark.parametrize("step", ["mntp", "simcse"])
+def test_two_ranks_give_what_one_gives(make_config, tmp_path, step):
+    """The texts of a batch are gathered, so that each is told from all others."""
+    one = make_config(step, "one", lora_dropout=0.1)
+    train(one, show_progress_bar=False)
+    two = make_config(step, "two", lora_dropout=0.1)
+    process = start(two, tmp_path, ranks=2)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert losses(two) == pytest.approx(losses(one), rel=1e-5)
+
+
+def test_a_step_goes_on_from_the_one_before(make_config, tiny_model):
+    first = train(make_config("mntp", "first", learning_rate=1e-2), show_progress_bar=False)
+    second = train(
+        make_config("simcse", "second", backbone=str(first), learning_rate=1e-2),
+        show_progress_bar=False,
+    )
+    third = train(
+        make_config("supervised", "third", backbone=str(first), lora_start=str(second)),
+        show_progress_bar=False,
+    )
+    assert read_adapter(third).base == str(first)
+    for folder in (first, second, third):
+        vectors = gen_fast.load(folder, dtype="float32", device="cpu").encode(["a seal", "fish"])
+        assert vectors.shape == (2, 48)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    PeftModel.from_pretrained(base, first)  # a published adapter is one of PEFT's
+
+
+def test_a_run_learns(make_config):
+    config = make_config(
+        "supervised", steps=30, schedule_steps=60, learning_rate=1e-2, batch_size=52
+    )
+    train(config, show_progress_bar=False)
+    curve = losses(config)
+    assert np.mean([curve[i] for i in (28, 29, 30)]) < 0.8 * curve[1]
+
+
+def test_defaults_are_those_of_the_step():
+    config = LLM2VecConfig(step="simcse", texts=("-",), out="-")
+    assert {name: getattr(config, name) for name in DEFAULTS["simcse"]} == DEFAULTS["simcse"]
+    assert LLM2VecConfig(step="simcse", texts=("-",), out="-", batch_size=3).batch_size == 3
+
+
+@pytest.mark.parametrize(
+    ("step", "settings", "message"),
+    [
+        ("simcse", {"attention_dropout": 0.0, "lora_dropout": 0.0}, "the same text twice"),
+        ("mntp", {"mask_token": "no such token"}, "no mask_token 'no such token'"),
+        ("mntp", {"max_length": 100_000}, "fewer than max_length"),
+        ("mntp", {"mask_probability": 1.5}, "at most 1"),
+        ("simcse", {"validation_rows": 60}, "none is left"),
+        ("everything", {}, "step must be mntp or simcse or supervised"),
+        ("simcse", {"batch_size": 0}, "batch_size must be positive"),
+    ],
+)
+def test_settings_without_meaning_are_refused(make_config, step, settings, message):
+    with pytest.raises(gen_fast.ConfigError, match=message):
+        train(make_config(step, **settings), show_progress_bar=False)
+
+
+def test_empty_texts_are_counted_and_missing_negatives_refused(make_config, tmp_path):
+    config = make_config("simcse", steps=1)
+    train(config, show_progress_bar=False)
+    (row,) = read_records(Path(config.out) / "rejected.jsonl")
+    assert row["reason"] == "empty text"
+    rows = (tmp_path / "rows.jsonl").read_text().splitlines()
+    first = {k: v for k, v in json.loads(rows[0]).items() if k != "negative_answer"}
+    (tmp_path / "rows.jsonl").write_text("\n".join([json.dumps(first), *rows[1:]]) + "\n")
+    with pytest.raises(gen_fast.InputError, match="1 of 60 rows have no negative_answer"):
+        train(make_config("supervised", "other"), show_progress_bar=False)

@@ -28,9 +28,10 @@ from gen_fast.model.device import matmul_peak
 from gen_fast.model.lora import MODULES
 from gen_fast.model.sources import resolve
 from gen_fast.model.weights import load_backbone, load_head
-from gen_fast.training.contrastive import Match, View
-from gen_fast.training.llm2vec import ContrastiveTask, Data, LLM2VecConfig, MNTPTask
-from gen_fast.training.mntp import MaskedText, hide
+from gen_fast.training.contrastive import ContrastiveTask, Match, View
+from gen_fast.training.llm2vec_config import LLM2VecConfig
+from gen_fast.training.lora_task import Data
+from gen_fast.training.mntp import MaskedText, MNTPTask, hide
 from gen_fast.training.records import Rejections
 from gen_fast.training.trainer import Stepper
 

@@ -13,11 +13,27 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
+from gen_fast.embed.llm2vec import InstructedText
+from gen_fast.errors import InputError
+from gen_fast.formats.llm2vec import Wrapper
 from gen_fast.model.lora import Lora
+from gen_fast.model.tokenizing import Tokenizer
 from gen_fast.training.backbone_pass import TrainedBackbone
+from gen_fast.training.data import epoch_places, read_rows
+from gen_fast.training.llm2vec_config import LLM2VecConfig
+from gen_fast.training.lora_task import (
+    Data,
+    LoraTask,
+    fingerprint_of,
+    load_parts,
+    read_all_texts,
+    split,
+)
 from gen_fast.training.losses import contrastive, over_all_ranks
-from gen_fast.training.task import add_gradients, in_parts
+from gen_fast.training.records import Rejections
+from gen_fast.training.task import Progress, add_gradients, in_parts
 from gen_fast.training.world import World
 
 
@@ -124,3 +140,118 @@ def accumulate_contrastive(
         for gradients in in_parts(lengths, trained.budget, part_tokens, backward):
             add_gradients(parameters, gradients)
     return shares[0]
+
+
+class ContrastiveTask(LoraTask):
+    """SimCSE, and the supervised step with hard negatives."""
+
+    @classmethod
+    def load(cls, config: LLM2VecConfig) -> "ContrastiveTask":
+        """The task with its data and backbone. Raises ConfigError, InputError, and as `resolve`."""
+        backbone, _, tokenizer, rejections = load_parts(config)
+        read = _simcse if config.step == "simcse" else _supervised
+        ids, rows = read(config, tokenizer, rejections)
+        train, validation = split(ids, config.validation_rows)
+        fingerprint = fingerprint_of([view[0] for row in rows for view in row])
+        data = Data([rows[i] for i in train], [rows[i] for i in validation], fingerprint)
+        return cls(backbone, config, rejections, data)
+
+    def examples(self, step: int, world: World) -> Sequence[Match]:
+        """See Task."""
+        size = self.config.batch_size
+        rows = epoch_places(len(self._data.train), self.config.seed, step, size)
+        matches = [_match(self._data.train[row], step * size + i) for i, row in enumerate(rows)]
+        return world.share(matches, [match.tokens for match in matches])
+
+    def accumulate(self, examples: Sequence[Match], world: World) -> Progress:
+        """See Task."""
+        self.parameters.zero_grad()
+        assert self.config.contrastive_scale is not None
+        share = accumulate_contrastive(
+            self._trained,
+            self.parameters,
+            examples,
+            world,
+            scale=self.config.contrastive_scale,
+            seed=self.config.seed,
+            part_tokens=self.config.micro_batch_tokens,
+        )
+        tokens = sum(match.tokens for match in examples)
+        return Progress(self._summed(share, world), tokens, self._flops(tokens))
+
+    @torch.no_grad()
+    def validate(self) -> Mapping[str, float]:
+        """See Task. InfoNCE and how often the positive is the nearest, all rows in one batch.
+
+        With dropout where the views of a text differ by nothing else.
+        """
+        matches = [_match(row, i) for i, row in enumerate(self._data.validation)]
+        if not matches:
+            return {}
+        seed = self.config.seed + 1 if self.config.step == "simcse" else None
+        rows = {}
+        for name in matches[0].views():
+            views = [match.views()[name] for match in matches]
+            lengths = [len(view.ids) for view in views]
+
+            def run(part: slice, views: list[View] = views) -> Tensor:
+                return embed(self._trained, self.parameters, views[part], seed)
+
+            limit = self.config.micro_batch_tokens
+            parts = in_parts(lengths, self._trained.budget, limit, run)
+            rows[name] = normalize(torch.cat(list(parts)), dim=-1)
+        cosines = rows["anchor"] @ rows["positive"].T
+        best = cosines.argmax(1) == torch.arange(len(matches), device=cosines.device)
+        # Uniformity (Wang & Isola, arXiv 2005.10242): how far all texts are from each other.
+        apart = torch.pdist(rows["positive"]).square().mul(-2).exp().mean().log()
+        scale = self.config.contrastive_scale or 1.0
+        return {
+            "loss": float(infonce(rows, scale)),
+            "top1": float(best.double().mean()),
+            "uniformity": float(apart),
+        }
+
+
+Row = tuple[tuple[np.ndarray, int], ...]
+"""(ids, pooled tokens) of an anchor, its positive and perhaps its negative."""
+
+
+def _match(row: Row, number: int) -> Match:
+    return Match(*(View(ids, needed, 3 * number + i) for i, (ids, needed) in enumerate(row)))
+
+
+def _simcse(
+    config: LLM2VecConfig, tokenizer: Tokenizer, rejections: Rejections
+) -> tuple[list[str], list[Row]]:
+    """Each text twice."""
+    ids, texts = read_all_texts(config, rejections)
+    laid = _laid_out(config, tokenizer, "", texts)
+    return ids, [(view, view) for view in laid]
+
+
+def _supervised(
+    config: LLM2VecConfig, tokenizer: Tokenizer, rejections: Rejections
+) -> tuple[list[str], list[Row]]:
+    """Queries, their answers, and negative answers if all rows have one."""
+    rows = read_rows(config.texts, rejections)
+    columns = [_laid_out(config, tokenizer, config.query_prompt, [r.query.strip() for r in rows])]
+    columns.append(_laid_out(config, tokenizer, "", [r.answer.strip() for r in rows]))
+    negatives = [row.negative_answer for row in rows if row.negative_answer is not None]
+    if negatives and len(negatives) < len(rows):
+        raise InputError(
+            f"{len(rows) - len(negatives)} of {len(rows)} rows have no negative_answer: give all "
+            "rows one, or none"
+        )
+    if negatives:
+        columns.append(_laid_out(config, tokenizer, "", [text.strip() for text in negatives]))
+    return [row.id for row in rows], list(zip(*columns, strict=True))
+
+
+def _laid_out(
+    config: LLM2VecConfig, tokenizer: Tokenizer, prompt: str, texts: Sequence[str]
+) -> list[tuple[np.ndarray, int]]:
+    """Ids of texts as the encoder runs them, and how many of the last are pooled."""
+    assert config.max_length is not None
+    layout = InstructedText(tokenizer, prompt, config.max_length, config.encoding, Wrapper())
+    sequences = layout(texts, 0)
+    return list(zip(sequences.ids, sequences.needed.tolist(), strict=True))

@@ -190,13 +190,8 @@ class TrainingData:
 
     def step_rows(self, step: int) -> list[Row]:
         """The rows of training step `step`, counted from 0: epochs of seeded permutations."""
-        n, size = len(self.train), self._config.batch_size
-        positions = np.arange(step * size, (step + 1) * size)
-        rows: list[Row] = []
-        for epoch in np.unique(positions // n):
-            order = np.random.default_rng([self._config.seed, int(epoch)]).permutation(n)
-            rows += [self.train[i] for i in order[positions[positions // n == epoch] % n]]
-        return rows
+        places = epoch_places(len(self.train), self._config.seed, step, self._config.batch_size)
+        return [self.train[i] for i in places]
 
     def examples(self, rows: Sequence[Row]) -> list[Example]:
         """Tokenise rows."""
@@ -266,6 +261,16 @@ def _variance(vectors: Sequence[np.ndarray]) -> float:
     mean = sum((v.astype(np.float64) for v in vectors), np.zeros(len(vectors[0]))) / len(vectors)
     variance = sum(float(np.square(v - mean).mean()) for v in vectors) / len(vectors)
     return variance if variance > 1e-12 * np.square(mean).mean() else 0.0
+
+
+def epoch_places(n: int, seed: int, step: int, size: int) -> list[int]:
+    """Which of n rows a step of `size` rows takes: epochs of seeded permutations, end to end."""
+    positions = np.arange(step * size, (step + 1) * size)
+    places: list[int] = []
+    for epoch in np.unique(positions // n):
+        order = np.random.default_rng([seed, int(epoch)]).permutation(n)
+        places += order[positions[positions // n == epoch] % n].tolist()
+    return places
 
 
 def smallest_hashes(ids: Sequence[str], count: int) -> set[str]:

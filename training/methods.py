@@ -8,6 +8,7 @@ from gen_fast.errors import ConfigError
 from gen_fast.training import llm2vec, llm2vec_gen
 from gen_fast.training.choices import LLM2VEC, TRAINED
 from gen_fast.training.config import TrainConfig, read_config, read_settings
+from gen_fast.training.llm2vec_config import LLM2VecConfig
 
 Run = Callable[[bool | None], Path]
 """Trains, with a progress bar, without, or on a terminal only (None); gives the adapter."""
@@ -24,7 +25,7 @@ def read_run(path: str | Path | None, overrides: Mapping[str, Any]) -> Run:
     if method not in TRAINED:
         raise ConfigError(f"method must be {' or '.join(TRAINED)}, not {method!r}")
     if method == LLM2VEC:
-        settings = read_config(values, llm2vec.LLM2VecConfig)
+        settings = read_config(values, LLM2VecConfig)
         return lambda bar: llm2vec.train(settings, show_progress_bar=bar)
     config = read_config(values, TrainConfig)
     return lambda bar: llm2vec_gen.train(config, show_progress_bar=bar)

@@ -3,7 +3,7 @@
 torchrun --nproc-per-node 8 training/train.py config.yaml --batch-size 256
 
 CONFIG says `method: llm2vec-gen` (the default) or `method: llm2vec`. Flags are the fields of
-gen_fast.training.config.TrainConfig or gen_fast.training.llm2vec.LLM2VecConfig, with dashes.
+gen_fast.training.config.TrainConfig or gen_fast.training.llm2vec_config.LLM2VecConfig, with dashes.
 """
 
 import logging

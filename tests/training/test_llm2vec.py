@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 import gen_fast
 from gen_fast.formats.peft import read_adapter
 from gen_fast.training.checkpoint import latest_checkpoint
-from gen_fast.training.llm2vec import DEFAULTS, LLM2VecConfig, train
+from gen_fast.training.llm2vec import train
+from gen_fast.training.llm2vec_config import DEFAULTS, LLM2VecConfig
 from gen_fast.training.records import read_records
 
 SCRIPT = Path(__file__).parents[2] / "training" / "train.py"

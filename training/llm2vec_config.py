@@ -1,0 +1,113 @@
+"""Settings of LLM2Vec's training steps (arXiv 2404.05961)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from gen_fast.errors import ConfigError
+from gen_fast.formats.llm2vec import Settings
+from gen_fast.model.lora import LoraConfig
+from gen_fast.training.choices import STEPS
+from gen_fast.training.config import RunConfig
+
+# What each step takes where nothing is given: batch, tokens of a text, learning rate, warm-up,
+# attention dropout, scale of the cosines. Source: the paper, appendix D, and the settings that
+# come with its code.
+DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "mntp": {
+        "batch_size": 32,
+        "max_length": 512,
+        "learning_rate": 5e-5,
+        "warmup_steps": 0,
+        "attention_dropout": 0.0,
+        "contrastive_scale": 20.0,
+    },
+    "simcse": {
+        "batch_size": 128,
+        "max_length": 128,
+        "learning_rate": 3e-5,
+        "warmup_steps": 0,
+        "attention_dropout": 0.3,
+        "contrastive_scale": 20.0,
+    },
+    "supervised": {
+        "batch_size": 512,
+        "max_length": 512,
+        "learning_rate": 2e-4,
+        "warmup_steps": 300,
+        "attention_dropout": 0.0,
+        "contrastive_scale": 50.0,
+    },
+}
+
+
+@dataclass(frozen=True)
+class LLM2VecConfig(RunConfig):
+    """Settings of one step of LLM2Vec. What is None is taken from DEFAULTS.
+
+    step: "mntp", "simcse" or "supervised". texts: files; for the first two of texts (txt, jsonl,
+    csv, parquet, with text_column and perhaps id_column), for the last jsonl files of {"id",
+    "query", "answer"} and perhaps {"negative_answer"}: in all rows, or in none.
+    query_prompt: put before queries of the supervised step, attended to and not pooled.
+    max_length: tokens of a text, or of a block of running text.
+    mask: of attention, "bidirectional", or "causal" for comparisons. mask_probability, masking
+    ("bert" or "always"), mask_token: see mntp.hide.
+    lora_rank, lora_alpha, lora_dropout: see LoraConfig. lora_start: an adapter whose factors are
+    gone on with, over the same backbone; by default they begin anew.
+    attention_dropout: of attention's weights. contrastive_scale: of the cosines in InfoNCE.
+    recompute: run layers again in the backward pass, which takes less memory and more time.
+    """
+
+    step: str = ""
+    texts: tuple[str, ...] = ()
+    text_column: str | None = None
+    id_column: str | None = None
+    query_prompt: str = ""
+    max_length: int | None = None
+    mask: str = "bidirectional"
+    mask_probability: float = 0.2
+    masking: str = "bert"
+    mask_token: str = "_"
+    lora_rank: int = 16
+    lora_alpha: float = 32.0
+    lora_dropout: float = 0.05
+    lora_start: str = ""
+    attention_dropout: float | None = None
+    contrastive_scale: float | None = None
+    recompute: bool = False
+    batch_size: int = None  # type: ignore[assignment]
+    warmup_steps: int = None  # type: ignore[assignment]
+    steps: int = 1000
+
+    CHOICES: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "step": STEPS,
+        "mask": ("bidirectional", "causal"),
+        "masking": ("bert", "always"),
+    }
+    REQUIRED = ("step", "texts", "out")
+    POSITIVE = ("max_length", "contrastive_scale", "mask_probability", *RunConfig.POSITIVE)
+
+    def __post_init__(self) -> None:
+        for name, value in DEFAULTS.get(self.step, {}).items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        super().__post_init__()
+        for name in ("attention_dropout", "lora_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be in [0, 1), not {getattr(self, name)}")
+        if self.mask_probability > 1:
+            raise ConfigError(f"mask_probability must be at most 1, not {self.mask_probability}")
+        if self.step == "simcse" and not self.attention_dropout and not self.lora_dropout:
+            raise ConfigError("simcse without dropout shows the same text twice: nothing is learnt")
+
+    @property
+    def encoding(self) -> Settings:
+        """How texts are embedded with what is trained: whole, the mean over their own tokens."""
+        assert self.max_length is not None
+        length = self.max_length if self.step != "mntp" else 512
+        return Settings("mean", length, doc_max_length=None)
+
+    @property
+    def lora(self) -> LoraConfig:
+        """Sizes of the adapter."""
+        return LoraConfig(self.lora_rank, self.lora_alpha, self.lora_dropout)

@@ -1,0 +1,184 @@
+"""What LLM2Vec's steps have in common: LoRA factors over a frozen backbone, data and files."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from torch import Tensor, nn
+
+from gen_fast.errors import ConfigError, InputError
+from gen_fast.formats.llm2vec import read_checkpoint, write_settings
+from gen_fast.formats.peft import read_adapter, write_adapter
+from gen_fast.io.text_files import read_texts
+from gen_fast.model.backbone import Backbone
+from gen_fast.model.device import resolve_dtype
+from gen_fast.model.lora import Lora
+from gen_fast.model.sources import resolve
+from gen_fast.model.tokenizing import Tokenizer, load_tokenizer
+from gen_fast.model.weights import load_backbone, load_head
+from gen_fast.training.backbone_pass import TrainedBackbone
+from gen_fast.training.data import smallest_hashes
+from gen_fast.training.llm2vec_config import LLM2VecConfig
+from gen_fast.training.records import Rejections
+from gen_fast.training.report import draw_curves, summary
+from gen_fast.training.task import Task
+from gen_fast.training.trainer import run_device
+from gen_fast.training.world import World
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is trained on, and what is held out. fingerprint: of both."""
+
+    train: Sequence[Any]
+    validation: Sequence[Any]
+    fingerprint: str
+
+
+class LoraTask(Task[Any]):
+    """What the steps have in common: the factors, and the files they are written to."""
+
+    config: LLM2VecConfig
+    parameters: Lora
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        config: LLM2VecConfig,
+        rejections: Rejections,
+        data: Data,
+    ) -> None:
+        self.backbone = backbone
+        self.config = config
+        self.rejections = rejections
+        self.parameters = Lora(config.lora, backbone.config, seed=config.seed).to(backbone.device)
+        self._data = data
+        self._trained = TrainedBackbone(
+            backbone,
+            mask=config.mask,
+            attention_dropout=config.attention_dropout or 0.0,
+            recompute=config.recompute,
+        )
+
+    def groups(self) -> Sequence[tuple[Sequence[nn.Parameter], float]]:
+        """See Task."""
+        assert self.config.learning_rate is not None
+        return [(list(self.parameters.parameters()), self.config.learning_rate)]
+
+    def identity(self) -> dict[str, Any]:
+        """See Task."""
+        return {"data": self._data.fingerprint}
+
+    def begin(self) -> None:
+        """See Task."""
+        if self.config.lora_start:
+            self.restore(Path(self.config.lora_start))
+
+    def save(self, folder: Path) -> None:
+        """See Task."""
+        config = self.config
+        write_adapter(
+            folder,
+            self.parameters.weights(),
+            base=config.backbone,
+            revision=config.backbone_revision,
+            fingerprint=self.backbone.fingerprint,
+            tags=("llm2vec",),
+        )
+
+    def restore(self, folder: Path) -> None:
+        """See Task."""
+        self.parameters.copy_factors(read_adapter(folder).weights.factors)
+
+    def finish(self, folder: Path, step: int) -> None:
+        """See Task."""
+        config, out = self.config, folder.parent
+        self.save(folder)
+        if config.mask == "bidirectional":
+            write_settings(folder, config.encoding)
+        curves = [("loss", ("loss/total", "validation/loss"), "nats")]
+        others = [n for n, _ in summary(out) if n != "validation/loss"]
+        draw_curves(out, folder / "curves.png", [*curves, ("validation", others, "")])
+        figures = "\n".join(f"- {n.split('/')[1]}: {value:.4f}" for n, value in summary(out))
+        card = (folder / "README.md").read_text()
+        card += f"""
+LLM2Vec, {config.step}: {step} steps of {config.batch_size} texts with gen_fast; settings in
+`training.yaml`. On held-out rows:
+
+{figures}
+
+![curves](curves.png)
+"""
+        (folder / "README.md").write_text(card)
+        (folder / "training.yaml").write_text(yaml.safe_dump(config.plain(), sort_keys=False))
+
+    def _flops(self, tokens: int, predicted: int = 0) -> float:
+        """2 for each weight and token forward and as many back; the head twice."""
+        head = self.backbone.embedding.numel()
+        return 4.0 * (self.backbone.config.non_embedding_parameters * tokens + head * predicted)
+
+    def _summed(self, loss: Tensor, world: World) -> dict[str, float]:
+        """Sum gradients and this rank's share of the loss over the ranks."""
+        parameters = list(self.parameters.parameters())
+        total = float(world.sum_gradients(parameters, loss.detach().reshape(1))[0])
+        return {"total": total, self.config.step: total}
+
+
+def load_parts(config: LLM2VecConfig) -> tuple[Backbone, Tensor, Tokenizer, Rejections]:
+    """Backbone, with the steps before merged into it, its head, tokenizer, and a list to fill.
+
+    Raises ModelNotFoundError, and as `read_checkpoint` and `load_backbone` do.
+    """
+    device = run_device(config)
+    directory = resolve(config.backbone, config.backbone_revision)
+    below = read_checkpoint(directory, config.backbone)
+    tokenizer = load_tokenizer(below.tokenizer)
+    dtype = resolve_dtype(config.dtype, device)
+    backbone = load_backbone(
+        below.source,
+        dtype=dtype,
+        device=device,
+        adapters=below.adapters,
+        bidirectional=config.mask == "bidirectional",
+    )
+    rejections = Rejections(Path(config.out) / "rejected.jsonl")
+    return backbone, load_head(below.source, backbone), tokenizer, rejections
+
+
+def read_all_texts(config: LLM2VecConfig, rejections: Rejections) -> tuple[list[str], list[str]]:
+    """Ids and texts of all files; empty texts are left out and counted."""
+    ids: list[str] = []
+    texts: list[str] = []
+    for number, source in enumerate(config.texts):
+        read = read_texts(source, text_column=config.text_column, id_column=config.id_column)
+        for identifier, text in zip(read.ids, read.texts, strict=True):
+            name = f"{number}:{identifier}" if len(config.texts) > 1 else identifier
+            if text.strip():
+                ids.append(name)
+                texts.append(text.strip())
+            else:
+                rejections.add(name, "empty text")
+    if not texts:
+        raise InputError(f"{', '.join(config.texts)}: no usable text")
+    return ids, texts
+
+
+def split(ids: Sequence[str], held_out: int) -> tuple[list[int], list[int]]:
+    """Places to train on, and places that are held out. Raises ConfigError if none is left."""
+    held = smallest_hashes(ids, held_out)
+    train = [i for i, identifier in enumerate(ids) if identifier not in held]
+    if not train:
+        raise ConfigError(f"{len(ids)} rows, of which {held_out} for validation: none is left")
+    return train, [i for i, identifier in enumerate(ids) if identifier in held]
+
+
+def fingerprint_of(rows: Sequence[np.ndarray]) -> str:
+    """A hash of id arrays: a run is continued with the same data only."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(len(row).to_bytes(8, "little") + row.astype(np.int32).tobytes())
+    return digest.hexdigest()

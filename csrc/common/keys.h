@@ -79,22 +79,27 @@ struct Dropout {
         text_key((uint32_t)args.text_keys[text]),
         c2((uint32_t)(args.layer << 16 | first_head)) {}
 
-  void go_to_block(int64_t first_key) {
+  // Not inlined, here and below: what calls it would save registers for it where nothing is dropped.
+  __attribute__((noinline)) void go_to_block(int64_t first_key) {
     for (int i = 0; i < KEYS / (2 * W); ++i) {
       columns[i] = Columns(philox, text_key, (uint32_t)(first_key / 4 + i * (W / 2)));
     }
   }
 
-  // Row i of the tile: the own position of its query and its head within the group.
-  void set_row(int i, int64_t position, int64_t head) {
-    row_c1[i] = (uint32_t)position;
-    row_c2[i] = c2 + (uint32_t)head;
+  // The tile's n rows are those from `row` on of a run of queries, the first at `position`.
+  __attribute__((noinline)) void go_to_rows(int64_t n, int64_t row, int64_t position,
+                                            int64_t group) {
+    for (int64_t r = 0; r < n; ++r, ++row) {
+      row_c1[r] = (uint32_t)(position + row / group);
+      row_c2[r] = c2 + (uint32_t)(row % group);
+    }
   }
 
-  // Calls use(j, mask) for the keys j … j + W - 1 of row i, until `count` keys have been had.
-  template <class Use>
-  void each_mask(int i, int count, const Use& use) const {
-    GEN_FAST_ISA::each_mask(philox, columns, Row(philox, row_c1[i], row_c2[i]), count, use);
+  // All bits for each key that row i of the tile keeps, of `count` keys and up to KEYS.
+  __attribute__((noinline)) void put_masks(int i, int count, uint32_t* to) const {
+    each_mask(philox, columns, Row(philox, row_c1[i], row_c2[i]), count, [to](int j, vu mask) {
+      std::memcpy(to + j, &mask, sizeof mask);
+    });
   }
 };
 

@@ -131,6 +131,13 @@ static inline void each_mask(const Philox& philox, const Columns* columns, const
   }
 }
 
+// x where all bits of the mask are set, else 0.
 static inline vf keep(vf x, vu mask) { return (vf)((vu)x & mask); }
+
+static inline vf keep(vf x, const uint32_t* masks) {
+  vu mask;
+  std::memcpy(&mask, masks, sizeof mask);
+  return keep(x, mask);
+}
 
 }  // namespace gen_fast::GEN_FAST_ISA

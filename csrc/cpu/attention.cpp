@@ -115,9 +115,9 @@ static void attend(Workspace<Op>& work, int64_t row, const Seen* keys, float sca
     }
     store(mass, load(mass) + added);
     if (dropout) {  // after the sum: weights are of all that is seen
-      dropout->each_mask(i, seen, [weight](int j, vu mask) {
-        store(weight + j, keep(load(weight + j), mask));
-      });
+      uint32_t masks[KEYS];
+      dropout->put_masks(i, seen, masks);
+      for (int j = 0; j < seen; j += W) store(weight + j, keep(load(weight + j), masks + j));
     }
   }
   product<Op, M, true>(work.weights.data(), KEYS, work.values.data(), work.padded, work.padded,
@@ -152,11 +152,9 @@ static void attend_keys(Workspace<Op>& work, const Rows* runs, int64_t n_runs, i
         Seen keys[ROWS];
         bool any = false;
         for (int64_t r = 0; r < n; ++r) {
-          const int64_t within = row + r - runs[i].begin;
-          const int64_t position = runs[i].position + within / group;
+          const int64_t position = runs[i].position + (row + r - runs[i].begin) / group;
           keys[r] = runs[i].mask.seen(position, base + block, count);
           any |= keys[r].any();
-          if (dropout) dropout->set_row(r, position, within % group);
         }
         if (!any) continue;
         if (!packed) {
@@ -164,6 +162,7 @@ static void attend_keys(Workspace<Op>& work, const Rows* runs, int64_t n_runs, i
           if (dropout) dropout->go_to_block(block);
         }
         packed = true;
+        if (dropout) dropout->go_to_rows(n, row - runs[i].begin, runs[i].position, group);
         with_rows(n, [&](auto rows) { attend<Op, rows>(work, row, keys, scale, dropout); });
       }
     }

@@ -106,16 +106,13 @@ static void differentiate_rows(Workspace<Op>& work, int64_t row, const Seen* see
         vf weight[2] = {}, change[2] = {};  // of hidden keys, and of a row beyond the last: nothing
         for (int r = 0; r < 2 && i + r < M && j < columns; ++r) {
           const int64_t at = (i + r) * KEYS + j, of = row + i + r;
+          const uint32_t* masks = work.masks.data() + at;
           vf dweight = load(work.dweights.data() + at);
-          vu mask;
-          if constexpr (dropping) {
-            std::memcpy(&mask, work.masks.data() + at, sizeof mask);
-            dweight = keep(dweight * kept_scale, mask);
-          }
+          if constexpr (dropping) dweight = keep(dweight * kept_scale, masks);
           weight[r] = exp2(load(work.scores.data() + at) * scale - work.lse[of]);
           change[r] = weight[r] * (dweight - work.delta[of]);
           store(work.dscores_rows.data() + at, change[r]);
-          if constexpr (dropping) weight[r] = keep(weight[r], mask);
+          if constexpr (dropping) weight[r] = keep(weight[r], masks);
         }
         put_vectors<Op>(work.weights.data(), row + i, j, weight[0], weight[1]);
         put_vectors<Op>(work.dscores.data(), row + i, j, change[0], change[1]);
@@ -123,12 +120,7 @@ static void differentiate_rows(Workspace<Op>& work, int64_t row, const Seen* see
     }
   };
   if (dropout) {
-    for (int i = 0; i < M; ++i) {
-      uint32_t* masks = work.masks.data() + i * KEYS;
-      dropout->each_mask(i, columns, [masks](int j, vu mask) {
-        std::memcpy(masks + j, &mask, sizeof mask);
-      });
-    }
+    for (int i = 0; i < M; ++i) dropout->put_masks(i, columns, work.masks.data() + i * KEYS);
     differentiate_weights(std::true_type());
   } else {
     differentiate_weights(std::false_type());
@@ -190,10 +182,10 @@ static void differentiate_keys(Workspace<Op>& work, const Chunk& chunk, const In
         const int64_t position = chunk.position + (row + r) / chunk.group;
         seen[r] = chunk.mask.seen(position, base + block, count);
         any |= seen[r].any();
-        if (dropout) dropout->set_row(r, position, (row + r) % chunk.group);
       }
       if (any) {
         if (seeing == chunk.rows) seeing = row;  // ROWS is even
+        if (dropout) dropout->go_to_rows(n, row, chunk.position, chunk.group);
         with_rows(n, [&](auto m) {
           differentiate_rows<Op, m>(work, row, seen, scale, dropout, kept_scale);
         });

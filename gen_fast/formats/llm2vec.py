@@ -161,8 +161,13 @@ def read_settings(directory: Path) -> Settings:
 
 
 def write_settings(directory: str | Path, settings: Settings) -> None:
-    """Write llm2vec_config.json, by which a directory is known as LLM2Vec's."""
-    write_whole(Path(directory) / SETTINGS, json.dumps(asdict(settings), indent=4) + "\n")
+    """Write llm2vec_config.json, by which a directory is known as LLM2Vec's.
+
+    No doc_max_length is written as max_length, which cuts as little: the reference takes numbers.
+    """
+    values = asdict(settings)
+    values["doc_max_length"] = settings.doc_max_length or settings.max_length
+    write_whole(Path(directory) / SETTINGS, json.dumps(values, indent=4) + "\n")
 
 
 def wrapper_of(model_name: str, family: str, pooling_mode: str) -> Wrapper:

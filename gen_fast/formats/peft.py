@@ -29,7 +29,8 @@ from gen_fast.model.weights import read_json
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
-# Ours, beside PEFT's: the fingerprint of the weights that the adapter was trained over.
+# Ours, beside PEFT's: the adapter lies straight over what its config names, whose fingerprint this
+# may have.
 TRAINED_OVER = "gen_fast.json"
 FORMAT = "gen_fast.lora/1"
 
@@ -162,11 +163,8 @@ def write_adapter(
     (directory / CONFIG).unlink(missing_ok=True)
     with replacing(directory / TENSORS) as path, as_readable_as_others(path):
         save_file(tensors, path, {"format": "pt"})
-    if fingerprint is None:
-        (directory / TRAINED_OVER).unlink(missing_ok=True)
-    else:
-        over = {"format": FORMAT, "backbone": {"fingerprint": dict(fingerprint)}}
-        write_whole(directory / TRAINED_OVER, json.dumps(over, indent=2) + "\n")
+    over = {"format": FORMAT, "backbone": {"fingerprint": fingerprint and dict(fingerprint)}}
+    write_whole(directory / TRAINED_OVER, json.dumps(over, indent=2) + "\n")
     write_whole(directory / "README.md", _model_card(base, config, tags))
     write_whole(directory / CONFIG, json.dumps(values, indent=2) + "\n")
 
@@ -184,8 +182,8 @@ def _fingerprint(directory: Path) -> Fingerprint | None:
         return None
     values = _object(path)
     fingerprint = (values.get("backbone") or {}).get("fingerprint")
-    if values.get("format") != FORMAT or not isinstance(fingerprint, dict):
-        raise AdapterError(f"{path} is not a {FORMAT!r} file with a fingerprint")
+    if values.get("format") != FORMAT or not isinstance(fingerprint, dict | None):
+        raise AdapterError(f"{path} is not a {FORMAT!r} file with a fingerprint, or null")
     return fingerprint
 
 

@@ -168,13 +168,13 @@ def test_hyde_does_not_answer_documents(tiny_model):
 def test_hyde_runs_the_model_in_one_thread(tiny_model, monkeypatch):
     encoder = hyde(tiny_model)
     threads = set()
-    forward = encoder.backbone._run
+    forward = encoder.backbone.forward
 
     def watched(*arguments, **options):
         threads.add(threading.get_ident())
         return forward(*arguments, **options)
 
-    monkeypatch.setattr(encoder.backbone, "_run", watched)
+    monkeypatch.setattr(encoder.backbone, "forward", watched)
     encoder.encode_query([TEXT, "another"])
     assert threads == {threading.get_ident()}
 

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +33,8 @@ def save_adapter(directory: Path, backbone: Path, base: str, *, seed: int = 0, *
         for b in lora.b:
             b.normal_(std=0.1)
     write_adapter(directory, lora.weights(), base=base, causal_lm=False, **options)
+    if not options:
+        (directory / "gen_fast.json").unlink()  # as PEFT leaves it
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +154,11 @@ def test_ours_say_which_weights_they_were_trained_over(chain):
     over = read_fingerprint(base, adapters=below)
     save_adapter(ours, base, str(chain / "base-mntp"), fingerprint=over)
     assert adapters(ours) == 2
+    (ours / "gen_fast.json").write_text('{"format": "gen_fast.lora/1", "backbone": {}}')
+    assert adapters(ours) == 2
     edit_adapter(ours, base_model_name_or_path=str(base))
+    assert adapters(ours) == 1
+    save_adapter(ours, base, str(base), fingerprint=over)
     with pytest.raises(gen_fast.BackboneMismatchError, match="layers_sha256"):
         adapters(ours)
 
@@ -203,7 +208,7 @@ def test_own_code_is_only_let_be_where_it_is_llm2vecs(chain):
     ({"skip_instruction": 1}, gen_fast.AdapterError, "skip_instruction 1"),
 ])  # fmt: skip
 def test_settings_that_have_no_meaning_are_named(tmp_path, changes, error, message):
-    (tmp_path / "llm2vec_config.json").write_text(json.dumps({**asdict(Settings()), **changes}))
+    (tmp_path / "llm2vec_config.json").write_text(json.dumps(changes))
     with pytest.raises(error, match=message):
         read_settings(tmp_path)
 
@@ -213,3 +218,32 @@ def test_end_tokens():
     assert wrapper_of("Qwen/Qwen2-7B", "qwen2", "eos_token").after == "<|endoftext|>"
     with pytest.raises(gen_fast.UnsupportedModelError, match=r"eos_token.*qwen3"):
         wrapper_of("", "qwen3", "eos_token")
+
+
+def test_published_names_are_fetched_from_the_hub(chain, monkeypatch):
+    """Each lies in a folder of its own, named by a commit."""
+    asked = []
+
+    def download(repository, revision, **options):
+        asked.append((repository, revision))
+        directory = chain / repository.rpartition("/")[2]
+        snapshot = chain / "hub" / repository / "c0ffee"
+        return snapshot if snapshot.exists() else shutil.copytree(directory, snapshot)
+
+    monkeypatch.setattr("gen_fast.model.hub.download", download)
+    edit_adapter(chain / "base-mntp", revision="v1")
+    encoder = gen_fast.load("McGill-NLP/base-mntp-supervised", revision="v2")
+    assert asked == [
+        ("McGill-NLP/base-mntp-supervised", "v2"),
+        ("McGill-NLP/base-mntp", None),
+        ("owner/base", "v1"),
+    ]
+    assert encoder.source == chain / "hub" / "owner" / "base" / "c0ffee"
+    assert len(encoder.identity["adapter"]) == 2
+
+
+def test_settings_without_a_limit_of_their_own(tmp_path):
+    """The reference compares numbers: null would stop it."""
+    write_settings(tmp_path, Settings(max_length=64, doc_max_length=None))
+    assert json.loads((tmp_path / "llm2vec_config.json").read_text())["doc_max_length"] == 64
+    assert read_settings(tmp_path) == Settings(max_length=64, doc_max_length=64)

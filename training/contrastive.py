@@ -26,13 +26,12 @@ from gen_fast.training.llm2vec_config import LLM2VecConfig
 from gen_fast.training.lora_task import (
     Data,
     LoraTask,
+    Parts,
     fingerprint_of,
-    load_parts,
     read_all_texts,
     split,
 )
 from gen_fast.training.losses import contrastive, over_all_ranks
-from gen_fast.training.records import Rejections
 from gen_fast.training.task import Progress, add_gradients, in_parts
 from gen_fast.training.world import World
 
@@ -148,13 +147,13 @@ class ContrastiveTask(LoraTask):
     @classmethod
     def load(cls, config: LLM2VecConfig) -> "ContrastiveTask":
         """The task with its data and backbone. Raises ConfigError, InputError, and as `resolve`."""
-        backbone, _, tokenizer, rejections = load_parts(config)
+        parts = Parts.load(config)
         read = _simcse if config.step == "simcse" else _supervised
-        ids, rows = read(config, tokenizer, rejections)
+        ids, rows = read(config, parts)
         train, validation = split(ids, config.validation_rows)
         fingerprint = fingerprint_of([view[0] for row in rows for view in row])
         data = Data([rows[i] for i in train], [rows[i] for i in validation], fingerprint)
-        return cls(backbone, config, rejections, data)
+        return cls(parts.backbone, config, parts.rejections, data)
 
     def examples(self, step: int, world: World) -> Sequence[Match]:
         """See Task."""
@@ -220,38 +219,36 @@ def _match(row: Row, number: int) -> Match:
     return Match(*(View(ids, needed, 3 * number + i) for i, (ids, needed) in enumerate(row)))
 
 
-def _simcse(
-    config: LLM2VecConfig, tokenizer: Tokenizer, rejections: Rejections
-) -> tuple[list[str], list[Row]]:
-    """Each text twice."""
-    ids, texts = read_all_texts(config, rejections)
-    laid = _laid_out(config, tokenizer, "", texts)
-    return ids, [(view, view) for view in laid]
+def _simcse(config: LLM2VecConfig, parts: Parts) -> tuple[list[str], list[Row]]:
+    """Each text twice, with nothing around it, as in the paper's code."""
+    ids, texts = read_all_texts(config, parts.rejections)
+    views = _laid_out(config, parts.tokenizer, "", Wrapper(), texts)
+    return ids, [(view, view) for view in views]
 
 
-def _supervised(
-    config: LLM2VecConfig, tokenizer: Tokenizer, rejections: Rejections
-) -> tuple[list[str], list[Row]]:
-    """Queries, their answers, and negative answers if all rows have one."""
-    rows = read_rows(config.texts, rejections)
-    columns = [_laid_out(config, tokenizer, config.query_prompt, [r.query.strip() for r in rows])]
-    columns.append(_laid_out(config, tokenizer, "", [r.answer.strip() for r in rows]))
+def _supervised(config: LLM2VecConfig, parts: Parts) -> tuple[list[str], list[Row]]:
+    """Queries, answers, and negative answers if all rows have one; as they will be encoded."""
+    rows = read_rows(config.texts, parts.rejections)
     negatives = [row.negative_answer for row in rows if row.negative_answer is not None]
     if negatives and len(negatives) < len(rows):
         raise InputError(
             f"{len(rows) - len(negatives)} of {len(rows)} rows have no negative_answer: give all "
             "rows one, or none"
         )
-    if negatives:
-        columns.append(_laid_out(config, tokenizer, "", [text.strip() for text in negatives]))
+    texts = [(config.query_prompt, [row.query for row in rows]), ("", [r.answer for r in rows])]
+    texts += [("", negatives)] if negatives else []
+    columns = [
+        _laid_out(config, parts.tokenizer, prompt, parts.wrapper, [text.strip() for text in column])
+        for prompt, column in texts
+    ]
     return [row.id for row in rows], list(zip(*columns, strict=True))
 
 
 def _laid_out(
-    config: LLM2VecConfig, tokenizer: Tokenizer, prompt: str, texts: Sequence[str]
+    config: LLM2VecConfig, tokenizer: Tokenizer, prompt: str, wrapper: Wrapper, texts: Sequence[str]
 ) -> list[tuple[np.ndarray, int]]:
-    """Ids of texts as the encoder runs them, and how many of the last are pooled."""
+    """Ids of texts, and how many of the last are pooled."""
     assert config.max_length is not None
-    layout = InstructedText(tokenizer, prompt, config.max_length, config.encoding, Wrapper())
+    layout = InstructedText(tokenizer, prompt, config.max_length, config.encoding, wrapper)
     sequences = layout(texts, 0)
     return list(zip(sequences.ids, sequences.needed.tolist(), strict=True))

@@ -11,7 +11,7 @@ import yaml
 from torch import Tensor, nn
 
 from gen_fast.errors import ConfigError, InputError
-from gen_fast.formats.llm2vec import read_checkpoint, write_settings
+from gen_fast.formats.llm2vec import Wrapper, read_checkpoint, write_settings
 from gen_fast.formats.peft import read_adapter, write_adapter
 from gen_fast.io.text_files import read_texts
 from gen_fast.model.backbone import Backbone
@@ -128,25 +128,40 @@ LLM2Vec, {config.step}: {step} steps of {config.batch_size} texts with gen_fast;
         return {"total": total, self.config.step: total}
 
 
-def load_parts(config: LLM2VecConfig) -> tuple[Backbone, Tensor, Tokenizer, Rejections]:
-    """Backbone, with the steps before merged into it, its head, tokenizer, and a list to fill.
+@dataclass(frozen=True)
+class Parts:
+    """What a step begins with.
 
-    Raises ModelNotFoundError, and as `read_checkpoint` and `load_backbone` do.
+    backbone: with the steps before merged into it. head [V, h]. wrapper: what encoding will put
+    around instruction and text. rejections: to be filled with what is left out of the data.
     """
-    device = run_device(config)
-    directory = resolve(config.backbone, config.backbone_revision)
-    below = read_checkpoint(directory, config.backbone)
-    tokenizer = load_tokenizer(below.tokenizer)
-    dtype = resolve_dtype(config.dtype, device)
-    backbone = load_backbone(
-        below.source,
-        dtype=dtype,
-        device=device,
-        adapters=below.adapters,
-        bidirectional=config.mask == "bidirectional",
-    )
-    rejections = Rejections(Path(config.out) / "rejected.jsonl")
-    return backbone, load_head(below.source, backbone), tokenizer, rejections
+
+    backbone: Backbone
+    head: Tensor
+    tokenizer: Tokenizer
+    wrapper: Wrapper
+    rejections: Rejections
+
+    @classmethod
+    def load(cls, config: LLM2VecConfig) -> "Parts":
+        """Raises ModelNotFoundError, and as `read_checkpoint` and `load_backbone` do."""
+        device = run_device(config)
+        directory = resolve(config.backbone, config.backbone_revision)
+        below = read_checkpoint(directory, config.backbone)
+        backbone = load_backbone(
+            below.source,
+            dtype=resolve_dtype(config.dtype, device),
+            device=device,
+            adapters=below.adapters,
+            bidirectional=config.mask == "bidirectional",
+        )
+        return cls(
+            backbone,
+            load_head(below.source, backbone),
+            load_tokenizer(below.tokenizer),
+            below.wrapper,
+            Rejections(Path(config.out) / "rejected.jsonl"),
+        )
 
 
 def read_all_texts(config: LLM2VecConfig, rejections: Rejections) -> tuple[list[str], list[str]]:

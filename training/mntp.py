@@ -22,8 +22,8 @@ from gen_fast.training.llm2vec_config import LLM2VecConfig
 from gen_fast.training.lora_task import (
     Data,
     LoraTask,
+    Parts,
     fingerprint_of,
-    load_parts,
     read_all_texts,
     split,
 )
@@ -136,12 +136,13 @@ class MNTPTask(LoraTask):
     @classmethod
     def load(cls, config: LLM2VecConfig) -> "MNTPTask":
         """The task with its data and backbone. Raises ConfigError, InputError, and as `resolve`."""
-        backbone, head, tokenizer, rejections = load_parts(config)
+        parts = Parts.load(config)
+        tokenizer = parts.tokenizer
         mask_id = tokenizer.core.token_to_id(config.mask_token)
         if mask_id is None:
             raise ConfigError(f"the vocabulary has no mask_token {config.mask_token!r}")
         special = [tokenizer.core.token_to_id(name) for name in special_tokens(tokenizer.core)]
-        ids, texts = read_all_texts(config, rejections)
+        ids, texts = read_all_texts(config, parts.rejections)
         whole = TextTokenizer(tokenizer, "", 1 << 40)
         rows, _ = whole(texts)
         assert config.max_length is not None
@@ -152,7 +153,9 @@ class MNTPTask(LoraTask):
         if not train:
             raise ConfigError(f"the texts have fewer than max_length = {config.max_length} tokens")
         data = Data(train, validation, fingerprint_of([*train, *validation]))
-        return cls(backbone, head, config, rejections, data, mask_id, np.array(special))
+        return cls(
+            parts.backbone, parts.head, config, parts.rejections, data, mask_id, np.array(special)
+        )
 
     def _hidden(self, block: np.ndarray, key: int, *seeds: int) -> MaskedText:
         return hide(

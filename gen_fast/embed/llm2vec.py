@@ -34,7 +34,6 @@ class LLM2Vec(Method):
                 "mean", self._settings.max_length, doc_max_length=None, skip_instruction=False
             )
             self._wrapper = Wrapper()
-        self._adapters = [adapter.sha256() for adapter in checkpoint.adapters]
         self.max_length = self._settings.max_length
 
     def layout(
@@ -48,9 +47,9 @@ class LLM2Vec(Method):
         return position_weights(needed) if self._settings.pooling_mode == "weighted_mean" else None
 
     def identity(self) -> dict[str, Any]:
-        """See Method. Adapters may update what the backbone's fingerprint does not sample."""
+        """See Method."""
         return {
-            "adapter": self._adapters or None,
+            "adapter": None,
             "max_length": self.max_length,
             "llm2vec": {**asdict(self._settings), "wrapper": asdict(self._wrapper)},
         }

@@ -158,6 +158,8 @@ def _locate(
         return _Location(directory, source, LLM2VecGen(adapter))
     if _is_llm2vec(directory, method):
         return _locate_llm2vec(directory, str(model), method or LLM2VEC, backbone)
+    if _is_lora(directory):
+        return _locate_lora(directory, str(model), method, backbone)
     if backbone is not None:
         raise AdapterError(f"{directory} holds no adapter, so backbone= has no meaning")
     is_sentence_model = sentence_transformers.is_sentence_model(directory)
@@ -181,19 +183,40 @@ def _locate(
 
 
 def _is_llm2vec(directory: Path, method: str | None) -> bool:
-    """Whether a directory is read as LLM2Vec's; a LoRA adapter cannot be read as anything else."""
-    if method in (LLM2VEC, LLM2VEC_BARE):
-        return True
-    says_so = llm2vec.is_checkpoint(directory)
+    """Whether a directory is read as LLM2Vec's."""
+    if method is None:
+        return llm2vec.is_checkpoint(directory)
+    return method in (LLM2VEC, LLM2VEC_BARE)
+
+
+def _is_lora(directory: Path) -> bool:
     # An adapter in sentence-transformers' layout is refused with that layout.
-    is_layout = sentence_transformers.is_sentence_model(directory)
-    is_adapter = peft.is_adapter(directory) and not is_layout
-    if is_adapter and (method is not None or not says_so):
+    return peft.is_adapter(directory) and not sentence_transformers.is_sentence_model(directory)
+
+
+def _locate_lora(
+    directory: Path, name: str, method: str | None, backbone: str | Path | None
+) -> _Location:
+    """A LoRA adapter by a training-free method, with the causal mask that it was trained with."""
+    if method is None or method not in TRAINING_FREE:
+        known = ", ".join((*TRAINING_FREE, LLM2VEC, LLM2VEC_BARE))
         raise UnsupportedModelError(
-            f"{directory} is a LoRA adapter, read by method {LLM2VEC!r} or {LLM2VEC_BARE!r} "
-            f"alone, {'not ' + repr(method) if method else 'which must be given'}"
+            f"{directory} is a LoRA adapter: one of {known} must be given as method, "
+            f"{'not ' + repr(method) if method else 'and none was'}"
         )
-    return says_so and method is None
+    if llm2vec.is_checkpoint(directory):
+        raise UnsupportedModelError(
+            f"{directory} was trained without its causal mask: read it by method {LLM2VEC!r} or "
+            f"{LLM2VEC_BARE!r}, not {method!r}"
+        )
+    checkpoint = llm2vec.read_checkpoint(directory, name, backbone)
+    return _Location(
+        directory,
+        checkpoint.source,
+        TRAINING_FREE[method](method),
+        checkpoint.adapters,
+        checkpoint.tokenizer,
+    )
 
 
 def _locate_llm2vec(

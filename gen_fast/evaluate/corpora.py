@@ -3,6 +3,7 @@
 Nothing is redistributed: a corpus is downloaded by pip or apt on first use and kept in the cache.
 """
 
+import gzip
 import hashlib
 import os
 import re
@@ -136,6 +137,25 @@ def _synset(line: str) -> Synset:
             if symbol in ("@", "@i")
         ),
     )
+
+
+def computing_texts() -> list[str]:
+    """Entries of the Free On-line Dictionary of Computing, each one text of whole sentences.
+
+    From Debian's dict-foldoc (GFDL). Marks of links, the field in <…>, sources in […] and dates are
+    taken away, and entries that then have fewer than 40 characters, such as mere references.
+    """
+    path = _debian_files("dict-foldoc", "20230119") / "usr/share/dictd/foldoc.dict.dz"
+    text = gzip.decompress(path.read_bytes()).decode("utf-8", errors="replace")
+    texts = []
+    for entry in re.split(r"^(?=\S)", text, flags=re.MULTILINE):
+        body = entry.partition("\n")[2]
+        for mark in (r"<[^<>]*>", r"\[[^\[\]]*\]", r"\(\d{4}-\d\d-\d\d\)", r"\(?https?:[^\s)]*\)?"):
+            body = re.sub(mark, " ", body)
+        body = " ".join(re.sub(r"[{}]", "", body).split())
+        if len(body) >= 40:
+            texts.append(body)
+    return texts
 
 
 def debian_packages() -> list[Package]:

@@ -304,7 +304,7 @@ def backbone_fingerprint(
         files.get(f"layers.{i}.mlp.down_proj.weight", (h, config.intermediate_size))[:, :8]
         for i in (last // 2, last)
     ]
-    return {
+    fingerprint: dict[str, str | int | float] = {
         "family": config.family,
         "vocab_size": config.vocab_size,
         "hidden_size": h,
@@ -315,6 +315,10 @@ def backbone_fingerprint(
         "embedding_sha256": _sample_hash([embedding[::step]]),
         "layers_sha256": _sample_hash(layer_samples),
     }
+    if files.adapters:
+        # They may update none of what is sampled.
+        fingerprint["adapters_sha256"] = " ".join(a.sha256() for a in files.adapters)
+    return fingerprint
 
 
 def _sample_hash(samples: list[Tensor]) -> str:

@@ -176,7 +176,7 @@ def test_what_decides_the_numbers_is_in_the_identity(checkpoint, tmp_path):
     changed.append(identify(checkpoint, method="llm2vec-bare"))
     changed.append(identify(checkpoint.parent / "x-mntp"))
     assert all(other != first for other in changed)
-    assert len(first["adapter"]) == 2
+    assert len(first["backbone"]["adapters_sha256"].split()) == 2
     copy = shutil.copytree(checkpoint, tmp_path / "renamed")
     assert identify(copy, backbone=checkpoint.parent / "x-mntp") == first
 

@@ -17,9 +17,11 @@ from gen_fast.formats.llm2vec import (
     wrapper_of,
     write_settings,
 )
-from gen_fast.formats.peft import write_adapter
+from gen_fast.formats.peft import read_adapter, write_adapter
+from gen_fast.model.batch import PackedBatch
 from gen_fast.model.lora import Lora, LoraConfig
 from gen_fast.model.weights import load_backbone, read_fingerprint
+from gen_fast.ops.norm import rms_norm
 from gen_fast.testing import edit_config, save_tiny_model
 
 TEXTS = ["the cat in a hat", "another"]
@@ -177,12 +179,19 @@ def test_how_adapters_are_known(chain, tiny_model):
     save_adapter(plain, chain / "base", str(chain / "base"))
     with pytest.raises(gen_fast.UnsupportedModelError, match=r"LoRA adapter.* must be given"):
         gen_fast.load(plain)
+    with pytest.raises(gen_fast.UnsupportedModelError, match=r"not 'sentence-transformers'"):
+        gen_fast.load(plain, method="sentence-transformers")
+    causal = gen_fast.load(plain, method="mean", dtype="float32", device="cpu")
+    assert causal.method == "mean"
+    merged = load_backbone(chain / "base", adapters=[read_adapter(plain).weights])
+    states = merged.forward(PackedBatch.pack([np.array(causal.tokenizer("a cat")["input_ids"])]))
+    means = rms_norm(states, merged.final_norm, merged.config.norm_eps).mean(0).numpy()
+    np.testing.assert_allclose(causal.encode("a cat"), means, rtol=1e-4, atol=1e-5)
     assert identify(plain, method="llm2vec")["method"] == "llm2vec"
     assert identify(chain / "base-mntp-supervised")["method"] == "llm2vec"
     assert identify(chain / "base-mntp")["method"] == "llm2vec"
-    for directory in (plain, chain / "base-mntp"):
-        with pytest.raises(gen_fast.UnsupportedModelError, match=r"LoRA adapter.* not 'mean'"):
-            gen_fast.load(directory, method="mean")
+    with pytest.raises(gen_fast.UnsupportedModelError, match=r"causal mask.* not 'mean'"):
+        gen_fast.load(chain / "base-mntp", method="mean")
     with pytest.raises(gen_fast.AdapterError, match="holds no adapter"):
         gen_fast.load(tiny_model, method="llm2vec", backbone=tiny_model)
     edit_adapter(plain, use_dora=True)
@@ -239,7 +248,7 @@ def test_published_names_are_fetched_from_the_hub(chain, monkeypatch):
         ("owner/base", "v1"),
     ]
     assert encoder.source == chain / "hub" / "owner" / "base" / "c0ffee"
-    assert len(encoder.identity["adapter"]) == 2
+    assert len(encoder.identity["backbone"]["adapters_sha256"].split()) == 2
 
 
 def test_settings_without_a_limit_of_their_own(tmp_path):

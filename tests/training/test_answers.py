@@ -148,7 +148,7 @@ def test_llm2vec_as_teacher(tmp_path, tiny_model, generator):
         assert found.metadata.method == method
         assert not found.metadata.normalized
     with pytest.raises(gen_fast.UnsupportedModelError, match="LoRA adapter"):
-        teach([path], tmp_path / "t.parquet", str(directory), method="mean", **options)
+        teach([path], tmp_path / "t.parquet", str(directory), method="llm2vec-gen", **options)
     with pytest.raises(gen_fast.ConfigError, match="no meaning without a method"):
         teach([path], tmp_path / "t.parquet", str(directory), **options)
 

@@ -32,13 +32,16 @@ class TrainedBackbone:
         self._mask = mask
         self._attention_dropout = attention_dropout
         self._recompute = recompute
-        saved = saved_bytes_per_token(backbone)
-        layers = backbone.config.num_layers
+        saved = 2 * saved_bytes_per_token(backbone)
+        if recompute:  # one layer, and what goes between layers
+            config = backbone.config
+            between = 2 * config.hidden_size * backbone.embedding.element_size()
+            saved = saved // config.num_layers + between * config.num_layers
         self.budget = TokenBudget(
             backbone,
             cpu_tokens=CPU_TOKENS,
             gpu_tokens=GPU_TOKENS,
-            bytes_per_token=2 * saved // (layers // 2 if recompute else 1),
+            bytes_per_token=saved,
         )
 
     def states(

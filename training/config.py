@@ -23,6 +23,8 @@ _LISTS = ("answers", "texts", "report_to")
 # Where a run lies and how it reports does not change what it computes. A backbone is told by its
 # fingerprint, not by where it lies.
 _NOT_PART_OF_THE_RUN = (
+    "lora_start",
+    "recompute",
     "answers",
     "texts",
     "teacher",

@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from gen_fast.embed.llm2vec import InstructedText
-from gen_fast.errors import InputError
+from gen_fast.errors import ConfigError, InputError
 from gen_fast.formats.llm2vec import Wrapper
+from gen_fast.model.batch import on_device
 from gen_fast.model.lora import Lora
 from gen_fast.model.tokenizing import Tokenizer
 from gen_fast.training.backbone_pass import TrainedBackbone
@@ -73,8 +74,11 @@ def embed(trained: TrainedBackbone, lora: Lora, views: Sequence[View], seed: int
     states = trained.states(
         [view.ids for view in views], [view.key for view in views], lora, seed, needed
     )
-    lengths = torch.tensor(needed, device=states.device)
-    means: Tensor = torch.segment_reduce(states.float(), "mean", lengths=lengths, axis=0)
+    lengths = on_device(np.array(needed), states.device)
+    # unsafe: lengths are not read back to be checked, which would stop the host.
+    means: Tensor = torch.segment_reduce(
+        states.float(), "mean", lengths=lengths, axis=0, unsafe=True
+    )
     return means
 
 
@@ -113,7 +117,7 @@ def accumulate_contrastive(
             embeddings = forward(slice(None))  # one pass is enough
         except RuntimeError as error:  # only running out of memory is survived
             trained.budget.shrink(error, sum(lengths), len(lengths))
-    once = embeddings is not None
+    graph = embeddings
     if embeddings is None:
         with torch.no_grad():
             parts = in_parts(lengths, trained.budget, part_tokens, forward)
@@ -133,11 +137,15 @@ def accumulate_contrastive(
         # Not backward(): of a part that fails half-way nothing may have been added.
         return torch.autograd.grad(forward(part), parameters, cached[part])
 
-    if once:
-        add_gradients(parameters, torch.autograd.grad(embeddings, parameters, cached))
-    else:
-        for gradients in in_parts(lengths, trained.budget, part_tokens, backward):
-            add_gradients(parameters, gradients)
+    if graph is not None:
+        try:
+            add_gradients(parameters, torch.autograd.grad(graph, parameters, cached))
+            return shares[0]
+        except RuntimeError as error:  # nothing has been added: part by part instead
+            trained.budget.shrink(error, sum(lengths), len(lengths))
+            del graph, embeddings, rows
+    for gradients in in_parts(lengths, trained.budget, part_tokens, backward):
+        add_gradients(parameters, gradients)
     return shares[0]
 
 
@@ -151,8 +159,15 @@ class ContrastiveTask(LoraTask):
         read = _simcse if config.step == "simcse" else _supervised
         ids, rows = read(config, parts)
         train, validation = split(ids, config.validation_rows)
-        fingerprint = fingerprint_of([view[0] for row in rows for view in row])
-        data = Data([rows[i] for i in train], [rows[i] for i in validation], fingerprint)
+        if config.batch_size > len(train):
+            raise ConfigError(
+                f"a batch of {config.batch_size} of {len(train)} rows would have some twice, as "
+                "each other's negatives: lower batch_size"
+            )
+        order = [rows[i] for i in (*train, *validation)]
+        pooled = [np.array([needed for _, needed in row]) for row in order]
+        fingerprint = fingerprint_of([view[0] for row in order for view in row] + pooled)
+        data = Data(order[: len(train)], order[len(train) :], fingerprint)
         return cls(parts.backbone, config, parts.rejections, data)
 
     def examples(self, step: int, world: World) -> Sequence[Match]:
@@ -201,14 +216,15 @@ class ContrastiveTask(LoraTask):
             rows[name] = normalize(torch.cat(list(parts)), dim=-1)
         cosines = rows["anchor"] @ rows["positive"].T
         best = cosines.argmax(1) == torch.arange(len(matches), device=cosines.device)
-        # Uniformity (Wang & Isola, arXiv 2005.10242): how far all texts are from each other.
-        apart = torch.pdist(rows["positive"]).square().mul(-2).exp().mean().log()
-        scale = self.config.contrastive_scale or 1.0
-        return {
-            "loss": float(infonce(rows, scale)),
+        figures = {
+            "loss": float(infonce(rows, self.config.contrastive_scale or 1.0)),
             "top1": float(best.double().mean()),
-            "uniformity": float(apart),
         }
+        if len(matches) > 1:
+            # Uniformity (Wang & Isola, arXiv 2005.10242): how far all texts are from each other.
+            apart = torch.pdist(rows["positive"]).square().mul(-2).exp().mean().log()
+            figures["uniformity"] = float(apart)
+        return figures
 
 
 Row = tuple[tuple[np.ndarray, int], ...]
@@ -228,7 +244,12 @@ def _simcse(config: LLM2VecConfig, parts: Parts) -> tuple[list[str], list[Row]]:
 
 def _supervised(config: LLM2VecConfig, parts: Parts) -> tuple[list[str], list[Row]]:
     """Queries, answers, and negative answers if all rows have one; as they will be encoded."""
-    rows = read_rows(config.texts, parts.rejections)
+    rows = []
+    for row in read_rows(config.texts, parts.rejections):
+        if row.negative_answer is not None and not row.negative_answer.strip():
+            parts.rejections.add(row.id, "empty negative answer")
+        else:
+            rows.append(row)
     negatives = [row.negative_answer for row in rows if row.negative_answer is not None]
     if negatives and len(negatives) < len(rows):
         raise InputError(

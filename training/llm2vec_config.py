@@ -41,6 +41,16 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
+ENCODED_TOKENS = 512  # of a text that is embedded, at least
+
+# Settings that mean something in some steps alone.
+_ONLY = {
+    "query_prompt": ("supervised",),
+    "text_column": ("mntp", "simcse"),
+    "id_column": ("mntp", "simcse"),
+}
+
+
 @dataclass(frozen=True)
 class LLM2VecConfig(RunConfig):
     """Settings of one step of LLM2Vec. What is None is taken from DEFAULTS.
@@ -92,6 +102,11 @@ class LLM2VecConfig(RunConfig):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         super().__post_init__()
+        for name, steps in _ONLY.items():
+            if getattr(self, name) and self.step not in steps:
+                raise ConfigError(f"{name} means nothing in the step {self.step}")
+        if self.dtype == "float16":
+            raise ConfigError("float16 loses small gradients: take bfloat16 or float32")
         for name in ("attention_dropout", "lora_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be in [0, 1), not {getattr(self, name)}")
@@ -102,10 +117,12 @@ class LLM2VecConfig(RunConfig):
 
     @property
     def encoding(self) -> Settings:
-        """How texts are embedded with what is trained: whole, the mean over their own tokens."""
+        """How texts are embedded with what is trained: the mean over their own tokens.
+
+        Longer texts than were trained on, as the paper evaluates them.
+        """
         assert self.max_length is not None
-        length = self.max_length if self.step != "mntp" else 512
-        return Settings("mean", length, doc_max_length=None)
+        return Settings("mean", max(ENCODED_TOKENS, self.max_length), doc_max_length=None)
 
     @property
     def lora(self) -> LoraConfig:

@@ -16,10 +16,10 @@ from gen_fast.formats.peft import read_adapter, write_adapter
 from gen_fast.io.text_files import read_texts
 from gen_fast.model.backbone import Backbone
 from gen_fast.model.device import resolve_dtype
-from gen_fast.model.lora import Lora
+from gen_fast.model.lora import Lora, LoraWeights
 from gen_fast.model.sources import resolve
 from gen_fast.model.tokenizing import Tokenizer, load_tokenizer
-from gen_fast.model.weights import load_backbone, load_head
+from gen_fast.model.weights import load_backbone
 from gen_fast.training.backbone_pass import TrainedBackbone
 from gen_fast.training.data import smallest_hashes
 from gen_fast.training.llm2vec_config import LLM2VecConfig
@@ -57,6 +57,7 @@ class LoraTask(Task[Any]):
         self.rejections = rejections
         self.parameters = Lora(config.lora, backbone.config, seed=config.seed).to(backbone.device)
         self._data = data
+        self._start = _start_of(config, backbone)
         self._trained = TrainedBackbone(
             backbone,
             mask=config.mask,
@@ -71,24 +72,29 @@ class LoraTask(Task[Any]):
 
     def identity(self) -> dict[str, Any]:
         """See Task."""
-        return {"data": self._data.fingerprint}
+        start = None if self._start is None else self._start.sha256()
+        return {"data": self._data.fingerprint, "lora_start_sha256": start}
 
     def begin(self) -> None:
         """See Task."""
-        if self.config.lora_start:
-            self.restore(Path(self.config.lora_start))
+        if self._start is not None:
+            self.parameters.copy_factors(self._start.factors)
 
     def save(self, folder: Path) -> None:
         """See Task."""
         config = self.config
+        # A path is one from anywhere, and no name of the Hub.
+        is_local = Path(config.backbone).exists()
         write_adapter(
             folder,
             self.parameters.weights(),
-            base=config.backbone,
+            base=str(Path(config.backbone).resolve()) if is_local else config.backbone,
             revision=config.backbone_revision,
             fingerprint=self.backbone.fingerprint,
             tags=("llm2vec",),
         )
+        if config.mask == "bidirectional":
+            write_settings(folder, config.encoding)
 
     def restore(self, folder: Path) -> None:
         """See Task."""
@@ -98,8 +104,6 @@ class LoraTask(Task[Any]):
         """See Task."""
         config, out = self.config, folder.parent
         self.save(folder)
-        if config.mask == "bidirectional":
-            write_settings(folder, config.encoding)
         curves = [("loss", ("loss/total", "validation/loss"), "nats")]
         others = [n for n, _ in summary(out) if n != "validation/loss"]
         draw_curves(out, folder / "curves.png", [*curves, ("validation", others, "")])
@@ -107,7 +111,7 @@ class LoraTask(Task[Any]):
         card = (folder / "README.md").read_text()
         card += f"""
 LLM2Vec, {config.step}: {step} steps of {config.batch_size} texts with gen_fast; settings in
-`training.yaml`. On held-out rows:
+`training.yaml`. {"On held-out rows:" if figures else ""}
 
 {figures}
 
@@ -132,12 +136,13 @@ LLM2Vec, {config.step}: {step} steps of {config.batch_size} texts with gen_fast;
 class Parts:
     """What a step begins with.
 
-    backbone: with the steps before merged into it. head [V, h]. wrapper: what encoding will put
-    around instruction and text. rejections: to be filled with what is left out of the data.
+    backbone: with the steps before merged into it; source: the base's directory. wrapper: what
+    encoding will put around instruction and text. rejections: to be filled with what is left out of
+    the data.
     """
 
     backbone: Backbone
-    head: Tensor
+    source: Path
     tokenizer: Tokenizer
     wrapper: Wrapper
     rejections: Rejections
@@ -157,11 +162,28 @@ class Parts:
         )
         return cls(
             backbone,
-            load_head(below.source, backbone),
+            below.source,
             load_tokenizer(below.tokenizer),
             below.wrapper,
             Rejections(Path(config.out) / "rejected.jsonl"),
         )
+
+
+def _start_of(config: LLM2VecConfig, backbone: Backbone) -> LoraWeights | None:
+    """The adapter that the factors begin as. Raises BackboneMismatchError or ConfigError."""
+    if not config.lora_start:
+        return None
+    adapter = read_adapter(resolve(config.lora_start))
+    adapter.check_fingerprint(backbone.fingerprint)
+    adapter.weights.check_backbone(backbone.config)
+    theirs, own = adapter.weights.config, config.lora
+    for name in ("rank", "scale", "modules"):
+        if getattr(theirs, name) != getattr(own, name):
+            raise ConfigError(
+                f"lora_start {config.lora_start} has {name} {getattr(theirs, name)}, this run "
+                f"{getattr(own, name)}: give lora_rank and lora_alpha as it was trained"
+            )
+    return adapter.weights
 
 
 def read_all_texts(config: LLM2VecConfig, rejections: Rejections) -> tuple[list[str], list[str]]:

@@ -15,6 +15,7 @@ from gen_fast.model.backbone import Backbone
 from gen_fast.model.batch import on_device
 from gen_fast.model.lora import Lora
 from gen_fast.model.tokenizing import TextTokenizer, special_tokens
+from gen_fast.model.weights import load_head
 from gen_fast.ops.distill import reconstruction
 from gen_fast.training.backbone_pass import TrainedBackbone
 from gen_fast.training.data import epoch_places
@@ -33,6 +34,7 @@ from gen_fast.training.world import World
 
 # Of the tokens that are chosen: become the mask token, another token; the rest stays.
 BERT = (0.8, 0.1)
+_MASKS = 1 << 31  # tells their draws from those of the order of texts
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,7 @@ class MNTPTask(LoraTask):
         """The task with its data and backbone. Raises ConfigError, InputError, and as `resolve`."""
         parts = Parts.load(config)
         tokenizer = parts.tokenizer
+        head = load_head(parts.source, parts.backbone)
         mask_id = tokenizer.core.token_to_id(config.mask_token)
         if mask_id is None:
             raise ConfigError(f"the vocabulary has no mask_token {config.mask_token!r}")
@@ -153,9 +156,7 @@ class MNTPTask(LoraTask):
         if not train:
             raise ConfigError(f"the texts have fewer than max_length = {config.max_length} tokens")
         data = Data(train, validation, fingerprint_of([*train, *validation]))
-        return cls(
-            parts.backbone, parts.head, config, parts.rejections, data, mask_id, np.array(special)
-        )
+        return cls(parts.backbone, head, config, parts.rejections, data, mask_id, np.array(special))
 
     def _hidden(self, block: np.ndarray, key: int, *seeds: int) -> MaskedText:
         return hide(
@@ -166,7 +167,7 @@ class MNTPTask(LoraTask):
             mask_id=self._mask_id,
             vocabulary=self.backbone.config.vocab_size,
             special=self._special,
-            draws=np.random.default_rng([self.config.seed, *seeds]),
+            draws=np.random.default_rng([self.config.seed, _MASKS, *seeds]),
         )
 
     def examples(self, step: int, world: World) -> Sequence[MaskedText]:

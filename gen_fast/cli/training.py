@@ -151,17 +151,35 @@ def teach(
         typer.echo(f"{taught.vectors} vectors in {target}{cut}", err=True)
 
 
-def _train_alone(
-    context: typer.Context, config: Path | None, flags: Mapping[str, Any], quiet: bool
-) -> None:
-    """Train what settings and flags say, without the stages before it."""
-    from gen_fast.training.config import parse_flags
+# Options of `train` that are about answers and their teacher, or about how queries are read.
+_OF_ANSWERS = (
+    "self_queries",
+    "teacher",
+    "teacher_method",
+    "max_new_tokens",
+    "answer_batch",
+    "file_format",
+    "split",
+)
+
+
+def _train_alone(settings: Mapping[str, Any], quiet: bool) -> None:
+    """Train what settings say, without the stages before it."""
     from gen_fast.training.methods import read_run
 
     logging.getLogger("gen_fast").setLevel(logging.ERROR if quiet else logging.WARNING)
-    chosen = {name: value for name, value in flags.items() if value is not None}
-    folder = read_run(config, {**parse_flags(context.args), **chosen})(False if quiet else None)
+    folder = read_run(None, settings)(False if quiet else None)
     typer.echo(f"adapter: {folder}")
+
+
+def _was_given(context: typer.Context, name: str) -> bool:
+    """Whether an option stands on the command line, be it with its default."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _given(flags: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in flags.items() if value is not None}
 
 
 def train(
@@ -171,7 +189,10 @@ def train(
         typer.Argument(metavar="[QUERIES]", help="txt, jsonl, csv, parquet, -, or datasets:NAME."),
     ] = None,
     out: Annotated[Path, typer.Option(help="Directory for everything that is made.")] = Path("run"),
-    method: Annotated[options.TrainedMethod, typer.Option(help="What is trained.")] = TRAINED[0],
+    method: Annotated[
+        options.TrainedMethod | None,
+        typer.Option(help=f"What is trained.  [default: that of --config, else {TRAINED[0]}]"),
+    ] = None,
     config: Annotated[
         Path | None, typer.Option(help="YAML of training settings; --learning-rate 1e-3 … too.")
     ] = None,
@@ -206,21 +227,28 @@ def train(
     With --method llm2vec the file has texts, for --step mntp or simcse, or jsonl rows of query,
     answer and negative_answer, for --step supervised; --model may be the step before.
     """
-    if str(method) == LLM2VEC:
-        if source is None or self_queries is not None or teacher_method is not None:
-            fail("--method llm2vec takes a file of texts, and no answers or teacher")
+    from gen_fast.training.config import TrainConfig, parse_flags, read_config, read_settings
+
+    values = {**read_settings(config), **parse_flags(context.args)}
+    chosen = values.pop("method", TRAINED[0])
+    if str(method or chosen) == LLM2VEC:
+        for name in _OF_ANSWERS:
+            if _was_given(context, name):
+                fail(f"--{name.replace('_', '-')} means nothing with --method {LLM2VEC}")
         flags: dict[str, Any] = {
+            "texts": source and [source],
             "backbone": model,
-            "device": device,
-            "dtype": dtype,
+            "device": device and str(options.checked_device(device)),
+            "dtype": dtype and str(dtype),
             "text_column": text_column,
+            "id_column": id_column,
         }
-        flags |= {"id_column": id_column, "texts": [source], "out": str(out), "method": LLM2VEC}
-        _train_alone(context, config, flags, quiet)
+        if _was_given(context, "out"):
+            flags["out"] = str(out)
+        _train_alone({"out": str(out), **values, **_given(flags), "method": LLM2VEC}, quiet)
         return
     from gen_fast.embed.loading import load_generator
     from gen_fast.training.answers import write_own_queries
-    from gen_fast.training.config import TrainConfig, parse_flags, read_config, read_settings
     from gen_fast.training.recipe import run_recipe
 
     if (source is None) == (self_queries is None):
@@ -237,9 +265,7 @@ def train(
         "teacher": str(out / "teacher.parquet"),
         "out": str(out),
     }
-    flags = {name: value for name, value in flags.items() if value is not None}
-    values = {**read_settings(config), **parse_flags(context.args), **flags, **outputs}
-    settings = read_config(values, TrainConfig)
+    settings = read_config({**values, **_given(flags), **outputs}, TrainConfig)
     if source is not None:
         queries = _read_queries(source, file_format, text_column, id_column, split)
     generator = load_generator(

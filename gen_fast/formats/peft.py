@@ -80,11 +80,14 @@ class PeftAdapter:
 
     def check_fingerprint(self, actual: Fingerprint) -> None:
         """Raise BackboneMismatchError if it was trained over weights of another fingerprint."""
-        for key, value in (self.fingerprint or {}).items():
-            if actual.get(key) != value:
+        if not self.fingerprint:
+            return
+        # In either: what is merged below may be all that differs.
+        for key in sorted({*self.fingerprint, *actual}):
+            if actual.get(key) != self.fingerprint.get(key):
                 raise BackboneMismatchError(
-                    f"the adapter was trained over weights with {key} = {value!r}, these have "
-                    f"{actual.get(key)!r}"
+                    f"the adapter was trained over weights with {key} = "
+                    f"{self.fingerprint.get(key)!r}, these have {actual.get(key)!r}"
                 )
 
 

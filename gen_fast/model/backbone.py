@@ -152,6 +152,8 @@ class Backbone:
                 "under a bidirectional mask the states of a prefix depend on the text behind it: "
                 "run both together"
             )
+        if recompute and cache is not None:
+            raise OpError("a layer that is run again would be added to the cache twice")
         if dropout is not None and (prefix is not None or cache is not None):
             raise OpError("dropout goes with no prefix and no cache, which are computed without it")
         run = _Pass(

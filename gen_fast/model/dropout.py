@@ -44,7 +44,9 @@ class RowDropout:
     @classmethod
     def of_batch(cls, p: float, dropout: Dropout, batch: PackedBatch) -> "RowDropout":
         """Of all rows of a batch without a prefix."""
-        keys = np.repeat(np.asarray(dropout.text_keys, dtype=np.int64), batch.lengths)
+        # As the op reads them: converted once, not in every linear.
+        keys = np.repeat(np.asarray(dropout.text_keys), batch.lengths)
+        keys = keys.astype(np.uint32).view(np.int32)
         return cls(p, dropout.seed, on_device(keys, batch.ids.device), batch.positions)
 
     def at(self, rows: Tensor) -> "RowDropout":

@@ -161,7 +161,7 @@ def test_ours_say_which_weights_they_were_trained_over(chain):
     edit_adapter(ours, base_model_name_or_path=str(base))
     assert adapters(ours) == 1
     save_adapter(ours, base, str(base), fingerprint=over)
-    with pytest.raises(gen_fast.BackboneMismatchError, match="layers_sha256"):
+    with pytest.raises(gen_fast.BackboneMismatchError, match="adapters_sha256"):
         adapters(ours)
 
 

@@ -84,17 +84,25 @@ def test_two_views_of_a_text_differ_by_dropout_alone(tiny_model):
     assert relative_error(plain[1], plain[0]) <= 1e-6
 
 
-def test_a_batch_that_runs_out_of_memory_is_cached(tiny_model, monkeypatch):
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_a_batch_that_runs_out_of_memory_is_cached(tiny_model, monkeypatch, where):
     batch = matches(9)
     trained, lora = setup(tiny_model)
     whole, expected = gradients(trained, lora, batch, None)
     tokens = sum(match.tokens for match in batch)
     states = TrainedBackbone.states
 
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
     def too_large(self, texts, *rest):
-        if sum(map(len, texts)) > tokens // 2 and torch.is_grad_enabled():
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
-        return states(self, texts, *rest)
+        if sum(map(len, texts)) <= tokens // 2 or not torch.is_grad_enabled():
+            return states(self, texts, *rest)
+        if where == "forward":
+            fail()
+        result = states(self, texts, *rest)
+        result.register_hook(fail)
+        return result
 
     monkeypatch.setattr(TrainedBackbone, "states", too_large)
     found_loss, found = gradients(trained, lora, batch, None)

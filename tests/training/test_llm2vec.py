@@ -12,8 +12,10 @@ import pytest
 import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 import gen_fast
+from gen_fast.cli import app
 from gen_fast.formats.peft import read_adapter
 from gen_fast.training.checkpoint import latest_checkpoint
 from gen_fast.training.llm2vec import train
@@ -145,6 +147,62 @@ def test_a_step_goes_on_from_the_one_before(make_config, tiny_model):
     PeftModel.from_pretrained(base, first)  # a published adapter is one of PEFT's
 
 
+def test_a_start_must_fit_what_it_is_put_on(make_config, tiny_model):
+    first = train(make_config("mntp", "first", steps=1), show_progress_bar=False)
+    second = train(
+        make_config("simcse", "second", steps=1, backbone=str(first)), show_progress_bar=False
+    )
+    with pytest.raises(gen_fast.BackboneMismatchError, match="adapters_sha256"):
+        train(make_config("supervised", "third", lora_start=str(second)), show_progress_bar=False)
+    with pytest.raises(gen_fast.ConfigError, match=r"has scale 8\.0, this run 4\.0"):
+        train(
+            make_config(
+                "supervised",
+                "third",
+                backbone=str(first),
+                lora_start=str(second),
+                lora_alpha=16.0,
+            ),
+            show_progress_bar=False,
+        )
+
+
+def test_a_run_goes_on_from_the_same_start_and_rows_only(make_config, tmp_path):
+    first = train(make_config("simcse", "first", steps=1), show_progress_bar=False)
+    second = make_config("simcse", "second", lora_start=str(first), steps=1)
+    train(second, show_progress_bar=False)
+    moved = first.rename(tmp_path / "moved")
+    train(make_config("simcse", "second", lora_start=str(moved)), show_progress_bar=False)
+    with pytest.raises(gen_fast.CheckpointError, match="lora_start_sha256"):
+        train(make_config("simcse", "second"), show_progress_bar=False)
+    (tmp_path / "texts.txt").write_text((tmp_path / "texts.txt").read_text()[::-1].strip())
+    with pytest.raises(gen_fast.CheckpointError, match="data"):
+        train(make_config("simcse", "second", lora_start=str(moved)), show_progress_bar=False)
+
+
+def test_a_checkpoint_says_how_it_embeds(make_config):
+    config = make_config("simcse", steps=1)
+    train(config, show_progress_bar=False)
+    folder = latest_checkpoint(Path(config.out) / "checkpoints") / "adapter"
+    encoder = gen_fast.load(folder, dtype="float32", device="cpu")
+    assert (encoder.method, encoder.max_length) == ("llm2vec", 512)
+
+
+def test_the_command_line_takes_settings_files_and_refuses_what_has_no_meaning(
+    make_config, tmp_path
+):
+    config = make_config("simcse", "run", steps=1)
+    path = tmp_path / "settings.yaml"
+    path.write_text(yaml.safe_dump({"method": "llm2vec", **config.plain()}))
+    result = CliRunner().invoke(app, ["train", "--config", str(path), "-q"])
+    assert result.exit_code == 0, result.output
+    assert str(tmp_path / "run" / "adapter") in result.output
+    for option in (["--teacher", "minilm"], ["--split", "test"], ["--format", "jsonl"]):
+        result = CliRunner().invoke(app, ["train", "--config", str(path), *option])
+        assert result.exit_code != 0
+        assert "means nothing with --method llm2vec" in result.output
+
+
 def test_a_run_learns(make_config):
     config = make_config(
         "supervised", steps=30, schedule_steps=60, learning_rate=1e-2, batch_size=52
@@ -170,6 +228,9 @@ def test_defaults_are_those_of_the_step():
         ("simcse", {"validation_rows": 60}, "none is left"),
         ("everything", {}, "step must be mntp or simcse or supervised"),
         ("simcse", {"batch_size": 0}, "batch_size must be positive"),
+        ("simcse", {"batch_size": 60}, "as each other's negatives"),
+        ("simcse", {"query_prompt": "x"}, "query_prompt means nothing in the step simcse"),
+        ("mntp", {"dtype": "float16"}, "float16 loses small gradients"),
     ],
 )
 def test_settings_without_meaning_are_refused(make_config, step, settings, message):

@@ -15,6 +15,9 @@ from gen_fast.ops.norm import rms_norm
 
 # Tokens with gradient at a time; LoRA saves about twice what a frozen layer does.
 CPU_TOKENS = 1024
+# On a CPU what a batch fit for the caches saves is little beside the memory there is: so many times
+# that is kept before texts are rather run twice.
+CPU_KEPT = 4
 GPU_TOKENS = (32768, 16384, 8192, 4096, 2048, 1024)
 
 
@@ -43,6 +46,11 @@ class TrainedBackbone:
             gpu_tokens=GPU_TOKENS,
             bytes_per_token=saved,
         )
+
+    def kept_tokens(self, asked: int | None) -> int:
+        """How many tokens' activations may wait for a backward pass; `asked`, if that is given."""
+        kept = CPU_KEPT if asked is None and self.backbone.device.type == "cpu" else 1
+        return kept * self.budget.limit(asked)
 
     def states(
         self,

@@ -18,7 +18,7 @@ from torch.nn.functional import normalize
 from gen_fast.embed.llm2vec import InstructedText
 from gen_fast.errors import ConfigError, InputError
 from gen_fast.formats.llm2vec import Wrapper
-from gen_fast.model.batch import on_device
+from gen_fast.model.batch import on_device, split_by_budget
 from gen_fast.model.lora import Lora
 from gen_fast.model.tokenizing import Tokenizer
 from gen_fast.training.backbone_pass import TrainedBackbone
@@ -111,17 +111,18 @@ def accumulate_contrastive(
     def forward(part: slice) -> Tensor:
         return embed(trained, lora, views[part], seed)
 
-    embeddings = None
-    if sum(lengths) <= trained.budget.limit(part_tokens):
+    budget = trained.budget
+    part_size = min(sum(lengths), budget.limit(part_tokens))
+    graph = None
+    if sum(lengths) <= trained.kept_tokens(part_tokens):  # one pass is enough
         try:
-            embeddings = forward(slice(None))  # one pass is enough
+            graph = torch.cat([forward(part) for part in split_by_budget(lengths, part_size)])
         except RuntimeError as error:  # only running out of memory is survived
-            trained.budget.shrink(error, sum(lengths), len(lengths))
-    graph = embeddings
+            budget.shrink(error, part_size, len(lengths))
+    embeddings = graph
     if embeddings is None:
         with torch.no_grad():
-            parts = in_parts(lengths, trained.budget, part_tokens, forward)
-            embeddings = torch.cat(list(parts))
+            embeddings = torch.cat(list(in_parts(lengths, budget, part_tokens, forward)))
     rows = dict(zip(names, embeddings.split(len(matches)), strict=True))
     shares: list[Tensor] = []
 
@@ -142,9 +143,9 @@ def accumulate_contrastive(
             add_gradients(parameters, torch.autograd.grad(graph, parameters, cached))
             return shares[0]
         except RuntimeError as error:  # nothing has been added: part by part instead
-            trained.budget.shrink(error, sum(lengths), len(lengths))
+            budget.shrink(error, part_size, len(lengths))
             del graph, embeddings, rows
-    for gradients in in_parts(lengths, trained.budget, part_tokens, backward):
+    for gradients in in_parts(lengths, budget, part_tokens, backward):
         add_gradients(parameters, gradients)
     return shares[0]
 

@@ -71,6 +71,31 @@ def test_gradient_caching_and_recomputation_change_nothing(tiny_model, views, re
     assert without != pytest.approx(whole, rel=1e-4)
 
 
+def test_a_batch_of_a_few_parts_is_run_once(tiny_model, monkeypatch):
+    batch = matches(9)
+    trained, lora = setup(tiny_model)
+    whole, expected = gradients(trained, lora, batch, None)
+    tokens = sum(match.tokens for match in batch)
+    run = []
+    states = TrainedBackbone.states
+
+    def counted(self, texts, *rest):
+        run.append(sum(map(len, texts)))
+        return states(self, texts, *rest)
+
+    monkeypatch.setattr(TrainedBackbone, "states", counted)
+    trained.budget.tokens = tokens // 3
+    found_loss, found = gradients(trained, lora, batch, None)
+    assert len(run) > 2
+    assert sum(run) == tokens
+    assert found_loss == pytest.approx(whole, rel=1e-5)
+    for own, other in zip(found, expected, strict=True):
+        assert relative_error(own, other) <= 1e-5
+    run.clear()
+    gradients(trained, lora, batch, tokens // 3)  # asked for no more than that at a time
+    assert sum(run) == 2 * tokens
+
+
 def test_two_views_of_a_text_differ_by_dropout_alone(tiny_model):
     trained, lora = setup(tiny_model)
     ids = np.arange(3, 20)

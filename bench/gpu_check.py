@@ -14,9 +14,9 @@ report holds what all of them left. The steps of a call share --seconds (nine mi
 time is up is interrupted, and what it had measured counts. Each op has a process of its own: an
 illegal memory access spoils all that follows in its process.
 
-It needs no network: torch, Triton, transformers, pytest-benchmark, pybind11 and a C++ compiler must
-be there. pytest-timeout is used if it is. --dry-run does the same on the CPU with tiny sizes and
-without compiled ops, to check this script.
+It needs no network: torch, Triton, transformers, pytest-benchmark, pytest-xdist, pybind11 and a
+C++ compiler must be there. pytest-timeout is used if it is. --dry-run does the same on the CPU with
+tiny sizes and without compiled ops, to check this script.
 """
 
 import argparse
@@ -49,11 +49,11 @@ SHARES = {
     **dict.fromkeys(ROW_OPS, 25),
     "distill": 30,
     "train": 80,
-    "tests": 150,
+    "tests": 200,
     "compile": 60,
     "cuda": 40,
 }
-PROFILE_SECONDS = 5
+PROFILE_SECONDS = 1  # reading a profile takes far longer than recording it
 GRACE = 15  # seconds to write what there is, after an interrupt
 
 
@@ -93,45 +93,40 @@ class Folder:
 
 
 def run(
-    commands: dict[str, list[str]],
+    name: str,
+    command: list[str],
     folder: Folder,
     environment: dict[str, str],
     limit: float,
     where: Path = ROOT,
-) -> dict[str, dict]:
-    """Run commands at once, their output shown and logged; when time is up interrupt, then kill."""
-    started = {}
-    for name, command in commands.items():
-        print(f"\n=== {name}, at most {limit:.0f} s: {' '.join(command)}", flush=True)
-        # A session of its own, so that the interrupt reaches every process of the command.
-        process = subprocess.Popen(
-            command, cwd=where, env=environment, start_new_session=True,
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-        log = folder.logs / f"{name}.log"
-        showing = Thread(target=show, args=(process, log), daemon=True)
-        showing.start()
-        started[name] = (process, log, showing)
+) -> dict:
+    """Run a command, its output shown and logged; when time is up interrupt it, then kill."""
+    print(f"\n=== {name}, at most {limit:.0f} s: {' '.join(command)}", flush=True)
+    # A session of its own, so that the interrupt reaches every process of the command.
+    process = subprocess.Popen(
+        command, cwd=where, env=environment, start_new_session=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    log = folder.logs / f"{name}.log"
+    showing = Thread(target=show, args=(process, log), daemon=True)
+    showing.start()
     start = time.perf_counter()
-    results = {}
     try:
-        for name, (process, log, showing) in started.items():
-            in_time = wait(process, start + limit)
-            showing.join(GRACE)
-            lines = log.read_text(errors="replace").split("\n")
-            results[name] = {
-                "exit": process.returncode,
-                "in_time": in_time,
-                "seconds": round(time.perf_counter() - start, 1),
-                "command": " ".join(commands[name]),
-                "last_line": next((line for line in reversed(lines) if line.strip()), ""),
-            }
-            print(f"=== {name}: {outcome(results[name])}", flush=True)
-    finally:  # nothing of them outlives the step, nor this script if that is stopped
-        for process, *_ in started.values():
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-    return results
+        in_time = wait(process, start + limit)
+        showing.join(GRACE)
+    finally:  # nothing of it outlives the step, nor this script if that is stopped
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    lines = log.read_text(errors="replace").split("\n")
+    result = {
+        "exit": process.returncode,
+        "in_time": in_time,
+        "seconds": round(time.perf_counter() - start, 1),
+        "command": " ".join(command),
+        "last_line": next((line for line in reversed(lines) if line.strip()), ""),
+    }
+    print(f"=== {name}: {outcome(result)}", flush=True)
+    return result
 
 
 def wait(process: subprocess.Popen, until: float) -> bool:
@@ -204,7 +199,7 @@ def build(folder: Folder, environment: dict[str, str], dry: bool, limit: float) 
     command = pure if dry else [*pure, *compiled]
     result = {
         "compiled": kind,
-        **run({"build": command}, folder, environment, limit, source)["build"],
+        **run("build", command, folder, environment, limit, source),
     }
     if result["exit"] and not dry:
         print(f"=== the {kind} ops could not be built, see above: going on without", flush=True)
@@ -228,7 +223,7 @@ def refuse_other_packages(folder: Folder, environment: dict[str, str]) -> None:
 
 
 def commands(step: str, folder: Folder, dry: bool) -> dict[str, list[str]]:
-    """What a step runs at once, by name; the build has a function of its own."""
+    """What a step runs, by name; the build has a function of its own."""
     # -P: python -m would put this folder first, whose gen_fast is not the one that was built.
     pytest = [sys.executable, "-P", "-m", "pytest", "-q", "--tb=short"]
     pytest += ["-o", f"cache_dir={folder.work / 'pytest'}"]
@@ -241,7 +236,7 @@ def commands(step: str, folder: Folder, dry: bool) -> dict[str, list[str]]:
     # What is measured last is left out before: torch.compile takes seconds a case to compile.
     ours = "reference and bf16" if dry else "not compile and not cuda"
     if step == "smoke":
-        chosen = "tests/kernels/test_swiglu.py" if dry else "tests/test_gpu.py"
+        chosen = "tests/kernels/test_swiglu.py" if dry else "tests/ops/test_gpu.py"
         return {step: [*marked, "-k", "nan" if dry else "half_precision or fits_a_cuda", chosen]}
     if step in ("encode", "train"):
         tiny = ["--shape", "tiny", "--rounds", "1"] if dry else []
@@ -264,11 +259,11 @@ def commands(step: str, folder: Folder, dry: bool) -> dict[str, list[str]]:
             if path.parent.name == "kernels" or "mark.gpu" in path.read_text()
         ]
         files = [ROOT / "tests/kernels/test_swiglu.py"] if dry else files
-        return {
-            f"{step}-{path.stem}": [*marked, str(path.relative_to(ROOT))]
-            for path in files
-            if path.stem != "test_gpu_check"  # which runs this script
-        }
+        # Most of their time is Triton compiling, one kernel a process.
+        spread = ["--numprocesses", str(min(16, os.cpu_count() or 1)), "--dist", "worksteal"]
+        # Of test_gpu_check, which runs this script, nothing is marked gpu.
+        names = [str(path.relative_to(ROOT)) for path in files if path.stem != "test_gpu_check"]
+        return {step: [*marked, *spread, *names]}
     # torch.compile and the CUDA ops, of each op; attention's other cases too.
     kind = ours if dry else {"compile": "compile", "cuda": "cuda"}[step]
     benches = sorted((ROOT / "bench/kernels").glob("bench_*.py"))
@@ -323,14 +318,10 @@ def main() -> None:
             results = {step: build(folder, environment, args.dry_run, limit)}
         else:
             refuse_other_packages(folder, environment)
-            # The tests' processes run side by side.
-            own = {"OMP_NUM_THREADS": "1"} if step == "tests" else {}
             every = commands(step, folder, args.dry_run)
-            # What is timed has the machine to itself.
-            turns = [every] if step == "tests" else [{name: c} for name, c in every.items()]
             results = {}
-            for turn in turns:
-                results |= run(turn, folder, {**environment, **own}, limit / len(turns))
+            for name, command in every.items():
+                results[name] = run(name, command, folder, environment, limit / len(every))
         steps |= results
         ran += results
         (folder.results / "steps.json").write_text(json.dumps(steps, indent=1) + "\n")

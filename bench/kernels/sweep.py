@@ -73,7 +73,7 @@ def launches(size: int, lengths: list[int]) -> dict[str, tuple[Callable, Tile, t
             kernel[grid](*arguments, **constants, **tile.constants())
 
         run(tiles[0])
-        launched[kernel.fn.__name__.strip("_")] = run, tiles[0]
+        launched[kernel.fn.__name__.removeprefix("_attention_")] = run, tiles[0]
 
     torch.manual_seed(0)
     heads, kv_heads = HEADS[size]

@@ -16,7 +16,7 @@ PARTS = 16
 
 
 @triton.jit
-def _forward(
+def _append_forward(
     table, special, ids, out, vocabulary, n_special, size, table_stride, special_stride,
     HAS_SPECIAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -34,7 +34,7 @@ def _forward(
 
 
 @triton.jit(do_not_specialize=["rows", "special"])
-def _backward(
+def _append_backward(
     grad, ids, out, rows, vocabulary, special, size, grad_stride,
     PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -64,7 +64,7 @@ def append(table: Tensor, special: Tensor | None, ids: Tensor) -> Tensor:
     out = table.new_empty(rows, size)
     n_special, stride = (0, 0) if special is None else (special.shape[0], special.stride(0))
     gpu.launch_rows(
-        _forward,
+        _append_forward,
         (rows, size),
         table,
         special,
@@ -87,7 +87,7 @@ def append_backward(grad: Tensor, ids: Tensor, vocabulary: int, special: int) ->
     parts = grad.new_empty(PARTS, special, size, dtype=torch.float32)
     if parts.numel():
         gpu.launch(
-            _backward,
+            _append_backward,
             (special, triton.cdiv(size, BLOCK_COLUMNS), PARTS),
             grad,
             ids.contiguous(),

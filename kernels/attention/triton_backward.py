@@ -61,7 +61,7 @@ def _query_gradient(
 
 
 @triton.jit(do_not_specialize=gpu.PER_BATCH)
-def _queries(
+def _attention_queries(
     dout, q, k, v, prefix_k, prefix_v, blocks, out, lse, delta, dq, cu_seqlens_q, cu_seqlens_k,
     n_rows, n_texts, n_prefix, q_stride, k_stride, v_stride, prefix_k_stride, prefix_v_stride,
     heads, scale, window, text_keys, seed, layer, first_kept, kept_scale,
@@ -132,7 +132,7 @@ def _queries(
 
 
 @triton.jit(do_not_specialize=gpu.PER_BATCH)
-def _keys(
+def _attention_keys(
     dout, q, k, v, blocks, lse, delta, dk, dv, cu_seqlens_q, cu_seqlens_k, n_rows, n_texts,
     q_stride, k_stride, v_stride, heads, scale, window, text_keys, seed, layer, first_kept,
     kept_scale,
@@ -279,7 +279,7 @@ def attention_backward(
     }
     scale = LOG2_E * size**-0.5
     gpu.launch_tiled(
-        _queries,
+        _attention_queries,
         lambda constants: (rows * group // constants["BLOCK_Q"] + texts, kv_heads),
         _tiles(q, options),
         ("GROUP", "D"),
@@ -312,7 +312,7 @@ def attention_backward(
         **shared,
     )
     gpu.launch_tiled(
-        _keys,
+        _attention_keys,
         lambda constants: (len(k) // constants["BLOCK_K"] + texts, kv_heads),
         _tiles(q, options),
         ("GROUP", "D"),

@@ -150,7 +150,7 @@ def _attend(
 
 
 @triton.jit(do_not_specialize=gpu.PER_BATCH)
-def _forward(
+def _attention_forward(
     q, k, v, prefix_k, prefix_v, blocks, out, lse, cu_seqlens_q, cu_seqlens_k,
     n_rows, n_texts, n_prefix, q_stride, k_stride, v_stride, prefix_k_stride, prefix_v_stride,
     heads, scale, window, text_keys, seed, layer, first_kept, kept_scale,
@@ -322,7 +322,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> tup
     prefix_k, prefix_v = options.prefix or (k, v)
     group = heads // kv_heads
     gpu.launch_tiled(
-        _forward,
+        _attention_forward,
         lambda constants: (rows * group // constants["BLOCK_Q"] + texts, kv_heads),
         _tiles(q, options),
         ("GROUP", "D"),

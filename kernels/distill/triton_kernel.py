@@ -10,7 +10,7 @@ BLOCK = 4096
 
 
 @triton.jit
-def _row_loss(logits, targets, losses, vocabulary, stride, BLOCK: tl.constexpr):
+def _distill_row_loss(logits, targets, losses, vocabulary, stride, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
     target = tl.load(targets + row)
@@ -42,7 +42,7 @@ def row_loss(logits: Tensor, targets: Tensor, losses: Tensor) -> None:
     """See `chunked.RowLoss`."""
     rows, vocabulary = logits.shape
     gpu.launch(
-        _row_loss,
+        _distill_row_loss,
         (rows,),
         logits,
         targets,

@@ -30,7 +30,7 @@ def _add_and_scale(
 
 
 @triton.jit
-def _forward(
+def _norm_forward(
     x, residual, weight, total, out, size, x_stride, residual_stride, eps, BLOCK: tl.constexpr
 ):  # fmt: skip
     normed, at, inside = _add_and_scale(
@@ -40,7 +40,7 @@ def _forward(
 
 
 @triton.jit
-def _quantized(
+def _norm_quantized(
     x, residual, weight, total, out, scales, size, x_stride, residual_stride, eps,
     LARGEST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -51,7 +51,7 @@ def _quantized(
 
 
 @triton.jit
-def _backward(
+def _norm_backward(
     grad_normed, grad_total, total, weight, out, size, grad_normed_stride, grad_total_stride,
     total_stride, eps, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -78,7 +78,9 @@ def add_rms_norm(
     total = residual if inplace and residual.is_contiguous() else torch.empty_like(x)
     out = x.new_empty(rows, size)
     strides = x.stride(0), residual.stride(0)
-    gpu.launch_rows(_forward, (rows, size), x, residual, weight, total, out, size, *strides, eps)
+    gpu.launch_rows(
+        _norm_forward, (rows, size), x, residual, weight, total, out, size, *strides, eps
+    )
     return out, total
 
 
@@ -92,7 +94,7 @@ def add_rms_norm_quantized(
     out, scales = empty_quantized(x, size, row_format)
     strides, largest = (x.stride(0), residual.stride(0)), LARGEST[row_format]
     inputs = x, residual, weight, total, out, scales, size, *strides, eps
-    gpu.launch_rows(_quantized, (rows, size), *inputs, LARGEST=largest)
+    gpu.launch_rows(_norm_quantized, (rows, size), *inputs, LARGEST=largest)
     return out, scales, total
 
 
@@ -105,5 +107,5 @@ def add_rms_norm_backward(
     out = total.new_empty(rows, size)
     strides = grad_normed.stride(0), grad_total.stride(0), total.stride(0)
     inputs = grad_normed, grad_total, total, weight.contiguous(), out, size, *strides, eps
-    gpu.launch_rows(_backward, (rows, size), *inputs)
+    gpu.launch_rows(_norm_backward, (rows, size), *inputs)
     return out

@@ -10,7 +10,7 @@ from gen_fast.ops.layout import adjacent
 
 
 @triton.jit
-def _forward(
+def _pool_forward(
     hidden, cu_seqlens, norm_weight, row_weights, out, size, stride, eps,
     HAS_WEIGHTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -42,7 +42,7 @@ def pool(
     texts, size = cu_seqlens.shape[0] - 1, hidden.shape[1]
     out = hidden.new_empty(texts, size, dtype=torch.float32)
     gpu.launch_rows(
-        _forward,
+        _pool_forward,
         (texts, size),
         hidden,
         cu_seqlens.contiguous(),

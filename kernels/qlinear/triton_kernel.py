@@ -31,7 +31,7 @@ def store_quantized(row, out, scale_out, inside, LARGEST: tl.constexpr):
 
 
 @triton.jit
-def _quantize(x, out, scales, size, stride, LARGEST: tl.constexpr, BLOCK: tl.constexpr):
+def _qlinear_quantize(x, out, scales, size, stride, LARGEST: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)  # [BLOCK]
     inside = columns < size
@@ -52,5 +52,5 @@ def quantize_rows(x: Tensor, row_format: str) -> tuple[Tensor, Tensor]:
     out, scales = empty_quantized(x, x.shape[1], row_format)
     rows, size = x.shape
     inputs = x, out, scales, size, x.stride(0)
-    gpu.launch_rows(_quantize, (rows, size), *inputs, LARGEST=LARGEST[row_format])
+    gpu.launch_rows(_qlinear_quantize, (rows, size), *inputs, LARGEST=LARGEST[row_format])
     return out, scales

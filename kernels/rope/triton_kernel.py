@@ -34,7 +34,7 @@ def _angle(table, row, HALF: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _forward(
+def _rope_forward(
     x, out, cos, sin, norm, stride, out_stride, heads, eps,
     HALF: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, HAS_NORM: tl.constexpr,
 ):  # fmt: skip
@@ -53,7 +53,7 @@ def _forward(
 
 
 @triton.jit
-def _backward(
+def _rope_backward(
     grad, x, out, cos, sin, norm, grad_stride, stride, heads, eps,
     HALF: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, HAS_NORM: tl.constexpr,
 ):  # fmt: skip
@@ -96,7 +96,7 @@ def rope(
     out = x if inplace else x.new_empty(x.shape)
     if x.numel():
         gpu.launch(
-            _forward,
+            _rope_forward,
             (rows,),
             x,
             out,
@@ -122,7 +122,7 @@ def rope_backward(
     out = grad.new_empty(grad.shape)
     if grad.numel():
         gpu.launch(
-            _backward,
+            _rope_backward,
             (rows,),
             grad,
             x,

@@ -12,7 +12,7 @@ BLOCK = 1024
 
 
 @triton.jit
-def _forward(gate_up, out, size, stride, BLOCK: tl.constexpr):
+def _swiglu_forward(gate_up, out, size, stride, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     inside = columns < size
@@ -23,7 +23,7 @@ def _forward(gate_up, out, size, stride, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _backward(grad, gate_up, out, size, grad_stride, stride, BLOCK: tl.constexpr):
+def _swiglu_backward(grad, gate_up, out, size, grad_stride, stride, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     inside = columns < size
@@ -40,7 +40,7 @@ def _backward(grad, gate_up, out, size, grad_stride, stride, BLOCK: tl.constexpr
 
 
 @triton.jit
-def _quantized(
+def _swiglu_quantized(
     gate_up, out, scales, size, stride, LARGEST: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -59,7 +59,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
     out = gate_up.new_empty(rows, size)
     if out.numel():
         grid = (rows, triton.cdiv(size, BLOCK))
-        gpu.launch(_forward, grid, gate_up, out, size, gate_up.stride(0), BLOCK=BLOCK)
+        gpu.launch(_swiglu_forward, grid, gate_up, out, size, gate_up.stride(0), BLOCK=BLOCK)
     return out
 
 
@@ -71,7 +71,7 @@ def swiglu_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
     if out.numel():
         strides = grad.stride(0), gate_up.stride(0)
         grid = (rows, triton.cdiv(size, BLOCK))
-        gpu.launch(_backward, grid, grad, gate_up, out, size, *strides, BLOCK=BLOCK)
+        gpu.launch(_swiglu_backward, grid, grad, gate_up, out, size, *strides, BLOCK=BLOCK)
     return out
 
 
@@ -81,5 +81,5 @@ def swiglu_quantized(gate_up: Tensor, row_format: str) -> tuple[Tensor, Tensor]:
     rows, size = gate_up.shape[0], gate_up.shape[1] // 2
     out, scales = empty_quantized(gate_up, size, row_format)
     inputs = gate_up, out, scales, size, gate_up.stride(0)
-    gpu.launch_rows(_quantized, (rows, size), *inputs, LARGEST=LARGEST[row_format])
+    gpu.launch_rows(_swiglu_quantized, (rows, size), *inputs, LARGEST=LARGEST[row_format])
     return out, scales

@@ -87,6 +87,7 @@ def row_cases(hidden: int, wide: int, heads: int) -> Iterator[Case]:
     from gen_fast.ops.append import triton_kernel as append
     from gen_fast.ops.distill import triton_kernel as distill
     from gen_fast.ops.dropout import triton_kernel as dropout
+    from gen_fast.ops.lora import triton_kernel as lora
     from gen_fast.ops.norm import triton_kernel as norm
     from gen_fast.ops.pool import triton_kernel as pool
     from gen_fast.ops.qlinear import triton_kernel as qlinear
@@ -100,6 +101,7 @@ def row_cases(hidden: int, wide: int, heads: int) -> Iterator[Case]:
     table, logits = empty(151936, hidden), empty(4096, 151936)
     losses, keys = empty(4096, dtype=torch.float32), empty(4096, dtype=torch.int32)
     grad, eps = empty(4096, wide), 1e-6
+    factors, inner, streams = empty(48, hidden), empty(4096, 48), (0, 1, 2)
     calls = {
         ("append", "forward"): lambda: append.append(table, x, ids),
         ("append", "backward"): lambda: append.append_backward(x, ids, 151936, 20),
@@ -112,6 +114,10 @@ def row_cases(hidden: int, wide: int, heads: int) -> Iterator[Case]:
         ("swiglu", "backward"): lambda: swiglu.swiglu_backward(grad, gate_up),
         ("pool", "forward"): lambda: pool.pool(x, offsets, w, eps, None),
         ("dropout", "forward"): lambda: dropout.dropout(x, keys, ids, 0.05, 1, 0),
+        ("lora", "down"): lambda: lora.lora_down(x, factors, keys, ids, 0.05, 1, streams),
+        ("lora", "down, backward"): lambda: lora.lora_down_backward(
+            inner, x, factors, keys, ids, 0.05, 1, streams
+        ),
         ("distill", "row loss"): lambda: distill.row_loss(logits, ids, losses),
     }
     for (op, name), call in calls.items():

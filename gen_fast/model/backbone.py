@@ -219,7 +219,8 @@ class _Pass:
         """keep_kv: a list that gets the keys and values of every layer."""
         self._backbone, self._config = backbone, backbone.config
         self._prefix, self._cache, self._special = prefix, cache, special
-        self._mask, self._lora, self._recompute = mask, lora, recompute
+        self._mask, self._recompute = mask, recompute
+        self._lora = None if lora is None else lora.cast(backbone.dtype)
         self._kept = keep_kv
         ids, positions, needed = batch.ids, batch.positions, batch.needed.indices
         self._n_tokens = len(ids)
@@ -232,7 +233,8 @@ class _Pass:
         # Of all rows, and of the needed ones.
         self._drop_rows: list[RowDropout | None] = [None, None]
         if dropout is not None:
-            self._set_dropout(dropout, batch, len(positions))
+            share = 0.0 if lora is None else lora.config.dropout
+            self._set_dropout(dropout, share, batch, len(positions))
         # T bounds the length of every text without asking the device for the maximum.
         longest = len(positions)
         self._cu_seqlens, self._cu_needed = batch.cu_seqlens, batch.needed.cu_seqlens
@@ -247,7 +249,10 @@ class _Pass:
         self._cos, self._sin = backbone.rotary_rows(positions, longest)
         self._options: AttentionOptions | None = None  # of the layer before
 
-    def _set_dropout(self, dropout: Dropout, batch: PackedBatch, n_rows: int) -> None:
+    def _set_dropout(
+        self, dropout: Dropout, of_rows: float, batch: PackedBatch, n_rows: int
+    ) -> None:
+        """of_rows: what LoRA drops of its inputs."""
         if dropout.attention:
             keys = np.asarray(dropout.text_keys, dtype=np.int64)
             self._drop_attention = {
@@ -255,8 +260,8 @@ class _Pass:
                 "seed": dropout.seed,
                 "text_keys": on_device(keys, batch.ids.device),
             }
-        if self._lora is not None and self._lora.config.dropout:
-            rows = RowDropout.of_batch(self._lora.config.dropout, dropout, batch).padded(n_rows)
+        if of_rows:
+            rows = RowDropout.of_batch(of_rows, dropout, batch).padded(n_rows)
             needed = rows if self._needed is None else rows.at(self._needed)
             self._drop_rows = [rows, needed]
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from gen_fast.model.batch import PackedBatch, on_device
-from gen_fast.ops.dropout import dropout
 
 
 @dataclass(frozen=True)
@@ -61,6 +60,7 @@ class RowDropout:
         )
         return RowDropout(self.p, self.seed, keys, positions)
 
-    def __call__(self, x: Tensor, stream: int) -> Tensor:
-        """x [T, N] with elements dropped; streams differ in which. Its own gradient's map too."""
-        return dropout(x, self.text_keys, self.positions, self.p, self.seed, stream)
+    @property
+    def settings(self) -> tuple[Tensor, Tensor, float, int]:
+        """text_keys, positions, p and seed, as the ops take them."""
+        return self.text_keys, self.positions, self.p, self.seed

@@ -7,9 +7,8 @@ packed; gradients reach the factors and the input.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from gen_fast.errors import AdapterError, BackboneMismatchError, ConfigError
 from gen_fast.model.config import BackboneConfig
 from gen_fast.model.dropout import RowDropout
 from gen_fast.model.linear import linear, times
+from gen_fast.ops.lora import lora_down, lora_down_backward
 
 # The linears that can be updated, by the matrix of LayerWeights that each is a part of, in the
 # order of its rows.
@@ -65,9 +65,6 @@ class LoraConfig:
 
 Factors = tuple[Tensor, Tensor]
 """A [r, in] and B [out, r]."""
-
-
-Drop = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -123,6 +120,8 @@ class Lora(nn.Module):
 
     They begin as in PEFT: A uniform in ±1/√in, B zero, so that nothing is changed at first.
     names: every updated linear, as "layers.3.self_attn.q_proj", in a fixed order.
+    a, b: those of the linears that are parts of one matrix are one parameter, one below the other:
+    A [parts · r, in] and B [their rows, r]. So a step has few tensors to launch work for.
     """
 
     def __init__(
@@ -130,22 +129,23 @@ class Lora(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        self.names = tuple(linear_sizes(backbone, config.modules))
-        generator = torch.Generator().manual_seed(seed)
-        down, up = [], []
-        for rows, columns in linear_sizes(backbone, config.modules).values():
-            a = torch.empty(config.rank, columns)
-            a.uniform_(-(columns**-0.5), columns**-0.5, generator=generator)
-            down.append(nn.Parameter(a.to(device)))
-            up.append(nn.Parameter(torch.zeros(rows, config.rank, device=device)))
-        self.a = nn.ParameterList(down)
-        self.b = nn.ParameterList(up)
-        self._where = {name: i for i, name in enumerate(self.names)}
-        self._widths = {
-            name.removeprefix("layers.0."): out
-            for name, (out, _) in linear_sizes(backbone).items()
-            if name.startswith("layers.0.")
+        sizes = linear_sizes(backbone, config.modules)
+        self.names = tuple(sizes)
+        self._groups = {
+            (layer, matrix): group
+            for layer in range(backbone.num_layers)
+            for matrix in MATRICES
+            if (group := _Group.of(layer, matrix, linear_sizes(backbone), config.modules)).names
         }
+        generator = torch.Generator().manual_seed(seed)
+        self.a, self.b = nn.ParameterList(), nn.ParameterList()
+        for group in self._groups.values():
+            columns = sizes[group.names[0]][1]
+            a = torch.empty(len(group.names) * config.rank, columns)
+            a.uniform_(-(columns**-0.5), columns**-0.5, generator=generator)
+            self.a.append(nn.Parameter(a.to(device)))
+            rows = sum(group.widths)
+            self.b.append(nn.Parameter(torch.zeros(rows, config.rank, device=device)))
 
     @classmethod
     def from_factors(
@@ -158,10 +158,12 @@ class Lora(nn.Module):
 
     def factors(self) -> dict[str, Factors]:
         """A and B of every linear, by name: views of the parameters."""
-        return {
-            name: (a.detach(), b.detach())
-            for name, a, b in zip(self.names, self.a, self.b, strict=True)
-        }
+        factors: dict[str, Factors] = {}
+        for group, a, b in zip(self._groups.values(), self.a, self.b, strict=True):
+            downs = a.detach().split(self.config.rank)
+            ups = b.detach().split(group.widths)
+            factors |= zip(group.names, zip(downs, ups, strict=True), strict=True)
+        return factors
 
     def weights(self) -> LoraWeights:
         """The adapter apart from its backbone: the factors are views of the parameters."""
@@ -184,6 +186,27 @@ class Lora(nn.Module):
                     )
                 mine.copy_(other)
 
+    def cast(self, dtype: torch.dtype) -> "CastLora":
+        """The factors as a pass in `dtype` multiplies by them, for as long as they do not change.
+
+        Gradients reach the parameters.
+        """
+        return CastLora(self, dtype)
+
+
+class CastLora:
+    """A's and s·B's of a Lora in the dtype of a pass, made by a few launches for all linears."""
+
+    def __init__(self, lora: Lora, dtype: torch.dtype) -> None:
+        self._groups = {}
+        with torch.no_grad():
+            downs, ups = (_cast(list(factors), dtype) for factors in (lora.a, lora.b))
+            torch._foreach_mul_(ups, lora.config.scale)
+        for place, (key, group) in enumerate(lora._groups.items()):
+            tensors = lora.a[place], lora.b[place], downs[place], ups[place]
+            self._groups[key] = group, tensors
+        self._scale = lora.config.scale
+
     def linear(
         self,
         layer: int,
@@ -198,22 +221,54 @@ class Lora(nn.Module):
         matrix: a name of MATRICES; weight [out, in], plain or packed. Gradients reach x and the
         factors. drop: of x on the way to A, for each part anew.
         """
-        tensors, spans, streams, start = [], [], [], 0
-        for part in MATRICES[matrix]:
-            name, width = f"layers.{layer}.{part}", self._widths[part]
-            if name in self._where:
-                place = self._where[name]
-                tensors += [self.a[place], self.b[place]]
-                spans.append((start, width))
-                streams.append(layer * len(MODULES) + MODULES.index(part.split(".")[1]))
-            start += width
-        if not spans:
+        group, tensors = self._groups.get((layer, matrix), (None, ()))
+        if group is None:
             return linear(x, weight, bias)
-        drops = None if drop is None else [partial(drop, stream=stream) for stream in streams]
-        result: Tensor = _LoraLinear.apply(
-            x, weight, bias, spans, self.config.scale, drops, *tensors
-        )  # type: ignore[no-untyped-call]
+        result: Tensor = _LoraLinear.apply(x, weight, bias, group, self._scale, drop, *tensors)  # type: ignore[no-untyped-call]
         return result
+
+
+@dataclass(frozen=True)
+class _Group:
+    """The updated linears that are parts of one matrix.
+
+    spans: (first row, rows) of each in the matrix. streams: of the dropout of each one's input.
+    """
+
+    names: tuple[str, ...]
+    spans: tuple[tuple[int, int], ...]
+    streams: tuple[int, ...]
+
+    @classmethod
+    def of(
+        cls,
+        layer: int,
+        matrix: str,
+        sizes: Mapping[str, tuple[int, int]],
+        modules: Sequence[str],
+    ) -> "_Group":
+        names, spans, streams, start = [], [], [], 0
+        for part in MATRICES[matrix]:
+            name, module = f"layers.{layer}.{part}", part.split(".")[1]
+            width = sizes[name][0]
+            if module in modules:
+                names.append(name)
+                spans.append((start, width))
+                streams.append(layer * len(MODULES) + MODULES.index(module))
+            start += width
+        return cls(tuple(names), tuple(spans), tuple(streams))
+
+    @property
+    def widths(self) -> list[int]:
+        """Rows of each linear."""
+        return [width for _, width in self.spans]
+
+
+def _cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Copies in `dtype`, views of one tensor."""
+    flat = torch.cat([tensor.flatten() for tensor in tensors]).to(dtype)
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 def linear_sizes(
@@ -240,7 +295,7 @@ def linear_sizes(
 
 
 class _LoraLinear(torch.autograd.Function):
-    """Saves x, and x·Aᵀ [T, r] of each part. What is dropped of x is dropped again."""
+    """Saves x, and what A makes of it, [T, parts · r]. What is dropped of x is dropped again."""
 
     @staticmethod
     def forward(
@@ -248,48 +303,59 @@ class _LoraLinear(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        spans: Sequence[tuple[int, int]],
+        group: _Group,
         scale: float,
-        drops: Sequence[Drop] | None,
-        *factors: Tensor,
+        drop: RowDropout | None,
+        a: Tensor,
+        b: Tensor,
+        down: Tensor,
+        up: Tensor,
     ) -> Tensor:
+        """a, b: the parameters, for their gradients; down, up: A and s·B in x's dtype."""
         y = linear(x, weight, bias)
-        downs, ups = ([f.to(x.dtype) for f in factors[i::2]] for i in (0, 1))
-        if drops is None:
-            inner = x @ torch.cat(downs).T  # one product for the parts that share their input
-        else:
-            inner = torch.cat([drop(x) @ a.T for drop, a in zip(drops, downs, strict=True)], 1)
-        for (start, width), part, up in zip(
-            spans, inner.split([len(a) for a in downs], 1), ups, strict=True
+        # One product for the parts that share their input.
+        inner = (
+            x @ down.T
+            if drop is None
+            else lora_down(x, down, *drop.settings, streams=group.streams)
+        )
+        for (start, width), part, rows in zip(
+            group.spans, inner.chunk(len(group.spans), 1), up.split(group.widths), strict=True
         ):
-            y[:, start : start + width].addmm_(part, up.T, alpha=scale)
-        ctx.weight, ctx.spans, ctx.scale, ctx.drops = weight, spans, scale, drops
-        ctx.save_for_backward(x, inner, *factors)
+            y[:, start : start + width].addmm_(part, rows.T)
+        ctx.weight, ctx.group, ctx.scale, ctx.drop = weight, group, scale, drop
+        ctx.down, ctx.up = down, up
+        ctx.save_for_backward(x, inner)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, inner, *factors = ctx.saved_tensors
-        downs, ups = ([f.to(x.dtype) for f in factors[i::2]] for i in (0, 1))
-        ranks = [len(a) for a in downs]
-        dinner = torch.empty_like(inner)  # [T, parts · r]
-        dups = []
-        for (start, width), part, dpart, up in zip(
-            ctx.spans, inner.split(ranks, 1), dinner.split(ranks, 1), ups, strict=True
+        x, inner = ctx.saved_tensors
+        group, down, up = ctx.group, ctx.down, ctx.up
+        dinner, db = torch.empty_like(inner), torch.empty_like(up)
+        count = len(group.spans)
+        for (start, width), part, dpart, rows, drows in zip(
+            group.spans,
+            inner.chunk(count, 1),
+            dinner.chunk(count, 1),
+            up.split(group.widths),
+            db.split(group.widths),
+            strict=True,
         ):
             dy = grad[:, start : start + width]
-            torch.mul(dy @ up, ctx.scale, out=dpart)
-            dups.append((dy.T @ part).float().mul_(ctx.scale))
+            torch.mm(dy, rows, out=dpart)
+            torch.mm(dy.T, part, out=drows)
         dx = times(grad, ctx.weight) if ctx.needs_input_grad[0] else None
-        if ctx.drops is None:
-            ddowns = list((dinner.T @ x).float().split(ranks))
+        if ctx.drop is None:
+            da = dinner.T @ x
             if dx is not None:
-                dx.addmm_(dinner, torch.cat(downs))
+                dx.addmm_(dinner, down)
         else:
-            ddowns = []
-            for drop, dpart, a in zip(ctx.drops, dinner.split(ranks, 1), downs, strict=True):
-                ddowns.append((dpart.T @ drop(x)).float())
-                if dx is not None:
-                    dx += drop(dpart @ a)
-        pairs = (gradient for pair in zip(ddowns, dups, strict=True) for gradient in pair)
-        return dx, None, None, None, None, None, *pairs
+            through, da = lora_down_backward(
+                dinner, x, down, *ctx.drop.settings, streams=group.streams
+            )
+            if dx is not None:
+                dx += through
+        wide = torch.promote_types(db.dtype, torch.float32)
+        none = (None,) * 5
+        return dx, *none, da.to(wide), db.to(wide).mul_(ctx.scale), None, None

@@ -37,7 +37,7 @@ class TokenBudget:
         self.tokens = cpu_tokens
         self._shrunk = False
         if backbone.device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(backbone.device)
+            free = free_memory(backbone.device)
             need = bytes_per_token or activation_bytes_per_token(backbone)
             fitting = [tokens for tokens in gpu_tokens if tokens * need <= free // 2]
             self.tokens = fitting[0] if fitting else gpu_tokens[-1]
@@ -68,6 +68,13 @@ def activation_bytes_per_token(backbone: Backbone) -> int:
     width = 4 * config.hidden_size + 3 * config.intermediate_size
     width += 2 * (config.q_size + 2 * config.kv_size)
     return width * backbone.embedding.element_size()
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that torch can still allocate on a GPU: what is free, and what it keeps for reuse."""
+    free, _ = torch.cuda.mem_get_info(device)
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(free) + int(kept)
 
 
 def saved_bytes_per_token(backbone: Backbone) -> int:

@@ -6,8 +6,8 @@ this module is imported. It may list several, comma-separated: each op takes the
 forced implementation that is missing is an error: results are never silently computed another way.
 
 Each op is also torch.ops.gen_fast.<name>, with a fake implementation and, where it has one, a
-gradient: that is the way under torch.compile and wherever a gradient is asked for. A call that
-needs neither goes straight to the implementation, because the dispatcher costs more than the
+gradient: that is the way under torch.compile. Other calls go straight to the implementation, those
+that need a gradient through an autograd function, because the dispatcher costs more than the
 smallest calls do.
 """
 
@@ -31,6 +31,7 @@ OP_NAMES = (
     "attention",
     "distill",
     "dropout",
+    "lora",
     "norm",
     "pool",
     "qlinear",
@@ -161,10 +162,12 @@ class Op:
         Both count `options` as one input.
         """
 
+        self._save, self._gradient = save, gradient
+
         def setup_context(
             ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any
         ) -> None:
-            ctx.impl = keyword_only_inputs["impl"]
+            ctx.impl, ctx.dispatched = keyword_only_inputs["impl"], True
             save(ctx, self._structured(inputs), output)
 
         def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -194,9 +197,15 @@ class Op:
                 raise ImplementationError(f"op {self.name!r} has no gradient")
             # Better now than in the middle of the backward pass.
             self.backward._choice(args[0], self._option and self._option(*args), impl)
-            return self.torch_op(*self.flat(args), impl=impl)
+            return _Differentiated.apply(*args, (self, impl))  # type: ignore[no-untyped-call]
         function = self._checked(args, impl).inference
         return self._on_device(partial(function, inplace=True) if inplace else function, args)
+
+    def in_backward(self, ctx: Any, *args: Any) -> Any:
+        """Run this op for a `gradient`, on the way that its forward pass took."""
+        if ctx.dispatched:
+            return self.torch_op(*self.flat(args), impl=ctx.impl)
+        return self(*args, impl=ctx.impl)
 
     def _run_flat(self, *args: Any, impl: str | None = None) -> Any:
         args = self._structured(args)
@@ -279,6 +288,22 @@ class Op:
                 return implementation
             reasons.append(f"{name!r} {reason}")
         raise ImplementationError(f"op {self.name!r}: implementation {'; '.join(reasons)}")
+
+
+class _Differentiated(torch.autograd.Function):
+    """Any op and its gradient; the last argument is (op, impl)."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        *args, (op, ctx.impl) = inputs
+        ctx.op, ctx.dispatched = op, False
+        output = op._on_device(op._checked(args, ctx.impl).function, args)
+        op._save(ctx, tuple(args), output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return *ctx.op._gradient(ctx, *grads), None
 
 
 def needs_gradient(args: Iterable[Any]) -> bool:

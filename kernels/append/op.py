@@ -119,7 +119,7 @@ def _gradient(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None, None]:
         return None, None, None
     (ids,) = ctx.saved_tensors
     count, dtype = ctx.special
-    total = BACKWARD.torch_op(grad, ids, ctx.vocabulary, count, impl=ctx.impl)
+    total = BACKWARD.in_backward(ctx, grad, ids, ctx.vocabulary, count)
     return None, total.to(dtype), None
 
 

@@ -186,8 +186,7 @@ def _gradient(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         ctx.layer,
         text_keys,
     )
-    inputs = BACKWARD.flat((dout.contiguous(), *tensors, options))
-    dq, dk, dv = BACKWARD.torch_op(*inputs, impl=ctx.impl)
+    dq, dk, dv = BACKWARD.in_backward(ctx, dout.contiguous(), *tensors, options)
     return dq, dk, dv, None
 
 

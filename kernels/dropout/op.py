@@ -13,9 +13,10 @@ from . import reference
 from .philox import ROWS, check_dropout, threshold, words_of
 
 
-def _check(
+def check_rows(
     x: Tensor, text_keys: Tensor, positions: Tensor, p: float, seed: int, stream: int
 ) -> None:
+    """Raise OpError for what cannot be dropped of rows."""
     if x.dim() != 2 or text_keys.shape != x.shape[:1] or positions.shape != x.shape[:1]:
         raise OpError(
             f"dropout takes rows [T, N] with text_keys and positions [T], not {list(x.shape)},"
@@ -32,7 +33,7 @@ OP = Op(
     "dropout",
     "(Tensor x, Tensor text_keys, Tensor positions, float p, int seed, int stream) -> Tensor",
     lambda x, *rest: torch.empty_like(x, memory_format=torch.contiguous_format),
-    check=_check,
+    check=check_rows,
 )
 OP.backward = OP  # the same elements of the gradient, scaled alike
 OP.register(REFERENCE)(reference.dropout)
@@ -69,7 +70,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    dx = OP.torch_op(grad, *ctx.saved_tensors, *ctx.settings, impl=ctx.impl)
+    dx = OP.in_backward(ctx, grad, *ctx.saved_tensors, *ctx.settings)
     return dx, None, None, None, None, None
 
 

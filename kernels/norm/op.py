@@ -190,7 +190,7 @@ def _gradient(
     ctx: Any, grad_normed: Tensor, grad_total: Tensor
 ) -> tuple[Tensor, Tensor, None, None]:
     total, weight = ctx.saved_tensors
-    grad = BACKWARD.torch_op(grad_normed, grad_total, total, weight, ctx.eps, impl=ctx.impl)
+    grad = BACKWARD.in_backward(ctx, grad_normed, grad_total, total, weight, ctx.eps)
     return grad, grad, None, None
 
 

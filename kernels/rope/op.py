@@ -100,7 +100,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return BACKWARD.torch_op(grad, *ctx.saved_tensors, ctx.eps, impl=ctx.impl), *(None,) * 4
+    return BACKWARD.in_backward(ctx, grad, *ctx.saved_tensors, ctx.eps), *(None,) * 4
 
 
 OP.differentiate(_save, _gradient)

@@ -92,7 +92,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor]:
-    return (BACKWARD.torch_op(grad, *ctx.saved_tensors, impl=ctx.impl),)
+    return (BACKWARD.in_backward(ctx, grad, *ctx.saved_tensors),)
 
 
 OP.differentiate(_save, _gradient)

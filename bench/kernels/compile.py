@@ -87,7 +87,7 @@ def row_cases(hidden: int, wide: int, heads: int) -> Iterator[Case]:
     from gen_fast.ops.append import triton_kernel as append
     from gen_fast.ops.distill import triton_kernel as distill
     from gen_fast.ops.dropout import triton_kernel as dropout
-    from gen_fast.ops.lora import triton_kernel as lora
+    from gen_fast.ops.lora_down import triton_kernel as lora
     from gen_fast.ops.norm import triton_kernel as norm
     from gen_fast.ops.pool import triton_kernel as pool
     from gen_fast.ops.qlinear import triton_kernel as qlinear
@@ -114,8 +114,8 @@ def row_cases(hidden: int, wide: int, heads: int) -> Iterator[Case]:
         ("swiglu", "backward"): lambda: swiglu.swiglu_backward(grad, gate_up),
         ("pool", "forward"): lambda: pool.pool(x, offsets, w, eps, None),
         ("dropout", "forward"): lambda: dropout.dropout(x, keys, ids, 0.05, 1, 0),
-        ("lora", "down"): lambda: lora.lora_down(x, factors, keys, ids, 0.05, 1, streams),
-        ("lora", "down, backward"): lambda: lora.lora_down_backward(
+        ("lora_down", "forward"): lambda: lora.lora_down(x, factors, keys, ids, 0.05, 1, streams),
+        ("lora_down", "backward"): lambda: lora.lora_down_backward(
             inner, x, factors, keys, ids, 0.05, 1, streams
         ),
         ("distill", "row loss"): lambda: distill.row_loss(logits, ids, losses),

@@ -18,7 +18,7 @@ from gen_fast.errors import AdapterError, BackboneMismatchError, ConfigError
 from gen_fast.model.config import BackboneConfig
 from gen_fast.model.dropout import RowDropout
 from gen_fast.model.linear import linear, times
-from gen_fast.ops.lora import lora_down, lora_down_backward
+from gen_fast.ops.lora_down import lora_down, lora_down_backward
 
 # The linears that can be updated, by the matrix of LayerWeights that each is a part of, in the
 # order of its rows.
@@ -314,11 +314,7 @@ class _LoraLinear(torch.autograd.Function):
         """a, b: the parameters, for their gradients; down, up: A and s·B in x's dtype."""
         y = linear(x, weight, bias)
         # One product for the parts that share their input.
-        inner = (
-            x @ down.T
-            if drop is None
-            else lora_down(x, down, *drop.settings, streams=group.streams)
-        )
+        inner = x @ down.T if drop is None else lora_down(x, down, *drop.settings, group.streams)
         for (start, width), part, rows in zip(
             group.spans, inner.chunk(len(group.spans), 1), up.split(group.widths), strict=True
         ):
@@ -332,6 +328,7 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, inner = ctx.saved_tensors
         group, down, up = ctx.group, ctx.down, ctx.up
+        drop: RowDropout | None = ctx.drop
         dinner, db = torch.empty_like(inner), torch.empty_like(up)
         count = len(group.spans)
         for (start, width), part, dpart, rows, drows in zip(
@@ -346,14 +343,12 @@ class _LoraLinear(torch.autograd.Function):
             torch.mm(dy, rows, out=dpart)
             torch.mm(dy.T, part, out=drows)
         dx = times(grad, ctx.weight) if ctx.needs_input_grad[0] else None
-        if ctx.drop is None:
+        if drop is None:
             da = dinner.T @ x
             if dx is not None:
                 dx.addmm_(dinner, down)
         else:
-            through, da = lora_down_backward(
-                dinner, x, down, *ctx.drop.settings, streams=group.streams
-            )
+            through, da = lora_down_backward(dinner, x, down, *drop.settings, group.streams)
             if dx is not None:
                 dx += through
         wide = torch.promote_types(db.dtype, torch.float32)

@@ -31,7 +31,7 @@ OP_NAMES = (
     "attention",
     "distill",
     "dropout",
-    "lora",
+    "lora_down",
     "norm",
     "pool",
     "qlinear",

@@ -70,8 +70,10 @@ OP.register(CPP, native.cpp)(partial(reference.lora_down, dropout=_cpp_dropout))
 BACKWARD.register(CPP, native.cpp)(partial(reference.lora_down_backward, dropout=_cpp_dropout))
 
 
-OP.register(TRITON, gpu.supports)(gpu.deferred("lora.triton_kernel", "lora_down"))
-BACKWARD.register(TRITON, gpu.supports)(gpu.deferred("lora.triton_kernel", "lora_down_backward"))
+OP.register(TRITON, gpu.supports)(gpu.deferred("lora_down.triton_kernel", "lora_down"))
+BACKWARD.register(TRITON, gpu.supports)(
+    gpu.deferred("lora_down.triton_kernel", "lora_down_backward")
+)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -3,8 +3,8 @@
 import torch
 from conftest import DEVICE, cases, provided, random, rows_of
 
-from gen_fast.ops.lora import OP, lora_down
-from gen_fast.ops.lora.reference import lora_down as plain
+from gen_fast.ops.lora_down import OP, lora_down
+from gen_fast.ops.lora_down.reference import lora_down as plain
 
 TEXT = 64  # tokens
 SHARE, SEED, STREAMS = 0.05, 1, (0, 1, 2)
@@ -12,7 +12,7 @@ RANK = 16
 
 
 @cases(OP)
-def bench_lora(measure, size, dtype, mode, provider):
+def bench_lora_down(measure, size, dtype, mode, provider):
     trained = mode != "forward"
     rows = rows_of(size, size.hidden, dtype)
     x = random(rows, size.hidden, dtype=dtype, grad=trained)

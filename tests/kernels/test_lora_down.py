@@ -4,8 +4,8 @@ from torch.library import opcheck
 
 import gen_fast
 from gen_fast.ops.dropout import dropout
-from gen_fast.ops.lora import OP, lora_down
-from gen_fast.ops.lora.reference import lora_down as reference
+from gen_fast.ops.lora_down import OP, lora_down
+from gen_fast.ops.lora_down.reference import lora_down as reference
 from gen_fast.testing import assert_no_worse, check_gradients
 
 DTYPES = (torch.float32, torch.bfloat16)

@@ -138,15 +138,23 @@ class Backbone:
         special [k, h]: embeddings of ids V, V + 1, … . prefix: keys and values before each text.
         cache: the texts' own tokens so far, if they were begun in an earlier pass; the batch's are
         added. `batch.positions` must count both. mask: of attention, see AttentionOptions; the
-        bidirectional one leaves out sliding windows. lora: updates of the linears.
+        bidirectional one leaves out sliding windows, "gem" goes with `batch.blocks`.
+        lora: updates of the linears.
         dropout: of attention's weights and LoRA's inputs; it goes with no prefix and no cache.
         recompute: keep only what goes from layer to layer for the backward pass, and run each layer
         again there.
         The last layer computes attention, its output and feed-forward for the needed rows only.
         Gradients reach `special` and `lora`, nothing else.
         Raises OpError for a prefix or a cache under a bidirectional mask: what was computed of the
-        first tokens would depend on those that follow.
+        first tokens would depend on those that follow; and for special blocks without the GEM mask,
+        or that mask without them.
         """
+        if (mask == "gem") != (batch.blocks is not None):
+            raise OpError(
+                "the gem mask goes with the special block of each text, PackedBatch.pack(blocks=), "
+                f"and only with that: mask is {mask!r}, "
+                f"{'no blocks were' if batch.blocks is None else 'blocks were'} packed"
+            )
         if mask == "bidirectional" and (prefix is not None or cache is not None):
             raise OpError(
                 "under a bidirectional mask the states of a prefix depend on the text behind it: "
@@ -239,11 +247,14 @@ class _Pass:
         longest = len(positions)
         self._cu_seqlens, self._cu_needed = batch.cu_seqlens, batch.needed.cu_seqlens
         self._cu_keys = self._cu_seqlens
+        self._blocks = None
+        if cache is None and batch.blocks is not None:
+            self._blocks = on_device(batch.blocks, batch.ids.device)
         if cache is not None:
             place = cache.place(batch)
             self._rows = place.rows
             self._cu_seqlens, self._cu_needed = place.cu_seqlens, place.cu_needed
-            self._cu_keys = place.cu_keys
+            self._cu_keys, self._blocks = place.cu_keys, place.blocks
             longest = int(cache.lengths.max(initial=0))
         longest += 0 if prefix is None else len(prefix)
         self._cos, self._sin = backbone.rotary_rows(positions, longest)
@@ -322,7 +333,12 @@ class _Pass:
         options = self._options
         if options is None or options.window != window or options.cu_seqlens_q is not cu_queries:
             options = AttentionOptions(
-                cu_queries, self._cu_keys, window=window, mask=self._mask, **self._drop_attention
+                cu_queries,
+                self._cu_keys,
+                window=window,
+                mask=self._mask,
+                blocks=self._blocks,
+                **self._drop_attention,
             )
         if self._prefix is not None:
             options = options.with_prefix(*self._prefix.layers[i])

@@ -30,6 +30,8 @@ class PackedBatch:
     positions [T]: int64 position of each row in its own sequence, counting the prefix.
     cu_seqlens [B + 1]: int32; rows cu_seqlens[i]:cu_seqlens[i+1] belong to text i.
     lengths [B]: tokens of each text, on the host.
+    blocks [B, 2]: int32, on the host; for the GEM mask the special block of each text, (first,
+    after) in positions among its own tokens, those in a cache counted. None for other masks.
     """
 
     ids: Tensor
@@ -37,6 +39,7 @@ class PackedBatch:
     cu_seqlens: Tensor
     lengths: np.ndarray
     needed: NeededRows
+    blocks: np.ndarray | None = None
 
     @classmethod
     def pack(
@@ -45,12 +48,15 @@ class PackedBatch:
         *,
         needed: Sequence[int] | np.ndarray | None = None,
         prefix_length: int | np.ndarray = 0,
+        blocks: Sequence[tuple[int, int]] | np.ndarray | None = None,
         device: torch.device | str = "cpu",
     ) -> "PackedBatch":
         """Pack 1-D id arrays. `needed[i]` is how many last rows of text i the caller wants.
 
         prefix_length: tokens that stand before each text, the same number for all or [B].
-        Raises ValueError if a text needs more rows than it has.
+        blocks: (first, after) of each text, see AttentionOptions; (0, 0) is none where no prefix is
+        shared. Raises ValueError if a text needs more rows than it has, or there is not a block
+        for each text.
         """
         lengths = np.array([len(s) for s in sequences], dtype=np.int64)
         starts = cumulative(lengths)
@@ -58,6 +64,10 @@ class PackedBatch:
         counts = lengths if needed is None else np.asarray(needed, dtype=np.int64)
         if (counts > lengths).any() or (counts < 0).any():
             raise ValueError("a text cannot have more needed rows than tokens")
+        if blocks is not None:
+            blocks = np.asarray(blocks, dtype=np.int32).reshape(-1, 2)
+            if len(blocks) != len(lengths):
+                raise ValueError(f"{len(blocks)} special blocks for {len(lengths)} texts")
         ids = np.concatenate(sequences) if len(sequences) else np.empty(0)
         cu_seqlens = on_device(starts.astype(np.int32), device)
         rows = NeededRows(counts, cu_seqlens, None)
@@ -73,6 +83,7 @@ class PackedBatch:
             cu_seqlens=cu_seqlens,
             lengths=lengths,
             needed=rows,
+            blocks=blocks,
         )
 
 

@@ -22,13 +22,15 @@ class Placement:
 
     rows [T]: int64, buffer row of each row of the batch. cu_seqlens, cu_needed, cu_keys: int32, as
     attention takes them: of all rows of the batch, of its needed rows, and of the keys. Regions
-    with unused rows count as two texts, the second without queries.
+    with unused rows count as two texts, the second without queries. blocks: int32 [texts, 2], the
+    special blocks of these; None without a GEM mask.
     """
 
     rows: Tensor
     cu_seqlens: Tensor
     cu_needed: Tensor
     cu_keys: Tensor
+    blocks: Tensor | None = None
 
 
 class KVCache:
@@ -74,6 +76,10 @@ class KVCache:
         self.lengths[self.active] += added
 
         queries, needed, keys = (self._of_all(x) for x in (added, batch.needed.counts, self.held))
+        blocks = None
+        if batch.blocks is not None:
+            blocks = np.zeros((len(self.lengths), 2), dtype=np.int32)
+            blocks[self.active] = batch.blocks
         unused = np.diff(self.starts) - keys
         if unused.any():
             # Each region becomes two texts: what is held, and the rest without queries.
@@ -81,11 +87,14 @@ class KVCache:
                 np.stack((held, rest), axis=1).ravel()
                 for held, rest in ((queries, 0 * queries), (needed, 0 * needed), (keys, unused))
             )
+            if blocks is not None:
+                blocks = np.stack((blocks, 0 * blocks), axis=1).reshape(-1, 2)
         return Placement(
             rows=on_device(rows, self.device),
             cu_seqlens=self._cu_seqlens(queries),
             cu_needed=self._cu_seqlens(needed),
             cu_keys=self._cu_seqlens(keys),
+            blocks=None if blocks is None else on_device(blocks, self.device),
         )
 
     @property

@@ -7,11 +7,14 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from oracles import gem as gem_oracle
 
 from gen_fast.errors import OpError
 from gen_fast.model.backbone import Backbone
 from gen_fast.model.batch import PackedBatch, split_by_budget
 from gen_fast.model.weights import load_backbone
+from gen_fast.ops.attention.reference import visible
+from gen_fast.ops.norm import rms_norm
 from gen_fast.testing import FAMILY_OPTIONS, relative_error, save_tiny_model
 
 LENGTHS = [1, 17, 2, 40, 17, 9]
@@ -203,3 +206,86 @@ def test_many_threads_on_one_backbone_get_the_numbers_of_one(tiny_model):
             for needed, (cos, _) in zip(lengths, pool.map(rows, lengths), strict=True):
                 assert len(cos) == needed
         assert len(backbone._rotary[0]) == 4096
+
+
+GEM = [((0, 0), 11), ((4, 5), 9), ((6, 9), 9), ((3, 7), 15), ((0, 2), 2), ((1, 4), 20)]
+
+
+@pytest.mark.parametrize("block", [block for block, _ in GEM], ids=str)
+def test_the_op_sees_what_the_rules_of_gem_say(block):
+    length = dict(GEM)[block]
+    own = visible(length, length, 0, None, torch.device("cpu"), "gem", block)
+    assert torch.equal(own, gem_oracle.seen(length, block))
+    # Behind a shared prefix the rules are those of the whole sequence, blocks in own positions.
+    first, after = block
+    if after == length and after > first:
+        whole = gem_oracle.seen(length + 5, (first + 5, after + 5))
+        shared = visible(length, length, 5, None, torch.device("cpu"), "gem", block)
+        assert torch.equal(shared, whole[5:])
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-tied", "qwen2", "qwen3"])
+def test_the_gem_mask_equals_transformers_with_a_dense_one(tmp_path, family):
+    model = save_tiny_model(tmp_path, family)
+    backbone = load_backbone(tmp_path)
+    vocabulary = backbone.config.vocab_size
+    torch.manual_seed(0)
+    special = 0.1 * torch.randn(4, backbone.config.hidden_size)
+    ids = random_ids(vocabulary, [length for _, length in GEM])
+    for row, ((first, after), _) in zip(ids, GEM, strict=True):
+        row[first:after] = vocabulary + np.arange(after - first)
+    batch = PackedBatch.pack(ids, blocks=[block for block, _ in GEM])
+    stream = backbone.forward(batch, special=special, mask="gem")
+    actual = rms_norm(stream, backbone.final_norm, backbone.config.norm_eps)
+    with torch.no_grad():
+        expected = [
+            gem_oracle.states(model, row, special, block)
+            for row, (block, _) in zip(ids, GEM, strict=True)
+        ]
+    assert relative_error(actual, torch.cat(expected)) <= 1e-5
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_prefix_a_trimmed_layer_and_a_cache_are_exact_under_the_gem_mask(tiny_model, packed):
+    backbone = load_backbone(tiny_model, packed=packed)
+    vocabulary, m = backbone.config.vocab_size, 3
+    special = 0.1 * torch.randn(m, backbone.config.hidden_size)
+    block = np.arange(vocabulary, vocabulary + m)
+    prompt = np.array([5, 6, 7, 8])
+    texts = [np.concatenate((ids, block)) for ids in random_ids(vocabulary, [4, 0, 9])]
+    whole = [np.concatenate((prompt, ids)) for ids in texts]
+    ends = [(len(ids) - m, len(ids)) for ids in whole]
+    batch = PackedBatch.pack(whole, blocks=ends)
+    states = backbone.forward(batch, special=special, mask="gem").split(list(map(len, whole)))
+    needed = torch.cat([rows[-m:] for rows in states])
+    trimmed = PackedBatch.pack(whole, needed=[m] * 3, blocks=ends)
+    assert relative_error(backbone.forward(trimmed, special=special, mask="gem"), needed) <= 1e-5
+    prefix = backbone.prefill(tuple(prompt.tolist()))
+    behind = PackedBatch.pack(
+        texts, needed=[m] * 3, prefix_length=4, blocks=[(a - 4, b - 4) for a, b in ends]
+    )
+    shared = backbone.forward(behind, special=special, prefix=prefix, mask="gem")
+    assert relative_error(shared, needed) <= 1e-5
+    # Tokens behind the block, one pass after another: they see the special tokens alone.
+    more = random_ids(vocabulary, [5, 5, 5], seed=1)
+    longer = [np.concatenate(pair) for pair in zip(whole, more, strict=True)]
+    batch = PackedBatch.pack(longer, needed=[5] * 3, blocks=ends)
+    expected = backbone.forward(batch, special=special, mask="gem").unflatten(0, (3, 5))
+    cache = backbone.new_cache([len(ids) + 1 for ids in longer])
+    steps = [whole, *([ids[i : i + 1] for ids in more] for i in range(5))]
+    for i, rows in enumerate(steps):
+        batch = PackedBatch.pack(rows, needed=[1] * 3, prefix_length=cache.held, blocks=ends)
+        last = backbone.forward(batch, special=special, cache=cache, mask="gem")
+        if i:
+            assert relative_error(last, expected[:, i - 1]) <= 1e-5
+
+
+def test_blocks_go_with_the_gem_mask_alone(tiny_model):
+    backbone = load_backbone(tiny_model)
+    text = [np.array([5, 6, 7])]
+    with pytest.raises(OpError, match="mask is 'gem', no blocks were packed"):
+        backbone.forward(PackedBatch.pack(text), mask="gem")
+    with pytest.raises(OpError, match="mask is 'causal', blocks were packed"):
+        backbone.forward(PackedBatch.pack(text, blocks=[(1, 2)]))
+    with pytest.raises(ValueError, match="2 special blocks for 1 texts"):
+        PackedBatch.pack(text, blocks=[(1, 2), (0, 0)])

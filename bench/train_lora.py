@@ -31,7 +31,8 @@ from gen_fast.model.weights import load_backbone, load_head
 from gen_fast.training.contrastive import ContrastiveTask, Match, View
 from gen_fast.training.llm2vec_config import LLM2VecConfig
 from gen_fast.training.lora_task import Data
-from gen_fast.training.mntp import MaskedText, MNTPTask, hide
+from gen_fast.training.mntp import MNTPTask, hide
+from gen_fast.training.prediction import PredictedText
 from gen_fast.training.records import Rejections
 from gen_fast.training.trainer import Stepper
 
@@ -69,7 +70,9 @@ def main() -> None:
         args.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
-def make_batch(step: str, case: str, count: int, tokens: int) -> list[MaskedText] | list[Match]:
+def make_batch(
+    step: str, case: str, count: int, tokens: int
+) -> list[PredictedText] | list[Match]:
     """`count` texts of random ids, `tokens` each on average."""
     rng = np.random.default_rng(0)
     spread = np.linspace(0.25, 1.75, count) if case == "ragged" else np.ones(count)
@@ -154,7 +157,7 @@ class Peer:
         out = self._model(input_ids=ids, attention_mask=mask, use_cache=False)
         return out, present
 
-    def _mntp(self, texts: list[MaskedText]) -> torch.Tensor:
+    def _mntp(self, texts: list[PredictedText]) -> torch.Tensor:
         out, _ = self._run([text.ids for text in texts])
         labels = torch.full(out.logits.shape[:2], -100)
         for row, text in enumerate(texts):

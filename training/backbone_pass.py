@@ -1,10 +1,10 @@
-"""A frozen backbone with trained LoRA factors, run over texts of a step."""
+"""A frozen backbone with trained LoRA factors and special tokens, run over texts of a step."""
 
 from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gen_fast.model.backbone import Backbone
 from gen_fast.model.batch import PackedBatch
@@ -20,18 +20,31 @@ CPU_TOKENS = 1024
 CPU_KEPT = 4
 GPU_TOKENS = (32768, 16384, 8192, 4096, 2048, 1024)
 
+Block = tuple[int, int]
+"""(first, after): positions of the special tokens of a text under the GEM mask."""
+
 
 class TrainedBackbone:
     """How texts are run in training.
 
-    mask: of attention. attention_dropout: of its weights; that of LoRA is in its config.
+    mask: of attention. special [k, h]: trained embeddings of ids V, V + 1, … .
+    attention_dropout: of attention's weights; that of LoRA is in its config.
     recompute: layers are run again for the backward pass. budget: tokens with gradient at a time.
     """
 
     def __init__(
-        self, backbone: Backbone, *, mask: str, attention_dropout: float, recompute: bool
+        self,
+        backbone: Backbone,
+        lora: Lora,
+        *,
+        mask: str,
+        special: nn.Parameter | None = None,
+        attention_dropout: float = 0.0,
+        recompute: bool = False,
     ) -> None:
         self.backbone = backbone
+        self._lora = lora
+        self._special = special
         self._mask = mask
         self._attention_dropout = attention_dropout
         self._recompute = recompute
@@ -47,6 +60,12 @@ class TrainedBackbone:
             bytes_per_token=saved,
         )
 
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """What gradients reach."""
+        special = () if self._special is None else (self._special,)
+        return [*self._lora.parameters(), *special]
+
     def kept_tokens(self, asked: int | None) -> int:
         """How many tokens' activations may wait for a backward pass; `asked`, if that is given."""
         kept = CPU_KEPT if asked is None and self.backbone.device.type == "cpu" else 1
@@ -56,21 +75,26 @@ class TrainedBackbone:
         self,
         texts: Sequence[np.ndarray],
         keys: Sequence[int],
-        lora: Lora,
         seed: int | None,
         needed: Sequence[int] | None = None,
+        blocks: Sequence[Block | None] | None = None,
     ) -> Tensor:
         """Final-norm states [R, h] of the last `needed[i]` tokens of each text, or of all.
 
         keys: a number for each text; dropout follows from it, the seed and the place in the text,
-        whatever else is in the batch. seed: None for no dropout.
+        whatever else is in the batch. seed: None for no dropout. blocks: the special tokens of each
+        text, None for none; they mean something to the GEM mask alone.
         """
         backbone = self.backbone
-        batch = PackedBatch.pack(texts, needed=needed, device=backbone.device)
+        packed_blocks = None
+        if self._mask == "gem":
+            packed_blocks = [block or (0, 0) for block in blocks or [None] * len(texts)]
+        batch = PackedBatch.pack(texts, needed=needed, blocks=packed_blocks, device=backbone.device)
         stream = backbone.forward(
             batch,
+            special=self._special,
             mask=self._mask,
-            lora=lora,
+            lora=self._lora,
             dropout=None if seed is None else Dropout(seed, keys, self._attention_dropout),
             recompute=self._recompute and torch.is_grad_enabled(),
         )

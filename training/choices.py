@@ -7,3 +7,5 @@ LLM2VEC = "llm2vec"
 TRAINED = ("llm2vec-gen", LLM2VEC)
 # Of LLM2Vec, one after another.
 STEPS = ("mntp", "simcse", "supervised")
+# Where special tokens begin.
+SPECIAL_INITS = ("mean", "draw")

@@ -13,6 +13,7 @@ from gen_fast.embed.adapter import DEFAULT_PROMPTS
 from gen_fast.embed.choices import DEFAULT_MODEL
 from gen_fast.errors import ConfigError
 from gen_fast.ops.distill import ALIGNMENTS
+from gen_fast.training.choices import SPECIAL_INITS
 
 # Of the special tokens, by family. Source: LLM2Vec-Gen, arXiv 2603.10913, §4.
 LEARNING_RATES = {"qwen3": 3e-4}
@@ -240,7 +241,7 @@ class TrainConfig(StartConfig, LossConfig, TextConfig, RunConfig):
     CHOICES: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "alignment": ALIGNMENTS,
         "alignment_scale": ("variance", "dimension", "mean"),
-        "special_init": ("mean", "draw"),
+        "special_init": SPECIAL_INITS,
         "start": ("fitted", "random"),
     }
     REQUIRED = ("answers", "teacher", "out")

@@ -19,19 +19,12 @@ from gen_fast.embed.llm2vec import InstructedText
 from gen_fast.errors import ConfigError, InputError
 from gen_fast.formats.llm2vec import Wrapper
 from gen_fast.model.batch import on_device, split_by_budget
-from gen_fast.model.lora import Lora
 from gen_fast.model.tokenizing import Tokenizer
-from gen_fast.training.backbone_pass import TrainedBackbone
+from gen_fast.training.backbone_pass import Block, TrainedBackbone
 from gen_fast.training.data import epoch_places, read_rows
 from gen_fast.training.llm2vec_config import LLM2VecConfig
-from gen_fast.training.lora_task import (
-    Data,
-    LoraTask,
-    Parts,
-    fingerprint_of,
-    read_all_texts,
-    split,
-)
+from gen_fast.training.llm2vec_task import LLM2VecTask, load_parts
+from gen_fast.training.lora_task import Data, Parts, fingerprint_of, read_all_texts, split
 from gen_fast.training.losses import contrastive, over_all_ranks
 from gen_fast.training.task import Progress, add_gradients, in_parts
 from gen_fast.training.world import World
@@ -41,12 +34,14 @@ from gen_fast.training.world import World
 class View:
     """A text as it is embedded: ids [n], the last `needed` of which are pooled.
 
-    key: tells its dropout from that of the other views of a step.
+    key: tells its dropout from that of the other views of a step. block: its special tokens, where
+    the mask knows such.
     """
 
     ids: np.ndarray
     needed: int
     key: int
+    block: Block | None = None
 
 
 @dataclass(frozen=True)
@@ -68,12 +63,23 @@ class Match:
         return sum(len(view.ids) for view in self.views().values())
 
 
-def embed(trained: TrainedBackbone, lora: Lora, views: Sequence[View], seed: int | None) -> Tensor:
-    """Mean of the final-norm states of the pooled tokens: [n, h], float32."""
+def embed(
+    trained: TrainedBackbone, views: Sequence[View], seed: int | None, pooling: str = "mean"
+) -> Tensor:
+    """Mean of the final-norm states of the pooled tokens: [n, h], float32.
+
+    pooling: "concat" puts them side by side instead, [n, needed · h]; all views need as many.
+    """
     needed = [view.needed for view in views]
     states = trained.states(
-        [view.ids for view in views], [view.key for view in views], lora, seed, needed
+        [view.ids for view in views],
+        [view.key for view in views],
+        seed,
+        needed,
+        [view.block for view in views],
     )
+    if pooling == "concat":
+        return states.float().reshape(len(views), -1)
     lengths = on_device(np.array(needed), states.device)
     # unsafe: lengths are not read back to be checked, which would stop the host.
     means: Tensor = torch.segment_reduce(
@@ -82,7 +88,7 @@ def embed(trained: TrainedBackbone, lora: Lora, views: Sequence[View], seed: int
     return means
 
 
-def infonce(rows: Mapping[str, Tensor], scale: float) -> Tensor:
+def infonce(rows: Mapping[str, Tensor], scale: float | Tensor) -> Tensor:
     """InfoNCE of anchors [B, d] against all positives and negatives, by cosine times `scale`."""
     anchors = rows["anchor"]
     return contrastive(anchors, rows["positive"], rows.get("negative", anchors[:0]), scale)
@@ -90,26 +96,28 @@ def infonce(rows: Mapping[str, Tensor], scale: float) -> Tensor:
 
 def accumulate_contrastive(
     trained: TrainedBackbone,
-    lora: Lora,
     matches: Sequence[Match],
     world: World,
     *,
-    scale: float,
+    scale: float | Tensor,
     seed: int,
     part_tokens: int | None,
+    pooling: str = "mean",
+    weight: float = 1.0,
 ) -> Tensor:
-    """Add the gradients of the global batch's InfoNCE to the factors; return this rank's share.
+    """Add the gradients of weight · InfoNCE of the global batch to what is trained.
 
-    matches: this rank's; all have a negative, or none. part_tokens: with gradient at a time; None
-    fits the device.
+    matches: this rank's; all have a negative, or none. scale: of the cosines; a tensor takes its
+    gradient to what it was computed from. part_tokens: with gradient at a time; None fits the
+    device. pooling: see `embed`. Returns this rank's share of the loss.
     """
     names = list(matches[0].views())
     views = [match.views()[name] for name in names for match in matches]
     lengths = [len(view.ids) for view in views]
-    parameters = list(lora.parameters())
+    parameters = trained.parameters
 
     def forward(part: slice) -> Tensor:
-        return embed(trained, lora, views[part], seed)
+        return embed(trained, views[part], seed, pooling)
 
     budget = trained.budget
     part_size = min(sum(lengths), budget.limit(part_tokens))
@@ -125,11 +133,14 @@ def accumulate_contrastive(
             embeddings = torch.cat(list(in_parts(lengths, budget, part_tokens, forward)))
     rows = dict(zip(names, embeddings.split(len(matches)), strict=True))
     shares: list[Tensor] = []
+    if isinstance(scale, Tensor):
+        # Every rank takes the gradient of the whole loss, and they are summed.
+        scale.register_hook(lambda gradient: gradient / world.size)
 
     def loss(everyone: Mapping[str, Tensor]) -> Tensor:
         value = infonce(everyone, scale)
         shares.append(value.detach() / world.size)
-        return value
+        return value * weight
 
     counts = world.counts(len(matches))
     cached = torch.cat(list(over_all_ranks(rows, counts, world, loss).values()))
@@ -150,13 +161,13 @@ def accumulate_contrastive(
     return shares[0]
 
 
-class ContrastiveTask(LoraTask):
+class ContrastiveTask(LLM2VecTask):
     """SimCSE, and the supervised step with hard negatives."""
 
     @classmethod
     def load(cls, config: LLM2VecConfig) -> "ContrastiveTask":
         """The task with its data and backbone. Raises ConfigError, InputError, and as `resolve`."""
-        parts = Parts.load(config)
+        parts = load_parts(config)
         read = _simcse if config.step == "simcse" else _supervised
         ids, rows = read(config, parts)
         train, validation = split(ids, config.validation_rows)
@@ -184,7 +195,6 @@ class ContrastiveTask(LoraTask):
         assert self.config.contrastive_scale is not None
         share = accumulate_contrastive(
             self._trained,
-            self.parameters,
             examples,
             world,
             scale=self.config.contrastive_scale,
@@ -210,7 +220,7 @@ class ContrastiveTask(LoraTask):
             lengths = [len(view.ids) for view in views]
 
             def run(part: slice, views: list[View] = views) -> Tensor:
-                return embed(self._trained, self.parameters, views[part], seed)
+                return embed(self._trained, views[part], seed)
 
             limit = self.config.micro_batch_tokens
             parts = in_parts(lengths, self._trained.budget, limit, run)

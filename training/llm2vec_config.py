@@ -6,9 +6,8 @@ from typing import Any, ClassVar
 
 from gen_fast.errors import ConfigError
 from gen_fast.formats.llm2vec import Settings
-from gen_fast.model.lora import LoraConfig
+from gen_fast.training.adapted_config import AdaptedConfig
 from gen_fast.training.choices import STEPS
-from gen_fast.training.config import RunConfig
 
 # What each step takes where nothing is given: batch, tokens of a text, learning rate, warm-up,
 # attention dropout, scale of the cosines. Source: the paper, appendix D, and the settings that
@@ -52,7 +51,7 @@ _ONLY = {
 
 
 @dataclass(frozen=True)
-class LLM2VecConfig(RunConfig):
+class LLM2VecConfig(AdaptedConfig):
     """Settings of one step of LLM2Vec. What is None is taken from DEFAULTS.
 
     step: "mntp", "simcse" or "supervised". texts: files; for the first two of texts (txt, jsonl,
@@ -62,40 +61,27 @@ class LLM2VecConfig(RunConfig):
     max_length: tokens of a text, or of a block of running text.
     mask: of attention, "bidirectional", or "causal" for comparisons. mask_probability, masking
     ("bert" or "always"), mask_token: see mntp.hide.
-    lora_rank, lora_alpha, lora_dropout: see LoraConfig. lora_start: an adapter whose factors are
-    gone on with, over the same backbone; by default they begin anew.
     attention_dropout: of attention's weights. contrastive_scale: of the cosines in InfoNCE.
-    recompute: run layers again in the backward pass, which takes less memory and more time.
     """
 
     step: str = ""
-    texts: tuple[str, ...] = ()
-    text_column: str | None = None
-    id_column: str | None = None
     query_prompt: str = ""
-    max_length: int | None = None
     mask: str = "bidirectional"
     mask_probability: float = 0.2
     masking: str = "bert"
     mask_token: str = "_"
-    lora_rank: int = 16
-    lora_alpha: float = 32.0
-    lora_dropout: float = 0.05
-    lora_start: str = ""
     attention_dropout: float | None = None
     contrastive_scale: float | None = None
-    recompute: bool = False
     batch_size: int = None  # type: ignore[assignment]
     warmup_steps: int = None  # type: ignore[assignment]
-    steps: int = 1000
 
     CHOICES: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "step": STEPS,
         "mask": ("bidirectional", "causal"),
         "masking": ("bert", "always"),
     }
-    REQUIRED = ("step", "texts", "out")
-    POSITIVE = ("max_length", "contrastive_scale", "mask_probability", *RunConfig.POSITIVE)
+    REQUIRED = ("step", *AdaptedConfig.REQUIRED)
+    POSITIVE = ("contrastive_scale", "mask_probability", *AdaptedConfig.POSITIVE)
 
     def __post_init__(self) -> None:
         for name, value in DEFAULTS.get(self.step, {}).items():
@@ -105,11 +91,9 @@ class LLM2VecConfig(RunConfig):
         for name, steps in _ONLY.items():
             if getattr(self, name) and self.step not in steps:
                 raise ConfigError(f"{name} means nothing in the step {self.step}")
-        if self.dtype == "float16":
-            raise ConfigError("float16 loses small gradients: take bfloat16 or float32")
-        for name in ("attention_dropout", "lora_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be in [0, 1), not {getattr(self, name)}")
+        assert self.attention_dropout is not None
+        if not 0 <= self.attention_dropout < 1:
+            raise ConfigError(f"attention_dropout must be in [0, 1), not {self.attention_dropout}")
         if self.mask_probability > 1:
             raise ConfigError(f"mask_probability must be at most 1, not {self.mask_probability}")
         if self.step == "simcse" and not self.attention_dropout and not self.lora_dropout:
@@ -123,8 +107,3 @@ class LLM2VecConfig(RunConfig):
         """
         assert self.max_length is not None
         return Settings("mean", max(ENCODED_TOKENS, self.max_length), doc_max_length=None)
-
-    @property
-    def lora(self) -> LoraConfig:
-        """Sizes of the adapter."""
-        return LoraConfig(self.lora_rank, self.lora_alpha, self.lora_dropout)

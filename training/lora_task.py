@@ -1,17 +1,18 @@
-"""What LLM2Vec's steps have in common: LoRA factors over a frozen backbone, data and files."""
+"""What tasks have in common that train LoRA factors over a frozen backbone: data and files."""
 
 import hashlib
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import yaml
-from torch import Tensor, nn
+from torch import nn
 
 from gen_fast.errors import ConfigError, InputError
-from gen_fast.formats.llm2vec import Wrapper, read_checkpoint, write_settings
+from gen_fast.formats.llm2vec import Wrapper, read_checkpoint
 from gen_fast.formats.peft import read_adapter, write_adapter
 from gen_fast.io.text_files import read_texts
 from gen_fast.model.backbone import Backbone
@@ -20,14 +21,12 @@ from gen_fast.model.lora import Lora, LoraWeights
 from gen_fast.model.sources import resolve
 from gen_fast.model.tokenizing import Tokenizer, load_tokenizer
 from gen_fast.model.weights import load_backbone
-from gen_fast.training.backbone_pass import TrainedBackbone
+from gen_fast.training.adapted_config import AdaptedConfig
 from gen_fast.training.data import smallest_hashes
-from gen_fast.training.llm2vec_config import LLM2VecConfig
 from gen_fast.training.records import Rejections
 from gen_fast.training.report import draw_curves, summary
 from gen_fast.training.task import Task
 from gen_fast.training.trainer import run_device
-from gen_fast.training.world import World
 
 
 @dataclass(frozen=True)
@@ -40,30 +39,34 @@ class Data:
 
 
 class LoraTask(Task[Any]):
-    """What the steps have in common: the factors, and the files they are written to."""
+    """The factors, and the files they are written to.
 
-    config: LLM2VecConfig
-    parameters: Lora
+    TAG: of the adapter's model card. lora: the factors, all of `parameters` or a part of them.
+    """
+
+    TAG: ClassVar[str]
+    config: AdaptedConfig
+    lora: Lora
 
     def __init__(
         self,
         backbone: Backbone,
-        config: LLM2VecConfig,
+        config: AdaptedConfig,
         rejections: Rejections,
         data: Data,
     ) -> None:
         self.backbone = backbone
         self.config = config
         self.rejections = rejections
-        self.parameters = Lora(config.lora, backbone.config, seed=config.seed).to(backbone.device)
+        self.lora = Lora(config.lora, backbone.config, seed=config.seed).to(backbone.device)
+        self.parameters = self.lora
         self._data = data
         self._start = _start_of(config, backbone)
-        self._trained = TrainedBackbone(
-            backbone,
-            mask=config.mask,
-            attention_dropout=config.attention_dropout or 0.0,
-            recompute=config.recompute,
-        )
+
+    @property
+    @abstractmethod
+    def title(self) -> str:
+        """What is trained, for the model card."""
 
     def groups(self) -> Sequence[tuple[Sequence[nn.Parameter], float]]:
         """See Task."""
@@ -78,7 +81,7 @@ class LoraTask(Task[Any]):
     def begin(self) -> None:
         """See Task."""
         if self._start is not None:
-            self.parameters.copy_factors(self._start.factors)
+            self.lora.copy_factors(self._start.factors)
 
     def save(self, folder: Path) -> None:
         """See Task."""
@@ -87,18 +90,16 @@ class LoraTask(Task[Any]):
         is_local = Path(config.backbone).exists()
         write_adapter(
             folder,
-            self.parameters.weights(),
+            self.lora.weights(),
             base=str(Path(config.backbone).resolve()) if is_local else config.backbone,
             revision=config.backbone_revision,
             fingerprint=self.backbone.fingerprint,
-            tags=("llm2vec",),
+            tags=(self.TAG,),
         )
-        if config.mask == "bidirectional":
-            write_settings(folder, config.encoding)
 
     def restore(self, folder: Path) -> None:
         """See Task."""
-        self.parameters.copy_factors(read_adapter(folder).weights.factors)
+        self.lora.copy_factors(read_adapter(folder).weights.factors)
 
     def finish(self, folder: Path, step: int) -> None:
         """See Task."""
@@ -110,7 +111,7 @@ class LoraTask(Task[Any]):
         figures = "\n".join(f"- {n.split('/')[1]}: {value:.4f}" for n, value in summary(out))
         card = (folder / "README.md").read_text()
         card += f"""
-LLM2Vec, {config.step}: {step} steps of {config.batch_size} texts with gen_fast; settings in
+{self.title}: {step} steps of {config.batch_size} texts with gen_fast; settings in
 `training.yaml`. {"On held-out rows:" if figures else ""}
 
 {figures}
@@ -124,12 +125,6 @@ LLM2Vec, {config.step}: {step} steps of {config.batch_size} texts with gen_fast;
         """2 for each weight and token forward and as many back; the head twice."""
         head = self.backbone.embedding.numel()
         return 4.0 * (self.backbone.config.non_embedding_parameters * tokens + head * predicted)
-
-    def _summed(self, loss: Tensor, world: World) -> dict[str, float]:
-        """Sum gradients and this rank's share of the loss over the ranks."""
-        parameters = list(self.parameters.parameters())
-        total = float(world.sum_gradients(parameters, loss.detach().reshape(1))[0])
-        return {"total": total, self.config.step: total}
 
 
 @dataclass(frozen=True)
@@ -148,8 +143,10 @@ class Parts:
     rejections: Rejections
 
     @classmethod
-    def load(cls, config: LLM2VecConfig) -> "Parts":
-        """Raises ModelNotFoundError, and as `read_checkpoint` and `load_backbone` do."""
+    def load(cls, config: AdaptedConfig, *, bidirectional: bool = False) -> "Parts":
+        """bidirectional: the backbone is run without its causal mask.
+
+        Raises ModelNotFoundError, and as `read_checkpoint` and `load_backbone` do."""
         device = run_device(config)
         directory = resolve(config.backbone, config.backbone_revision)
         below = read_checkpoint(directory, config.backbone)
@@ -158,7 +155,7 @@ class Parts:
             dtype=resolve_dtype(config.dtype, device),
             device=device,
             adapters=below.adapters,
-            bidirectional=config.mask == "bidirectional",
+            bidirectional=bidirectional,
         )
         return cls(
             backbone,
@@ -169,7 +166,7 @@ class Parts:
         )
 
 
-def _start_of(config: LLM2VecConfig, backbone: Backbone) -> LoraWeights | None:
+def _start_of(config: AdaptedConfig, backbone: Backbone) -> LoraWeights | None:
     """The adapter that the factors begin as. Raises BackboneMismatchError or ConfigError."""
     if not config.lora_start:
         return None
@@ -186,7 +183,7 @@ def _start_of(config: LLM2VecConfig, backbone: Backbone) -> LoraWeights | None:
     return adapter.weights
 
 
-def read_all_texts(config: LLM2VecConfig, rejections: Rejections) -> tuple[list[str], list[str]]:
+def read_all_texts(config: AdaptedConfig, rejections: Rejections) -> tuple[list[str], list[str]]:
     """Ids and texts of all files; empty texts are left out and counted."""
     ids: list[str] = []
     texts: list[str] = []

@@ -52,7 +52,9 @@ def margin(queries: Tensor, negatives: Tensor, threshold: float) -> Tensor:
     return relu(threshold**2 - squared[others]).mean()
 
 
-def contrastive(queries: Tensor, positives: Tensor, negatives: Tensor, scale: float) -> Tensor:
+def contrastive(
+    queries: Tensor, positives: Tensor, negatives: Tensor, scale: float | Tensor
+) -> Tensor:
     """InfoNCE: query i should be nearer, by cosine, to positive i than to any other text.
 
     queries, positives, negatives [B, d]. Source: van den Oord et al., arXiv 1807.03748.

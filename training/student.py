@@ -17,6 +17,7 @@ from gen_fast.model.kv_cache import KVCache
 from gen_fast.model.token_budget import CPU_TOKENS, TokenBudget, saved_bytes_per_token
 from gen_fast.ops.norm import rms_norm
 from gen_fast.training.config import TrainConfig
+from gen_fast.training.special import special_rows
 
 # Queries are run without gradients, in batches as large as encoding's.
 GPU_QUERY_TOKENS = 32768
@@ -60,8 +61,7 @@ class Student(nn.Module):
         )
         h = backbone.config.hidden_size
         generator = torch.Generator().manual_seed(config.seed)
-        begin = _like_rows_of if config.special_init == "draw" else _mean_rows_of
-        special = begin(backbone.embedding, config.n_special, generator)
+        special = special_rows(backbone.embedding, config.n_special, config.special_init, generator)
         self.special = nn.Parameter(special.to(backbone.device))
         self.reconstruction = _linear(h, h, generator).to(backbone.device)
         self.alignment = _linear(h, dimension, generator).to(backbone.device)
@@ -145,28 +145,6 @@ class Student(nn.Module):
             assert pair is not None  # a checkpoint of ours has both
             layer.weight.copy_(pair[0])
             layer.bias.copy_(pair[1])
-
-
-def _mean_rows_of(table: Tensor, count: int, _: torch.Generator) -> Tensor:
-    """The mean row of `table` [V, h], `count` times: float32."""
-    # Part by part: the whole table in float64 may take gigabytes.
-    total = torch.stack([rows.double().sum(0) for rows in table.detach().split(4096)]).sum(0)
-    return (total / len(table)).float().cpu().repeat(count, 1)
-
-
-def _like_rows_of(table: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Draw `count` rows from N(mean, covariance) of the rows of `table` [V, h]: float32.
-
-    With z from N(0, 1) for each of the V rows, mean + sum(z · (row - mean)) / √V has just that
-    distribution, so no covariance has to be made.
-    """
-    noise = torch.randn(count, len(table), generator=generator).to(table.device)
-    # Rows less their mean, weighted: the mean is taken out of the weights instead.
-    weights = (noise - noise.mean(1, keepdim=True)) / len(table) ** 0.5 + 1 / len(table)
-    drawn = torch.zeros(count, table.shape[1], dtype=torch.float64, device=table.device)
-    for share, rows in zip(weights.split(4096, 1), table.detach().split(4096), strict=True):
-        drawn += share.double() @ rows.double()  # part by part, as above
-    return drawn.float().cpu()
 
 
 def _linear(inputs: int, outputs: int, generator: torch.Generator) -> nn.Linear:

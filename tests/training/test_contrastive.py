@@ -31,13 +31,13 @@ def setup(tiny_model, *, attention_dropout=0.3, dropout=0.1, recompute=False):
     with torch.no_grad():
         for b in lora.b:
             b.normal_(std=0.3)
-    trained = TrainedBackbone(
+    return TrainedBackbone(
         backbone,
+        lora,
         mask="bidirectional",
         attention_dropout=attention_dropout,
         recompute=recompute,
     )
-    return trained, lora
 
 
 def matches(count, views=2):
@@ -49,12 +49,13 @@ def matches(count, views=2):
     return made
 
 
-def gradients(trained, lora, batch, part_tokens, seed=5):
-    lora.zero_grad()
+def gradients(trained, batch, part_tokens, seed=5):
+    for parameter in trained.parameters:
+        parameter.grad = None
     loss = accumulate_contrastive(
-        trained, lora, batch, World(), scale=20.0, seed=seed, part_tokens=part_tokens
+        trained, batch, World(), scale=20.0, seed=seed, part_tokens=part_tokens
     )
-    return float(loss), [p.grad.clone() for p in lora.parameters()]
+    return float(loss), [p.grad.clone() for p in trained.parameters]
 
 
 @pytest.mark.parametrize("views", [2, 3])
@@ -62,19 +63,19 @@ def gradients(trained, lora, batch, part_tokens, seed=5):
 def test_gradient_caching_and_recomputation_change_nothing(tiny_model, views, recompute):
     """Also with dropout: the second pass sees what the first one saw."""
     batch = matches(9, views)
-    whole, expected = gradients(*setup(tiny_model), batch, None)
-    cached, found = gradients(*setup(tiny_model, recompute=recompute), batch, 60)
+    whole, expected = gradients(setup(tiny_model), batch, None)
+    cached, found = gradients(setup(tiny_model, recompute=recompute), batch, 60)
     assert cached == pytest.approx(whole, rel=1e-5)
     for own, other in zip(found, expected, strict=True):
         assert relative_error(own, other) <= 1e-5
-    without, _ = gradients(*setup(tiny_model, attention_dropout=0, dropout=0), batch, None)
+    without, _ = gradients(setup(tiny_model, attention_dropout=0, dropout=0), batch, None)
     assert without != pytest.approx(whole, rel=1e-4)
 
 
 def test_a_batch_of_a_few_parts_is_run_once(tiny_model, monkeypatch):
     batch = matches(9)
-    trained, lora = setup(tiny_model)
-    whole, expected = gradients(trained, lora, batch, None)
+    trained = setup(tiny_model)
+    whole, expected = gradients(trained, batch, None)
     tokens = sum(match.tokens for match in batch)
     run = []
     states = TrainedBackbone.states
@@ -85,35 +86,35 @@ def test_a_batch_of_a_few_parts_is_run_once(tiny_model, monkeypatch):
 
     monkeypatch.setattr(TrainedBackbone, "states", counted)
     trained.budget.tokens = tokens // 3
-    found_loss, found = gradients(trained, lora, batch, None)
+    found_loss, found = gradients(trained, batch, None)
     assert len(run) > 2
     assert sum(run) == tokens
     assert found_loss == pytest.approx(whole, rel=1e-5)
     for own, other in zip(found, expected, strict=True):
         assert relative_error(own, other) <= 1e-5
     run.clear()
-    gradients(trained, lora, batch, tokens // 3)  # asked for no more than that at a time
+    gradients(trained, batch, tokens // 3)  # asked for no more than that at a time
     assert sum(run) == 2 * tokens
 
 
 def test_two_views_of_a_text_differ_by_dropout_alone(tiny_model):
-    trained, lora = setup(tiny_model)
+    trained = setup(tiny_model)
     ids = np.arange(3, 20)
     views = [View(ids, 17, key) for key in (0, 1, 0)]
-    dropped = embed(trained, lora, views, 5)
+    dropped = embed(trained, views, 5)
     assert relative_error(dropped[2], dropped[0]) <= 1e-5
     assert relative_error(dropped[1], dropped[0]) > 1e-2
-    other_seed = embed(trained, lora, views, 6)
+    other_seed = embed(trained, views, 6)
     assert relative_error(other_seed[0], dropped[0]) > 1e-2
-    plain = embed(trained, lora, views, None)
+    plain = embed(trained, views, None)
     assert relative_error(plain[1], plain[0]) <= 1e-6
 
 
 @pytest.mark.parametrize("where", ["forward", "backward"])
 def test_a_batch_that_runs_out_of_memory_is_cached(tiny_model, monkeypatch, where):
     batch = matches(9)
-    trained, lora = setup(tiny_model)
-    whole, expected = gradients(trained, lora, batch, None)
+    trained = setup(tiny_model)
+    whole, expected = gradients(trained, batch, None)
     tokens = sum(match.tokens for match in batch)
     states = TrainedBackbone.states
 
@@ -130,7 +131,7 @@ def test_a_batch_that_runs_out_of_memory_is_cached(tiny_model, monkeypatch, wher
         return result
 
     monkeypatch.setattr(TrainedBackbone, "states", too_large)
-    found_loss, found = gradients(trained, lora, batch, None)
+    found_loss, found = gradients(trained, batch, None)
     assert found_loss == pytest.approx(whole, rel=1e-5)
     for own, other in zip(found, expected, strict=True):
         assert relative_error(own, other) <= 1e-5

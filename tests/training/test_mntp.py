@@ -8,7 +8,14 @@ from gen_fast.model.lora import Lora, LoraConfig
 from gen_fast.model.weights import load_backbone, load_head
 from gen_fast.testing import save_tiny_model
 from gen_fast.training.backbone_pass import TrainedBackbone
-from gen_fast.training.mntp import MaskedText, blocks, hide, mntp_loss, mntp_states, right
+from gen_fast.training.mntp import blocks, hide
+from gen_fast.training.prediction import (
+    PredictedText,
+    cross_entropy,
+    evaluate_prediction,
+    predicted_states,
+    right,
+)
 
 SPECIAL = np.array([1, 2])
 
@@ -68,7 +75,7 @@ def test_the_loss_is_that_of_plain_transformers(tmp_path, family):
     rng = np.random.default_rng(0)
     texts = [hidden(rng.integers(10, 200, n), seed=n) for n in (12, 40, 33)]
     vocabulary = backbone.config.vocab_size
-    texts = [MaskedText(t.ids % vocabulary, t.places, t.targets, t.key) for t in texts]
+    texts = [PredictedText(t.ids % vocabulary, t.places, t.targets, t.key) for t in texts]
     tokens = sum(len(t.places) for t in texts)
     terms, correct = [], 0
     for text in texts:
@@ -83,11 +90,12 @@ def test_the_loss_is_that_of_plain_transformers(tmp_path, family):
         terms.append(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
         correct += int((logits.argmax(-1) == targets).sum())
     expected = float(torch.stack(terms).sum() / tokens)
-    trained = TrainedBackbone(
-        backbone, mask="bidirectional", attention_dropout=0.0, recompute=False
-    )
     lora = Lora(LoraConfig(rank=2, dropout=0.0), backbone.config)
-    states, targets = mntp_states(trained, lora, texts, None)
+    trained = TrainedBackbone(backbone, lora, mask="bidirectional")
+    states, targets = predicted_states(trained, texts, None)
     head = load_head(tmp_path, backbone)
-    assert float(mntp_loss(states, head, targets, tokens)) == pytest.approx(expected, rel=1e-5)
+    assert float(cross_entropy(states, head, targets, tokens)) == pytest.approx(expected, rel=1e-5)
     assert right(states, head, targets) == correct
+    figures = evaluate_prediction(trained, head, texts, part_tokens=50)
+    assert figures["loss"] == pytest.approx(expected, rel=1e-5)
+    assert figures["accuracy"] == correct / tokens

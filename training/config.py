@@ -13,7 +13,7 @@ from gen_fast.embed.adapter import DEFAULT_PROMPTS
 from gen_fast.embed.choices import DEFAULT_MODEL
 from gen_fast.errors import ConfigError
 from gen_fast.ops.distill import ALIGNMENTS
-from gen_fast.training.choices import SPECIAL_INITS
+from gen_fast.training.choices import SCHEDULES, SPECIAL_INITS
 
 # Of the special tokens, by family. Source: LLM2Vec-Gen, arXiv 2603.10913, §4.
 LEARNING_RATES = {"qwen3": 3e-4}
@@ -49,8 +49,8 @@ class OptimizerConfig:
 
     batch_size: texts a step, all ranks together. micro_batch_tokens: run with gradient at a time;
     None fits the device. learning_rate: None is the method's own. It rises over warmup_steps and
-    falls to 0 at schedule_steps; the run stops at `steps`. max_skipped: steps in a row with a NaN
-    loss that are survived.
+    falls to 0 at schedule_steps, along a line or half a cosine (schedule); the run stops at
+    `steps`. max_skipped: steps in a row with a NaN loss that are survived.
     """
 
     batch_size: int = 32
@@ -58,6 +58,7 @@ class OptimizerConfig:
     learning_rate: float | None = None
     weight_decay: float = 0.0
     warmup_steps: int = 100
+    schedule: str = "linear"
     schedule_steps: int = 20_000
     steps: int = 5_000
     max_grad_norm: float = 1.0
@@ -87,7 +88,7 @@ class RunConfig(OptimizerConfig):
     report_to: tuple[str, ...] = ("tensorboard",)
 
     # What a setting may be, must be given, or must be above 0 unless it is None.
-    CHOICES: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    CHOICES: ClassVar[Mapping[str, tuple[str, ...]]] = {"schedule": SCHEDULES}
     REQUIRED: ClassVar[tuple[str, ...]] = ("out",)
     POSITIVE: ClassVar[tuple[str, ...]] = (
         "batch_size",
@@ -239,6 +240,7 @@ class TrainConfig(StartConfig, LossConfig, TextConfig, RunConfig):
     """
 
     CHOICES: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        **RunConfig.CHOICES,
         "alignment": ALIGNMENTS,
         "alignment_scale": ("variance", "dimension", "mean"),
         "special_init": SPECIAL_INITS,

@@ -161,6 +161,42 @@ def accumulate_contrastive(
     return shares[0]
 
 
+@torch.no_grad()
+def evaluate_contrastive(
+    trained: TrainedBackbone,
+    matches: Sequence[Match],
+    *,
+    scale: float,
+    seed: int | None,
+    part_tokens: int | None,
+    pooling: str = "mean",
+) -> dict[str, float]:
+    """InfoNCE of all as one batch, how often the positive is the nearest, and their uniformity.
+
+    Empty without any. The arguments are those of `accumulate_contrastive`.
+    """
+    if not matches:
+        return {}
+    rows = {}
+    for name in matches[0].views():
+        views = [match.views()[name] for match in matches]
+        lengths = [len(view.ids) for view in views]
+
+        def run(part: slice, views: list[View] = views) -> Tensor:
+            return embed(trained, views[part], seed, pooling)
+
+        parts = in_parts(lengths, trained.budget, part_tokens, run)
+        rows[name] = normalize(torch.cat(list(parts)), dim=-1)
+    cosines = rows["anchor"] @ rows["positive"].T
+    best = cosines.argmax(1) == torch.arange(len(matches), device=cosines.device)
+    figures = {"loss": float(infonce(rows, scale)), "top1": float(best.double().mean())}
+    if len(matches) > 1:
+        # Uniformity (Wang & Isola, arXiv 2005.10242): how far all texts are from each other.
+        apart = torch.pdist(rows["positive"]).square().mul(-2).exp().mean().log()
+        figures["uniformity"] = float(apart)
+    return figures
+
+
 class ContrastiveTask(LLM2VecTask):
     """SimCSE, and the supervised step with hard negatives."""
 
@@ -204,38 +240,18 @@ class ContrastiveTask(LLM2VecTask):
         tokens = sum(match.tokens for match in examples)
         return Progress(self._summed(share, world), tokens, self._flops(tokens))
 
-    @torch.no_grad()
     def validate(self) -> Mapping[str, float]:
-        """See Task. InfoNCE and how often the positive is the nearest, all rows in one batch.
+        """See Task. All rows are one batch.
 
         With dropout where the views of a text differ by nothing else.
         """
-        matches = [_match(row, i) for i, row in enumerate(self._data.validation)]
-        if not matches:
-            return {}
-        seed = self.config.seed + 1 if self.config.step == "simcse" else None
-        rows = {}
-        for name in matches[0].views():
-            views = [match.views()[name] for match in matches]
-            lengths = [len(view.ids) for view in views]
-
-            def run(part: slice, views: list[View] = views) -> Tensor:
-                return embed(self._trained, views[part], seed)
-
-            limit = self.config.micro_batch_tokens
-            parts = in_parts(lengths, self._trained.budget, limit, run)
-            rows[name] = normalize(torch.cat(list(parts)), dim=-1)
-        cosines = rows["anchor"] @ rows["positive"].T
-        best = cosines.argmax(1) == torch.arange(len(matches), device=cosines.device)
-        figures = {
-            "loss": float(infonce(rows, self.config.contrastive_scale or 1.0)),
-            "top1": float(best.double().mean()),
-        }
-        if len(matches) > 1:
-            # Uniformity (Wang & Isola, arXiv 2005.10242): how far all texts are from each other.
-            apart = torch.pdist(rows["positive"]).square().mul(-2).exp().mean().log()
-            figures["uniformity"] = float(apart)
-        return figures
+        return evaluate_contrastive(
+            self._trained,
+            [_match(row, i) for i, row in enumerate(self._data.validation)],
+            scale=self.config.contrastive_scale or 1.0,
+            seed=self.config.seed + 1 if self.config.step == "simcse" else None,
+            part_tokens=self.config.micro_batch_tokens,
+        )
 
 
 Row = tuple[tuple[np.ndarray, int], ...]

@@ -76,6 +76,7 @@ class LLM2VecConfig(AdaptedConfig):
     warmup_steps: int = None  # type: ignore[assignment]
 
     CHOICES: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        **AdaptedConfig.CHOICES,
         "step": STEPS,
         "mask": ("bidirectional", "causal"),
         "masking": ("bert", "always"),

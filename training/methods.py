@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from gen_fast.errors import ConfigError
-from gen_fast.training import llm2vec, llm2vec_gen
-from gen_fast.training.choices import LLM2VEC, TRAINED
+from gen_fast.training import gem, llm2vec, llm2vec_gen
+from gen_fast.training.choices import GEM, LLM2VEC, TRAINED
 from gen_fast.training.config import TrainConfig, read_config, read_settings
+from gen_fast.training.gem_config import GEMConfig
 from gen_fast.training.llm2vec_config import LLM2VecConfig
 
 Run = Callable[[bool | None], Path]
@@ -17,8 +18,8 @@ Run = Callable[[bool | None], Path]
 def read_run(path: str | Path | None, overrides: Mapping[str, Any]) -> Run:
     """A run as a settings file and flags describe it.
 
-    Beside the fields of the method's settings both may say `method`: "llm2vec-gen" (the default) or
-    "llm2vec". Raises ConfigError.
+    Beside the fields of the method's settings both may say `method`, of TRAINED; the first is the
+    default. Raises ConfigError.
     """
     values = {**read_settings(path), **overrides}
     method = values.pop("method", TRAINED[0])
@@ -27,5 +28,8 @@ def read_run(path: str | Path | None, overrides: Mapping[str, Any]) -> Run:
     if method == LLM2VEC:
         settings = read_config(values, LLM2VecConfig)
         return lambda bar: llm2vec.train(settings, show_progress_bar=bar)
+    if method == GEM:
+        gem_settings = read_config(values, GEMConfig)
+        return lambda bar: gem.train(gem_settings, show_progress_bar=bar)
     config = read_config(values, TrainConfig)
     return lambda bar: llm2vec_gen.train(config, show_progress_bar=bar)

@@ -49,6 +49,13 @@ class Task(ABC, Generic[Example]):
     def groups(self) -> Sequence[tuple[Sequence[nn.Parameter], float]]:
         """The trained parameters by learning rate; the first rate is the one reported."""
 
+    def rate_scale(self, step: int) -> float:
+        """What the schedule's learning rates are multiplied by in a step, counted from 0."""
+        return 1.0
+
+    def constrain(self) -> None:
+        """Bring the parameters back to where they may be, after an update."""
+
     @abstractmethod
     def identity(self) -> dict[str, Any]:
         """What, besides settings and backbone, must agree when a run is continued."""

@@ -2,8 +2,9 @@
 
 torchrun --nproc-per-node 8 training/train.py config.yaml --batch-size 256
 
-CONFIG says `method: llm2vec-gen` (the default) or `method: llm2vec`. Flags are the fields of
-gen_fast.training.config.TrainConfig or gen_fast.training.llm2vec_config.LLM2VecConfig, with dashes.
+CONFIG says `method: llm2vec-gen` (the default), `method: llm2vec` or `method: gem`. Flags are the
+fields of gen_fast.training.config.TrainConfig, gen_fast.training.llm2vec_config.LLM2VecConfig or
+gen_fast.training.gem_config.GEMConfig, with dashes.
 """
 
 import logging

@@ -1,6 +1,7 @@
 """The training loop: steps, validation, checkpoints, of any task."""
 
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -30,8 +31,8 @@ logger = logging.getLogger(__name__)
 class Stepper:
     """A task with its optimizer and schedule: takes updates, one global batch each.
 
-    AdamW; the learning rate rises linearly over the warm-up and falls linearly to 0. taken counts
-    steps; one whose loss or gradient is not finite changes nothing and is counted in skipped.
+    AdamW; the learning rate rises linearly over the warm-up and falls to 0. taken counts steps; one
+    whose loss or gradient is not finite changes nothing and is counted in skipped.
     """
 
     def __init__(self, task: Task[Any]) -> None:
@@ -53,15 +54,19 @@ class Stepper:
     @property
     def rate(self) -> float:
         """The first group's learning rate in the next update."""
-        return self._rates[0] * self.schedule()
+        return self._rates[0] * self.scale()
 
-    def schedule(self) -> float:
+    def scale(self) -> float:
         """What the learning rates are multiplied by in the next update."""
+        return self._schedule() * self.task.rate_scale(self.taken)
+
+    def _schedule(self) -> float:
         config, number = self.config, self.taken + 1
         if number <= config.warmup_steps:
             return number / config.warmup_steps
-        left = config.schedule_steps - self.taken
-        return max(0.0, left / (config.schedule_steps - config.warmup_steps))
+        steps = config.schedule_steps - config.warmup_steps
+        left = max(0.0, (config.schedule_steps - self.taken) / steps)
+        return left if config.schedule == "linear" else 0.5 - 0.5 * math.cos(math.pi * left)
 
     def step(self, examples: Sequence[Any]) -> Mapping[str, float]:
         """One update from this rank's share of a global batch; its losses, the sum as "total".
@@ -77,8 +82,9 @@ class Stepper:
         finite = bool(torch.isfinite(norm + losses["total"]))
         if finite:
             for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
-                group["lr"] = rate * self.schedule()
+                group["lr"] = rate * self.scale()
             self.optimizer.step()
+            self.task.constrain()
         self._count_skipped(finite, losses["total"])
         self.taken += 1
         return losses

@@ -13,7 +13,7 @@ import gen_fast.cli.options as options
 from gen_fast.cli.errors import fail
 from gen_fast.embed.choices import DEFAULT_MODEL
 from gen_fast.jobs.choices import DEFAULT_SPLIT
-from gen_fast.training.choices import LLM2VEC, TRAINED
+from gen_fast.training.choices import GEM, LLM2VEC, TRAINED
 
 if TYPE_CHECKING:
     from gen_fast.io.text_files import Texts
@@ -225,16 +225,18 @@ def train(
     the stages one by one, the last with torchrun and training/train.py.
 
     With --method llm2vec the file has texts, for --step mntp or simcse, or jsonl rows of query,
-    answer and negative_answer, for --step supervised; --model may be the step before.
+    answer and negative_answer, for --step supervised; --model may be the step before. With --method
+    gem it has texts.
     """
     from gen_fast.training.config import TrainConfig, parse_flags, read_config, read_settings
 
     values = {**read_settings(config), **parse_flags(context.args)}
-    chosen = values.pop("method", TRAINED[0])
-    if str(method or chosen) == LLM2VEC:
+    chosen = str(method or values.pop("method", TRAINED[0]))
+    values.pop("method", None)
+    if chosen in (LLM2VEC, GEM):
         for name in _OF_ANSWERS:
             if _was_given(context, name):
-                fail(f"--{name.replace('_', '-')} means nothing with --method {LLM2VEC}")
+                fail(f"--{name.replace('_', '-')} means nothing with --method {chosen}")
         flags: dict[str, Any] = {
             "texts": source and [source],
             "backbone": model,
@@ -245,7 +247,7 @@ def train(
         }
         if _was_given(context, "out"):
             flags["out"] = str(out)
-        _train_alone({"out": str(out), **values, **_given(flags), "method": LLM2VEC}, quiet)
+        _train_alone({"out": str(out), **values, **_given(flags), "method": chosen}, quiet)
         return
     from gen_fast.embed.loading import load_generator
     from gen_fast.training.answers import write_own_queries

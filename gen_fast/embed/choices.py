@@ -9,6 +9,7 @@ DEFAULT_METHOD = "mean"
 LLM2VEC_GEN = "llm2vec-gen"
 LLM2VEC = "llm2vec"
 LLM2VEC_BARE = "llm2vec-bare"
+GEM = "gem"
 SENTENCE_TRANSFORMERS = "sentence-transformers"
 METHODS = (
     DEFAULT_METHOD,
@@ -19,5 +20,6 @@ METHODS = (
     LLM2VEC,
     LLM2VEC_BARE,
     LLM2VEC_GEN,
+    GEM,
     SENTENCE_TRANSFORMERS,
 )

@@ -381,10 +381,12 @@ class Encoder(Exportable):
             lengths = [len(window.ids[i]) - skip for i in pending]
             budget = 1 if self.deterministic else self.budget.tokens
             members = pending[next(split_by_budget(lengths, budget))][:batch_size]
+            needed = window.needed[members]
             batch = PackedBatch.pack(
                 [window.ids[i][skip:] for i in members],
-                needed=window.needed[members],
+                needed=needed,
                 prefix_length=skip,
+                blocks=self._method.blocks(needed, np.array(lengths[: len(members)])),
                 device=self.device,
             )
             try:

@@ -13,12 +13,14 @@ from gen_fast.embed.adapter import FORMAT, Adapter
 from gen_fast.embed.choices import (
     DEFAULT_METHOD,
     DEFAULT_MODEL,
+    GEM,
     LLM2VEC,
     LLM2VEC_BARE,
     LLM2VEC_GEN,
     SENTENCE_TRANSFORMERS,
 )
 from gen_fast.embed.encoder import Embedded, Encoder
+from gen_fast.embed.gem import GEMMethod
 from gen_fast.embed.llm2vec import LLM2Vec
 from gen_fast.embed.methods import (
     TRAINING_FREE,
@@ -29,7 +31,7 @@ from gen_fast.embed.methods import (
     SentenceTransformers,
 )
 from gen_fast.errors import AdapterError, ConfigError, UnsupportedModelError
-from gen_fast.formats import llm2vec, llm2vec_gen, peft, sentence_transformers
+from gen_fast.formats import gem, llm2vec, llm2vec_gen, peft, sentence_transformers
 from gen_fast.model.backbone import Backbone
 from gen_fast.model.device import resolve_dtype
 from gen_fast.model.generation import AnswerGenerator
@@ -59,14 +61,15 @@ def load(
     """Load a model and return an Encoder.
 
     model: "smollm2-135m", a Hub id, a .gguf file, or a directory that holds an adapter of ours, a
-    published llm2vec-gen or LLM2Vec checkpoint, a model in sentence-transformers' layout or a plain
-    backbone.
+    published llm2vec-gen or LLM2Vec checkpoint, a GEM model, a model in sentence-transformers'
+    layout or a plain backbone.
     method: None takes the directory's own: "llm2vec-gen" for an adapter, "llm2vec" for a directory
-    of LLM2Vec, "sentence-transformers" for that layout (its pooling, modules, prompts and maximum
-    length). A backbone, also that of such a layout, is embedded by a training-free method: "mean"
-    (default), "weighted-mean", "last-token", "echo", "hyde" or, without the causal mask that it was
-    trained with, "llm2vec"; "smollm2-135m" by the adapter that is shipped for it, unless such a
-    method is given. "llm2vec-bare": all tokens of the bare text, as a teacher of llm2vec-gen.
+    of LLM2Vec, "gem" for one of GEM, "sentence-transformers" for that layout (its pooling, modules,
+    prompts and maximum length). A backbone, also that of such a layout, is embedded by a
+    training-free method: "mean" (default), "weighted-mean", "last-token", "echo", "hyde" or,
+    without the causal mask that it was trained with, "llm2vec"; "smollm2-135m" by the adapter that
+    is shipped for it, unless such a method is given. "llm2vec-bare": all tokens of the bare text,
+    as a teacher of llm2vec-gen.
     backbone: where an adapter's backbone lies, if not under the name it records. For an LLM2Vec
     adapter also the directory of the MNTP adapter below it, if no file names that.
     device: None takes CUDA if there is one. dtype: "auto" is bfloat16 where the device computes
@@ -156,6 +159,12 @@ def _locate(
             )
         source = resolve(backbone or adapter.backbone, adapter.backbone_revision)
         return _Location(directory, source, LLM2VecGen(adapter))
+    if gem.is_gem(directory) and method in (None, GEM):
+        return _locate_gem(directory, str(model), backbone)
+    if method == GEM:
+        raise UnsupportedModelError(
+            f"{directory} has no {gem.SETTINGS}: method {GEM!r} needs a model trained by it"
+        )
     if _is_llm2vec(directory, method):
         return _locate_llm2vec(directory, str(model), method or LLM2VEC, backbone)
     if _is_lora(directory):
@@ -231,6 +240,18 @@ def _locate_llm2vec(
         directory,
         checkpoint.source,
         LLM2Vec(method, checkpoint),
+        checkpoint.adapters,
+        checkpoint.tokenizer,
+    )
+
+
+def _locate_gem(directory: Path, name: str, backbone: str | Path | None) -> _Location:
+    tokens = gem.read_special(directory)
+    checkpoint = llm2vec.read_checkpoint(directory, name, backbone)
+    return _Location(
+        directory,
+        checkpoint.source,
+        GEMMethod(tokens),
         checkpoint.adapters,
         checkpoint.tokenizer,
     )

@@ -9,7 +9,7 @@ hyde          a query: the mean over the answers that the model writes to it, an
               a text behind the prompt named "document": as it is (HyDE, arXiv 2212.10496)
 sentence-transformers  the whole text, as a directory in that package's layout says
 
-Those that attend to later tokens are in llm2vec.py.
+Those that attend to later tokens are in llm2vec.py, GEM is in gem.py.
 """
 
 import copy
@@ -59,8 +59,8 @@ class Method(ABC):
     limit. dimension: of an embedding where a call asks for no other; None is the backbone's hidden
     size. full_dimension: the most that a call may ask for. special [k, h]: embeddings of the
     token ids V, V + 1, … . projection: (weight [d, h], bias [d]) applied to what has been pooled.
-    writes: the model writes while texts are laid out. mask: of attention, "causal" or
-    "bidirectional"; under the latter a layout shares no rows, because a prompt's states depend on
+    writes: the model writes while texts are laid out. mask: of attention, "causal", "gem" or
+    "bidirectional"; under the last a layout shares no rows, because a prompt's states depend on
     the text behind it.
     """
 
@@ -95,6 +95,14 @@ class Method(ABC):
         self, tokenizer: Tokenizer, prompt: str, max_length: int, prompt_name: str | None
     ) -> Layout:
         """Lays out the texts of one call, behind `prompt`, which may have a name."""
+
+    def blocks(self, needed: np.ndarray, lengths: np.ndarray) -> np.ndarray | None:
+        """Special blocks [B, 2] of the texts of a batch, see PackedBatch; None for other masks.
+
+        needed [B]: pooled rows of each text, its last ones. lengths [B]: rows of each text that are
+        run, a shared prefix not among them.
+        """
+        return None
 
     def row_weights(self, needed: np.ndarray, lengths: np.ndarray) -> np.ndarray | None:
         """Pooling weights of the rows [sum(needed)], float32; None for the plain mean.

@@ -1,0 +1,182 @@
+"""GEM models: embedded against transformers and PEFT with a dense mask."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from gem_models import save_gem
+from oracles import gem as oracle
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import gen_fast
+from gen_fast.embed.loading import identify
+from gen_fast.formats.gem import read_special
+from gen_fast.model.backbone import Backbone
+from gen_fast.testing import relative_error, save_tiny_model
+
+TEXTS = [
+    "where do polar bears live",
+    "a",
+    "the cat in the hat sat on the mat and ran",
+    "",
+    "z" * 300,
+]
+PROMPT = "Represent the text: "
+
+
+def load(directory, **options):
+    return gen_fast.load(directory, dtype="float32", device="cpu", **options)
+
+
+@pytest.fixture
+def gem_model(tiny_model, tmp_path):
+    return save_gem(tmp_path / "gem", tiny_model)
+
+
+def oracle_model(directory, base):
+    """transformers' model under PEFT's adapter, merged."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    return PeftModel.from_pretrained(model, directory).merge_and_unload().eval()
+
+
+def oracle_states(model, directory, ids):
+    tokens = read_special(directory)
+    m = tokens.settings.n_special
+    with torch.no_grad():
+        states = oracle.states(model, ids, tokens.special, (len(ids) - m, len(ids)))
+    return states[-m:]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])
+@pytest.mark.parametrize("settings", [{}, {"pooling": "concat"}, {"n_special": 1}], ids=str)
+def test_embeddings_equal_transformers_with_a_dense_mask(tmp_path, family, settings):
+    save_tiny_model(tmp_path / "base", family)
+    directory = save_gem(tmp_path / "gem", tmp_path / "base", **settings)
+    model = oracle_model(directory, tmp_path / "base")
+    encoder = load(directory)
+    assert encoder.method == "gem"
+    for prompt in ("", PROMPT):
+        rows = encoder._layout(prompt)(TEXTS, 0).ids
+        states = [oracle_states(model, directory, ids) for ids in rows]
+        is_mean = settings.get("pooling", "mean") == "mean"
+        expected = torch.stack([s.mean(0) if is_mean else s.flatten() for s in states])
+        assert expected.shape[1] == encoder.dimension
+        actual = torch.from_numpy(encoder.encode(TEXTS, prompt=prompt))
+        assert relative_error(actual, expected) <= 1e-4
+
+
+def test_a_prompt_is_shared_and_the_last_layer_is_trimmed(gem_model, monkeypatch):
+    encoder, seen = load(gem_model), []
+    forward = Backbone.forward
+
+    def watched(self, batch, **options):
+        states = forward(self, batch, **options)
+        seen.append((options["prefix"], options["mask"], len(states), len(batch.lengths)))
+        return states
+
+    monkeypatch.setattr(Backbone, "forward", watched)
+    encoder.encode(TEXTS, prompt=PROMPT)
+    assert all(prefix is not None and mask == "gem" for prefix, mask, *_ in seen)
+    assert all(rows == 3 * texts for *_, rows, texts in seen)
+
+
+def test_special_tokens_do_not_see_each_other(gem_model):
+    """Another embedding of one changes no other one's state."""
+    encoder = load(gem_model)
+    path = gem_model / "special.safetensors"
+    tensors = load_file(path)
+    tensors["special"][0] += 1.0
+    edit_settings(gem_model, pooling="concat")
+    whole = load(gem_model).encode("the cat").reshape(3, 48)
+    save_file(tensors, path)
+    other = load(gem_model).encode("the cat").reshape(3, 48)
+    assert np.array_equal(whole[1:], other[1:])
+    assert not np.allclose(whole[0], other[0], atol=1e-3)
+    np.testing.assert_allclose(encoder.encode("the cat"), whole.mean(0), atol=1e-6)
+
+
+def test_a_text_does_not_depend_on_its_neighbours(gem_model):
+    encoder = load(gem_model, deterministic=True)
+    together = encoder.encode(TEXTS, prompt=PROMPT)
+    alone = [encoder.encode(text, prompt=PROMPT) for text in TEXTS]
+    np.testing.assert_array_equal(together, alone)
+
+
+def test_the_merged_model_is_embedded_by_training_free_methods_too(gem_model, tiny_model):
+    own = load(gem_model, method="mean").encode(TEXTS[:3])
+    assert not np.allclose(own, load(tiny_model).encode(TEXTS[:3]), atol=1e-2)
+
+
+def edit_settings(directory, **changes):
+    path = directory / "gem.json"
+    values = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({k: v for k, v in values.items() if v is not None}))
+
+
+def test_what_decides_the_numbers_is_in_the_identity(gem_model):
+    first = identify(gem_model)
+    assert first == {k: v for k, v in load(gem_model).identity.items() if k != "dtype"}
+    json.dumps(first)
+    edit_settings(gem_model, pooling="concat")
+    assert identify(gem_model)["dimension"] == 144
+    edit_settings(gem_model, pooling="mean")
+    path = gem_model / "special.safetensors"
+    tensors = load_file(path)
+    save_file({**tensors, "special": tensors["special"] + 1}, path)
+    assert identify(gem_model) != first
+
+
+def test_bad_files_are_named(gem_model, tiny_model, tmp_path):
+    cases = [
+        ({"format": "gen_fast.gem/9"}, gen_fast.UnsupportedModelError, "not of format"),
+        ({"format": "gen_fast.gem/1", "pooling": "max"}, gen_fast.AdapterError, "has no meaning"),
+        ({"pooling": "mean", "n_special": "3"}, gen_fast.AdapterError, "n_special '3' has no"),
+        ({"n_special": 4}, gen_fast.AdapterError, r"shape \[3, 48\], gem.json says 4 rows"),
+        ({"n_special": 3, "max_length": None}, gen_fast.AdapterError, "has keys"),
+    ]
+    for changes, kind, message in cases:
+        edit_settings(gem_model, **changes)
+        with pytest.raises(kind, match=message):
+            load(gem_model)
+    edit_settings(gem_model, max_length=128)
+    path = gem_model / "special.safetensors"
+    tensors = load_file(path)
+    save_file({**tensors, "special": tensors["special"] * torch.nan}, path)
+    with pytest.raises(gen_fast.AdapterError, match="not all finite"):
+        load(gem_model)
+    save_file({"special": tensors["special"]}, path)
+    with pytest.raises(gen_fast.AdapterError, match="not special and log_scale"):
+        load(gem_model)
+    path.write_bytes(b"no tensors")
+    with pytest.raises(gen_fast.AdapterError, match="damaged"):
+        load(gem_model)
+    path.unlink()
+    with pytest.raises(gen_fast.AdapterError, match="is missing"):
+        load(gem_model)
+    (gem_model / "adapter_config.json").unlink()
+    with pytest.raises(gen_fast.AdapterError, match="without the adapter"):
+        load(gem_model)
+    with pytest.raises(gen_fast.UnsupportedModelError, match=r"has no gem\.json"):
+        load(tiny_model, method="gem")
+
+
+def test_another_backbone_is_refused(gem_model, tmp_path):
+    save_tiny_model(tmp_path / "other", "llama-tied", seed=1)
+    with pytest.raises(gen_fast.BackboneMismatchError, match="trained over weights with"):
+        load(gem_model, backbone=tmp_path / "other")
+
+
+def test_it_is_not_exported(gem_model, tmp_path):
+    with pytest.raises(gen_fast.UnsupportedModelError, match="no attention mask in which"):
+        load(gem_model).save_as_sentence_transformer(tmp_path / "st")
+
+
+def test_a_job_embeds_a_corpus_with_it(gem_model, tmp_path):
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n".join(TEXTS[:3]) + "\n")
+    gen_fast.embed_corpus([texts], tmp_path / "out", model=gem_model, dtype="float32")
+    plan = json.loads((tmp_path / "out" / "plan.json").read_text())
+    assert "gem" in json.dumps(plan)

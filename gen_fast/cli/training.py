@@ -56,9 +56,8 @@ def generate(
     quiet: options.QuietOption = False,
 ) -> None:
     """Let the model answer queries: a row each, continued where it stopped."""
-    from gen_fast.embed.loading import load_generator
+    from gen_fast.embed.loading import load_generator, locate_generator
     from gen_fast.model.sampling import own_sampling
-    from gen_fast.model.sources import resolve
     from gen_fast.training.answers import generate_answers, write_own_queries
 
     if (source is None) == (self_queries is None):
@@ -69,7 +68,7 @@ def generate(
     logging.getLogger("gen_fast").setLevel(logging.ERROR if quiet else logging.WARNING)
     if source is not None:
         queries = _read_queries(source, file_format, text_column, id_column, split)
-    own = own_sampling(resolve(model or DEFAULT_MODEL), seed)
+    own = own_sampling(locate_generator(model or DEFAULT_MODEL).source, seed)
     chosen: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
     sampling = replace(own, **{k: v for k, v in chosen.items() if v is not None})
     if not sampling.temperature and (top_p or top_k):

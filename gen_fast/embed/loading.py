@@ -289,14 +289,35 @@ def load_generator(
     revision: str | None = None,
     **options: Any,
 ) -> AnswerGenerator:
-    """Load a backbone to write answers with. `options` are those of AnswerGenerator.
+    """Load a model to write answers with. `options` are those of AnswerGenerator.
 
-    Without sampling=… it draws as the model's own generation_config.json says.
+    model: a backbone, or a directory of a LoRA adapter, such as a GEM model's, which is merged into
+    its own. Without sampling=… it draws as the backbone's generation_config.json says.
+    Raises UnsupportedModelError for an LLM2Vec model, and as `load` does.
     """
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    source = resolve(model, revision)
-    network = load_backbone(source, dtype=resolve_dtype(dtype, target), device=target, packed=True)
-    return AnswerGenerator(network, source, load_tokenizer(source), **options)
+    files = locate_generator(model, revision)
+    network = load_backbone(
+        files.source,
+        dtype=resolve_dtype(dtype, target),
+        device=target,
+        packed=True,
+        adapters=files.adapters,
+    )
+    return AnswerGenerator(network, files.source, load_tokenizer(files.tokenizer), **options)
+
+
+def locate_generator(model: str | Path, revision: str | None = None) -> llm2vec.Checkpoint:
+    """Where the backbone, the adapters and the tokenizer of a model that generates lie.
+
+    Raises as `load_generator` does.
+    """
+    directory = resolve(model, revision)
+    if llm2vec.is_checkpoint(directory):
+        raise UnsupportedModelError(
+            f"{directory} was trained without its causal mask: it does not generate"
+        )
+    return llm2vec.read_checkpoint(directory, str(model))
 
 
 def _adapter_in(directory: Path) -> Adapter | None:

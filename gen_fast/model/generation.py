@@ -56,13 +56,16 @@ class Decoder:
         *,
         special: Tensor | None = None,
         prefix: PrefixKV | None = None,
+        blocks: np.ndarray | None = None,
         uniform: Tensor | None = None,
     ) -> list[tuple[np.ndarray, FinishReason]]:
         """Continue each sequence of ids [n_i] by at most `max_new_tokens`: new ids, why it ended.
 
         special [k, h]: embeddings of ids V, V + 1, …, such as the soft prompts of an embedding.
-        prefix: keys and values before each sequence. uniform [n, max_new_tokens] float64: numbers
-        from [0, 1) that tokens are drawn by, if they are.
+        prefix: keys and values before each sequence. blocks [n, 2]: special tokens of each sequence
+        under the GEM mask, see PackedBatch; what is written sees these and not what comes before
+        them. uniform [n, max_new_tokens] float64: numbers from [0, 1) that tokens are drawn by, if
+        they are.
         """
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
@@ -77,9 +80,16 @@ class Decoder:
                 rows,
                 needed=[1] * len(rows),
                 prefix_length=cache.held + shared,
+                blocks=None if blocks is None else blocks[cache.active],
                 device=backbone.device,
             )
-            hidden = backbone.forward(batch, special=special, prefix=prefix, cache=cache)
+            hidden = backbone.forward(
+                batch,
+                special=special,
+                prefix=prefix,
+                cache=cache,
+                mask="causal" if blocks is None else "gem",
+            )
             numbers = None if uniform is None else uniform[cache.active, step]
             tokens = self._next(hidden, sampling, numbers)
             ended = np.isin(tokens, self._end_ids)

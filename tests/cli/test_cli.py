@@ -18,6 +18,7 @@ import gen_fast
 from gen_fast.cli import app
 from gen_fast.cli.options import Method
 from gen_fast.embed.choices import (
+    GEM,
     LLM2VEC,
     LLM2VEC_BARE,
     LLM2VEC_GEN,
@@ -335,7 +336,7 @@ def test_export(tiny_model: Path, expected: np.ndarray, tmp_path: Path) -> None:
 
 def test_every_method_can_be_chosen() -> None:
     assert {str(method) for method in Method} == set(METHODS)
-    own = {LLM2VEC, LLM2VEC_BARE, LLM2VEC_GEN, SENTENCE_TRANSFORMERS}
+    own = {GEM, LLM2VEC, LLM2VEC_BARE, LLM2VEC_GEN, SENTENCE_TRANSFORMERS}
     assert {*TRAINING_FREE, *own} == set(METHODS)
 
 

@@ -9,12 +9,16 @@ from gem_models import save_gem
 from oracles import gem as oracle
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
 import gen_fast
-from gen_fast.embed.loading import identify
+from gen_fast.cli import app
+from gen_fast.embed.loading import identify, load_generator
 from gen_fast.formats.gem import read_special
+from gen_fast.formats.llm2vec import Settings, write_settings
 from gen_fast.model.backbone import Backbone
+from gen_fast.model.sampling import GREEDY
 from gen_fast.testing import relative_error, save_tiny_model
 
 TEXTS = [
@@ -180,3 +184,53 @@ def test_a_job_embeds_a_corpus_with_it(gem_model, tmp_path):
     gen_fast.embed_corpus([texts], tmp_path / "out", model=gem_model, dtype="float32")
     plan = json.loads((tmp_path / "out" / "plan.json").read_text())
     assert "gem" in json.dumps(plan)
+
+
+def test_it_generates_as_in_transformers_and_peft(gem_model, tiny_model, tmp_path):
+    """Without special tokens: the saved directory is an adapter of PEFT's."""
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, gem_model).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    generator = load_generator(
+        gem_model, device="cpu", dtype="float32", max_new_tokens=12, sampling=GREEDY
+    )
+    questions = ["where do seals live", "what is the ice"]
+    expected = []
+    for question in questions:
+        message = [{"role": "user", "content": question}]
+        ids = tokenizer.apply_chat_template(
+            message, add_generation_prompt=True, return_tensors="pt", return_dict=False
+        )
+        with torch.no_grad():
+            out = model.generate(
+                input_ids=ids, max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=2
+            )
+        expected.append(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+    assert [answer.text for answer in generator.answers(questions)] == expected
+    plain = load_generator(
+        tiny_model, device="cpu", dtype="float32", max_new_tokens=12, sampling=GREEDY
+    )
+    assert [answer.text for answer in plain.answers(questions)] != expected
+    (tmp_path / "queries.txt").write_text("\n".join(questions) + "\n")
+    out = tmp_path / "answers.jsonl"
+    command = ["generate", str(tmp_path / "queries.txt"), "--out", str(out), "--model"]
+    command += [
+        str(gem_model),
+        "--dtype",
+        "float32",
+        "--max-new-tokens",
+        "12",
+        "--temperature",
+        "0",
+    ]
+    result = CliRunner().invoke(app, [*command, "-q"])
+    assert result.exit_code == 0, result.output
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    answers = {row["query"]: row["answer"] for row in rows}
+    assert [answers[question] for question in questions] == [text.strip() for text in expected]
+
+
+def test_an_llm2vec_model_does_not_generate(gem_model):
+    write_settings(gem_model, Settings())
+    with pytest.raises(gen_fast.UnsupportedModelError, match="it does not generate"):
+        load_generator(gem_model)

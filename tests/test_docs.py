@@ -22,8 +22,10 @@ from typer.testing import CliRunner
 
 import gen_fast
 from gen_fast.cli import app
-from gen_fast.training.config import TrainConfig, read_config, read_settings
+from gen_fast.training.config import TrainConfig
+from gen_fast.training.gem_config import GEMConfig
 from gen_fast.training.llm2vec_config import LLM2VecConfig
+from gen_fast.training.methods import read_run
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "CONTRIBUTING.md", "bench/README.md"]
@@ -31,8 +33,8 @@ PAGES += sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
 LINKED = sorted({*PAGES, *(str(p.relative_to(ROOT)) for p in ROOT.glob("*/*/README.md"))})
 # How many blocks of a page are not run.
 NOT_RUN = {"README.md": 2, "CONTRIBUTING.md": 1, "bench/README.md": 3}
-NOT_RUN |= {"docs/evaluation.md": 2, "docs/methods.md": 2, "docs/performance.md": 1}
-NOT_RUN |= {"docs/training.md": 3, "docs/formats.md": 1}
+NOT_RUN |= {"docs/evaluation.md": 2, "docs/methods.md": 3, "docs/performance.md": 1}
+NOT_RUN |= {"docs/training.md": 4, "docs/formats.md": 1}
 BLOCK = re.compile(r"(<!-- not run: [^>]+ -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 COMMAND = re.compile(r"`((?:gen-fast|python|make|pytest|torchrun|pip|bash) [^`]+)`")
 FILE = re.compile(r"`((?:gen_fast|tests|bench|kernels|csrc|training|docs|examples)/[\w./]+)`")
@@ -115,7 +117,7 @@ def run(block: Block, namespace: dict[str, Any]) -> str | None:
         return printed
     if block.language == "yaml":
         Path("settings.yaml").write_text(block.code)
-        read_config(read_settings("settings.yaml"), TrainConfig)
+        read_run("settings.yaml", {})
     else:
         assert block.language in {"text", "bibtex"}, block
     return None
@@ -166,7 +168,7 @@ def cli_options(command: str | None) -> set[str]:
     """Options of a command of gen-fast, for None of gen-fast itself. KeyError if unknown."""
     group: Any = get_command(app)
     parameters = (group if command is None else group.commands[command]).params
-    kinds = (TrainConfig, LLM2VecConfig) if command == "train" else ()
+    kinds = (TrainConfig, LLM2VecConfig, GEMConfig) if command == "train" else ()
     own = {field.name for kind in kinds for field in fields(kind)}
     settings = {f"--{name.replace('_', '-')}" for name in own}
     return {"--help", *settings, *(name for one in parameters for name in one.opts)}

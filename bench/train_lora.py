@@ -70,9 +70,7 @@ def main() -> None:
         args.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
-def make_batch(
-    step: str, case: str, count: int, tokens: int
-) -> list[PredictedText] | list[Match]:
+def make_batch(step: str, case: str, count: int, tokens: int) -> list[PredictedText] | list[Match]:
     """`count` texts of random ids, `tokens` each on average."""
     rng = np.random.default_rng(0)
     spread = np.linspace(0.25, 1.75, count) if case == "ragged" else np.ones(count)

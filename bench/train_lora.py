@@ -1,14 +1,16 @@
-"""Speed and memory of LLM2Vec's training steps against a plain loop of transformers and PEFT.
+"""Speed and memory of training steps over LoRA against a plain loop of transformers and PEFT.
 
-    python bench/train_lora.py [--step mntp simcse] [--case equal ragged] [--dtype fp32 bf16]
+    python bench/train_lora.py [--step mntp simcse gem] [--case equal ragged] [--dtype fp32 bf16]
         [--texts N] [--tokens N] [--device NAME] [--rounds N] [--no-memory] [--json FILE]
 
-SmolLM2-135M, LoRA of rank 16 on all linears with dropout 0.05; texts of equal length, or ragged
+SmolLM2-135M, LoRA of rank 16 on all linears with dropout 0.05; 16 texts of 96 tokens, or ragged
 around it from a quarter to seven quarters. MNTP hides 20% of the tokens; SimCSE runs each text
-twice with attention dropout 0.3. Both sides take the same texts, masks, dtype, dropout rates and
-optimizer; neither recomputes activations. The peer pads, and drops its causal mask by a mask of
-four dimensions, as transformers takes it. They take turns, and ratios are medians over the rounds.
-Peak memory is that of a process that loads its model and takes two steps; on a GPU, of its tensors.
+twice with attention dropout 0.3. GEM has 10 special tokens and no dropout: of five texts one is
+reconstructed, and each is embedded twice for the contrastive loss, once with 10% of its tokens
+missing. Both sides take the same texts, masks, dtype, dropout rates and optimizer; neither
+recomputes activations. The peer pads, and has masks of four dimensions, as transformers takes them.
+They take turns, and ratios are medians over the rounds. Peak memory is that of a process that loads
+its model and takes two steps; on a GPU, of its tensors.
 """
 
 import argparse
@@ -29,6 +31,8 @@ from gen_fast.model.lora import MODULES
 from gen_fast.model.sources import resolve
 from gen_fast.model.weights import load_backbone, load_head
 from gen_fast.training.contrastive import ContrastiveTask, Match, View
+from gen_fast.training.gem import GEMExample, GEMTask, drop_tokens, masked, plain
+from gen_fast.training.gem_config import GEMConfig
 from gen_fast.training.llm2vec_config import LLM2VecConfig
 from gen_fast.training.lora_task import Data
 from gen_fast.training.mntp import MNTPTask, hide
@@ -38,8 +42,9 @@ from gen_fast.training.trainer import Stepper
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PROVIDERS = ("gen_fast", "transformers + PEFT")
-CASES, STEPS = ("equal", "ragged"), ("mntp", "simcse")
+CASES, STEPS = ("equal", "ragged"), ("mntp", "simcse", "gem")
 RANK, DROPOUT = 16, 0.05
+VOCABULARY, SPECIAL = 49152, 10
 
 
 def main() -> None:
@@ -70,11 +75,15 @@ def main() -> None:
         args.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
-def make_batch(step: str, case: str, count: int, tokens: int) -> list[PredictedText] | list[Match]:
-    """`count` texts of random ids, `tokens` each on average."""
+def make_batch(step: str, case: str, args: argparse.Namespace) -> list:
+    """Examples of random ids, as the step takes them."""
     rng = np.random.default_rng(0)
+    count = args.texts
     spread = np.linspace(0.25, 1.75, count) if case == "ragged" else np.ones(count)
-    texts = [rng.integers(1000, 40000, round(tokens * share)) for share in rng.permutation(spread)]
+    lengths = [round(args.tokens * share) for share in rng.permutation(spread)]
+    texts = [rng.integers(1000, 40000, length) for length in lengths]
+    if step == "gem":
+        return [_gem_example(ids, i, rng) for i, ids in enumerate(texts)]
     if step == "simcse":
         return [
             Match(*(View(ids, len(ids), 3 * i + j) for j in range(2)))
@@ -95,18 +104,38 @@ def make_batch(step: str, case: str, count: int, tokens: int) -> list[PredictedT
     ]
 
 
-def _own(step: str, dtype: torch.dtype, device: str) -> Stepper:
-    directory = resolve("smollm2-135m")
-    backbone = load_backbone(directory, dtype=dtype, device=device)
-    config = LLM2VecConfig(
-        step=step,
-        texts=("-",),
-        out="-",
-        warmup_steps=0,
-        lora_rank=RANK,
-        lora_dropout=DROPOUT,
+def _gem_example(ids: np.ndarray, number: int, rng: np.random.Generator) -> GEMExample:
+    special = np.arange(VOCABULARY, VOCABULARY + SPECIAL)
+    views = [ids, drop_tokens(ids, 0.1, np.empty(0), rng)]
+    match = Match(
+        *(
+            View(np.concatenate((x, special)), SPECIAL, 3 * number + j, (len(x), len(x) + SPECIAL))
+            for j, x in enumerate(views, 1)
+        )
     )
+    text = plain(ids, 3 * number) if number % 5 else masked(ids, ids, special, 3 * number)
+    return GEMExample(text, match, 0)
+
+
+def _tokens(examples: list) -> int:
+    """That a step runs."""
+    total = 0
+    for example in examples:
+        parts = [example.text, example.match] if isinstance(example, GEMExample) else [example]
+        total += sum(x.tokens if isinstance(x, Match) else len(x.ids) for x in parts)
+    return total
+
+
+def _own(step: str, dtype: torch.dtype, args: argparse.Namespace) -> Stepper:
+    directory = resolve("smollm2-135m")
+    backbone = load_backbone(directory, dtype=dtype, device=args.device)
+    shared = {"texts": ("-",), "out": "-", "batch_size": args.texts, "lora_rank": RANK}
     data, rejections = Data([], [], ""), Rejections(Path("-"))
+    if step == "gem":
+        gem = GEMConfig(**shared, n_special=SPECIAL, alpha_start_step=0)
+        head = load_head(directory, backbone)
+        return Stepper(GEMTask(backbone, head, gem, rejections, data, np.empty(0)))
+    config = LLM2VecConfig(**shared, step=step, warmup_steps=0, lora_dropout=DROPOUT)
     if step == "simcse":
         return Stepper(ContrastiveTask(backbone, config, rejections, data))
     head = load_head(directory, backbone)
@@ -120,22 +149,33 @@ class Peer:
         from peft import LoraConfig, get_peft_model
         from transformers import AutoModel, AutoModelForCausalLM
 
-        kind = AutoModelForCausalLM if step == "mntp" else AutoModel
+        kind = AutoModel if step == "simcse" else AutoModelForCausalLM
         model = kind.from_pretrained(
             resolve("smollm2-135m"),
             dtype=dtype,
             attention_dropout=0.3 if step == "simcse" else 0.0,
         )
-        lora = LoraConfig(r=RANK, lora_alpha=32, lora_dropout=DROPOUT, target_modules=list(MODULES))
-        self._model = get_peft_model(model, lora).train().to(device)
+        lora = LoraConfig(
+            r=RANK,
+            lora_alpha=32,
+            lora_dropout=0.0 if step == "gem" else DROPOUT,
+            target_modules=list(MODULES),
+        )
+        self._device = device
+        self._model = get_peft_model(model.to(device), lora).train()
         self._parameters = [p for p in self._model.parameters() if p.requires_grad]
+        if step == "gem":
+            table = model.get_input_embeddings().weight
+            self._special = torch.nn.Parameter(table.float().mean(0).repeat(SPECIAL, 1))
+            self._log_scale = torch.nn.Parameter(torch.tensor(20.0, device=device).log())
+            self._parameters += [self._special, self._log_scale]
         self._optimizer = torch.optim.AdamW(self._parameters, lr=5e-5, weight_decay=0.0)
         self._step = step
 
     def step(self, examples: list) -> float:
         """One update."""
         self._optimizer.zero_grad()
-        loss = self._mntp(examples) if self._step == "mntp" else self._simcse(examples)
+        loss = {"mntp": self._mntp, "simcse": self._simcse, "gem": self._gem}[self._step](examples)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self._parameters, 1.0)
         self._optimizer.step()
@@ -148,12 +188,57 @@ class Peer:
         for row, text in enumerate(texts):
             ids[row, : len(text)] = torch.from_numpy(text)
             present[row, : len(text)] = True
-        weight = next(self._model.parameters())
-        ids, present = ids.to(weight.device), present.to(weight.device)
-        mask = weight.new_zeros(len(texts), 1, longest, longest)
-        mask.masked_fill_(~present[:, None, None, :], torch.finfo(weight.dtype).min)
+        ids, present = ids.to(self._device), present.to(self._device)
+        dtype = next(self._model.parameters()).dtype
+        mask = torch.zeros(len(texts), 1, longest, longest, dtype=dtype, device=self._device)
+        mask.masked_fill_(~present[:, None, None, :], torch.finfo(dtype).min)
         out = self._model(input_ids=ids, attention_mask=mask, use_cache=False)
         return out, present
+
+    def _run_gem(
+        self, texts: list[np.ndarray], blocks: list[tuple[int, int]], *, head: bool
+    ) -> torch.Tensor:
+        """Logits or final states [B, n, …] with the dense mask of GEM."""
+        longest = max(map(len, texts))
+        ids = torch.zeros(len(texts), longest, dtype=torch.int64)
+        for row, text in enumerate(texts):
+            ids[row, : len(text)] = torch.from_numpy(text)
+        place = torch.arange(longest)
+        query, key = place[:, None], place[None, :]
+        first, after = (x[:, None, None] for x in torch.tensor(blocks).unbind(1))
+        hidden = (query >= after) & (key < first)
+        hidden = hidden | ((query >= first) & (query < after) & (key >= first) & (key != query))
+        seen = (key <= query) & ~hidden
+        model = self._model.base_model.model
+        table = model.get_input_embeddings().weight
+        dtype = table.dtype
+        mask = torch.zeros(len(texts), 1, longest, longest, dtype=dtype)
+        mask.masked_fill_(~seen[:, None], torch.finfo(dtype).min)
+        rows = torch.nn.functional.embedding(
+            ids.to(self._device), torch.cat((table, self._special.to(dtype)))
+        )
+        run = model if head else model.get_decoder()
+        out = run(inputs_embeds=rows, attention_mask=mask.to(self._device), use_cache=False)
+        return out.logits if head else out.last_hidden_state
+
+    def _gem(self, examples: list[GEMExample]) -> torch.Tensor:
+        texts = [example.text for example in examples]
+        logits = self._run_gem([t.ids for t in texts], [t.block for t in texts], head=True)
+        labels = torch.full(logits.shape[:2], -100)
+        for row, text in enumerate(texts):
+            labels[row, text.places] = torch.from_numpy(text.targets)
+        told = torch.nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten().to(self._device)
+        )
+        means = []
+        for name in ("anchor", "positive"):
+            views = [example.match.views()[name] for example in examples]
+            states = self._run_gem([v.ids for v in views], [v.block for v in views], head=False)
+            rows = [states[i, slice(*view.block)].float().mean(0) for i, view in enumerate(views)]
+            means.append(torch.nn.functional.normalize(torch.stack(rows), dim=-1))
+        scores = self._log_scale.exp() * means[0] @ means[1].T
+        own = torch.arange(len(views), device=self._device)
+        return 0.5 * told + 0.5 * torch.nn.functional.cross_entropy(scores, own)
 
     def _mntp(self, texts: list[PredictedText]) -> torch.Tensor:
         out, _ = self._run([text.ids for text in texts])
@@ -161,8 +246,7 @@ class Peer:
         for row, text in enumerate(texts):
             labels[row, text.places] = torch.from_numpy(text.targets)
         logits = out.logits[:, :-1].flatten(0, 1).float()
-        labels = labels[:, 1:].flatten().to(logits.device)
-        return torch.nn.functional.cross_entropy(logits, labels)
+        return torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten().to(self._device))
 
     def _simcse(self, matches: list[Match]) -> torch.Tensor:
         means = []
@@ -172,30 +256,33 @@ class Peer:
             states = out.last_hidden_state.float()
             means.append(torch.nn.functional.normalize((states * weights).sum(1) / weights.sum(1)))
         scores = 20.0 * means[0] @ means[1].T
-        places = torch.arange(len(matches), device=scores.device)
-        return torch.nn.functional.cross_entropy(scores, places)
+        own = torch.arange(len(matches), device=self._device)
+        return torch.nn.functional.cross_entropy(scores, own)
 
 
-def _provider(name: str, step: str, dtype: str, device: str) -> Callable[[list], object]:
-    return (_own if name == PROVIDERS[0] else Peer)(step, DTYPES[dtype], device).step
+def _provider(
+    name: str, step: str, dtype: torch.dtype, args: argparse.Namespace
+) -> Callable[[list], object]:
+    if name == PROVIDERS[0]:
+        return _own(step, dtype, args).step
+    return Peer(step, dtype, args.device).step
 
 
 def _compare(step: str, cases: tuple[str, ...], dtype: str, args: argparse.Namespace) -> list[dict]:
-    sides = {name: _provider(name, step, dtype, args.device) for name in PROVIDERS}
+    sides = {name: _provider(name, step, DTYPES[dtype], args) for name in PROVIDERS}
     rows = []
     for case in cases:
-        batch = make_batch(step, case, args.texts, args.tokens)
+        batch = make_batch(step, case, args)
         for run in sides.values():
-            run(batch)  # warm-up
+            for _ in range(3 if args.device != "cpu" else 1):
+                run(batch)  # warm-up
         peaks: list[float] = []
         seconds = interleaved(
             {name: lambda run=run, b=batch: run(b) for name, run in sides.items()},
             args.rounds,
             lambda peaks=peaks: peaks.append(matmul_peak(DTYPES[dtype], args.device)),
         )
-        tokens = sum(
-            match.tokens if isinstance(match, Match) else len(match.ids) for match in batch
-        )
+        tokens = _tokens(batch)
         for name in PROVIDERS:
             row = {"step": step, "case": case, "dtype": dtype, "provider": name}
             row |= {"texts": args.texts, "tokens": tokens, "seconds": seconds[name]}
@@ -223,12 +310,12 @@ def _measure_memory(name: str, step: str, case: str, dtype: str, args: argparse.
 
 
 def _peak_memory(args: argparse.Namespace) -> float:
-    run = _provider(args.peak_memory_of, args.step[0], args.dtype[0], args.device)
-    batch = make_batch(args.step[0], args.case[0], args.texts, args.tokens)
+    run = _provider(args.peak_memory_of, args.step[0], DTYPES[args.dtype[0]], args)
+    batch = make_batch(args.step[0], args.case[0], args)
     for _ in range(2):
         run(batch)
-    if args.device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated() / (1 << 20)
+    if args.device != "cpu":
+        return torch.cuda.max_memory_allocated() / 2**20
     status = Path("/proc/self/status").read_text()
     return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024
 

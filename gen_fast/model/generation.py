@@ -169,14 +169,14 @@ class AnswerGenerator:
 
     def plan(self, questions: Sequence[str]) -> list[list[int]]:
         """Positions of the questions in batches, shortest first; the same for the same ones."""
-        lengths = [len(self._chat_ids(question)) for question in questions]
+        lengths = [len(self.chat_ids(question)) for question in questions]
         order = sorted(range(len(lengths)), key=lengths.__getitem__)
         size = self.batch_size
         return [order[start : start + size] for start in range(0, len(order), size)]
 
     def batch(self, questions: Sequence[str], numbers: Sequence[int] | None = None) -> list[Answer]:
         """Answer questions in one batch. numbers: of the draws, where a question comes again."""
-        rows = [self._chat_ids(question) for question in questions]
+        rows = [self.chat_ids(question) for question in questions]
         draws = zip(questions, numbers or [0] * len(questions), strict=True)
         return self._write(rows, draws, self.sampling)
 
@@ -211,7 +211,8 @@ class AnswerGenerator:
         )
         return [Answer(self._tokenizer.decode(ids), reason) for ids, reason in decoded]
 
-    def _chat_ids(self, question: str) -> np.ndarray:
+    def chat_ids(self, question: str) -> np.ndarray:
+        """Ids [n] of a question in the chat template, up to where the answer begins."""
         if not self._tokenizer.transformers.chat_template:
             return self._tokenizer.ids(question, add_special_tokens=True)
         return self._tokenizer.ids(self._chat(question), add_special_tokens=False)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from oracles.lora import gradients_of
 from peft import LoraConfig as PeftConfig
 from peft import get_peft_model
 from torch.nn.functional import cosine_similarity
@@ -71,15 +72,6 @@ def peft_states(peft, ids, mask):
     return torch.cat(rows)
 
 
-def gradients_of(lora, backbone):
-    """Those of A and B by the name of their linear."""
-    holder = Lora(lora.config, backbone.config)
-    with torch.no_grad():
-        for target, parameter in zip(holder.parameters(), lora.parameters(), strict=True):
-            target.copy_(parameter.grad)
-    return holder.factors()
-
-
 @pytest.mark.parametrize("mask", ["causal", "bidirectional"])
 @pytest.mark.parametrize("recompute", [False, True])
 def test_states_and_gradients_equal_pefts(models, mask, recompute):
@@ -95,7 +87,7 @@ def test_states_and_gradients_equal_pefts(models, mask, recompute):
     (actual * weights).sum().backward()
     assert relative_error(actual, expected) <= 1e-4
     parameters = dict(peft.named_parameters())
-    for name, pair in gradients_of(lora, backbone).items():
+    for name, pair in gradients_of(lora, backbone.config).items():
         for letter, own in zip("AB", pair, strict=True):
             other = parameters[peft_name(name, letter)].grad
             cosine = cosine_similarity(own.flatten(), other.flatten(), dim=0)

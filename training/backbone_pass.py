@@ -99,3 +99,13 @@ class TrainedBackbone:
             recompute=self._recompute and torch.is_grad_enabled(),
         )
         return rms_norm(stream, backbone.final_norm, backbone.config.norm_eps)
+
+    @torch.no_grad()
+    def base_states(self, texts: Sequence[np.ndarray]) -> Tensor:
+        """Final-norm states [T, h] that the backbone has of texts without what is trained.
+
+        Under the causal mask.
+        """
+        backbone = self.backbone
+        stream = backbone.forward(PackedBatch.pack(texts, device=backbone.device))
+        return rms_norm(stream, backbone.final_norm, backbone.config.norm_eps)

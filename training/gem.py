@@ -43,6 +43,7 @@ from gen_fast.training.lora_task import (
 from gen_fast.training.prediction import (
     PredictedText,
     accumulate_prediction,
+    evaluate_divergence,
     evaluate_prediction,
 )
 from gen_fast.training.records import Rejections
@@ -76,7 +77,7 @@ class GEMExample:
 def plain(ids: np.ndarray, key: int) -> PredictedText:
     """A text as it is: every token but the first is told."""
     places = np.arange(1, len(ids))
-    return PredictedText(ids, places, ids[places], key, (0, 0))
+    return PredictedText(ids, places, ids[places], key, (0, 0), is_plain=True)
 
 
 def masked(
@@ -265,7 +266,16 @@ class GEMTask(LoraTask):
             for i, row in enumerate(rows)
         ]
         alpha = self.config.alpha_at(step)
-        return world.share(examples, [_tokens(example, alpha) for example in examples])
+        return world.share(examples, [self._tokens(example, alpha) for example in examples])
+
+    def _tells(self, alpha: float) -> bool:
+        """Whether tokens of texts are told in a step."""
+        return alpha < 1 or self.config.base_weight > 0
+
+    def _tokens(self, example: GEMExample, alpha: float) -> int:
+        """That are run of an example."""
+        told = len(example.text.ids) if self._tells(alpha) else 0
+        return told + (example.match.tokens if alpha else 0)
 
     def accumulate(self, examples: Sequence[GEMExample], world: World) -> Progress:
         """See Task."""
@@ -274,10 +284,11 @@ class GEMTask(LoraTask):
         alpha = config.alpha_at(examples[0].step)
         shares: dict[str, Tensor] = {}
         predicted = 0
-        if alpha < 1:
+        if self._tells(alpha):
             texts = [example.text for example in examples]
             predicted = sum(len(text.places) for text in texts)
-            shares["next_token"] = accumulate_prediction(
+            kept = sum(len(text.places) for text in texts if text.is_plain)
+            shares["next_token"], divergence = accumulate_prediction(
                 self._trained,
                 self._head,
                 texts,
@@ -285,7 +296,11 @@ class GEMTask(LoraTask):
                 seed=config.seed,
                 part_tokens=config.micro_batch_tokens,
                 weight=1 - alpha,
+                base_weight=config.base_weight,
+                plain_tokens=sum(world.counts(kept)),
             )
+            if config.base_weight:
+                shares["base"] = divergence
         if alpha > 0:
             shares["contrastive"] = accumulate_contrastive(
                 self._trained,
@@ -301,16 +316,18 @@ class GEMTask(LoraTask):
             list(self.parameters.parameters()), torch.stack(list(shares.values()))
         )
         losses = dict(zip(shares, sums.tolist(), strict=True))
-        tokens = sum(_tokens(example, alpha) for example in examples)
+        tokens = sum(self._tokens(example, alpha) for example in examples)
         total = _weighted(alpha, losses.get("next_token", 0.0), losses.get("contrastive", 0.0))
+        total += config.base_weight * losses.get("base", 0.0)
         return Progress({"total": total, **losses}, tokens, self._flops(tokens, predicted))
 
     def validate(self) -> Mapping[str, float]:
         """See Task.
 
-        next_token: of the texts as they are, the causal mask and no special token; suffix: of the
-        tokens behind the special tokens; contrastive, and how often a text's other view is the
-        nearest. loss: these as training weighs them in the end.
+        next_token: of the texts as they are, the causal mask and no special token, and base: how
+        far the model has moved from its base there, KL(base‖model) a token; suffix: of the tokens
+        behind the special tokens; contrastive, and how often a text's other view is the nearest.
+        loss: these as training weighs them in the end.
         """
         config, rows = self.config, self._data.validation
         if not rows:
@@ -325,7 +342,8 @@ class GEMTask(LoraTask):
         plain_texts = [plain(ids, 3 * i) for i, ids in enumerate(rows)]
         told = evaluate_prediction(self._trained, self._head, plain_texts, limit)
         behind = evaluate_prediction(self._trained, self._head, suffixes, limit)
-        figures = {"next_token": told["loss"]}
+        kept = evaluate_divergence(self._trained, self._head, plain_texts, limit)
+        figures = {"next_token": told["loss"], "base": kept}
         if behind:
             figures |= {"suffix": behind["loss"], "suffix_accuracy": behind["accuracy"]}
         apart = evaluate_contrastive(
@@ -339,12 +357,8 @@ class GEMTask(LoraTask):
         figures |= {"contrastive": apart.pop("loss"), **apart}
         share = config.plain_probability if behind else 1.0
         next_token = share * told["loss"] + (1 - share) * behind.get("loss", 0.0)
-        return {"loss": _weighted(config.alpha, next_token, figures["contrastive"]), **figures}
-
-
-def _tokens(example: GEMExample, alpha: float) -> int:
-    """That are run of an example."""
-    return (len(example.text.ids) if alpha < 1 else 0) + (example.match.tokens if alpha else 0)
+        loss = _weighted(config.alpha, next_token, figures["contrastive"])
+        return {"loss": loss + config.base_weight * kept, **figures}
 
 
 def _weighted(alpha: float, next_token: float, contrastive: float) -> float:

@@ -26,6 +26,9 @@ class GEMConfig(AdaptedConfig):
     a random place in it. plain_probability: of a text that is read as it is, with the causal mask.
     alpha: weight of the contrastive loss beside 1 - alpha of the next-token loss: 0 in the first
     alpha_start_step steps, then rising over alpha_ramp_steps; 0 of these is a step.
+    base_weight: of KL(base‖model) of the next token in plain texts, beside these two losses: the
+    model goes on telling them as before it was trained. It takes one more pass over them; 0 leaves
+    it out, and so does the paper.
     drop_rate: share of the tokens that the other view of a text lacks. contrastive_scale: of the
     cosines at first; it is trained. pooling: of the special tokens' states, "mean" or "concat".
     special_learning_rate: of the special tokens; None is learning_rate. contrastive_learning_rate:
@@ -40,6 +43,7 @@ class GEMConfig(AdaptedConfig):
     alpha: float = 0.5
     alpha_start_step: int = 100
     alpha_ramp_steps: int = 0
+    base_weight: float = 0.0
     drop_rate: float = 0.1
     contrastive_scale: float = 20.0
     pooling: str = "mean"
@@ -76,7 +80,7 @@ class GEMConfig(AdaptedConfig):
                 f"drop_rate must be between 0 and 1, not {self.drop_rate}: two views that are the "
                 "same teach nothing"
             )
-        for name in ("alpha_start_step", "alpha_ramp_steps"):
+        for name in ("alpha_start_step", "alpha_ramp_steps", "base_weight"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, not {getattr(self, name)}")
         if not 1 <= self.contrastive_scale <= LARGEST_SCALE:

@@ -133,7 +133,7 @@ class MNTPTask(LLM2VecTask):
         """See Task."""
         self.parameters.zero_grad()
         own = sum(len(text.places) for text in examples)
-        loss = accumulate_prediction(
+        shares = accumulate_prediction(
             self._trained,
             self._head,
             examples,
@@ -142,7 +142,7 @@ class MNTPTask(LLM2VecTask):
             part_tokens=self.config.micro_batch_tokens,
         )
         tokens = sum(len(text.ids) for text in examples)
-        return Progress(self._summed(loss, world), tokens, self._flops(tokens, own))
+        return Progress(self._summed(shares[0], world), tokens, self._flops(tokens, own))
 
     def validate(self) -> Mapping[str, float]:
         """See Task. Cross-entropy of the hidden tokens, and how many are the likeliest ones."""

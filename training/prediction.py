@@ -1,7 +1,8 @@
-"""Tokens of a text told from the row before them: states, cross-entropy, gradients."""
+"""Tokens of a text told from the row before them: states, losses, gradients."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +13,9 @@ from gen_fast.ops.distill import reconstruction
 from gen_fast.training.backbone_pass import Block, TrainedBackbone
 from gen_fast.training.task import add_gradients, in_parts
 
+# Bytes of float32 logits at a time, of each of the two models that are compared.
+CPU_LOGITS, GPU_LOGITS = 64 << 20, 1 << 30
+
 
 @dataclass(frozen=True)
 class PredictedText:
@@ -19,7 +23,7 @@ class PredictedText:
 
     ids [n]: what the model reads. places [m]: of the tokens it has to tell, never 0. targets [m]:
     those tokens. key: tells its dropout from that of the other texts of a step. block: its special
-    tokens, where the mask knows such.
+    tokens, where the mask knows such. is_plain: it has none, and the base can tell it too.
     """
 
     ids: np.ndarray
@@ -27,6 +31,7 @@ class PredictedText:
     targets: np.ndarray
     key: int
     block: Block | None = None
+    is_plain: bool = False
 
 
 def predicted_states(
@@ -57,6 +62,59 @@ def cross_entropy(states: Tensor, head: Tensor, targets: Tensor, tokens: int) ->
     return loss
 
 
+def divergence(states: Tensor, base: Tensor, head: Tensor, tokens: float) -> Tensor:
+    """KL(base‖model) of the next token, summed over rows and divided by `tokens`: float32.
+
+    states, base [N, h]: final-norm states of the same rows; head [V, h]. Gradients reach `states`.
+    Logits exist for some rows at a time.
+    """
+    loss: Tensor = _Divergence.apply(states, base, head, tokens)  # type: ignore[no-untyped-call]
+    return loss
+
+
+class _Divergence(torch.autograd.Function):
+    """The gradient is computed with the loss, so that no logits are kept."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, base: Tensor, head: Tensor, tokens: float) -> Tensor:
+        rows = max(1, (GPU_LOGITS if states.is_cuda else CPU_LOGITS) // (4 * len(head)))
+        gradient = torch.empty_like(states)
+        loss = torch.zeros((), device=states.device)
+        for own, other, out in zip(*(x.split(rows) for x in (states, base, gradient)), strict=True):
+            log_q, log_p = ((x @ head.T).float().log_softmax(-1) for x in (own, other))
+            p = log_p.exp()
+            loss += (p * (log_p - log_q)).sum()
+            out.copy_((log_q.exp_() - p).div_(tokens).to(head.dtype) @ head)
+        ctx.save_for_backward(gradient)
+        return loss / tokens
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * dloss.to(gradient.dtype), None, None, None
+
+
+def plain_divergence(
+    trained: TrainedBackbone,
+    head: Tensor,
+    states: Tensor,
+    texts: Sequence[PredictedText],
+    tokens: float,
+) -> Tensor:
+    """The divergence at the rows of the plain texts. states: as `predicted_states` gives them."""
+    counts = [len(text.places) for text in texts]
+    chosen = np.repeat([text.is_plain for text in texts], counts)
+    if not chosen.any():
+        return states.sum() * 0
+    rows = on_device(np.flatnonzero(chosen), states.device)
+    whole = [text.ids for text in texts if text.is_plain]
+    starts = np.cumsum([0, *map(len, whole)])
+    places = [text.places for text in texts if text.is_plain]
+    told = [start + place - 1 for start, place in zip(starts, places, strict=False)]
+    base = trained.base_states(whole)[on_device(np.concatenate(told), states.device)]
+    return divergence(states[rows], base, head, tokens)
+
+
 def accumulate_prediction(
     trained: TrainedBackbone,
     head: Tensor,
@@ -66,23 +124,32 @@ def accumulate_prediction(
     seed: int,
     part_tokens: int | None,
     weight: float = 1.0,
+    base_weight: float = 0.0,
+    plain_tokens: int = 0,
 ) -> Tensor:
-    """Add the gradients of weight · cross-entropy to what is trained; return the cross-entropy.
+    """Add the gradients of weight · cross-entropy to what is trained, and others to it.
 
     tokens: to tell in the texts of all ranks, by which the sum over these is divided. part_tokens:
-    with gradient at a time; None fits the device.
+    with gradient at a time; None fits the device. base_weight: of the divergence at plain texts,
+    which have plain_tokens to tell on all ranks. Returns this rank's share [2] of both losses.
     """
     parameters = trained.parameters
 
     def backward(part: slice) -> tuple[Tensor, tuple[Tensor, ...]]:
         states, targets = predicted_states(trained, texts[part], seed)
-        loss = cross_entropy(states, head, targets, tokens)
-        return loss.detach(), torch.autograd.grad(loss * weight, parameters)
+        losses = [cross_entropy(states, head, targets, tokens)]
+        total = losses[0] * weight
+        if base_weight:
+            kept = plain_divergence(trained, head, states, texts[part], max(1, plain_tokens))
+            total = total + kept * base_weight
+            losses.append(kept)
+        shares = torch.stack([loss.detach().float() for loss in losses])
+        return shares, torch.autograd.grad(total, parameters)
 
-    total = torch.zeros((), device=trained.backbone.device)
+    total = torch.zeros(2, device=trained.backbone.device)
     lengths = [len(text.ids) for text in texts]
     for loss, gradients in in_parts(lengths, trained.budget, part_tokens, backward):
-        total += loss
+        total[: len(loss)] += loss
         add_gradients(parameters, gradients)
     return total
 
@@ -120,3 +187,21 @@ def evaluate_prediction(
         "loss": sum(value for value, _ in scores),
         "accuracy": sum(count for _, count in scores) / tokens,
     }
+
+
+@torch.no_grad()
+def evaluate_divergence(
+    trained: TrainedBackbone,
+    head: Tensor,
+    texts: Sequence[PredictedText],
+    part_tokens: int | None,
+) -> float:
+    """Mean KL(base‖model) of the next token over plain texts, in nats."""
+    tokens = sum(len(text.places) for text in texts)
+
+    def score(part: slice) -> float:
+        states, _ = predicted_states(trained, texts[part], None)
+        return float(plain_divergence(trained, head, states, texts[part], max(1, tokens)))
+
+    lengths = [len(text.ids) for text in texts]
+    return sum(in_parts(lengths, trained.budget, part_tokens, score))

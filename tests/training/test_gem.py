@@ -1,5 +1,6 @@
 """GEM's steps against plain transformers with a dense mask, and as whole runs."""
 
+import copy
 import math
 import os
 import subprocess
@@ -86,9 +87,9 @@ def adapted(model, lora):
     return leaves
 
 
-def oracle_losses(model, task, examples, special, log_scale):
-    """The two losses, written out from the paper with a dense mask a text."""
-    told, embeddings = [], {"anchor": [], "positive": []}
+def oracle_losses(model, base, task, examples, special, log_scale):
+    """The losses, written out from the paper with a dense mask a text; and how far base is."""
+    told, moved, embeddings = [], [], {"anchor": [], "positive": []}
     for example in examples:
         text = example.text
         states = oracle.states(model, text.ids, special, text.block)
@@ -98,7 +99,14 @@ def oracle_losses(model, task, examples, special, log_scale):
             if first <= row < after or first <= row + 1 < after:
                 continue
             target = torch.tensor(int(text.ids[row + 1]))
-            told.append(torch.nn.functional.cross_entropy(model.lm_head(states[row]), target))
+            logits = model.lm_head(states[row])
+            told.append(torch.nn.functional.cross_entropy(logits, target))
+            if after:
+                continue
+            with torch.no_grad():
+                before = base(torch.from_numpy(text.ids.astype(np.int64))[None]).logits[0, row]
+            log_p, log_q = before.log_softmax(-1), logits.log_softmax(-1)
+            moved.append((log_p.exp() * (log_p - log_q)).sum())
         for name, view in example.match.views().items():
             m = view.needed
             block = len(view.ids) - m, len(view.ids)
@@ -108,7 +116,8 @@ def oracle_losses(model, task, examples, special, log_scale):
     rows = [torch.nn.functional.normalize(torch.stack(x), dim=-1) for x in embeddings.values()]
     scores = log_scale.exp() * rows[0] @ rows[1].T
     contrastive = torch.nn.functional.cross_entropy(scores, torch.arange(len(examples)))
-    return torch.stack(told).mean(), contrastive
+    kept = torch.stack(moved).mean() if moved else torch.zeros(())
+    return torch.stack(told).mean(), contrastive, kept
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
@@ -117,8 +126,9 @@ def oracle_losses(model, task, examples, special, log_scale):
     [
         {"alpha": 0.4},
         {"form": "insert", "pooling": "concat"},
-        {"alpha": 0.0, "n_special": 1},
+        {"alpha": 0.0, "n_special": 1, "base_weight": 0.7},
         {"alpha": 1.0, "plain_probability": 0.0},
+        {"alpha": 1.0, "base_weight": 2.0},
     ],
     ids=str,
 )
@@ -126,6 +136,7 @@ def test_losses_and_gradients_of_a_mixed_batch_are_those_of_transformers(
     tmp_path, family, settings
 ):
     model = save_tiny_model(tmp_path, family)
+    base = copy.deepcopy(model)
     task = make_task(tmp_path, **settings)
     examples = task.examples(0, World())
     blocks = {example.text.block != (0, 0) for example in examples}
@@ -135,12 +146,13 @@ def test_losses_and_gradients_of_a_mixed_batch_are_those_of_transformers(
     leaves = adapted(model, task.lora)
     special = task.parameters.special.detach().clone().requires_grad_()
     log_scale = task.parameters.log_scale.detach().clone().requires_grad_()
-    told, contrastive = oracle_losses(model, task, examples, special, log_scale)
+    told, contrastive, kept = oracle_losses(model, base, task, examples, special, log_scale)
     alpha = task.config.alpha
-    total = (1 - alpha) * told + alpha * contrastive
+    total = (1 - alpha) * told + alpha * contrastive + task.config.base_weight * kept
     total.backward()
 
-    expected = {"total": total, "next_token": told, "contrastive": contrastive}
+    expected = {"total": total, "next_token": told, "contrastive": contrastive, "base": kept}
+    assert ("base" in progress.losses) == bool(task.config.base_weight)
     for name, value in progress.losses.items():
         assert value == pytest.approx(float(expected[name].detach()), rel=1e-5), name
     pairs = {"special": (task.parameters.special.grad, special.grad)}
@@ -242,7 +254,7 @@ def test_the_scale_of_the_cosines_stays_in_its_bounds(tiny_model):
 @pytest.mark.parametrize("form", ["reconstruct", "insert"])
 def test_parts_and_recomputation_change_nothing(tiny_model, form):
     def gradients(**settings):
-        task = make_task(tiny_model, form=form, lora_dropout=0.1, **settings)
+        task = make_task(tiny_model, form=form, lora_dropout=0.1, base_weight=0.5, **settings)
         losses = task.accumulate(task.examples(0, World()), World()).losses
         return losses, [p.grad for p in task.parameters.parameters()]
 
@@ -312,6 +324,7 @@ def test_stopped_and_continued_gives_the_same_bytes(make_config, form):
     rows = read_records(Path(whole.out) / "metrics.jsonl")
     assert [r["step"] for r in rows if "validation/loss" in r] == [2, 4]
     assert all("validation/suffix" in r for r in rows if "validation/loss" in r)
+    assert all(0 < r["validation/base"] < 1 for r in rows if "validation/loss" in r)
     assert f"GEM, 2 special tokens, {form}: 4 steps" in (folder / "README.md").read_text()
     assert read_adapter(folder).base == whole.backbone
     rejected = read_records(Path(whole.out) / "rejected.jsonl")
@@ -349,9 +362,9 @@ def test_killed_and_continued_gives_the_same_bytes(make_config, tmp_path):
 
 def test_two_ranks_give_what_one_gives(make_config, tmp_path):
     """Also the gradient of the scale, which every rank computes whole."""
-    one = make_config("one", lora_dropout=0.1)
+    one = make_config("one", lora_dropout=0.1, base_weight=0.5)
     train(one, show_progress_bar=False)
-    two = make_config("two", lora_dropout=0.1)
+    two = make_config("two", lora_dropout=0.1, base_weight=0.5)
     process = start(two, tmp_path, ranks=2)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
@@ -416,6 +429,7 @@ def test_the_command_line_trains(make_config, tmp_path):
         ({"plain_probability": 1.5}, r"plain_probability must be in \[0, 1\]"),
         ({"alpha": -0.1}, r"alpha must be in \[0, 1\]"),
         ({"drop_rate": 0.0}, "drop_rate must be between 0 and 1"),
+        ({"base_weight": -1.0}, "base_weight must not be negative"),
         ({"alpha_start_step": -1}, "alpha_start_step must not be negative"),
         ({"contrastive_scale": 0.5}, r"contrastive_scale must be in \[1, 100\]"),
         ({"n_special": 0}, "n_special must be positive"),

@@ -200,8 +200,8 @@ class CastLora:
     def __init__(self, lora: Lora, dtype: torch.dtype) -> None:
         self._groups = {}
         with torch.no_grad():
-            downs, ups = (_cast(list(factors), dtype) for factors in (lora.a, lora.b))
-            torch._foreach_mul_(ups, lora.config.scale)
+            downs = _cast(list(lora.a), dtype)
+            ups = _cast(list(lora.b), dtype, lora.config.scale)
         for place, (key, group) in enumerate(lora._groups.items()):
             tensors = lora.a[place], lora.b[place], downs[place], ups[place]
             self._groups[key] = group, tensors
@@ -264,9 +264,9 @@ class _Group:
         return [width for _, width in self.spans]
 
 
-def _cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Copies in `dtype`, views of one tensor."""
-    flat = torch.cat([tensor.flatten() for tensor in tensors]).to(dtype)
+def _cast(tensors: Sequence[Tensor], dtype: torch.dtype, scale: float = 1.0) -> list[Tensor]:
+    """Scaled copies in `dtype`, views of one tensor."""
+    flat = torch.cat([tensor.flatten() for tensor in tensors]).mul_(scale).to(dtype)
     parts = flat.split([tensor.numel() for tensor in tensors])
     return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
 

@@ -26,6 +26,29 @@ def files_of(folder):
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
+def test_every_step_names_files_that_exist(tmp_path):
+    """A dry run takes smaller steps, with other files."""
+    script = """
+import sys
+from pathlib import Path
+
+sys.path.insert(0, "bench")
+import gpu_check
+
+folder = gpu_check.Folder(Path(sys.argv[1]))
+for step in gpu_check.SHARES.keys() - {"build"}:
+    for command in gpu_check.commands(step, folder, dry=False).values():
+        print(*command, sep="\\n")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    files = [line for line in done.stdout.splitlines() if line.endswith(".py")]
+    assert len(files) > 20
+    assert [name for name in files if not (ROOT / name).exists()] == []
+
+
 @pytest.mark.parametrize(
     "steps",
     [

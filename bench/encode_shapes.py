@@ -180,7 +180,6 @@ def measure_shape(shape: str, rounds: int, device: str, profiled: Profiled) -> I
         peak = statistics.median(peaks)
         tokens = sum(map(len, texts)) + SPECIAL * len(texts)
         flops = executed_flops(backbone.config, len(texts), tokens)
-        profiled(f"encode {shape} {name}", lambda texts=texts: runs["gen_fast"](texts))
         for provider, times in seconds.items():
             median = statistics.median(times)
             row = {
@@ -205,6 +204,8 @@ def measure_shape(shape: str, rounds: int, device: str, profiled: Profiled) -> I
                 flush=True,
             )
             yield row
+        # Last: to read a profile takes far longer than the rounds.
+        profiled(f"encode {shape} {name}", lambda texts=texts: runs["gen_fast"](texts))
 
 
 def run_shapes(measure: Callable[[str, int, str, Profiled], Iterator[dict]], about: str) -> None:

@@ -39,7 +39,7 @@ import torch  # noqa: E402
 from measure import machine  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
-ROW_OPS = ("norm", "rope", "swiglu", "append", "pool", "qlinear")
+ROW_OPS = ("norm", "rope", "swiglu", "append", "lora_down", "dropout", "pool", "qlinear")
 # What of a call's time each step may take: its share of what the steps before it left.
 SHARES = {
     "build": 90,

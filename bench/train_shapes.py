@@ -122,7 +122,6 @@ def measure_shape(shape: str, rounds: int, device: str, profiled: Profiled) -> I
     )
     flops = stepper.progress.flops  # of the work that there is, for both
     products = layer_products(backbone.config, 256 if shape == "tiny" else 16384, device)
-    profiled(f"train {shape}", lambda: stepper.step(examples))
     for name, times in seconds.items():
         median = statistics.median(times)
         row = {
@@ -146,6 +145,7 @@ def measure_shape(shape: str, rounds: int, device: str, profiled: Profiled) -> I
             flush=True,
         )
         yield row
+    profiled(f"train {shape}", lambda: stepper.step(examples))  # last: it is slow to read
 
 
 def _finished(step: Callable, examples: list[Example], device: str) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import yaml
 from peft import PeftModel
+from tiny_runs import ADAPTED, losses
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -40,33 +41,16 @@ def make_config(tiny_model, tmp_path):
 
     def make(step, out="run", **settings):
         values = {
+            **ADAPTED,
             "step": step,
             "texts": (str(tmp_path / ("rows.jsonl" if step == "supervised" else "texts.txt")),),
             "out": str(tmp_path / out),
             "backbone": str(tiny_model),
-            "dtype": "float32",
-            "device": "cpu",
-            "max_length": 24,
-            "lora_rank": 4,
-            "batch_size": 6,
-            "steps": 4,
-            "schedule_steps": 20,
             "warmup_steps": 0,
-            "learning_rate": 1e-3,
-            "validation_rows": 8,
-            "validate_every": 2,
-            "checkpoint_every": 1,
-            "log_every": 1,
-            "report_to": (),
         }
         return LLM2VecConfig(**(values | settings))
 
     return make
-
-
-def losses(config):
-    rows = read_records(Path(config.out) / "metrics.jsonl")
-    return {row["step"]: row["loss/total"] for row in rows if "loss/total" in row}
 
 
 def adapter_bytes(config):

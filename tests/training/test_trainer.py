@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from tiny_runs import losses
 
 import gen_fast
 from gen_fast.testing import save_tiny_model
@@ -22,11 +23,6 @@ from gen_fast.training.llm2vec_gen import train
 from gen_fast.training.records import read_records
 
 SCRIPT = Path(__file__).parents[2] / "training" / "train.py"
-
-
-def losses(config):
-    rows = read_records(Path(config.out) / "metrics.jsonl")
-    return {row["step"]: row["loss/total"] for row in rows if "loss/total" in row}
 
 
 def adapter_bytes(config):

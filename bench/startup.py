@@ -4,23 +4,31 @@
 
 start: `gen_fast.load(...)` and one text, in a new process with a warm cache, against a process that
 imports torch and copies the model's tensors out of its files, taking turns. truncation: 1 MB of
-text against the part of it that its first 512 tokens spell, in one process, taking turns.
+text against the part of it that its first 512 tokens spell, in one process, taking turns. identity:
+what says which model this is, with its files off the page cache and never seen, against the same
+when they are known, and against a sha256 of the files' bytes.
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from unittest.mock import patch
 
 from measure import machine
 
 from gen_fast.embed.loading import load
+from gen_fast.io.durable import file_sha256
 from gen_fast.model.device import resolve_dtype
 from gen_fast.model.sources import resolve
 from gen_fast.model.tokenizing import TextTokenizer, load_tokenizer
+from gen_fast.model.weights import read_fingerprint
 
 MODEL = "smollm2-135m"
 FIRST_VECTOR = f"import gen_fast; gen_fast.load({MODEL!r}).encode('one text')"
@@ -42,9 +50,7 @@ TOKENS = 512
 
 def seconds(*command: str) -> float:
     """Wall-clock seconds of a new process."""
-    start = time.perf_counter()
-    subprocess.run([sys.executable, "-c", *command], check=True)
-    return time.perf_counter() - start
+    return timed(lambda: subprocess.run([sys.executable, "-c", *command], check=True))
 
 
 def start(rounds: int) -> dict:
@@ -87,6 +93,44 @@ def truncation(name: str, sample: str, rounds: int) -> dict:
     }
 
 
+def identity(rounds: int) -> list[dict]:
+    """The fingerprint of a model that was never seen, and of one that was."""
+    directory = resolve(MODEL)
+    files = sorted(directory.glob("*.safetensors"))
+    unseen, known, hashed = [], [], []
+    for _ in range(rounds):
+        with tempfile.TemporaryDirectory() as cache, patch.dict(os.environ, GEN_FAST_CACHE=cache):
+            off_the_page_cache(files)
+            unseen.append(timed(lambda: read_fingerprint(directory)))
+            known.append(timed(lambda: read_fingerprint(directory)))
+        off_the_page_cache(files)
+        hashed.append(timed(lambda: [file_sha256(file) for file in files]))
+    megabytes = sum(file.stat().st_size for file in files) / 1e6
+    return [
+        {
+            "case": f"identity, {megabytes:.0f} MB {name}",
+            "seconds": statistics.median(times),
+            "least_seconds": statistics.median(hashed),
+            "ratio": statistics.median(a / b for a, b in zip(times, hashed, strict=True)),
+        }
+        for name, times in (("never seen", unseen), ("known", known))
+    ]
+
+
+def timed(run: Callable[[], object]) -> float:
+    """Wall-clock seconds of a call."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def off_the_page_cache(files: Sequence[Path]) -> None:
+    """Have files read from the disk the next time."""
+    for file in files:
+        with file.open("rb") as opened:
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
@@ -94,7 +138,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     rows = [truncation(name, sample, args.rounds) for name, sample in SAMPLES.items()]
-    rows.append(start(args.rounds))
+    rows += [start(args.rounds), *identity(args.rounds)]
     for row in rows:
         print(
             f"{row['case']}: {row['seconds']:.4f} s, at least {row['least_seconds']:.4f} s, "

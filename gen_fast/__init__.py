@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from gen_fast.errors import (
         AdapterError,
         BackboneMismatchError,
+        CacheError,
         CheckpointError,
         ConfigError,
         CorpusError,
@@ -56,6 +57,7 @@ _HOME = {
     "load": "embed.loading",
     "AdapterError": "errors",
     "BackboneMismatchError": "errors",
+    "CacheError": "errors",
     "CheckpointError": "errors",
     "ConfigError": "errors",
     "CorpusError": "errors",
@@ -96,6 +98,7 @@ __all__ = [  # noqa: RUF022 - what people look for first stands first
     "NonFiniteError",
     "ModelNotFoundError",
     "UnsupportedModelError",
+    "CacheError",
     "WeightsError",
     "AdapterError",
     "BackboneMismatchError",

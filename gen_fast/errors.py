@@ -41,6 +41,10 @@ class UnsupportedModelError(GenFastError, ValueError):
     """The model is readable, but asks for something the backbone does not compute."""
 
 
+class CacheError(GenFastError, OSError):
+    """What belongs into the cache of converted models cannot be written there."""
+
+
 class WeightsError(GenFastError, ValueError):
     """A weight file is damaged, or a tensor is missing, misshapen or unexpected."""
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gen_fast.io.checksums import CHECKSUMS
+
 # An implementation may err twice as much as the reference in its own dtype, plus this.
 TOLERANCE = {torch.float32: 5e-4, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 
@@ -129,8 +131,14 @@ def byte_tokenizer() -> Any:
     return tokenizer
 
 
+def forget_checksums(directory: Path) -> None:
+    """Leave a directory as one of another writer's: no file of it is known to be changed."""
+    (directory / CHECKSUMS).unlink(missing_ok=True)
+
+
 def edit_config(directory: Path, **changes: Any) -> None:
-    """Change keys of a model's config.json; None deletes a key."""
+    """Change keys of a model's config.json, on purpose; None deletes a key."""
+    forget_checksums(directory)
     path = directory / "config.json"
     values = {**json.loads(path.read_text()), **changes}
     path.write_text(json.dumps({k: v for k, v in values.items() if v is not None}))

@@ -18,12 +18,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gen_fast.errors import AdapterError, CheckpointError, WeightsError
+from gen_fast.io.checksums import damage, record_all
 from gen_fast.io.durable import sync
 from gen_fast.model.weights import read_json
 
 logger = logging.getLogger(__name__)
 
-FORMAT = "gen_fast.checkpoint/1"
+FORMAT = "gen_fast.checkpoint/2"
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ def save_checkpoint(
             ],
         }
         (temporary / "state.json").write_text(json.dumps(state) + "\n")
+        record_all(temporary)
         for path in sorted(temporary.rglob("*")):
             sync(path)
         sync(temporary)
@@ -101,6 +103,9 @@ def load_checkpoint(
 
     Raises CheckpointError if it is damaged, or belongs to other settings, data or backbone.
     """
+    wrong = damage(path)
+    if wrong is not None:
+        raise _damaged(path, wrong)
     try:
         state = read_json(path / "state.json")
         tensors = load_file(path / "optimizer.safetensors")
@@ -113,10 +118,15 @@ def load_checkpoint(
         raise CheckpointError(f"{path} has format {saved_format!r}, expected {FORMAT!r}")
     # The hash of the data last: what else differs says more.
     for key in sorted({*saved_identity, *identity}, key=lambda key: (key == "data", key)):
-        if saved_identity.get(key) != identity.get(key):
+        saved, now = saved_identity.get(key), identity.get(key)
+        if saved != now:
+            if isinstance(saved, dict) and isinstance(now, dict):
+                parts = [part for part in {**saved, **now} if saved.get(part) != now.get(part)]
+                key = f"{key}, {parts[0]}"
+                saved, now = saved.get(parts[0]), now.get(parts[0])
             raise CheckpointError(
-                f"{path} was trained with {key} = {saved_identity.get(key)!r}, this run has "
-                f"{identity.get(key)!r}: use the same settings, or another out directory"
+                f"{path} was trained with {key} = {saved!r}, this run has {now!r}: use the same "
+                "settings, or another out directory"
             )
     try:
         read_adapter(path / "adapter")
@@ -127,8 +137,8 @@ def load_checkpoint(
     return Checkpoint(step, optimizer, saved_identity, counters)
 
 
-def _damaged(path: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(f"{path} is damaged: {error}; delete it to use the one before")
+def _damaged(path: Path, why: object) -> CheckpointError:
+    return CheckpointError(f"{path} is damaged: {why}; delete it to use the one before")
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -209,8 +209,8 @@ class GEMTask(LoraTask):
         """See Task."""
         own = self.parameters
         tokens = SpecialTokens(own.special, float(own.log_scale.detach()), self.config.encoding)
-        write_special(folder, tokens)
         super().save(folder)
+        write_special(folder, tokens)
 
     def restore(self, folder: Path) -> None:
         """See Task."""

@@ -24,8 +24,8 @@ def info(
     import torch
 
     from gen_fast import ops
+    from gen_fast.io.cache import cache_directory
     from gen_fast.model.device import resolve_dtype
-    from gen_fast.model.sources import cache_directory
 
     where = options.checked_device(device)
     computed_in = resolve_dtype(dtype, where)

@@ -18,13 +18,16 @@ from torch import Tensor
 
 from gen_fast.errors import AdapterError, BackboneMismatchError, WeightsError
 from gen_fast.formats.model_card import with_results
+from gen_fast.io.checksums import problem, record
 from gen_fast.io.durable import as_readable_as_others, file_sha256
+from gen_fast.model.fingerprint import Fingerprint, described, differences
 from gen_fast.model.weights import read_json
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
 FORMAT = "gen_fast.adapter/1"
+_FILES = ("config.json", "adapter.safetensors")
 DEFAULT_PROMPTS = {
     "query": "Generate a passage that best answers this question: ",
     "document": "Summarize the following passage: ",
@@ -38,7 +41,7 @@ class Adapter:
     special [k, h]: embeddings of the thought tokens, then of the compression tokens.
     reconstruction, alignment: (weight, bias) of R [h, h] and A [d, h]; None where the checkpoint
     was trained without that projection.
-    backbone: Hub id or path of the backbone; fingerprint: see weights.backbone_fingerprint, empty
+    backbone: Hub id or path of the backbone; fingerprint: see gen_fast.model.fingerprint, empty
     if the checkpoint carries none.
     """
 
@@ -48,7 +51,7 @@ class Adapter:
     reconstruction: tuple[Tensor, Tensor] | None
     alignment: tuple[Tensor, Tensor] | None
     backbone_revision: str | None = None
-    fingerprint: Mapping[str, str | int | float] = field(default_factory=dict)
+    fingerprint: Fingerprint = field(default_factory=dict)
     prompts: Mapping[str, str] = field(default_factory=lambda: dict(DEFAULT_PROMPTS))
     max_length: int = 512
 
@@ -102,7 +105,7 @@ class Adapter:
                 named[f"{name}.weight"], named[f"{name}.bias"] = pair
         return named
 
-    def check_backbone(self, actual: Mapping[str, str | int | float]) -> None:
+    def check_backbone(self, actual: Fingerprint) -> None:
         """Raise BackboneMismatchError, saying what differs, unless the fingerprints agree."""
         h = actual["hidden_size"]
         if self.special.shape[1] != h:
@@ -110,18 +113,14 @@ class Adapter:
                 f"the adapter was trained for hidden size {self.special.shape[1]}, "
                 f"this backbone has {h}"
             )
-        differences = [
-            f"{key} {expected!r} (adapter) vs {actual.get(key)!r} (backbone)"
-            for key, expected in self.fingerprint.items()
-            if actual.get(key) != expected
-        ]
-        if differences:
+        found = differences(self.fingerprint, actual)
+        if found:
             raise BackboneMismatchError(
                 f"the adapter was trained for backbone {self.backbone!r}, and this one differs in "
-                + ", ".join(differences)
+                f"{described(found, self.fingerprint, actual)}"
             )
 
-    def with_fingerprint(self, fingerprint: Mapping[str, str | int | float]) -> "Adapter":
+    def with_fingerprint(self, fingerprint: Fingerprint) -> "Adapter":
         """A copy that records the backbone it was checked against."""
         return replace(self, fingerprint=dict(fingerprint))
 
@@ -160,6 +159,7 @@ class Adapter:
             "prompts": dict(self.prompts),
         }
         (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        record(directory, {name: file_sha256(directory / name) for name in _FILES})
         card = with_results(_model_card(self), Path(self.backbone).name, evaluation)
         (directory / "README.md").write_text(card, encoding="utf-8")
 
@@ -204,6 +204,8 @@ class Adapter:
                 f"{directory}/config.json has format {config.get('format')!r}, expected {FORMAT!r}"
             )
         path = directory / "adapter.safetensors"
+        if wrong := problem(directory, *_FILES):
+            raise AdapterError(wrong)
         try:
             tensors = load_file(path)
         except FileNotFoundError as error:

@@ -22,6 +22,7 @@ from gen_fast.formats.gem import SpecialTokens
 from gen_fast.formats.sentence_export import SentenceModules
 from gen_fast.model.backbone import Backbone
 from gen_fast.model.batch import PackedBatch
+from gen_fast.model.fingerprint import Fingerprint
 from gen_fast.model.tokenizing import Tokenizer
 from gen_fast.ops.norm import rms_norm
 
@@ -39,7 +40,7 @@ class GEMMethod(Method):
             self.dimension = tokens.special.numel()
         self._first_id = 0  # of the special tokens: the backbone's vocabulary, once it is bound
 
-    def check_backbone(self, fingerprint: Mapping[str, str | int | float]) -> None:
+    def check_backbone(self, fingerprint: Fingerprint) -> None:
         """See Method. What the adapter was trained over is checked where it is read."""
         width = self._tokens.special.shape[1]
         if width != fingerprint["hidden_size"]:

@@ -34,6 +34,7 @@ from gen_fast.formats.sentence_modules import Pooling
 from gen_fast.formats.sentence_transformers import SentenceModel
 from gen_fast.model.backbone import Backbone
 from gen_fast.model.batch import PackedBatch, on_device
+from gen_fast.model.fingerprint import Fingerprint
 from gen_fast.model.generation import AnswerGenerator
 from gen_fast.model.sampling import Sampling
 from gen_fast.model.tokenizing import (
@@ -79,7 +80,7 @@ class Method(ABC):
         self.name = name
 
     def check_backbone(  # noqa: B027 - most fit any
-        self, fingerprint: Mapping[str, str | int | float]
+        self, fingerprint: Fingerprint
     ) -> None:
         """Raise BackboneMismatchError if the method was made for another backbone."""
 
@@ -132,9 +133,7 @@ class Method(ABC):
         """What decides an embedding besides name, prompts, backbone and tokenizer, as JSON."""
         return {"adapter": None, "max_length": None}
 
-    def whole_identity(
-        self, fingerprint: Mapping[str, str | int | float], tokenizer: Tokenizer
-    ) -> dict[str, Any]:
+    def whole_identity(self, fingerprint: Fingerprint, tokenizer: Tokenizer) -> dict[str, Any]:
         """What decides an embedding with a backbone of this fingerprint, as JSON."""
         return {
             "method": self.name,
@@ -284,7 +283,7 @@ class LLM2VecGen(Method):
         self.dimension = adapter.dimension
         self._first_id = 0  # of the special tokens: the backbone's vocabulary, once it is bound
 
-    def check_backbone(self, fingerprint: Mapping[str, str | int | float]) -> None:
+    def check_backbone(self, fingerprint: Fingerprint) -> None:
         """See Method."""
         self.adapter.check_backbone(fingerprint)
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import yaml
 
 from gen_fast.errors import CorpusError
-from gen_fast.model.sources import cache_directory
+from gen_fast.io.cache import cache_directory
 
 # Lists of questions in plain English; the others are pictures, abbreviations or game statistics.
 _TRIVIA_TOPICS = (

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from gen_fast.errors import AdapterError, UnsupportedModelError, WeightsError
 from gen_fast.formats.peft import is_adapter
-from gen_fast.io.durable import as_readable_as_others, replacing, write_whole
+from gen_fast.io.checksums import problem, record
+from gen_fast.io.durable import as_readable_as_others, file_sha256, replacing, write_whole
 from gen_fast.model.weights import read_json
 
 SETTINGS = "gem.json"
@@ -61,6 +62,8 @@ def read_special(directory: str | Path) -> SpecialTokens:
     """
     directory = Path(directory)
     settings = _settings(directory / SETTINGS)
+    if wrong := problem(directory, SETTINGS, TENSORS):
+        raise AdapterError(wrong)
     if not is_adapter(directory):
         raise AdapterError(f"{directory} has {SETTINGS} without the adapter that it belongs to")
     path = directory / TENSORS
@@ -84,7 +87,7 @@ def read_special(directory: str | Path) -> SpecialTokens:
 
 
 def write_special(directory: str | Path, tokens: SpecialTokens) -> None:
-    """Write what lies beside an adapter, of which `write_adapter` writes the rest."""
+    """Write what lies beside an adapter, of which `write_adapter` has written the rest."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {
@@ -95,6 +98,7 @@ def write_special(directory: str | Path, tokens: SpecialTokens) -> None:
         save_file(tensors, path)
     values = {"format": FORMAT, **asdict(tokens.settings)}
     write_whole(directory / SETTINGS, json.dumps(values, indent=2) + "\n")
+    record(directory, {name: file_sha256(directory / name) for name in (TENSORS, SETTINGS)})
 
 
 def _settings(path: Path) -> Settings:

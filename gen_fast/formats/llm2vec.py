@@ -28,7 +28,8 @@ from gen_fast.formats.peft import (
     read_auto_class,
     read_base,
 )
-from gen_fast.io.durable import write_whole
+from gen_fast.io.checksums import problem, record
+from gen_fast.io.durable import file_sha256, write_whole
 from gen_fast.model.config import LLM2VEC_CLASSES, parse_config
 from gen_fast.model.lora import LoraWeights
 from gen_fast.model.sources import is_hub_id, resolve
@@ -138,6 +139,8 @@ def read_settings(directory: Path) -> Settings:
     path = directory / SETTINGS
     if not path.is_file():
         return Settings()
+    if wrong := problem(directory, SETTINGS):
+        raise AdapterError(wrong)
     try:
         values = read_json(path)
     except WeightsError as error:
@@ -167,7 +170,9 @@ def write_settings(directory: str | Path, settings: Settings) -> None:
     """
     values = asdict(settings)
     values["doc_max_length"] = settings.doc_max_length or settings.max_length
-    write_whole(Path(directory) / SETTINGS, json.dumps(values, indent=4) + "\n")
+    path = Path(directory) / SETTINGS
+    write_whole(path, json.dumps(values, indent=4) + "\n")
+    record(path.parent, {SETTINGS: file_sha256(path)})
 
 
 def wrapper_of(model_name: str, family: str, pooling_mode: str) -> Wrapper:

@@ -4,6 +4,7 @@ A key that changes the computation and is not supported is an error that names i
 are read are a closed list. Source: peft 0.21, LoraConfig and save_pretrained.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,7 +23,9 @@ from gen_fast.errors import (
     UnsupportedModelError,
     WeightsError,
 )
-from gen_fast.io.durable import as_readable_as_others, replacing, write_whole
+from gen_fast.io.checksums import CHECKSUMS, problem, record
+from gen_fast.io.durable import as_readable_as_others, file_sha256, replacing, write_whole
+from gen_fast.model.fingerprint import Fingerprint, described, differences
 from gen_fast.model.lora import MODULES, Factors, LoraConfig, LoraWeights
 from gen_fast.model.sources import is_hub_id
 from gen_fast.model.weights import read_json
@@ -62,8 +65,6 @@ _OFF: dict[str, tuple[Any, ...]] = {
 # In front of "layers.3.…": a causal language model holds the decoder as `model`.
 _ROOTS = ("base_model.model.model.", "base_model.model.")
 
-Fingerprint = Mapping[str, str | int | float]
-
 
 @dataclass(frozen=True)
 class PeftAdapter:
@@ -80,15 +81,13 @@ class PeftAdapter:
 
     def check_fingerprint(self, actual: Fingerprint) -> None:
         """Raise BackboneMismatchError if it was trained over weights of another fingerprint."""
-        if not self.fingerprint:
-            return
-        # In either: what is merged below may be all that differs.
-        for key in sorted({*self.fingerprint, *actual}):
-            if actual.get(key) != self.fingerprint.get(key):
-                raise BackboneMismatchError(
-                    f"the adapter was trained over weights with {key} = "
-                    f"{self.fingerprint.get(key)!r}, these have {actual.get(key)!r}"
-                )
+        recorded = self.fingerprint or {}
+        found = differences(recorded, actual)
+        if found:
+            raise BackboneMismatchError(
+                "the adapter was trained over other weights than these: they differ in "
+                f"{described(found, recorded, actual)}"
+            )
 
 
 def is_adapter(directory: Path) -> bool:
@@ -115,6 +114,8 @@ def read_adapter(directory: str | Path) -> PeftAdapter:
     """
     directory = Path(directory)
     values = _object(directory / CONFIG)
+    if wrong := problem(directory, CONFIG, TENSORS, TRAINED_OVER):
+        raise AdapterError(wrong)
     config = _lora_config(values, directory / CONFIG)
     factors = _factors(_tensors(directory), config, directory / TENSORS)
     base, revision = _base(values)
@@ -137,6 +138,7 @@ def write_adapter(
     adapter's directory; fingerprint: of that model's weights, kept in a file of ours. causal_lm:
     the adapter is for an AutoModelForCausalLM; otherwise for the decoder alone, an AutoModel.
     tags: of the model card. The config is written last, so that a directory with one is whole.
+    What belongs to the adapter and is no part of it, such as settings, is written afterwards.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -164,12 +166,16 @@ def write_adapter(
         "inference_mode": True,
     }
     (directory / CONFIG).unlink(missing_ok=True)
+    (directory / CHECKSUMS).unlink(missing_ok=True)
     with replacing(directory / TENSORS) as path, as_readable_as_others(path):
         save_file(tensors, path, {"format": "pt"})
     over = {"format": FORMAT, "backbone": {"fingerprint": fingerprint and dict(fingerprint)}}
     write_whole(directory / TRAINED_OVER, json.dumps(over, indent=2) + "\n")
     write_whole(directory / "README.md", _model_card(base, config, tags))
-    write_whole(directory / CONFIG, json.dumps(values, indent=2) + "\n")
+    text = json.dumps(values, indent=2) + "\n"
+    checksums = {name: file_sha256(directory / name) for name in (TENSORS, TRAINED_OVER)}
+    record(directory, {**checksums, CONFIG: hashlib.sha256(text.encode()).hexdigest()})
+    write_whole(directory / CONFIG, text)
 
 
 def _object(path: Path) -> dict[str, Any]:

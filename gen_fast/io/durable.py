@@ -28,7 +28,7 @@ def replacing(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_directory(target: Path) -> Iterator[Path]:
-    """Give a temporary directory to fill; on success it is renamed to `target`.
+    """Give a temporary directory to fill; on success it is synced and renamed to `target`.
 
     The target may be there already if it is empty. After an error the temporary one is gone.
     """
@@ -36,7 +36,11 @@ def new_directory(target: Path) -> Iterator[Path]:
     temporary.mkdir(parents=True)
     try:
         yield temporary
+        for path in temporary.rglob("*"):
+            sync(path)
+        sync(temporary)
         os.replace(temporary, target)
+        sync(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

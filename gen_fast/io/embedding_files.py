@@ -35,7 +35,7 @@ class EmbeddingMetadata:
     dimension: of the embeddings; model_dimension: of the model, larger if they were truncated.
     dtype: what the backbone computed in; embeddings are always stored as float32.
     backbone: given for an adapter by hand, else empty.
-    fingerprint: of the backbone's weights, see weights.backbone_fingerprint; empty if unknown.
+    fingerprint: of the backbone's weights, see gen_fast.model.fingerprint; empty if unknown.
     """
 
     model: str

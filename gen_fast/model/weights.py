@@ -3,8 +3,6 @@
 A missing tensor, a misshapen one or one nobody reads is an error that names it.
 """
 
-import hashlib
-import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,8 +14,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gen_fast.errors import WeightsError
+from gen_fast.io.cache import remembered, state_of
+from gen_fast.io.json_files import read_json_object
 from gen_fast.model.backbone import Backbone, LayerWeights
 from gen_fast.model.config import BackboneConfig, parse_config
+from gen_fast.model.fingerprint import Digests, digests_of, fingerprint, samples
 from gen_fast.model.lora import LoraWeights
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,16 @@ class TensorFiles:
         """Names of the tensors that a backbone without its head consists of."""
         unused = ("lm_head.weight", *_UNUSED_SUFFIXES)
         return [name for name in self.where if not name.endswith(unused)]
+
+    def digests(self) -> dict[str, Digests]:
+        """The digests of all tensors that count, as they are stored, without the adapters."""
+        holders = {id(holder): holder for holder, _ in self.where.values()}
+        found = {key: holder.digests() for key, holder in holders.items()}
+        return {
+            name: found[id(holder)][stored_name]
+            for name, (holder, stored_name) in self.where.items()
+            if not name.endswith(_UNUSED_SUFFIXES)
+        }
 
     def stored(self, name: str) -> Tensor:
         """A tensor as it is in its file. Raises WeightsError if it is missing or damaged."""
@@ -85,8 +96,8 @@ def find_tensors(directory: Path) -> TensorFiles:
     index = directory / "model.safetensors.index.json"
     if index.is_file():
         try:
-            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (KeyError, ValueError, AttributeError) as error:
+            shards = sorted(set(read_json(index)["weight_map"].values()))
+        except (KeyError, TypeError, AttributeError) as error:
             raise WeightsError(f"{index} is not a shard index: {error}") from error
     elif (directory / "model.safetensors").is_file():
         shards = ["model.safetensors"]
@@ -145,8 +156,7 @@ def read_fingerprint(
     directory = Path(directory)
     config = parse_config(read_json(directory / "config.json"), bidirectional=bidirectional)
     files = _merged(directory, config, adapters)
-    embedding = files.get("embed_tokens.weight", (config.vocab_size, config.hidden_size))
-    return backbone_fingerprint(config, embedding, files)
+    return _fingerprint(config, files)
 
 
 def backbone_from_tensors(
@@ -183,7 +193,7 @@ class _Shard:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._state = self._look()
+        self._state = state_of(path)
 
     def names(self) -> list[str]:
         with safe_open(self._path, "pt") as file:
@@ -192,13 +202,24 @@ class _Shard:
     def get_tensor(self, name: str) -> Tensor:
         with safe_open(self._path, "pt") as file:
             tensor: Tensor = file.get_tensor(name)
-        if self._look() != self._state:
-            raise WeightsError(f"{self._path} has changed while it was read")
+        self._check_unchanged()
         return tensor
 
-    def _look(self) -> tuple[int, ...]:
-        state = self._path.stat()
-        return state.st_ino, state.st_size, state.st_mtime_ns
+    def digests(self) -> dict[str, Digests]:
+        """Of all tensors; computed again only if the file has changed since the last time."""
+        try:
+            found = remembered(self._path, "tensors", self._compute_digests)
+        except (SafetensorError, OSError) as error:
+            raise WeightsError(f"{self._path} cannot be read: {error}") from error
+        self._check_unchanged()
+        return {name: (rounded, stored) for name, (rounded, stored) in found.items()}
+
+    def _compute_digests(self) -> dict[str, Digests]:
+        return digests_of((name, self.get_tensor(name)) for name in self.names())
+
+    def _check_unchanged(self) -> None:
+        if state_of(self._path) != self._state:
+            raise WeightsError(f"{self._path} has changed while it was read")
 
 
 class _Tensors:
@@ -209,6 +230,9 @@ class _Tensors:
 
     def get_tensor(self, name: str) -> Tensor:
         return self._tensors[name]
+
+    def digests(self) -> dict[str, Digests]:
+        return digests_of(self._tensors.items())
 
 
 def _build(
@@ -227,9 +251,7 @@ def _build(
         # At once, while the layer is in the caches, and so that no more is in memory twice.
         layers.append(layer.packed() if packed else layer)
     final_norm = files.load("norm.weight", (config.hidden_size,), dtype, device)
-    # Of the stored embedding, which float16 would have rounded otherwise.
-    fingerprint = backbone_fingerprint(config, files.get("embed_tokens.weight", shape), files)
-    return Backbone(config, embedding, tuple(layers), final_norm, fingerprint)
+    return Backbone(config, embedding, tuple(layers), final_norm, _fingerprint(config, files))
 
 
 def _load_layer(
@@ -290,43 +312,13 @@ def _refuse_unexpected(files: TensorFiles, config: BackboneConfig) -> None:
         )
 
 
-def backbone_fingerprint(
-    config: BackboneConfig, embedding: Tensor, files: TensorFiles
-) -> dict[str, str | int | float]:
-    """Identify a set of weights, whatever dtype or sharding it is stored in.
-
-    Sizes, and hashes over samples of the embedding and of the middle and last layer, rounded to
-    bfloat16 so that a bfloat16 copy of float32 weights has the same fingerprint.
-    """
-    h, last = config.hidden_size, config.num_layers - 1
-    step = max(1, config.vocab_size // 64)
-    layer_samples = [
-        files.get(f"layers.{i}.mlp.down_proj.weight", (h, config.intermediate_size))[:, :8]
-        for i in (last // 2, last)
-    ]
-    fingerprint: dict[str, str | int | float] = {
-        "family": config.family,
-        "vocab_size": config.vocab_size,
-        "hidden_size": h,
-        "num_layers": config.num_layers,
-        "num_heads": config.num_heads,
-        "num_kv_heads": config.num_kv_heads,
-        "rope_theta": config.rope_theta,
-        "embedding_sha256": _sample_hash([embedding[::step]]),
-        "layers_sha256": _sample_hash(layer_samples),
+def _fingerprint(config: BackboneConfig, files: TensorFiles) -> dict[str, str | int | float]:
+    # After the adapters' own factors no more need be said of what they make of the weights.
+    merged = [adapter.sha256() for adapter in files.adapters]
+    return {
+        **fingerprint(config, files.digests(), merged),
+        **samples(config, files.get),
     }
-    if files.adapters:
-        # They may update none of what is sampled.
-        fingerprint["adapters_sha256"] = " ".join(a.sha256() for a in files.adapters)
-    return fingerprint
-
-
-def _sample_hash(samples: list[Tensor]) -> str:
-    digest = hashlib.sha256()
-    for sample in samples:
-        rounded = sample.detach().cpu().to(torch.bfloat16).contiguous().view(torch.int16)
-        digest.update(rounded.numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def load_head(directory: str | Path, backbone: Backbone) -> Tensor:
@@ -339,13 +331,12 @@ def load_head(directory: str | Path, backbone: Backbone) -> Tensor:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object. Raises WeightsError if it is missing or damaged."""
+    """Read a JSON object. Raises WeightsError if it is missing, damaged or cannot be read."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return read_json_object(path)
     except FileNotFoundError as error:
         raise WeightsError(f"{path} is missing") from error
-    except (ValueError, UnicodeDecodeError) as error:
-        raise WeightsError(f"{path} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise WeightsError(f"{path} holds {type(value).__name__}, not an object")
-    return value
+    except ValueError as error:
+        raise WeightsError(str(error)) from error
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be read: {error.strerror}") from error

@@ -9,6 +9,7 @@ from gen_fast.embed.encoder import Encoder
 from gen_fast.errors import InputError
 from gen_fast.io.embedding_files import Embeddings
 from gen_fast.io.vectors import unit
+from gen_fast.model.fingerprint import described, differences
 
 
 @dataclass(frozen=True)
@@ -60,19 +61,16 @@ def check_same_model(source: str | Path, corpus: Embeddings, encoder: Encoder) -
     metadata = corpus.metadata
     actual = encoder.backbone.fingerprint
     expected = metadata.fingerprint if metadata else {}
-    differences = [
-        f"{key} {value!r} (file) vs {actual.get(key)!r} (model)"
-        for key, value in expected.items()
-        if actual.get(key) != value
-    ]
+    found = differences(expected, actual)
+    wrong = [described(found, expected, actual)] if found else []
     dimension = metadata.model_dimension if metadata else corpus.vectors.shape[1]
     if encoder.dimension != dimension:
-        differences.append(f"dimension {dimension} (file) vs {encoder.dimension} (model)")
-    if differences:
+        wrong.append(f"dimension: {dimension}, now {encoder.dimension}")
+    if wrong:
         origin = f" {metadata.model}" if metadata else " another model"
         raise InputError(
             f"{source}: made with{origin}, and {encoder.name} is not the same model: it differs "
-            f"in {', '.join(differences)}"
+            f"in {', '.join(wrong)}"
         )
 
 

@@ -1,6 +1,5 @@
 """Adapters of ours: saved, loaded, damaged, misapplied."""
 
-import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +11,12 @@ from huggingface_hub import EvalResult, ModelCard
 
 import gen_fast
 from gen_fast.embed.adapter import Adapter
-from gen_fast.testing import save_tiny_adapter, save_tiny_model
+from gen_fast.testing import (
+    edit_config,
+    forget_checksums,
+    save_tiny_adapter,
+    save_tiny_model,
+)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +40,8 @@ def test_round_trip(saved):
     assert adapter.prompts == {"query": "Q: "}
     for name, tensor in adapter.tensors().items():
         assert torch.equal(tensor, again.tensors()[name])
-    assert {p.name for p in saved.iterdir()} == {"adapter.safetensors", "config.json", "README.md"}
+    names = {"adapter.safetensors", "config.json", "README.md", "checksums.json"}
+    assert {path.name for path in saved.iterdir()} == names
 
 
 def test_projection_is_the_composition():
@@ -69,6 +74,7 @@ def test_truncated_file(directory):
 
 def test_pickle_in_place_of_safetensors(directory):
     torch.save({"special_tokens": torch.zeros(5, 48)}, directory / "adapter.safetensors")
+    forget_checksums(directory)
     with pytest.raises(gen_fast.AdapterError, match="not a safetensors file"):
         gen_fast.load(directory)
 
@@ -82,9 +88,7 @@ def test_missing_file(directory, missing):
 
 @pytest.mark.parametrize("key", ["backbone", "n_compression", "prompts", "sha256"])
 def test_missing_config_key(directory, key):
-    config = json.loads((directory / "config.json").read_text())
-    del config[key]
-    (directory / "config.json").write_text(json.dumps(config))
+    edit_config(directory, **{key: None})
     with pytest.raises(gen_fast.AdapterError, match=key):
         gen_fast.load(directory)
 
@@ -99,8 +103,7 @@ def test_a_missing_or_damaged_config_is_an_adapter_error(directory, content):
 
 @pytest.mark.parametrize(("key", "value"), [("backbone", 3), ("n_compression", "three")])
 def test_a_config_value_of_the_wrong_type_is_named(directory, key, value):
-    config = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps({**config, key: value}))
+    edit_config(directory, **{key: value})
     with pytest.raises(gen_fast.AdapterError, match="wrong type"):
         Adapter.load(directory)
 

@@ -22,7 +22,7 @@ from gen_fast.model.batch import PackedBatch
 from gen_fast.model.lora import Lora, LoraConfig
 from gen_fast.model.weights import load_backbone, read_fingerprint
 from gen_fast.ops.norm import rms_norm
-from gen_fast.testing import edit_config, save_tiny_model
+from gen_fast.testing import edit_config, forget_checksums, save_tiny_model
 
 TEXTS = ["the cat in a hat", "another"]
 
@@ -37,6 +37,7 @@ def save_adapter(directory: Path, backbone: Path, base: str, *, seed: int = 0, *
     write_adapter(directory, lora.weights(), base=base, causal_lm=False, **options)
     if not options:
         (directory / "gen_fast.json").unlink()  # as PEFT leaves it
+        forget_checksums(directory)
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +124,7 @@ def test_a_missing_link_is_named(chain):
 def edit_adapter(directory: Path, **changes) -> None:
     path = directory / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    forget_checksums(directory)
 
 
 def test_a_record_may_name_the_adapter_below(chain):
@@ -157,6 +159,9 @@ def test_ours_say_which_weights_they_were_trained_over(chain):
     save_adapter(ours, base, str(chain / "base-mntp"), fingerprint=over)
     assert adapters(ours) == 2
     (ours / "gen_fast.json").write_text('{"format": "gen_fast.lora/1", "backbone": {}}')
+    with pytest.raises(gen_fast.AdapterError, match=r"gen_fast.json is damaged or was changed"):
+        adapters(ours)
+    forget_checksums(ours)
     assert adapters(ours) == 2
     edit_adapter(ours, base_model_name_or_path=str(base))
     assert adapters(ours) == 1

@@ -18,7 +18,6 @@ def save_gem(directory, model, **settings):
             b.normal_(std=0.1)
     settings = Settings(**{"n_special": 3, "max_length": 128, **settings})
     special = 0.1 * torch.randn(settings.n_special, backbone.config.hidden_size)
-    write_special(directory, SpecialTokens(special, 3.0, settings))
     write_adapter(
         directory,
         lora.weights(),
@@ -26,4 +25,5 @@ def save_gem(directory, model, **settings):
         fingerprint=backbone.fingerprint,
         tags=("gem",),
     )
+    write_special(directory, SpecialTokens(special, 3.0, settings))
     return directory

@@ -1,0 +1,115 @@
+"""The user's cache, and what was computed of a file: kept there until the file changes."""
+
+import hashlib
+import json
+import logging
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from gen_fast.errors import CacheError
+from gen_fast.io.checksums import damage, record_all
+from gen_fast.io.durable import file_sha256, new_directory, write_whole
+from gen_fast.io.json_files import read_json_object
+from gen_fast.io.seals import has_seal, sealed
+
+logger = logging.getLogger(__name__)
+
+# A file that was changed less long ago may be changed again and keep its times: they are counted in
+# steps of up to two seconds (FAT). The same reason makes git read such files again.
+_SETTLED_SECONDS = 3.0
+
+
+def cache_directory() -> Path:
+    """Where converted models are kept: $GEN_FAST_CACHE, or gen_fast below the user's cache."""
+    directory = os.environ.get("GEN_FAST_CACHE")
+    if directory:
+        return Path(directory)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gen_fast"
+
+
+def cached_directory(key: str, write: Callable[[Path], None]) -> Path:
+    """A directory of the cache that `write` fills; made if it is not there or no longer as it was.
+
+    Beside its files lies a list of their checksums, against which they are checked each time.
+    Raises CacheError if it cannot be written, and what `write` raises.
+    """
+    final = cache_directory() / key
+    problem = damage(final, remembered_sha256)
+    if problem is None:
+        return final
+    if final.exists():
+        logger.warning("%s: it is made again", problem)
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with new_directory(final) as temporary:
+            write(temporary)
+            record_all(temporary)
+            _move_away(final)
+    except (OSError, SafetensorError) as error:
+        # Another process may have finished the same directory first; then its copy serves.
+        if damage(final, remembered_sha256) is not None:
+            raise CacheError(f"{final} cannot be written: {error}") from error
+    return final
+
+
+def _move_away(folder: Path) -> None:
+    """Make room for what replaces a directory. Who reads its files now can still do so."""
+    if folder.exists():
+        old = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.old")
+        os.replace(folder, old)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def remembered_sha256(path: Path) -> str:
+    """The sha256 of a file, read only if it is not known. Raises OSError."""
+    return str(remembered(path, "sha256", lambda: file_sha256(path)))
+
+
+def remembered(path: Path, name: str, compute: Callable[[], Any]) -> Any:
+    """What `compute` gives for a file, as JSON has it, computed again only if the file changed.
+
+    A file is taken for unchanged while inode, size, and the times of its last change and of the
+    last change of its inode are the same: the latter no program can set. name: of what is computed.
+    Raises OSError if the file cannot be read, and what `compute` raises.
+    """
+    path = path.resolve()
+    before = state_of(path)
+    key = hashlib.sha256(f"{name}\0{path}".encode("utf-8", "surrogateescape")).hexdigest()[:32]
+    kept = cache_directory() / "remembered" / f"{key}.json"
+    known = _read(kept)
+    if known is not None and known.get("state") == before:
+        return known["value"]
+    settled = time.time() - max(before[2:]) / 1e9 > _SETTLED_SECONDS
+    value = compute()
+    if settled and state_of(path) == before:
+        _write(kept, {"path": str(path), "state": before, "value": value})
+    return value
+
+
+def state_of(path: Path) -> list[int]:
+    """What is another once a file was changed: inode, size, and two times in nanoseconds."""
+    status = path.stat()
+    return [status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        values = read_json_object(path)
+    except (OSError, ValueError):
+        return None  # absent or damaged: it is computed again
+    return values if has_seal(values) else None
+
+
+def _write(path: Path, values: dict[str, Any]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps(sealed(values), ensure_ascii=False) + "\n")
+    except (OSError, ValueError) as error:
+        logger.debug("%s cannot be kept, and is computed again next time: %s", path, error)

@@ -1,0 +1,126 @@
+"""One bit of an adapter, a checkpoint or a converted model is flipped: refused, or healed."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gem_models import save_gem
+from tally import attack
+from tiny_data import write_answers, write_teacher
+from tiny_gguf import write_gguf
+
+import gen_fast
+from gen_fast.formats.llm2vec import Settings, write_settings
+from gen_fast.formats.peft import write_adapter
+from gen_fast.io.checksums import CHECKSUMS
+from gen_fast.model.lora import Lora, LoraConfig
+from gen_fast.model.sources import resolve
+from gen_fast.model.weights import load_backbone
+from gen_fast.testing import save_tiny_adapter, save_tiny_model
+from gen_fast.training.checkpoint import latest_checkpoint
+from gen_fast.training.config import TrainConfig
+from gen_fast.training.llm2vec_gen import train
+
+TEXTS = ["the cat sat on the mat", "another"]
+MANY = pytest.param(100, marks=pytest.mark.slow)
+
+
+def embedded_by(model: Path) -> Callable[[], bytes]:
+    """Load a model and embed two texts."""
+
+    def act() -> bytes:
+        vectors = gen_fast.load(model, device="cpu", dtype="float32").encode(TEXTS)
+        return np.asarray(vectors).tobytes()
+
+    return act
+
+
+def save_llm2vec(directory: Path, model: Path) -> None:
+    """Write an LLM2Vec model of one adapter over a tiny model."""
+    backbone = load_backbone(model, bidirectional=True)
+    lora = Lora(LoraConfig(rank=2), backbone.config, seed=0)
+    write_adapter(directory, lora.weights(), base=str(model), fingerprint=backbone.fingerprint)
+    write_settings(directory, Settings(max_length=64))
+
+
+@pytest.mark.parametrize("count", [5, MANY])
+@pytest.mark.parametrize("file", ["config.json", "adapter.safetensors", CHECKSUMS])
+def test_of_an_adapter(tiny_model: Path, tmp_path: Path, file: str, count: int) -> None:
+    save_tiny_adapter(tmp_path, tiny_model)
+    tally = attack(f"adapter: {file}", tmp_path / file, count, embedded_by(tmp_path))
+    assert tally.refused == count
+
+
+@pytest.mark.parametrize("count", [5, MANY])
+@pytest.mark.parametrize(
+    "file",
+    ["adapter_config.json", "adapter_model.safetensors", "gen_fast.json", "llm2vec_config.json"],
+)
+def test_of_an_llm2vec_model(tiny_model: Path, tmp_path: Path, file: str, count: int) -> None:
+    save_llm2vec(tmp_path, tiny_model)
+    tally = attack(f"LLM2Vec adapter: {file}", tmp_path / file, count, embedded_by(tmp_path))
+    assert tally.refused == count
+
+
+@pytest.mark.parametrize("count", [5, MANY])
+@pytest.mark.parametrize("file", ["gem.json", "special.safetensors"])
+def test_of_a_gem_model(tiny_model: Path, tmp_path: Path, file: str, count: int) -> None:
+    save_gem(tmp_path, tiny_model)
+    tally = attack(f"GEM adapter: {file}", tmp_path / file, count, embedded_by(tmp_path))
+    assert tally.refused == count
+
+
+@pytest.mark.parametrize("count", [5, MANY])
+@pytest.mark.parametrize(
+    "file",
+    ["state.json", "optimizer.safetensors", "adapter/adapter.safetensors", CHECKSUMS],
+)
+def test_of_a_checkpoint(tiny_model: Path, tmp_path: Path, file: str, count: int) -> None:
+    """The next step of the run is never another one."""
+    write_answers(tmp_path / "answers.jsonl")
+    write_teacher(tmp_path / "teacher.parquet", tmp_path / "answers.jsonl")
+    begun = TrainConfig(
+        answers=(str(tmp_path / "answers.jsonl"),),
+        teacher=str(tmp_path / "teacher.parquet"),
+        out=str(tmp_path / "begun"),
+        backbone=str(tiny_model),
+        dtype="float32",
+        device="cpu",
+        start="random",
+        n_compression=3,
+        batch_size=6,
+        steps=1,
+        schedule_steps=20,
+        validation_rows=0,
+        checkpoint_every=1,
+        report_to=(),
+    )
+    train(begun, show_progress_bar=False)
+    damaged = latest_checkpoint(tmp_path / "begun" / "checkpoints")
+    assert damaged is not None
+
+    def act() -> bytes:
+        out = tmp_path / "run"
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(tmp_path / "begun", out)
+        folder = train(replace(begun, out=str(out), steps=2), show_progress_bar=False)
+        return (folder / "adapter.safetensors").read_bytes()
+
+    tally = attack(f"checkpoint: {file}", damaged / file, count, act)
+    assert tally.refused == count
+
+
+@pytest.mark.parametrize("count", [3, MANY])
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json", CHECKSUMS])
+def test_of_a_converted_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, count: int
+) -> None:
+    """It is made again, and embeds as before."""
+    monkeypatch.setenv("GEN_FAST_CACHE", str(tmp_path / "cache"))
+    source = tmp_path / "tiny.gguf"
+    write_gguf(source, save_tiny_model(tmp_path / "tiny", "llama"))
+    tally = attack(f"converted model: {file}", resolve(source) / file, count, embedded_by(source))
+    assert tally.same == count

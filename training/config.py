@@ -1,6 +1,7 @@
 """One training run's settings: a YAML file, overridden by flags."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -106,10 +107,18 @@ class RunConfig(OptimizerConfig):
         for name in self.REQUIRED:
             if not getattr(self, name):
                 raise ConfigError(f"{name} must be given")
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(f"{name} must be a finite number, not {value}")
         for name in self.POSITIVE:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ConfigError(f"{name} must be positive, not {value}")
+        for name in ("weight_decay", "warmup_steps", "max_skipped", "validation_rows", "seed"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must not be negative, not {getattr(self, name)}")
+        if self.seed >= 1 << 63:
+            raise ConfigError(f"seed must be below 2^63, not {self.seed}")
         for name, allowed in self.CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(
@@ -347,6 +356,6 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
         converted = kind(value)
         if kind is int and float(value) != converted:
             raise ValueError
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ConfigError(f"{name} must be {kind.__name__}, not {value!r}") from error
     return converted

@@ -183,6 +183,12 @@ def _train(stepper: Stepper, out: Path, show_progress_bar: bool | None) -> None:
         _loop(stepper, out, report, identity)
     finally:
         report.close()
+    if 2 * stepper.skipped > stepper.taken:
+        raise NonFiniteLossError(
+            f"{stepper.skipped} of {stepper.taken} steps were skipped, because their loss or "
+            f"gradient was not finite: no adapter is made of this; the last state is in "
+            f"{out / 'checkpoints'}"
+        )
     if world.rank == 0:
         task.finish(out / "adapter", stepper.taken)
 

@@ -19,7 +19,7 @@ import gen_fast
 from gen_fast.testing import save_tiny_model
 from gen_fast.training.checkpoint import latest_checkpoint
 from gen_fast.training.config import TrainConfig
-from gen_fast.training.llm2vec_gen import train
+from gen_fast.training.llm2vec_gen import LLM2VecGenTask, train
 from gen_fast.training.records import read_records
 
 SCRIPT = Path(__file__).parents[2] / "training" / "train.py"
@@ -201,6 +201,25 @@ def test_a_loss_that_is_not_finite_is_skipped_then_refused(make_config, tmp_path
     assert latest_checkpoint(Path(config.out) / "checkpoints").name == "step-00000002"
 
 
+def test_a_run_of_skipped_steps_makes_no_adapter(make_config, monkeypatch):
+    """Not so many in a row that it stops, and most of them all the same."""
+    accumulate = LLM2VecGenTask.accumulate
+    calls = []
+
+    def sometimes(self, examples, world):
+        progress = accumulate(self, examples, world)
+        calls.append(len(examples))
+        if len(calls) % 3:
+            progress.losses["total"] = float("nan")
+        return progress
+
+    monkeypatch.setattr(LLM2VecGenTask, "accumulate", sometimes)
+    config = make_config(steps=6, max_skipped=2)
+    with pytest.raises(gen_fast.NonFiniteLossError, match="4 of 6 steps were skipped"):
+        train(config, show_progress_bar=False)
+    assert not (Path(config.out) / "adapter").exists()
+
+
 def test_too_many_processes_for_the_batch(make_config, tmp_path):
     process = start(make_config(batch_size=1), tmp_path, ranks=2)
     _, errors = process.communicate(timeout=120)
@@ -211,6 +230,12 @@ def test_too_many_processes_for_the_batch(make_config, tmp_path):
 @pytest.mark.parametrize(("text", "message"), [
     ("learning_rate: fast", "learning_rate must be float"),
     ("steps: 1.5", "steps must be int"),
+    ("steps: .inf", "steps must be int"),
+    (f"steps: {10**400}", "steps must be int"),
+    ("answers: x\nteacher: t\nout: o\nlearning_rate: .nan", "must be a finite number, not nan"),
+    ("answers: x\nteacher: t\nout: o\nmargin: .inf", "margin must be a finite number, not inf"),
+    ("answers: x\nteacher: t\nout: o\nweight_decay: -1", "weight_decay must not be negative"),
+    (f"answers: x\nteacher: t\nout: o\nseed: {2**70}", "seed must be below"),
     ("steps: true", "steps must be int"),
     ("stepz: 3", "unknown setting 'stepz'"),
     ("[1, 2]", "holds no settings"),

@@ -4,11 +4,13 @@ import hashlib
 import json
 import logging
 from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from gen_fast.errors import PrefixCacheError
 from gen_fast.model.backbone import Backbone, PrefixKV
@@ -73,10 +75,9 @@ class PrefixCache:
                 stacked = torch.stack([pair[index] for pair in prefix.layers])
                 tensors[f"{key}.{name}"] = stacked.cpu()  # [L, P, KV, D]
         metadata = {
-            "format": "gen_fast.prefix/1",
-            "backbone": json.dumps(self.backbone.fingerprint, sort_keys=True),
-            "dtype": str(self.backbone.dtype),
+            **self._expected(),
             "entries": json.dumps(entries),
+            "sha256": _checksum(json.dumps(entries), tensors),
         }
         temporary = Path(f"{path}.tmp")
         save_file(tensors, temporary, metadata=metadata)
@@ -87,28 +88,40 @@ class PrefixCache:
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
-                self._check(metadata, path)
-                entries = json.loads(metadata["entries"])
-                for entry in entries:
-                    k, v = (
-                        file.get_tensor(f"{entry['key']}.{name}").to(self.backbone.device)
-                        for name in ("k", "v")
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+            for key, value in self._expected().items():
+                if metadata.get(key) != value:
+                    raise PrefixCacheError(
+                        f"prefix cache {path} was written for {key} {metadata.get(key)}, this "
+                        f"backbone has {value}"
                     )
-                    pairs = tuple(zip(k.unbind(), v.unbind(), strict=True))
-                    self._add(PrefixKV(tuple(entry["ids"]), pairs))
-        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+            if metadata["sha256"] != _checksum(metadata["entries"], tensors):
+                raise PrefixCacheError(f"{path} is damaged: it does not have its sha256")
+            entries = json.loads(metadata["entries"])
+            for entry in entries:
+                k, v = (
+                    tensors[f"{entry['key']}.{name}"].to(self.backbone.device)
+                    for name in ("k", "v")
+                )
+                pairs = tuple(zip(k.unbind(), v.unbind(), strict=True))
+                self._add(PrefixKV(tuple(entry["ids"]), pairs))
+        except (SafetensorError, KeyError, OSError) as error:
             raise PrefixCacheError(f"{path} is not a readable prefix cache: {error}") from error
         return len(entries)
 
-    def _check(self, metadata: dict[str, str], path: str | Path) -> None:
-        expected = {
-            "format": "gen_fast.prefix/1",
+    def _expected(self) -> dict[str, str]:
+        """What the file of a cache for this backbone says of it."""
+        return {
+            "format": "gen_fast.prefix/2",
             "backbone": json.dumps(self.backbone.fingerprint, sort_keys=True),
             "dtype": str(self.backbone.dtype),
         }
-        for key, value in expected.items():
-            if metadata.get(key) != value:
-                raise PrefixCacheError(
-                    f"prefix cache {path} was written for {key} {metadata.get(key)}, "
-                    f"this backbone has {value}"
-                )
+
+
+def _checksum(entries: str, tensors: Mapping[str, Tensor]) -> str:
+    """Of everything that a file of a cache holds."""
+    digest = hashlib.sha256(entries.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {list(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

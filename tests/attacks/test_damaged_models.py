@@ -113,6 +113,21 @@ def test_of_a_checkpoint(tiny_model: Path, tmp_path: Path, file: str, count: int
     assert tally.refused == count
 
 
+@pytest.mark.parametrize("count", [5, MANY])
+def test_of_a_prefix_cache(tiny_model: Path, tmp_path: Path, count: int) -> None:
+    prompt = "in the " * 40
+    encoder = gen_fast.load(tiny_model, device="cpu", dtype="float32")
+    encoder.encode(TEXTS, prompt=prompt)
+    encoder.prefixes.save(tmp_path / "prefixes")
+
+    def act() -> bytes:
+        fresh = gen_fast.load(tiny_model, device="cpu", dtype="float32")
+        fresh.prefixes.load(tmp_path / "prefixes")
+        return np.asarray(fresh.encode(TEXTS, prompt=prompt)).tobytes()
+
+    attack("prefix cache", tmp_path / "prefixes", count, act)
+
+
 @pytest.mark.parametrize("count", [3, MANY])
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json", CHECKSUMS])
 def test_of_a_converted_model(

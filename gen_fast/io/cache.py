@@ -51,7 +51,8 @@ def cached_directory(key: str, write: Callable[[Path], None]) -> Path:
         with new_directory(final) as temporary:
             write(temporary)
             record_all(temporary)
-            _move_away(final)
+            if damage(final, remembered_sha256) is not None:
+                _move_away(final)
     except (OSError, SafetensorError) as error:
         # Another process may have finished the same directory first; then its copy serves.
         if damage(final, remembered_sha256) is not None:

@@ -88,7 +88,8 @@ class PrefixCache:
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
+                names = file.keys()
+                tensors = {name: file.get_tensor(name) for name in names}
             for key, value in self._expected().items():
                 if metadata.get(key) != value:
                     raise PrefixCacheError(

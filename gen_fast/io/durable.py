@@ -4,9 +4,29 @@ import hashlib
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+
+# A file system's clock ticks every few milliseconds, those of two machines differ by more.
+_YOUNG_NANOSECONDS = 2 * 10**9
+
+
+@dataclass(frozen=True)
+class FileState:
+    """A file as it was: bytes, mtime and ctime in nanoseconds, sha256 of its content.
+
+    No program can set a ctime, so a file that has all three times and sizes as before has not been
+    edited since. changed: the ctime; None if the file was so young that an edit could give it the
+    same one, which makes its content the only sign.
+    """
+
+    size: int
+    modified: int
+    changed: int | None
+    sha256: str
 
 
 @contextmanager
@@ -68,6 +88,36 @@ def file_sha256(path: Path, on_bytes: Callable[[int], object] = lambda count: No
             digest.update(buffer[:count])
             on_bytes(count)
     return digest.hexdigest()
+
+
+def file_state(path: Path, on_bytes: Callable[[int], object] = lambda count: None) -> FileState:
+    """Read a file for its state. Raises OSError, also if it changes while it is read."""
+    began = signature(path)
+    digest = file_sha256(path, on_bytes)
+    size, modified, changed = signature(path)
+    if (size, modified, changed) != began:
+        raise OSError("it changed while it was read")
+    young = time.time_ns() - changed < _YOUNG_NANOSECONDS
+    return FileState(size, modified, None if young else changed, digest)
+
+
+def has_changed(
+    path: Path, before: FileState, on_bytes: Callable[[int], object] = lambda count: None
+) -> bool:
+    """Whether a file has other content than before. Read only if its times leave that open.
+
+    Raises OSError.
+    """
+    now = signature(path)
+    if now == (before.size, before.modified, before.changed):
+        return False
+    return now[0] != before.size or file_sha256(path, on_bytes) != before.sha256
+
+
+def signature(path: Path) -> tuple[int, int, int]:
+    """Size, mtime and ctime of a file. Raises OSError."""
+    state = path.stat()
+    return state.st_size, state.st_mtime_ns, state.st_ctime_ns
 
 
 def sync(path: Path) -> None:

@@ -1,6 +1,8 @@
 """JSON that may be damaged: whatever is wrong with it is a ValueError."""
 
+import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,18 @@ def parse_json(text: str) -> Any:
         return json.loads(text)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+
+
+def seal(values: Mapping[str, Any]) -> str:
+    """A checksum of an object but for its own field "seal", whatever its layout as text is."""
+    unsealed = {name: value for name, value in values.items() if name != "seal"}
+    return hashlib.sha256(json.dumps(unsealed, sort_keys=True).encode()).hexdigest()
+
+
+def check_seal(values: Mapping[str, Any]) -> None:
+    """Raise ValueError if an object is not what its seal was made of."""
+    if values.get("seal") != seal(values):
+        raise ValueError("it has changed since it was written (its seal is that of other content)")
 
 
 _NAMES: dict[type, str] = {

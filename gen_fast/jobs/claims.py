@@ -15,6 +15,8 @@ logger = logging.getLogger(__name__)
 CLAIMS = "_claims"
 # The byte of who is planning or publishing; there are not so many parts.
 PLANNING = 1 << 40
+# The byte that all who work by the plan share.
+IN_USE = PLANNING + 1
 _POLL_SECONDS = 0.1
 _TELL_SECONDS = 5.0
 
@@ -33,8 +35,15 @@ class Claims:
 
     def take(self, part: int) -> bool:
         """Claim a part; False if another process has it. Raises JobError without lock support."""
+        return self._lock(fcntl.LOCK_EX, part)
+
+    def share(self, part: int) -> bool:
+        """Claim what others may share; False if another process has taken it. Raises as `take`."""
+        return self._lock(fcntl.LOCK_SH, part)
+
+    def _lock(self, kind: int, part: int) -> bool:
         try:
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, part)
+            fcntl.lockf(self._file, kind | fcntl.LOCK_NB, 1, part)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 return False

@@ -3,11 +3,14 @@
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 
 from gen_fast.errors import InputError
-from gen_fast.io.rows import Row, RowFile
+from gen_fast.io.durable import signature
+from gen_fast.io.rows import Row, RowFile, named_errors
+from gen_fast.io.tables import DATASETS
 from gen_fast.jobs.columns import Columns, RejectedError
-from gen_fast.jobs.plan import Part, Plan, open_input
+from gen_fast.jobs.plan import Part, Plan, change_of, open_input
 
 # Rows between two heartbeats, when many are passed over.
 _STRIDE = 4096
@@ -51,12 +54,15 @@ class CorpusReader:
         # The rows behind those that were read last, and the number of the first of them.
         self._stream: Iterator[Row] = iter(())
         self._next = -1
+        # Of an input that is as it was planned: its size and times.
+        self._unchanged: tuple[int, tuple[int, int, int]] | None = None
 
     def read(self, part: Part, no_tokens: Collection[int] = ()) -> PartRows:
         """The rows of a part; those whose number over the job is in `no_tokens` are rejected.
 
-        Raises InputError if its input cannot be read any more.
+        Raises InputError if its input cannot be read any more, or has changed since it was planned.
         """
+        self._check_input(part.input)
         rows_of_part = PartRows(part)
         duplicates = set(part.duplicates)
         for index, row in enumerate(self._rows(part)):
@@ -67,7 +73,22 @@ class CorpusReader:
             raise InputError(
                 f"{path}: {count} rows from row {part.start.row} on, where the plan has {part.rows}"
             )
+        self._check_input(part.input)
         return rows_of_part
+
+    def _check_input(self, number: int) -> None:
+        """Raise InputError if an input is not the one of the plan: before and after it is read."""
+        file = self._plan.inputs[number]
+        if file.path.startswith(DATASETS):
+            return  # its fingerprint was compared when the job began
+        with named_errors(file.path):
+            present = number, signature(Path(file.path))
+        if present == self._unchanged:
+            return
+        change = change_of(file, self._plan.settings, self._heartbeat)
+        if change is not None:
+            raise InputError(change)
+        self._unchanged = present
 
     def _rows(self, part: Part) -> Iterator[Row]:
         if part.input != self._input:

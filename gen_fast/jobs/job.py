@@ -3,8 +3,8 @@
 import logging
 import os
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from tqdm import tqdm
 from gen_fast.errors import ConfigError, JobError
 from gen_fast.io.tables import DATASETS
 from gen_fast.jobs.choices import DEFAULT_STALL_TIMEOUT, EngineName
-from gen_fast.jobs.claims import PLANNING, Claims
+from gen_fast.jobs.claims import IN_USE, PLANNING, Claims
 from gen_fast.jobs.engines import Engine, Run, progress, run_local, run_ray, torchrun_ranks
 from gen_fast.jobs.parts import PartStore
 from gen_fast.jobs.plan import PLAN, Plan, open_input, prepare, unpublish
@@ -82,31 +82,34 @@ def embed_corpus(
     if ranks:
         rank, count, first_ahead = torchrun_ranks()
         stall_timeout = stall_timeout or DEFAULT_STALL_TIMEOUT
-        with first_ahead:
-            if rank == 0:
-                _prepare(folder, source_list, plan_settings, append, stall_timeout, shown)
+        with ExitStack() as planned:
+            with first_ahead:
+                if rank == 0:
+                    planned.enter_context(
+                        _planned(folder, source_list, plan_settings, append, stall_timeout, shown)
+                    )
+            if plan_only:
+                return None
+            shown = shown and rank == 0
+            run = Run(folder, Plan.load(folder), engine_choice, strict, stall_timeout, shown)
+            places = engine_choice.devices
+            device = places[int(os.environ["LOCAL_RANK"]) % len(places)]
+            make_current(device)
+            _work(run, device, rank, count)
+            return _published(run) if rank == 0 else None
+
+    with _planned(folder, source_list, plan_settings, append, stall_timeout, shown) as plan:
         if plan_only:
             return None
-        run = Run(
-            folder, Plan.load(folder), engine_choice, strict, stall_timeout, shown and rank == 0
-        )
-        device = engine_choice.devices[int(os.environ["LOCAL_RANK"]) % len(engine_choice.devices)]
-        make_current(device)
-        _work(run, device, rank, count)
-        return _published(run) if rank == 0 else None
-
-    plan = _prepare(folder, source_list, plan_settings, append, stall_timeout, shown)
-    if plan_only:
-        return None
-    run = Run(folder, plan, engine_choice, strict, stall_timeout, shown)
-    if not PartStore(folder, plan).is_published():
-        if engine_choice.name == "ray":
-            run_ray(run)
-        elif devices is not None:
-            run_local(run)
-        else:
-            _work(run, engine_choice.devices[0])
-    return _published(run)
+        run = Run(folder, plan, engine_choice, strict, stall_timeout, shown)
+        if not PartStore(folder, plan).is_published():
+            if engine_choice.name == "ray":
+                run_ray(run)
+            elif devices is not None:
+                run_local(run)
+            else:
+                _work(run, engine_choice.devices[0])
+        return _published(run)
 
 
 def embed_columns(
@@ -148,38 +151,56 @@ def embed_columns(
     return {column: None if only else embed(column, plan_only=False) for column in columns}
 
 
-def _prepare(
+@contextmanager
+def _planned(
     folder: Path,
     sources: Sequence[str | Path],
     settings: PlanSettings,
     append: bool,
     stall_timeout: float | None,
     shown: bool,
-) -> Plan:
-    """The job's plan, after checking what is there of it."""
+) -> Iterator[Plan]:
+    """The job's plan, after checking what is there of it; within, no other process replaces it."""
     for source in map(str, sources):
         if source.startswith(DATASETS):
             open_input(source, settings)  # may download for long; the Hub has timeouts of its own
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with closing(Claims(folder)) as claims, Watchdog(stall_timeout) as watchdog:
-            claims.wait(PLANNING, watchdog.heartbeat)
-            with tqdm(desc="planning", unit="row", leave=False, disable=not shown) as bar:
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            claims = stack.enter_context(closing(Claims(folder)))
+            with Watchdog(stall_timeout) as watchdog:
+                claims.wait(PLANNING, watchdog.heartbeat)
+                with tqdm(desc="planning", unit="row", leave=False, disable=not shown) as bar:
 
-                def on_rows(count: int) -> None:
-                    watchdog.heartbeat()
-                    bar.update(count)
+                    def on_rows(count: int) -> None:
+                        watchdog.heartbeat()
+                        bar.update(count)
 
-                plan = prepare(folder, sources, settings, append=append, on_rows=on_rows)
-            store = PartStore(folder, plan, watchdog.heartbeat)
-            store.remove_temporaries(claims)
-            for problem in store.remove_damaged(shown):
-                logger.warning("%s: this part is made again", problem)
-            if not store.is_published():
-                unpublish(folder)
-    except OSError as error:
-        raise JobError(f"{folder} cannot be used: {error}") from error
-    return plan
+                    in_use = not claims.take(IN_USE)
+                    plan = prepare(
+                        folder, sources, settings, append=append, in_use=in_use, on_rows=on_rows
+                    )
+                    claims.share(IN_USE)
+                store = PartStore(folder, plan, watchdog.heartbeat)
+                store.remove_temporaries(claims)
+                _mend(store, shown)
+                claims.release(PLANNING)
+        except OSError as error:
+            raise JobError(f"{folder} cannot be used: {error}") from error
+        yield plan
+
+
+def _mend(store: PartStore, shown: bool) -> None:
+    """Have damaged parts made again. Raises JobError for parts that the plan does not have."""
+    for stray in store.strays():
+        raise JobError(
+            f"{stray} is none of the {len(store.plan.parts)} parts of {PLAN}, which may have been "
+            "replaced by that of a smaller job: put the right one back, or move the part away"
+        )
+    for problem in store.remove_damaged(shown):
+        logger.warning("%s: this part is made again", problem)
+    if not store.is_published():
+        unpublish(store.folder)
 
 
 def _work(run: Run, device: str, index: int = 0, count: int = 1) -> None:
@@ -214,6 +235,11 @@ def _published(run: Run) -> Summary:
     try:
         with closing(Claims(run.folder)) as claims:
             claims.wait(PLANNING)  # for who began later, and is looking at what is there
+            if Plan.load(run.folder) != run.plan:
+                raise JobError(
+                    f"{run.folder}: {PLAN} has been extended since this process began; the parts "
+                    "are intact: run again to go on"
+                )
             manifest = store.manifest() if store.is_published() else store.publish()
     except OSError as error:
         raise JobError(f"{run.folder}: cannot be published: {error}") from error

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from gen_fast.errors import JobError
 from gen_fast.io.durable import file_sha256, replacing, sync, write_whole
 from gen_fast.io.embedding_files import EmbeddingMetadata
+from gen_fast.io.json_files import parse_json, read_json_object
 from gen_fast.io.precision import to_float32, to_precision
 from gen_fast.jobs.claims import Claims
 from gen_fast.jobs.corpus import PartRows
@@ -31,6 +32,7 @@ from gen_fast.jobs.plan import MANIFEST, SUCCESS, Part, Plan
 
 REJECTED = "rejected.jsonl"
 _RECORDS = "_parts"
+_PART_NAME = re.compile(r"part-\d{5,}\.parquet")
 # What a search reads to score one row.
 _GROUP_ROWS = 512
 
@@ -138,7 +140,7 @@ class PartStore:
         self._heartbeat()
         try:
             text = self._record_path(part).read_text(encoding="utf-8")
-            record = Record(**json.loads(text)["record"])
+            record = Record(**parse_json(text)["record"])
             if text != _sealed(asdict(record)):
                 return None
         except FileNotFoundError:
@@ -199,12 +201,19 @@ class PartStore:
         for path in self.folder.glob(".ids.*"):
             shutil.rmtree(path)
 
+    def strays(self) -> list[Path]:
+        """Files that have the name of a part, and are none of the plan's."""
+        planned = {self.path(part) for part in self.plan.parts}
+        named = (path for path in self.folder.iterdir() if _PART_NAME.fullmatch(path.name))
+        return sorted(path for path in named if path not in planned)
+
     def is_published(self) -> bool:
         """True if no part is missing, and manifest and rejected.jsonl are those of the parts."""
         try:
-            return self.manifest() == self.expected_manifest()
-        except (JobError, OSError):
+            self.checked_manifest()
+        except JobError:
             return False
+        return True
 
     def _every_record(self) -> list[Record]:
         """A record of each part. Raises JobError if one is missing."""
@@ -267,11 +276,34 @@ class PartStore:
             if not (self.folder / name).exists():
                 raise JobError(f"{self.folder}: this job is not finished (no {name})")
         try:
-            manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            if not {"rows", "parts", "rejected_sha256"} <= set(manifest):
-                raise JobError(f"{path} is damaged")
-        except (ValueError, TypeError) as error:
-            raise JobError(f"{path} is damaged: {error}") from error
+            manifest = read_json_object(path)
+            for entry in (manifest, *manifest["parts"]):
+                if not isinstance(entry["rows"], int):
+                    raise ValueError(f"rows {entry['rows']!r} is not a number")
+            for text in (manifest["rejected_sha256"], *(e["sha256"] for e in manifest["parts"])):
+                if not isinstance(text, str):
+                    raise ValueError(f"{text!r} is not a sha256")
+        except (ValueError, LookupError, TypeError) as error:
+            raise JobError(
+                f"{path} is damaged ({error}): embed with the same arguments mends it"
+            ) from error
+        return manifest
+
+    def checked_manifest(self) -> dict[str, Any]:
+        """The manifest of a finished job, compared with the records of its parts.
+
+        Raises JobError if the job is not finished, or the manifest is not that of the parts.
+        """
+        manifest = self.manifest()
+        try:
+            agrees = manifest == self.expected_manifest()
+        except OSError as error:
+            raise JobError(f"{self.folder / REJECTED} cannot be read: {error.strerror}") from error
+        if not agrees:
+            raise JobError(
+                f"{self.folder / MANIFEST} is not that of the parts: embed with the same arguments "
+                "mends it"
+            )
         return manifest
 
     def ids(self, part: Part) -> tuple[list[str], np.ndarray]:

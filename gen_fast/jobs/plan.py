@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from gen_fast.errors import InputError, JobError
-from gen_fast.io.durable import file_sha256, write_whole
+from gen_fast.io.durable import FileState, file_state, has_changed, signature, write_whole
+from gen_fast.io.json_files import check_seal, read_json_object, seal
 from gen_fast.io.line_files import COMPRESSIONS
 from gen_fast.io.row_files import SUFFIXES, open_rows
 from gen_fast.io.rows import Position, RowFile, named_errors
@@ -27,7 +28,9 @@ from gen_fast.jobs.columns import Columns, RejectedError
 from gen_fast.jobs.duplicates import duplicate_rows
 from gen_fast.jobs.settings import PlanSettings, Settings
 
-FORMAT = "gen_fast.jobs.plan/1"
+FORMAT = "gen_fast.jobs.plan/2"
+# Written before plans had a seal.
+_UNSEALED_FORMAT = "gen_fast.jobs.plan/1"
 PLAN = "plan.json"
 MANIFEST = "manifest.json"
 SUCCESS = "_SUCCESS"
@@ -40,13 +43,19 @@ OnRows = Callable[[int], object]
 
 @dataclass(frozen=True)
 class Input:
-    """A file of the corpus, or a dataset. `modified` is its mtime in nanoseconds."""
+    """A file of the corpus, or a dataset. size to changed: see durable.FileState."""
 
     path: str
     rows: int
     size: int
     modified: int
     sha256: str
+    changed: int | None = None
+
+    @property
+    def state(self) -> FileState:
+        """The file as it was planned."""
+        return FileState(self.size, self.modified, self.changed, self.sha256)
 
 
 @dataclass(frozen=True)
@@ -96,6 +105,7 @@ class Plan:
             "settings": self.settings.as_json(),
             "inputs": [asdict(file) for file in self.inputs],
         }
+        values["seal"] = seal({**values, "parts": parts})
         lines = ",\n  ".join(json.dumps(part) for part in parts)
         text = json.dumps(values, indent=2, ensure_ascii=False)
         write_whole(folder / PLAN, f'{text[:-2]},\n  "parts": [\n  {lines}\n  ]\n}}\n')
@@ -105,8 +115,10 @@ class Plan:
         """Read the plan of a job. Raises JobError."""
         path = folder / PLAN
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            if values["format"] != FORMAT:
+            values = read_json_object(path)
+            if values["format"] == FORMAT:
+                check_seal(values)
+            elif values["format"] != _UNSEALED_FORMAT:
                 raise JobError(f"{path} has format {values['format']!r}, expected {FORMAT!r}")
             parts = tuple(
                 Part(number, file, Position(row, offset, line), rows, first, tuple(duplicates))
@@ -115,11 +127,28 @@ class Plan:
                 )
             )
             inputs = tuple(Input(**file) for file in values["inputs"])
+            _check_rows(inputs, parts)
             return cls(PlanSettings.from_json(values["settings"]), inputs, parts)
         except FileNotFoundError as error:
             raise JobError(f"{folder} holds no job: there is no {PLAN}") from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise JobError(f"{path} is not a readable plan: {error}") from error
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise JobError(
+                f"{path} is not a readable plan: {error}; put back a copy of it, or delete it and "
+                "embed with the same arguments: parts that fit are kept"
+            ) from error
+
+
+def _check_rows(inputs: Sequence[Input], parts: Iterable[Part]) -> None:
+    """Raise ValueError if the parts are not all rows of the inputs, one after the other."""
+    first, rows = 0, [0] * len(inputs)
+    for part in parts:
+        if (part.start.row, part.first) != (rows[part.input], first):
+            raise ValueError(f"part {part.number} does not begin where the one before it ends")
+        rows[part.input] += part.rows
+        first += part.rows
+    for file, planned in zip(inputs, rows, strict=True):
+        if planned != file.rows:
+            raise ValueError(f"its parts hold {planned} of the {file.rows} rows of {file.path}")
 
 
 def prepare(
@@ -128,16 +157,19 @@ def prepare(
     settings: PlanSettings,
     *,
     append: bool = False,
+    in_use: bool = False,
     on_rows: OnRows = lambda rows: None,
 ) -> Plan:
     """The plan of a job in `folder`: made and saved if there is none, else checked against it.
 
-    append: add the sources that the plan does not have. Raises JobError naming what differs from
-    the plan, InputError for a source that cannot be read.
+    append: add the sources that the plan does not have. in_use: another process works by the plan
+    that is there. Raises JobError naming what differs from the plan, InputError for a source that
+    cannot be read.
     """
     paths = list_sources(sources, folder, on_rows)
     plan = Plan.load(folder) if (folder / PLAN).exists() else None
-    if plan is None or (plan.settings != settings and not any(folder.glob("part-*"))):
+    bound = in_use or any(folder.glob("part-*"))
+    if plan is None or (plan.settings != settings and not bound):
         # Until there is a part, a plan binds nobody: a setting that was wrong can be mended.
         plan = _extended(Plan(settings, (), ()), paths, folder, on_rows)
         unpublish(folder)
@@ -148,7 +180,8 @@ def prepare(
         for name, old, new in _pairs(plan.settings.as_json(), settings.as_json())
         if old != new
     ]
-    differences += [text for file in plan.inputs for text in _changes(file, settings, on_rows)]
+    changes = (change_of(file, settings, lambda: on_rows(0)) for file in plan.inputs)
+    differences += [change for change in changes if change is not None]
     known = {file.path for file in plan.inputs}
     fresh = [path for path in paths if path not in known]
     if fresh and not append:
@@ -245,6 +278,8 @@ def _extended(plan: Plan, paths: Sequence[str], folder: Path, on_rows: OnRows) -
     inputs, parts, first = list(plan.inputs), list(plan.parts), plan.rows
     settings = plan.settings
     for path in paths:
+        with named_errors(path):
+            began = None if path.startswith(DATASETS) else signature(Path(path))
         file = open_input(path, settings)
         Columns(file, settings)  # or an error, before the file is read
         before = first
@@ -255,6 +290,8 @@ def _extended(plan: Plan, paths: Sequence[str], folder: Path, on_rows: OnRows) -
                 parts.append(Part(len(parts), len(inputs), start, count, first))
                 first += count
         inputs.append(_input(path, first - before, file, on_rows))
+        if began is not None and began != signature(Path(path)):
+            raise InputError(f"{path}: it changed while it was read: run again")
     if settings.id_column is not None:
         ids = _numbered_ids(inputs, settings, on_rows)
         duplicates = duplicate_rows(ids, folder, lambda: on_rows(0))
@@ -287,34 +324,28 @@ def _input(path: str, rows: int, file: RowFile, on_rows: OnRows) -> Input:
     if path.startswith(DATASETS):
         return Input(path, rows, 0, 0, str(getattr(file, "fingerprint", "")))
     with named_errors(path):
-        digest = _sha256(path, on_rows)
-        state = Path(path).stat()
-    return Input(path, rows, state.st_size, state.st_mtime_ns, digest)
+        state = file_state(Path(path), lambda _: on_rows(0))
+    return Input(path, rows, state.size, state.modified, state.sha256, state.changed)
 
 
-def _sha256(path: str, on_rows: OnRows) -> str:
-    return file_sha256(Path(path), lambda _: on_rows(0))
+def change_of(
+    file: Input, settings: Settings, heartbeat: Callable[[], object] = lambda: None
+) -> str | None:
+    """What is different about an input since the plan was made. Reads it only if it looks so.
 
-
-def _changes(file: Input, settings: Settings, on_rows: OnRows) -> list[str]:
-    """What is different about an input since the plan was made. Reads it only if it looks so."""
+    Raises InputError for a dataset that cannot be opened.
+    """
     if file.path.startswith(DATASETS):
-        now = _input(file.path, file.rows, open_input(file.path, settings), on_rows).sha256
-        return [] if now == file.sha256 else [f"input {file.path} has changed since"]
-    try:
-        state = Path(file.path).stat()
-    except OSError as error:
-        return [f"input {file.path} cannot be read: {error.strerror}"]
-    if (state.st_size, state.st_mtime_ns) == (file.size, file.modified):
-        return []
-    if state.st_size == file.size:
-        with named_errors(file.path):
-            if _sha256(file.path, on_rows) == file.sha256:
-                return []
-    return [
-        f"input {file.path} has changed since ({file.size} bytes then, {state.st_size} now); put "
-        "new rows into a new file"
-    ]
+        opened = open_input(file.path, settings)
+        changed = getattr(opened, "fingerprint", "") != file.sha256
+    else:
+        try:
+            changed = has_changed(Path(file.path), file.state, lambda _: heartbeat())
+        except OSError as error:
+            return f"input {file.path} cannot be read: {error.strerror}"
+    if not changed:
+        return None
+    return f"input {file.path} has changed since it was planned; put new rows into a new file"
 
 
 def _pairs(

@@ -1,6 +1,5 @@
 """Whether a finished job is what its manifest says: files, checksums, rows, ids and values."""
 
-import json
 from array import array
 from collections import defaultdict
 from collections.abc import Iterator
@@ -13,8 +12,10 @@ import numpy as np
 from gen_fast.errors import JobError
 from gen_fast.io.choices import Precision
 from gen_fast.io.durable import file_sha256
+from gen_fast.io.json_files import parse_json
+from gen_fast.io.tables import DATASETS
 from gen_fast.jobs.parts import REJECTED, PartStore
-from gen_fast.jobs.plan import MANIFEST, Part, Plan
+from gen_fast.jobs.plan import MANIFEST, Part, Plan, change_of
 
 _DTYPES: dict[Precision, type] = {
     "float32": np.float32,
@@ -29,7 +30,8 @@ def verify(folder: str | Path) -> list[str]:
 
     Reads every part: its checksum against the manifest, dtype and size of the embeddings, that
     they are finite, that every row of the plan is there once, embedded or rejected, with an id.
-    Raises JobError if there is no finished job.
+    Names parts that the plan does not have, and inputs that have changed since (one that is gone
+    is none: the job does not need it). Raises JobError if there is no finished job.
     """
     folder = Path(folder)
     store = PartStore(folder, Plan.load(folder))
@@ -43,7 +45,16 @@ def verify(folder: str | Path) -> list[str]:
             problems.append(f"{folder / MANIFEST} is not that of the parts")
     for part, entry in zip(store.plan.parts, entries, strict=True):
         problems += _problems(store, part, entry, rejected)
-    return problems
+    problems += [f"{path} is no part of the plan: move it away" for path in store.strays()]
+    return [*problems, *_changed_inputs(store.plan)]
+
+
+def _changed_inputs(plan: Plan) -> Iterator[str]:
+    for file in plan.inputs:
+        if not file.path.startswith(DATASETS) and Path(file.path).exists():
+            change = change_of(file, plan.settings)
+            if change is not None:
+                yield change
 
 
 def _rejected(folder: Path, manifest: dict[str, Any]) -> tuple[dict[str, np.ndarray], list[str]]:
@@ -55,9 +66,9 @@ def _rejected(folder: Path, manifest: dict[str, Any]) -> tuple[dict[str, np.ndar
             problems.append(f"{path} does not have its sha256")
         with path.open(encoding="utf-8") as file:
             for line in file:
-                record = json.loads(line)
+                record = parse_json(line)
                 rows[record["input"]].append(record["row"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         problems.append(f"{path} is damaged or missing: {error}")
     return {name: np.sort(np.array(found)) for name, found in rows.items()}, problems
 

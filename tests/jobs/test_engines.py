@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,8 +105,9 @@ def test_a_worker_that_hangs_ends_itself(
     (out / "_SUCCESS").unlink()
     hanging = tmp_path / "hanging.jsonl"
     os.mkfifo(hanging)
-    text = (out / "plan.json").read_text()
-    (out / "plan.json").write_text(text.replace(str(corpus), str(hanging)))
+    planned = (out / "plan.json").read_bytes()
+    fifo = replace(plan.inputs[0], path=str(hanging), size=0)
+    replace(plan, inputs=(fifo,)).save(out)
     stdin, parent = os.pipe()  # the worker ends when this end closes
     done = subprocess.run(
         [sys.executable, "-m", "gen_fast.jobs.worker", str(out), "--device", "cpu",
@@ -116,7 +118,7 @@ def test_a_worker_that_hangs_ends_itself(
     os.close(parent)
     assert done.returncode == 1
     assert "Timeout (0:00:02)!" in done.stderr
-    (out / "plan.json").write_text(text)
+    (out / "plan.json").write_bytes(planned)
     embed_corpus(corpus, out, **options(tiny_model))
     assert files_of(out) == expected
 

@@ -15,7 +15,8 @@ from tiny_corpus import (
 
 from gen_fast.errors import InputError, JobError, PromptError
 from gen_fast.jobs.job import embed_corpus
-from gen_fast.jobs.plan import list_sources
+from gen_fast.jobs.plan import Plan, list_sources
+from gen_fast.jobs.settings import PlanSettings
 from gen_fast.jobs.verify import verify
 from gen_fast.jobs.watchdog import Watchdog
 
@@ -140,6 +141,95 @@ def test_planning_gives_signs_of_life(
     signs.clear()
     embed_corpus(corpus, out, **options(tiny_model), plan_only=True)
     assert len(signs) > 3 * 25  # each part: its record, its file, its rejected rows
+
+
+def edit_in_secret(path: Path, old: str, new: str) -> None:
+    """Change a text within a file, whose size and mtime stay as they are."""
+    assert len(old) == len(new)
+    state, content = path.stat(), path.read_text()
+    assert old in content
+    path.write_text(content.replace(old, new))
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+
+
+def test_an_input_edited_at_its_size_and_mtime_is_noticed(tiny_model: Path, tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "a.jsonl", 40)
+    out = tmp_path / "out"
+    embed_corpus(corpus, out, **options(tiny_model))
+    before = files_of(out)
+    edit_in_secret(corpus, "text number 39", "text number 93")
+    assert [line.split(" since")[0] for line in verify(out)] == [f"input {corpus} has changed"]
+    (out / "part-00002.parquet").unlink()
+    with pytest.raises(JobError, match=r"a\.jsonl has changed"):
+        embed_corpus(corpus, out, **options(tiny_model))
+    edit_in_secret(corpus, "text number 93", "text number 39")
+    embed_corpus(corpus, out, **options(tiny_model))
+    assert files_of(out) == before
+
+
+def test_an_input_edited_during_a_run_is_noticed(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = write_corpus(tmp_path / "a.jsonl", 400)
+    out = tmp_path / "out"
+    load_encoder = PlanSettings.load_encoder
+
+    def editing(self: PlanSettings, device: str) -> Any:
+        edit_in_secret(corpus, "text number 399", "text number 939")
+        return load_encoder(self, device)
+
+    monkeypatch.setattr(PlanSettings, "load_encoder", editing)
+    with pytest.raises(InputError, match=r"a\.jsonl has changed"):
+        embed_corpus(corpus, out, **options(tiny_model))
+    assert not (out / "_SUCCESS").exists()
+
+
+def test_a_plan_is_sealed(tiny_model: Path, tmp_path: Path) -> None:
+    """A plan that says less than was planned is refused, and how to go on is said."""
+    corpus = write_corpus(tmp_path / "a.jsonl", 40)
+    out = tmp_path / "out"
+    embed_corpus(corpus, out, **options(tiny_model))
+    before, path = files_of(out), out / "plan.json"
+    text = path.read_text()
+    for changed in (
+        text.replace('"rows": 40', '"rows": 39').replace(", 8, 32, [", ", 7, 32, ["),
+        text.replace('"normalize": false', '"normalize": true'),
+        text.replace('"seal"', '"sea1"'),
+        text[:-40],
+        '{"format": ' * 100_000,
+    ):
+        assert changed != text
+        path.write_text(changed)
+        for use in (verify, lambda out: embed_corpus(corpus, out, **options(tiny_model))):
+            with pytest.raises(JobError, match=r"plan\.json is not a readable plan.*delete it"):
+                use(out)
+    path.unlink()
+    embed_corpus(corpus, out, **options(tiny_model))
+    assert files_of(out) == before
+    assert path.read_text() == text
+
+
+def test_a_plan_of_before_seals_is_read(tiny_model: Path, tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "a.jsonl", 40)
+    out = tmp_path / "out"
+    embed_corpus(corpus, out, **options(tiny_model))
+    before, path = files_of(out), out / "plan.json"
+    old = json.loads(path.read_text())
+    old["format"] = "gen_fast.jobs.plan/1"
+    del old["seal"], old["inputs"][0]["changed"]
+    path.write_text(json.dumps(old))
+    assert verify(out) == []
+    embed_corpus(corpus, out, **options(tiny_model))
+    assert files_of(out) == before
+    old["inputs"][0]["rows"] = 41
+    path.write_text(json.dumps(old))
+    with pytest.raises(JobError, match="its parts hold 40 of the 41 rows"):
+        Plan.load(out)
+    old["inputs"][0]["rows"] = 40
+    old["parts"][1][4] = 15
+    path.write_text(json.dumps(old))
+    with pytest.raises(JobError, match="part 2 does not begin where the one before it ends"):
+        Plan.load(out)
 
 
 def test_unreadable_inputs(tiny_model: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_corpus import (
@@ -14,6 +15,7 @@ from tiny_corpus import (
     finished_parts,
     options,
     work_in_process,
+    write_corpus,
 )
 
 from gen_fast.errors import InputError, JobError
@@ -127,6 +129,83 @@ def test_a_directory_that_cannot_be_written(corpus: Path, tiny_model: Path, tmp_
     (tmp_path / "file").touch()
     with pytest.raises(JobError, match=r"file/out cannot be used"):
         embed_corpus(corpus, tmp_path / "file" / "out", **options(tiny_model))
+
+
+def test_a_manifest_that_cannot_be_read_is_mended(
+    corpus: Path, tiny_model: Path, tmp_path: Path, expected: dict[str, bytes]
+) -> None:
+    out = tmp_path / "out"
+    settings = options(tiny_model)
+    embed_corpus(corpus, out, **settings)
+    manifest = (out / "manifest.json").read_text()
+    for damaged in (
+        '{"parts": ' * 100_000,
+        "[]",
+        manifest.replace('"sha256"', '"sha257"', 1),
+        manifest.replace('"rows": 392', '"rows": "392"'),
+        manifest.replace('"rejected_sha256"', '"rejected_sha257"'),
+        manifest.replace('"parts": [', '"parts": [7,'),
+    ):
+        (out / "manifest.json").write_text(damaged)
+        with pytest.raises(JobError, match=r"manifest\.json is damaged"):
+            verify(out)
+        embed_corpus(corpus, out, **settings)
+        assert files_of(out) == expected
+    for path in ("rejected.jsonl", "_parts/part-00003.json", "_parts/part-00003.rejected.jsonl"):
+        (out / path).write_text('{"a": ' * 100_000)
+        assert verify(out) != []
+        embed_corpus(corpus, out, **settings)
+        assert files_of(out) == expected
+
+
+def test_a_part_that_the_plan_does_not_have(
+    corpus: Path, tiny_model: Path, tmp_path: Path, expected: dict[str, bytes]
+) -> None:
+    """Such as those of a larger job whose plan was replaced by that of a smaller one."""
+    out = tmp_path / "out"
+    settings = options(tiny_model)
+    embed_corpus(corpus, out, **settings)
+    stray = out / "part-00025.parquet"
+    stray.write_bytes((out / "part-00003.parquet").read_bytes())
+    assert verify(out) == [f"{stray} is no part of the plan: move it away"]
+    with pytest.raises(JobError, match=r"part-00025.parquet is none of the 25 parts of plan\.json"):
+        embed_corpus(corpus, out, **settings)
+    stray.unlink()
+    embed_corpus(corpus, out, **settings)
+    assert files_of(out) == expected
+
+
+def test_the_plan_of_a_smaller_job_does_not_pass(tiny_model: Path, tmp_path: Path) -> None:
+    """A copy of a plan from before --append: its seal is right, and it says too little."""
+    inputs = [write_corpus(tmp_path / f"{i}.jsonl", 40, first=40 * i) for i in range(2)]
+    out = tmp_path / "out"
+    embed_corpus(inputs[0], out, **options(tiny_model))
+    small = (out / "plan.json").read_bytes()
+    embed_corpus(inputs, out, **options(tiny_model), append=True)
+    (out / "plan.json").write_bytes(small)
+    assert len(verify(out)) > 0
+    with pytest.raises(JobError, match="replaced by that of a smaller job"):
+        embed_corpus(inputs[0], out, **options(tiny_model))
+
+
+def test_a_plan_that_is_extended_during_a_run_is_not_published_short(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = [write_corpus(tmp_path / f"{i}.jsonl", 40, first=40 * i) for i in range(2)]
+    out, settings = tmp_path / "out", options(tiny_model)
+    load_encoder = PlanSettings.load_encoder
+
+    def appending(self: PlanSettings, device: str) -> Any:
+        monkeypatch.setattr(PlanSettings, "load_encoder", load_encoder)
+        embed_corpus(inputs, out, **settings, append=True, plan_only=True)
+        return load_encoder(self, device)
+
+    monkeypatch.setattr(PlanSettings, "load_encoder", appending)
+    with pytest.raises(JobError, match=r"plan\.json has been extended.*run again"):
+        embed_corpus(inputs[0], out, **settings)
+    assert not (out / "_SUCCESS").exists()
+    embed_corpus(inputs, out, **settings)
+    assert verify(out) == []
 
 
 def test_damage_is_found_named_and_mended(

@@ -164,6 +164,13 @@ class PartStore:
                 return f"{path} cannot be read: {error.strerror}"
         return None
 
+    def check(self, part: Part) -> None:
+        """Raise JobError if a part is missing, or is not as it was written."""
+        record = self.record(part)
+        damage = f"{self.path(part)} is missing" if record is None else self.damage(record)
+        if damage is not None:
+            raise JobError(f"{damage}: embed with the same arguments makes it again")
+
     def remove(self, part: Part) -> None:
         """Forget a part, so that it is made again."""
         self._record_path(part).unlink(missing_ok=True)

@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from gen_fast.errors import JobError
-from gen_fast.io.durable import file_sha256, replacing, sync
+from gen_fast.io.durable import file_sha256, file_state, replacing, sync, write_whole
 from gen_fast.io.vectors import unit
 from gen_fast.jobs.parts import PartStore
 from gen_fast.jobs.plan import Part, Plan
@@ -100,7 +100,7 @@ def build_index(
     """
     folder, out = Path(folder), Path(out)
     store = PartStore(folder, Plan.load(folder))
-    entries = store.manifest()["parts"]
+    entries = store.checked_manifest()["parts"]
     rows = [entry["rows"] for entry in entries]
     settings = store.plan.settings
     shown = sys.stderr.isatty() if show_progress_bar is None else show_progress_bar
@@ -141,6 +141,8 @@ def build_index(
             mean = _sample(store, rows, 1 << 14).mean(axis=0)
             info = replace(info, center=tuple(float(value) for value in mean))
     info.save(out)
+    for left in [*out.parent.glob(f".{out.name}.*.tmp"), *_shards(out).glob(".*.tmp")]:
+        left.unlink(missing_ok=True)  # of a build that was killed
     builder = (
         _OnDisk(store, out, info, rows)
         if info.kind == "ondisk"
@@ -148,6 +150,7 @@ def build_index(
     )
     try:
         index = builder.build(shown)
+        info = builder.info
         if recall_queries:
             info = _tuned(index, store, info, rows, recall_queries)
     except (RuntimeError, OSError) as error:
@@ -164,12 +167,12 @@ class _Builder:
     def __init__(self, store: PartStore, path: Path, info: IndexInfo, rows: list[int]) -> None:
         self._store = store
         self._path = path
-        self._info = info
+        self.info = info
         self._rows = rows
 
     def build(self, shown: bool) -> Any:
         """The index with all parts in it, saved."""
-        index = read_index(self._path, self._info) if self._path.exists() else self._trained()
+        index = read_index(self._path, self.info) if self._path.exists() else self._trained()
         ends = [0, *accumulate(self._rows)]
         if index.ntotal not in ends:
             raise JobError(
@@ -197,10 +200,11 @@ class _Builder:
 
     def _add(self, index: Any, number: int) -> None:
         part = self._store.plan.parts[number]
+        self._store.check(part)
         _, rows = self._store.ids(part)
         if len(rows) == 0:
             return
-        if self._info.kind == "binary":
+        if self.info.kind == "binary":
             index.add_with_ids(self._bits(part), rows)
         else:
             index.add_with_ids(unit(self._store.embeddings(part)), rows)
@@ -208,16 +212,22 @@ class _Builder:
     def _bits(self, part: Part) -> np.ndarray:
         if self._store.plan.settings.precision == "ubinary":
             return self._store.stored(part)[0]
-        return centered_bits(unit(self._store.embeddings(part)), self._info)
+        return centered_bits(unit(self._store.embeddings(part)), self.info)
 
     def _save(self, index: Any) -> None:
-        write = faiss.write_index_binary if self._info.kind == "binary" else faiss.write_index
+        write = faiss.write_index_binary if self.info.kind == "binary" else faiss.write_index
         with replacing(self._path) as temporary:
             write(index, str(temporary))
+            digest = file_sha256(temporary)
+            # The machine may stop on either side of the renaming.
+            self.info = replace(self.info, sha256=(*self.info.sha256, digest))
+            self.info.save(self._path)
+        self.info = replace(self.info, sha256=(digest,))
+        self.info.save(self._path)
 
     def _trained(self) -> Any:
-        dimension, rows = self._info.dimension, sum(self._rows)
-        if self._info.kind == "binary":
+        dimension, rows = self.info.dimension, sum(self._rows)
+        if self.info.kind == "binary":
             return faiss.IndexBinaryIDMap2(faiss.IndexBinaryFlat(-(-dimension // 8) * 8))
         # As many lists as four square roots of the rows (FAISS' own advice), if they can be filled.
         lists = max(1, min(int(4 * rows**0.5), rows // 39, _MOST_LISTS))
@@ -229,7 +239,7 @@ class _Builder:
                 "int8": "IDMap2,SQ8",
                 # np: without polysemous training, which takes most of the time and serves a search
                 # by Hamming distance that nothing here asks for.
-            }.get(self._info.kind, f"IVF{lists},PQ{pq_bytes(dimension)}np"),
+            }.get(self.info.kind, f"IVF{lists},PQ{pq_bytes(dimension)}np"),
             faiss.METRIC_INNER_PRODUCT,
         )
         if not index.is_trained:
@@ -249,13 +259,13 @@ class _OnDisk(_Builder):
         from faiss.contrib.ondisk import merge_ondisk
 
         if self._path.exists():
-            index = read_index(self._path, self._info)
+            index = read_index(self._path, self.info)
             if index.ntotal == sum(self._rows):
                 return index
-        folder = self._path.with_name(f"{self._path.name}.shards")
+        folder = _shards(self._path)
         folder.mkdir(exist_ok=True)
         trained = folder / "trained.faiss"
-        if not self._path.exists() or not trained.exists():
+        if not self._path.exists() or not _is_intact(trained):
             self._write(self._trained(), trained)
         entries = self._store.manifest()["parts"]
         shards = []
@@ -266,7 +276,7 @@ class _OnDisk(_Builder):
             # Its name says what is in it: a last, unfilled shard is made again when parts come.
             made_of = [{"sha256": file_sha256(trained)}, *(entries[i] for i in members)]
             shard = folder / f"{members[0]:05d}-{contents_hash(made_of)[:16]}.faiss"
-            if not shard.exists():
+            if not _is_intact(shard):
                 index = faiss.read_index(str(trained))
                 for number in members:
                     self._add(index, number)
@@ -277,6 +287,7 @@ class _OnDisk(_Builder):
         lists = self._path.with_name(f"{self._path.name}.{len(entries)}.lists")
         merge_ondisk(index, shards, str(lists))
         sync(lists)
+        self.info = replace(self.info, lists_name=lists.name, lists=file_state(lists))
         self._save(index)
         for old in self._path.parent.glob(f"{self._path.name}.*.lists"):
             if old != lists:
@@ -284,12 +295,31 @@ class _OnDisk(_Builder):
         for old in folder.glob("*-*.faiss"):
             if str(old) not in shards:
                 old.unlink()
+                _checksum_path(old).unlink(missing_ok=True)
         return index
 
     @staticmethod
     def _write(index: Any, path: Path) -> None:
         with replacing(path) as temporary:
             faiss.write_index(index, str(temporary))
+        write_whole(_checksum_path(path), file_sha256(path))
+
+
+def _shards(path: Path) -> Path:
+    """Where the shards of an index on disk lie."""
+    return path.with_name(f"{path.name}.shards")
+
+
+def _checksum_path(shard: Path) -> Path:
+    return shard.with_suffix(".sha256")
+
+
+def _is_intact(shard: Path) -> bool:
+    """Whether a shard is there as it was written; every other one is made again."""
+    try:
+        return file_sha256(shard).encode() == _checksum_path(shard).read_bytes()
+    except FileNotFoundError:
+        return False
 
 
 def _sample(store: PartStore, rows: list[int], count: int) -> np.ndarray:

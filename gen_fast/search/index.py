@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from gen_fast.errors import JobError
-from gen_fast.io.durable import write_whole
+from gen_fast.io.durable import FileState, file_sha256, has_changed, write_whole
+from gen_fast.io.json_files import check_seal, read_json_object, seal
 from gen_fast.io.precision import sign_bits
 from gen_fast.io.vectors import unit
 from gen_fast.jobs.parts import PartStore
@@ -26,7 +27,7 @@ try:
 except ImportError as error:
     raise JobError("an index needs FAISS: pip install 'gen-fast[search]'") from error
 
-FORMAT = "gen_fast.jobs.index/1"
+FORMAT = "gen_fast.jobs.index/2"
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class IndexInfo:
     reason: why this kind. probes: inverted lists (IVF) or graph
     candidates (HNSW) a query looks at. candidates: neighbours the first pass finds for each that
     is wanted, scored again by the stored embeddings; 1 takes the scores of FAISS.
+    sha256: of FILE: one, or while it is being replaced the old and the new one; none if there is
+    no FILE yet. lists_name, lists: of an index on disk, the file beside it that holds its lists.
     center: of a binary index, what is subtracted before signs are taken: the mean of a sample,
     since the embeddings of a language model share a large one; empty where signs are stored.
     recall: share of the ten exact neighbours found among ten, by cosine; None if not measured.
@@ -54,25 +57,45 @@ class IndexInfo:
     candidates: int = 1
     recall: float | None = None
     center: tuple[float, ...] = ()
+    sha256: tuple[str, ...] = ()
+    lists_name: str = ""
+    lists: FileState | None = None
     format: str = FORMAT
 
     def save(self, path: Path) -> None:
         """Write FILE.json."""
-        write_whole(info_path(path), json.dumps(asdict(self), indent=2) + "\n")
+        values = asdict(self)
+        text = json.dumps({**values, "seal": seal(values)}, indent=2)
+        write_whole(info_path(path), text + "\n")
 
     @classmethod
     def load(cls, path: Path) -> "IndexInfo":
         """Read FILE.json. Raises JobError."""
         source = info_path(path)
         try:
-            values = json.loads(source.read_text(encoding="utf-8"))
+            values = read_json_object(source)
             if values.get("format") != FORMAT:
-                raise JobError(f"{source} has format {values.get('format')!r}, expected {FORMAT!r}")
-            return cls(**{**values, "center": tuple(values["center"])})
+                raise JobError(
+                    f"{source} has format {values.get('format')!r}, expected {FORMAT!r}: delete "
+                    f"{path} to build it again"
+                )
+            check_seal(values)
+            del values["seal"]
+            lists = values["lists"]
+            return cls(
+                **{
+                    **values,
+                    "center": tuple(values["center"]),
+                    "sha256": tuple(values["sha256"]),
+                    "lists": None if lists is None else FileState(**lists),
+                }
+            )
         except FileNotFoundError as error:
             raise JobError(f"{path} is no index of gen-fast: there is no {source.name}") from error
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise JobError(f"{source} is damaged: {error}") from error
+            raise JobError(
+                f"{source} is damaged: {error}; delete {path} to build it again"
+            ) from error
 
 
 def info_path(path: Path) -> Path:
@@ -86,13 +109,32 @@ def contents_hash(entries: Sequence[Mapping[str, Any]]) -> str:
 
 
 def read_index(path: Path, info: IndexInfo) -> Any:
-    """What FAISS wrote. Raises JobError if it is damaged."""
+    """What FAISS wrote. Raises JobError if it is not what FILE.json says, or cannot be read.
+
+    FILE is read for its checksum first: FAISS trusts its files. Lists on disk, which may be larger
+    than memory, are only read for theirs if their size and times are not as they were.
+    """
     try:
+        if file_sha256(path) not in info.sha256:
+            raise JobError(
+                f"{path} cannot be read: it is not the file that {info_path(path).name} was "
+                "written for (its sha256 is another); delete it to build it again"
+            )
+        if info.lists is not None:
+            lists = path.with_name(info.lists_name)
+            if has_changed(lists, info.lists):
+                raise JobError(
+                    f"{lists} has changed since it was written: delete {path} to build it again"
+                )
         if info.kind == "binary":
             return faiss.read_index_binary(str(path))
         # Lists on disk are looked for beside the index, wherever both have been moved.
         return faiss.read_index(str(path), faiss.IO_FLAG_ONDISK_SAME_DIR)
+    except OSError as error:
+        raise JobError(f"{error.filename} cannot be read: {error.strerror}") from error
     except RuntimeError as error:
+        if isinstance(error, JobError):
+            raise
         raise JobError(f"{path} cannot be read: {error}") from error
 
 

@@ -242,6 +242,10 @@ class _Builder:
             }.get(self.info.kind, f"IVF{lists},PQ{pq_bytes(dimension)}np"),
             faiss.METRIC_INNER_PRODUCT,
         )
+        if self.info.kind in ("ivfpq", "ondisk"):
+            lists_of_codes = faiss.downcast_index(faiss.extract_index_ivf(index))
+            # Of few rows FAISS says so once for each four dimensions, and trains all the same.
+            lists_of_codes.pq.cp.min_points_per_centroid = 1
         if not index.is_trained:
             n_training = max(_TRAINING_ROWS_A_LIST * lists, 1 << 14)
             n_training = min(n_training, _TRAINING_BYTES // (4 * dimension))
@@ -323,7 +327,7 @@ def _is_intact(shard: Path) -> bool:
 
 
 def _sample(store: PartStore, rows: list[int], count: int) -> np.ndarray:
-    """About `wanted` embeddings from all over the corpus, at L2 norm 1."""
+    """About `count` embeddings from all over the corpus, at L2 norm 1."""
     draw = np.random.default_rng(_SEED)
     share = min(1.0, count / sum(rows))
     order = draw.permutation(len(rows))

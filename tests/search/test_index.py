@@ -16,7 +16,7 @@ from gen_fast.jobs.job import embed_corpus
 from gen_fast.jobs.parts import PartStore
 from gen_fast.jobs.plan import Plan
 from gen_fast.search.build import build_index, choose_kind
-from gen_fast.search.choices import KINDS
+from gen_fast.search.choices import KINDS, Kind
 from gen_fast.search.corpus import open_index
 from gen_fast.search.exact import nearest
 from gen_fast.search.index import IndexInfo, info_path, read_index
@@ -86,6 +86,19 @@ def test_new_parts_are_added_to_an_index(tiny_model: Path, tmp_path: Path) -> No
         assert info.recall >= 0.95
         hit = open_index(tmp_path / kind, device="cpu").search("text number 650 ", k=5)[0]
         assert any(match.id.startswith("k6") for match in hit)
+
+
+@pytest.mark.parametrize("kind", ["ivfpq", "ondisk"])
+def test_compressed_indexes_of_few_rows_train_at_once(
+    job: Path, tmp_path: Path, kind: Kind, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Polysemous codes would take most of the time, and nothing searches by them."""
+    import faiss
+
+    info = build_index(job, tmp_path / "index", kind=kind, recall_queries=0)
+    index = read_index(tmp_path / "index", info)
+    assert not faiss.downcast_index(faiss.extract_index_ivf(index)).do_polysemous_training
+    assert "WARNING clustering" not in capfd.readouterr().err
 
 
 def test_an_interrupted_build_goes_on(

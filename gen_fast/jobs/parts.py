@@ -6,10 +6,11 @@ written after it: a part without a record is not there. Everything else is made 
 
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -62,15 +63,23 @@ class Record:
 class PartStore:
     """The parts of a job in its directory.
 
-    heartbeat: called while records and parts are read, also by other threads.
+    heartbeat: called while records and parts are read, also by other threads. footers: what
+    `footer` said of each part; with them a part is read only if its footer is still that one. Pages
+    have checksums of their own, so that a few rows can be trusted without reading all of a part.
     """
 
     def __init__(
-        self, folder: Path, plan: Plan, heartbeat: Callable[[], object] = lambda: None
+        self,
+        folder: Path,
+        plan: Plan,
+        heartbeat: Callable[[], object] = lambda: None,
+        *,
+        footers: Sequence[str] | None = None,
     ) -> None:
         self.folder = folder
         self.plan = plan
         self._heartbeat = heartbeat
+        self._footers = footers
 
     def path(self, part: Part) -> Path:
         """Of a part's file."""
@@ -164,12 +173,16 @@ class PartStore:
                 return f"{path} cannot be read: {error.strerror}"
         return None
 
-    def check(self, part: Part) -> None:
-        """Raise JobError if a part is missing, or is not as it was written."""
+    def footer(self, part: Part) -> str:
+        """A hash of the footer of a part's file, which says where what is in it.
+
+        Raises JobError if the part is missing, or is not as it was written.
+        """
         record = self.record(part)
         damage = f"{self.path(part)} is missing" if record is None else self.damage(record)
         if damage is not None:
             raise JobError(f"{damage}: embed with the same arguments makes it again")
+        return _footer_hash(self.path(part))
 
     def remove(self, part: Part) -> None:
         """Forget a part, so that it is made again."""
@@ -352,9 +365,11 @@ class PartStore:
         """A part's parquet file, whose pages are checked as they are read."""
         path = self.path(part)
         try:
+            if self._footers is not None and _footer_hash(path) != self._footers[part.number]:
+                raise JobError(f"{path} has changed since it was indexed")
             with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
                 yield file
-        except (OSError, pa.ArrowException, KeyError, IndexError, AttributeError) as error:
+        except (OSError, pa.ArrowException, LookupError, AttributeError, ValueError) as error:
             raise JobError(f"{path} cannot be read: {error}") from error
 
     def _metadata(self) -> EmbeddingMetadata:
@@ -370,6 +385,15 @@ class PartStore:
             backbone=str(settings.backbone or ""),
             fingerprint=settings.identity["backbone"],
         )
+
+
+def _footer_hash(path: Path) -> str:
+    """Of a parquet file: it ends with its footer, the footer's length in four bytes, and "PAR1"."""
+    with path.open("rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(0, end - 8))
+        file.seek(max(0, end - 8 - int.from_bytes(file.read(4), "little")))
+        return hashlib.sha256(file.read()).hexdigest()[:16]
 
 
 def _stored(table: Any) -> tuple[np.ndarray, np.ndarray | None]:

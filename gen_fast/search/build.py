@@ -107,8 +107,8 @@ def build_index(
     budget = _free_bytes() // 2 if memory_bytes is None else memory_bytes
     if sum(rows) == 0:
         raise JobError(f"{folder} has no embedding to index")
-    if out.exists():
-        previous = IndexInfo.load(out)
+    previous = IndexInfo.load(out) if out.exists() else None
+    if previous is not None:
         if (previous.settings, previous.contents) != (
             store.plan.settings_hash,
             contents_hash(entries[: previous.parts]),
@@ -118,8 +118,13 @@ def build_index(
             )
         if kind is not None and previous.kind != kind:
             raise JobError(f"{out} is of kind {previous.kind}, not {kind}")
+    # Every part is checked, once, before it is added.
+    footers = () if previous is None else previous.footers
+    footers = (*footers, *map(store.footer, store.plan.parts[len(footers) :]))
+    store = PartStore(folder, store.plan, footers=footers)
+    if previous is not None:
         info = replace(previous, folder=str(folder.resolve()), rows=sum(rows))
-        info = replace(info, parts=len(entries), contents=contents_hash(entries))
+        info = replace(info, parts=len(entries), contents=contents_hash(entries), footers=footers)
     else:
         bits = settings.precision == "ubinary"
         index_kind, reason = choose_kind(sum(rows), settings.dimension, budget, bits=bits)
@@ -136,6 +141,7 @@ def build_index(
             rows=sum(rows),
             probes={"ivfpq": 16, "ondisk": 16, "hnsw": 64}.get(index_kind, 0),
             candidates=1 if index_kind in ("flat", "hnsw") else 10,
+            footers=footers,
         )
         if index_kind == "binary" and not bits:
             mean = _sample(store, rows, 1 << 14).mean(axis=0)
@@ -200,7 +206,6 @@ class _Builder:
 
     def _add(self, index: Any, number: int) -> None:
         part = self._store.plan.parts[number]
-        self._store.check(part)
         _, rows = self._store.ids(part)
         if len(rows) == 0:
             return

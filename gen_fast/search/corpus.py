@@ -23,7 +23,7 @@ class CorpusIndex:
 
     def __init__(self, path: Path, folder: Path, info: IndexInfo, device: str | None) -> None:
         self.info = info
-        self._store = PartStore(folder, Plan.load(folder))
+        self._store = PartStore(folder, Plan.load(folder), footers=info.footers)
         manifest = self._store.manifest()
         contents = contents_hash(manifest["parts"][: info.parts])
         if (info.settings, info.contents) != (self._store.plan.settings_hash, contents):

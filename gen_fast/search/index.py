@@ -40,6 +40,7 @@ class IndexInfo:
     is wanted, scored again by the stored embeddings; 1 takes the scores of FAISS.
     sha256: of FILE: one, or while it is being replaced the old and the new one; none if there is
     no FILE yet. lists_name, lists: of an index on disk, the file beside it that holds its lists.
+    footers: of each part, as PartStore.footer says it.
     center: of a binary index, what is subtracted before signs are taken: the mean of a sample,
     since the embeddings of a language model share a large one; empty where signs are stored.
     recall: share of the ten exact neighbours found among ten, by cosine; None if not measured.
@@ -60,6 +61,7 @@ class IndexInfo:
     sha256: tuple[str, ...] = ()
     lists_name: str = ""
     lists: FileState | None = None
+    footers: tuple[str, ...] = ()
     format: str = FORMAT
 
     def save(self, path: Path) -> None:
@@ -87,6 +89,7 @@ class IndexInfo:
                     **values,
                     "center": tuple(values["center"]),
                     "sha256": tuple(values["sha256"]),
+                    "footers": tuple(values["footers"]),
                     "lists": None if lists is None else FileState(**lists),
                 }
             )

@@ -86,11 +86,15 @@ def _run(
     app(arguments, prog_name="gen-fast")
 
 
-def flips(path: Path, count: int, seed: int = 0) -> Iterator[str]:
-    """Flip one bit of a file after another, each undone before the next; gives where."""
+def flips(path: Path, count: int, seed: int = 0, start: int = 0) -> Iterator[str]:
+    """Flip one bit of a file after another, each undone before the next; gives where.
+
+    start: the first byte that may be hit.
+    """
     original = path.read_bytes()
     draw = random.Random(seed)
-    for bit in draw.sample(range(8 * len(original)), min(count, 8 * len(original))):
+    bits = range(8 * start, 8 * len(original))
+    for bit in draw.sample(bits, min(count, len(bits))):
         damaged = bytearray(original)
         damaged[bit // 8] ^= 1 << bit % 8
         path.write_bytes(damaged)

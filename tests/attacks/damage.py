@@ -28,13 +28,13 @@ class Tally:
         return f"| {self.kind} | {' | '.join(map(str, cells))} |"
 
 
-def flipped(kind: str, path: Path, count: int, outcome: Callable[[], str]) -> Tally:
-    """Flip bits of a file, and ask each time how it ends: "refused", "healed", …
+def flipped(kind: str, path: Path, count: int, outcome: Callable[[], str], start: int = 0) -> Tally:
+    """Flip bits of a file from byte `start` on, and ask each time how it ends: "refused", …
 
     An error of gen_fast that `outcome` raises is a refusal, any other one a traceback.
     """
     tally = Tally(kind)
-    for place in flips(path, count):
+    for place in flips(path, count, start=start):
         try:
             ended = outcome()
         except GenFastError:

@@ -72,6 +72,19 @@ def test_flips_below_an_index(job: Path, corpus: Path, kind: Kind, count: int) -
 
 
 @COUNTS
+@pytest.mark.parametrize("kind", ["flat", "int8"])
+def test_flips_in_the_footer_of_a_part(job: Path, kind: Kind, count: int) -> None:
+    """It says where the rows lie, and has no checksum of its own as the pages do."""
+    outcome = searched(job.with_name(kind))
+    part = job / "part-00000.parquet"
+    length = int.from_bytes(part.read_bytes()[-8:-4], "little")
+    start = part.stat().st_size - 8 - length
+    tally = flipped(f"footer of a part, searched by {kind}", part, 5 * count, outcome, start)
+    assert not tally.bugs, "\n".join(tally.bugs)
+    assert tally.counts["harmless"] == 0
+
+
+@COUNTS
 @pytest.mark.parametrize("name", ["part-00001.parquet", "_parts/part-00001.json", "manifest.json"])
 def test_flips_in_what_is_indexed(job: Path, tmp_path: Path, name: str, count: int) -> None:
     build_index(job, tmp_path / "expected", kind="int8", recall_queries=0)

@@ -231,7 +231,7 @@ class PartStore:
         """True if no part is missing, and manifest and rejected.jsonl are those of the parts."""
         try:
             self.checked_manifest()
-        except JobError:
+        except (JobError, OSError):
             return False
         return True
 

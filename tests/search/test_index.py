@@ -128,6 +128,41 @@ def test_an_interrupted_build_goes_on(
     assert info.recall >= 0.95
 
 
+@pytest.mark.parametrize(("kind", "stops"), [("int8", (1, 2, 3, 4)), ("ondisk", (3,))])
+def test_a_build_that_stops_at_any_save_goes_on(
+    job: Path,
+    tmp_path: Path,
+    kind: Kind,
+    stops: tuple[int, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What describes the index is written before and after it: no moment makes it another's."""
+    save = IndexInfo.save
+    build_index(job, tmp_path / "whole", kind=kind, recall_queries=0)
+    saves: list[Path] = []
+
+    def stopping(self: IndexInfo, path: Path) -> None:
+        saves.append(path)
+        if len(saves) == stop:
+            raise KeyboardInterrupt
+        save(self, path)
+
+    for stop in stops:
+        path = tmp_path / f"index{stop}"
+        saves.clear()
+        monkeypatch.setattr(IndexInfo, "save", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            build_index(job, path, kind=kind, recall_queries=0)
+        monkeypatch.setattr(IndexInfo, "save", save)
+        left = path.with_name(f".{path.name}.0.tmp")  # of a process that was killed
+        left.write_bytes(b"half")
+        build_index(job, path, kind=kind, recall_queries=0)
+        assert not left.exists()
+        whole, mended = open_index(tmp_path / "whole"), open_index(path)
+        queries = np.eye(whole.info.dimension, dtype=np.float32)[:5]
+        np.testing.assert_array_equal(mended.nearest(queries)[1], whole.nearest(queries)[1])
+
+
 def test_stored_precisions_are_searched(tiny_model: Path, tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "corpus.jsonl", 600)
     for precision in ("float16", "int8", "ubinary"):

@@ -6,7 +6,6 @@ import logging
 import os
 import secrets
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,15 +14,16 @@ from safetensors import SafetensorError
 
 from gen_fast.errors import CacheError
 from gen_fast.io.checksums import damage, record_all
-from gen_fast.io.durable import file_sha256, new_directory, write_whole
-from gen_fast.io.json_files import read_json_object
-from gen_fast.io.seals import has_seal, sealed
+from gen_fast.io.durable import (
+    file_sha256,
+    is_settled,
+    new_directory,
+    signature,
+    write_whole,
+)
+from gen_fast.io.json_files import check_seal, read_json_object, seal
 
 logger = logging.getLogger(__name__)
-
-# A file that was changed less long ago may be changed again and keep its times: they are counted in
-# steps of up to two seconds (FAT). The same reason makes git read such files again.
-_SETTLED_SECONDS = 3.0
 
 
 def cache_directory() -> Path:
@@ -76,41 +76,34 @@ def remembered_sha256(path: Path) -> str:
 def remembered(path: Path, name: str, compute: Callable[[], Any]) -> Any:
     """What `compute` gives for a file, as JSON has it, computed again only if the file changed.
 
-    A file is taken for unchanged while inode, size, and the times of its last change and of the
-    last change of its inode are the same: the latter no program can set. name: of what is computed.
-    Raises OSError if the file cannot be read, and what `compute` raises.
+    name: of what is computed. Raises OSError if the file cannot be read, and what `compute` raises.
     """
     path = path.resolve()
-    before = state_of(path)
+    before = list(signature(path))
     key = hashlib.sha256(f"{name}\0{path}".encode("utf-8", "surrogateescape")).hexdigest()[:32]
     kept = cache_directory() / "remembered" / f"{key}.json"
     known = _read(kept)
     if known is not None and known.get("state") == before:
         return known["value"]
-    settled = time.time() - max(before[2:]) / 1e9 > _SETTLED_SECONDS
+    settled = is_settled(before[-1])
     value = compute()
-    if settled and state_of(path) == before:
+    if settled and list(signature(path)) == before:
         _write(kept, {"path": str(path), "state": before, "value": value})
     return value
-
-
-def state_of(path: Path) -> list[int]:
-    """What is another once a file was changed: inode, size, and two times in nanoseconds."""
-    status = path.stat()
-    return [status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
 def _read(path: Path) -> dict[str, Any] | None:
     try:
         values = read_json_object(path)
+        check_seal(values)
     except (OSError, ValueError):
         return None  # absent or damaged: it is computed again
-    return values if has_seal(values) else None
+    return values
 
 
 def _write(path: Path, values: dict[str, Any]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(sealed(values), ensure_ascii=False) + "\n")
+        write_whole(path, json.dumps({**values, "seal": seal(values)}) + "\n")
     except (OSError, ValueError) as error:
         logger.debug("%s cannot be kept, and is computed again next time: %s", path, error)

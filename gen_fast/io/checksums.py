@@ -5,8 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from gen_fast.io.durable import file_sha256, write_whole
-from gen_fast.io.json_files import read_json_object
-from gen_fast.io.seals import has_seal, sealed
+from gen_fast.io.json_files import check_seal, read_json_object, seal
 
 CHECKSUMS = "checksums.json"
 
@@ -14,7 +13,9 @@ CHECKSUMS = "checksums.json"
 def record(folder: Path, checksums: Mapping[str, str]) -> None:
     """Put the sha256 of files, by their names in `folder`, on its list; others stay on it."""
     files = dict(sorted({**(read(folder) or {}), **checksums}.items()))
-    write_whole(folder / CHECKSUMS, json.dumps(sealed({"files": files}), indent=1) + "\n")
+    values = {"files": files}
+    text = json.dumps({**values, "seal": seal(values)}, indent=1)
+    write_whole(folder / CHECKSUMS, text + "\n")
 
 
 def record_all(folder: Path) -> None:
@@ -26,9 +27,10 @@ def read(folder: Path) -> dict[str, str] | None:
     """The list of a directory; None if there is none or it is damaged. Raises OSError."""
     try:
         values = read_json_object(folder / CHECKSUMS)
+        check_seal(values)
     except (FileNotFoundError, ValueError):
         return None
-    return values["files"] if has_seal(values) else None
+    return dict(values["files"])
 
 
 def problem(folder: Path, *names: str) -> str | None:

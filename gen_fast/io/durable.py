@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-# A file system's clock ticks every few milliseconds, those of two machines differ by more.
-_YOUNG_NANOSECONDS = 2 * 10**9
+# A file system counts times in steps of milliseconds, or of two seconds (FAT), and by its own clock.
+_SETTLED_NANOSECONDS = 3 * 10**9
 
 
 @dataclass(frozen=True)
@@ -92,13 +92,12 @@ def file_sha256(path: Path, on_bytes: Callable[[int], object] = lambda count: No
 
 def file_state(path: Path, on_bytes: Callable[[int], object] = lambda count: None) -> FileState:
     """Read a file for its state. Raises OSError, also if it changes while it is read."""
-    began = signature(path)
-    digest = file_sha256(path, on_bytes)
     size, modified, changed = signature(path)
-    if (size, modified, changed) != began:
+    settled = is_settled(changed)
+    digest = file_sha256(path, on_bytes)
+    if signature(path) != (size, modified, changed):
         raise OSError("it changed while it was read")
-    young = time.time_ns() - changed < _YOUNG_NANOSECONDS
-    return FileState(size, modified, None if young else changed, digest)
+    return FileState(size, modified, changed if settled else None, digest)
 
 
 def has_changed(
@@ -112,6 +111,11 @@ def has_changed(
     if now == (before.size, before.modified, before.changed):
         return False
     return now[0] != before.size or file_sha256(path, on_bytes) != before.sha256
+
+
+def is_settled(changed: int) -> bool:
+    """Whether an edit from now on will give a file another ctime than this, in nanoseconds."""
+    return time.time_ns() - changed > _SETTLED_NANOSECONDS
 
 
 def signature(path: Path) -> tuple[int, int, int]:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from gen_fast.errors import JobError
 from gen_fast.io.durable import file_sha256, replacing, sync, write_whole
 from gen_fast.io.embedding_files import EmbeddingMetadata
-from gen_fast.io.json_files import parse_json, read_json_object
+from gen_fast.io.json_files import parse_json, read_json_object, seal
 from gen_fast.io.precision import to_float32, to_precision
 from gen_fast.jobs.claims import Claims
 from gen_fast.jobs.corpus import PartRows
@@ -405,5 +405,4 @@ def _stored(table: Any) -> tuple[np.ndarray, np.ndarray | None]:
 
 def _sealed(record: Mapping[str, Any]) -> str:
     """A record with a checksum of itself."""
-    seal = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-    return json.dumps({"record": record, "seal": seal}) + "\n"
+    return json.dumps({"record": record, "seal": seal(record)}) + "\n"

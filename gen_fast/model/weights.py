@@ -14,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gen_fast.errors import WeightsError
-from gen_fast.io.cache import remembered, state_of
+from gen_fast.io.cache import remembered
+from gen_fast.io.durable import signature
 from gen_fast.io.json_files import read_json_object
 from gen_fast.model.backbone import Backbone, LayerWeights
 from gen_fast.model.config import BackboneConfig, parse_config
@@ -193,7 +194,7 @@ class _Shard:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._state = state_of(path)
+        self._state = signature(path)
 
     def names(self) -> list[str]:
         with safe_open(self._path, "pt") as file:
@@ -218,7 +219,7 @@ class _Shard:
         return digests_of((name, self.get_tensor(name)) for name in self.names())
 
     def _check_unchanged(self) -> None:
-        if state_of(self._path) != self._state:
+        if signature(self._path) != self._state:
             raise WeightsError(f"{self._path} has changed while it was read")
 
 

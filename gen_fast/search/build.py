@@ -248,7 +248,7 @@ class _Builder:
             faiss.METRIC_INNER_PRODUCT,
         )
         if self.info.kind in ("ivfpq", "ondisk"):
-            lists_of_codes = faiss.downcast_index(faiss.extract_index_ivf(index))
+            lists_of_codes: Any = faiss.downcast_index(faiss.extract_index_ivf(index))
             # Of few rows FAISS says so once for each four dimensions, and trains all the same.
             lists_of_codes.pq.cp.min_points_per_centroid = 1
         if not index.is_trained:

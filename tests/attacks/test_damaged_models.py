@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from damage import Tally, flipped
 from gem_models import save_gem
-from tally import attack
 from tiny_data import write_answers, write_teacher
 from tiny_gguf import write_gguf
 
@@ -26,6 +26,14 @@ from gen_fast.training.llm2vec_gen import train
 
 TEXTS = ["the cat sat on the mat", "another"]
 MANY = pytest.param(100, marks=pytest.mark.slow)
+
+
+def attack(kind: str, path: Path, count: int, act: Callable[[], bytes]) -> Tally:
+    """Flip bits of a file, and `act` after each: it gives what it gave before, or is refused."""
+    expected = act()
+    tally = flipped(kind, path, count, lambda: "healed" if act() == expected else "silent")
+    assert not tally.bugs, tally.bugs
+    return tally
 
 
 def embedded_by(model: Path) -> Callable[[], bytes]:
@@ -51,7 +59,7 @@ def save_llm2vec(directory: Path, model: Path) -> None:
 def test_of_an_adapter(tiny_model: Path, tmp_path: Path, file: str, count: int) -> None:
     save_tiny_adapter(tmp_path, tiny_model)
     tally = attack(f"adapter: {file}", tmp_path / file, count, embedded_by(tmp_path))
-    assert tally.refused == count
+    assert tally.counts["refused"] == count
 
 
 @pytest.mark.parametrize("count", [5, MANY])
@@ -62,7 +70,7 @@ def test_of_an_adapter(tiny_model: Path, tmp_path: Path, file: str, count: int) 
 def test_of_an_llm2vec_model(tiny_model: Path, tmp_path: Path, file: str, count: int) -> None:
     save_llm2vec(tmp_path, tiny_model)
     tally = attack(f"LLM2Vec adapter: {file}", tmp_path / file, count, embedded_by(tmp_path))
-    assert tally.refused == count
+    assert tally.counts["refused"] == count
 
 
 @pytest.mark.parametrize("count", [5, MANY])
@@ -70,7 +78,7 @@ def test_of_an_llm2vec_model(tiny_model: Path, tmp_path: Path, file: str, count:
 def test_of_a_gem_model(tiny_model: Path, tmp_path: Path, file: str, count: int) -> None:
     save_gem(tmp_path, tiny_model)
     tally = attack(f"GEM adapter: {file}", tmp_path / file, count, embedded_by(tmp_path))
-    assert tally.refused == count
+    assert tally.counts["refused"] == count
 
 
 @pytest.mark.parametrize("count", [5, MANY])
@@ -110,7 +118,7 @@ def test_of_a_checkpoint(tiny_model: Path, tmp_path: Path, file: str, count: int
         return (folder / "adapter.safetensors").read_bytes()
 
     tally = attack(f"checkpoint: {file}", damaged / file, count, act)
-    assert tally.refused == count
+    assert tally.counts["refused"] == count
 
 
 @pytest.mark.parametrize("count", [5, MANY])
@@ -138,4 +146,4 @@ def test_of_a_converted_model(
     source = tmp_path / "tiny.gguf"
     write_gguf(source, save_tiny_model(tmp_path / "tiny", "llama"))
     tally = attack(f"converted model: {file}", resolve(source) / file, count, embedded_by(source))
-    assert tally.same == count
+    assert tally.counts["healed"] == count

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gen_fast.embed.loading import identify
-from gen_fast.io import cache
+from gen_fast.io import durable
 from gen_fast.io.cache import remembered
 from gen_fast.model.fingerprint import differences
 from gen_fast.model.weights import load_backbone, read_fingerprint
@@ -81,8 +81,8 @@ def counted(tmp_path, monkeypatch):
 
 def settle(monkeypatch):
     """Let an hour pass."""
-    now = time.time()
-    monkeypatch.setattr(cache.time, "time", lambda: now + 3600)
+    now = time.time_ns()
+    monkeypatch.setattr(durable.time, "time_ns", lambda: now + 3600 * 10**9)
 
 
 def test_what_is_remembered_of_a_file(counted, monkeypatch):

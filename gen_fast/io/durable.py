@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-# A file system counts times in steps of milliseconds, or of two seconds (FAT), and by its own clock.
+# A file system counts in steps of milliseconds, or of two seconds (FAT), by a clock of its own.
 _SETTLED_NANOSECONDS = 3 * 10**9
 
 

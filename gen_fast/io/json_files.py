@@ -17,7 +17,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     try:
         value = parse_json(content.decode("utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not readable JSON: {error}") from error
+        raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds {_NAMES[type(value)]}, expected a JSON object")
     return value

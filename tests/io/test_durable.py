@@ -19,7 +19,7 @@ def test_a_file_is_read_only_if_its_times_leave_a_change_open(
     assert not has_changed(path, young, reads.append)
     assert reads == [3], "an edit at once could have the same times"
 
-    monkeypatch.setattr(durable, "_YOUNG_NANOSECONDS", 0)
+    monkeypatch.setattr(durable, "_SETTLED_NANOSECONDS", 0)
     old = file_state(path)
     reads.clear()
     assert not has_changed(path, old, reads.append)

@@ -16,12 +16,12 @@ def test_an_object_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "not readable JSON"),
-        (b'{"a": 1', "not readable JSON"),
-        (b'{"a": "\xff"}', "not readable JSON"),
+        (b"", "not JSON"),
+        (b'{"a": 1', "not JSON"),
+        (b'{"a": "\xff"}', "not JSON"),
         (b"[" * 100_000, "nested too deeply"),
         (b'{"a": ' * 100_000 + b"1" + b"}" * 100_000, "nested too deeply"),
-        (b'{"a": ' + b"9" * 5000 + b"}", "not readable JSON"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "not JSON"),
         (b"[1]", "a list, expected a JSON object"),
         (b"null", "null, expected a JSON object"),
         (b"true", "a boolean, expected"),

@@ -17,8 +17,9 @@ from gen_fast.jobs.choices import DEFAULT_STALL_TIMEOUT, EngineName
 from gen_fast.jobs.claims import IN_USE, PLANNING, Claims
 from gen_fast.jobs.engines import Engine, Run, progress, run_local, run_ray, torchrun_ranks
 from gen_fast.jobs.parts import PartStore
-from gen_fast.jobs.plan import PLAN, Plan, open_input, prepare, unpublish
+from gen_fast.jobs.plan import Plan, open_input, prepare, unpublish
 from gen_fast.jobs.settings import PlanSettings, Settings
+from gen_fast.jobs.sources import PLAN
 from gen_fast.jobs.watchdog import Watchdog
 from gen_fast.jobs.worker import Worker
 from gen_fast.model.device import make_current

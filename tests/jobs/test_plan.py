@@ -15,8 +15,9 @@ from tiny_corpus import (
 
 from gen_fast.errors import InputError, JobError, PromptError
 from gen_fast.jobs.job import embed_corpus
-from gen_fast.jobs.plan import Plan, list_sources
+from gen_fast.jobs.plan import Plan
 from gen_fast.jobs.settings import PlanSettings
+from gen_fast.jobs.sources import list_sources
 from gen_fast.jobs.verify import verify
 from gen_fast.jobs.watchdog import Watchdog
 

@@ -30,7 +30,7 @@ from gen_fast.formats.peft import (
 )
 from gen_fast.io.checksums import problem, record
 from gen_fast.io.durable import file_sha256, write_whole
-from gen_fast.model.config import LLM2VEC_CLASSES, parse_config
+from gen_fast.model.config import LLM2VEC_CLASSES, class_names, parse_config
 from gen_fast.model.lora import LoraWeights
 from gen_fast.model.sources import is_hub_id, resolve
 from gen_fast.model.weights import read_fingerprint, read_json
@@ -89,10 +89,7 @@ def is_checkpoint(directory: Path) -> bool:
         return True
     if is_adapter(directory) and read_auto_class(directory) in LLM2VEC_CLASSES:
         return True
-    values = _config_in(directory)
-    code = values.get("auto_map")
-    named = [str(value).split(".")[-1] for value in (code.values() if code else ())]
-    return bool(LLM2VEC_CLASSES & {*named, *(values.get("architectures") or ())})
+    return bool(LLM2VEC_CLASSES & class_names(_config_in(directory)))
 
 
 def read_checkpoint(directory: Path, name: str, backbone: str | Path | None = None) -> Checkpoint:

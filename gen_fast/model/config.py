@@ -15,8 +15,11 @@ import torch
 from torch import Tensor
 
 from gen_fast.errors import UnsupportedModelError
+from gen_fast.model.config_values import flag, integer, names, positive, table
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+# More than any model has; a number that only damage makes would be counted up to.
+_MOST_LAYERS = 10_000
 # Classes that a model's own code may replace so that the numbers are others.
 _OWN_CODE = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
 # LLM2Vec's classes, published (…EncoderModel) and of its package: the family's own, without the
@@ -111,42 +114,44 @@ def parse_config(raw: Mapping[str, Any], *, bidirectional: bool = False) -> Back
         raise UnsupportedModelError(
             f"model_type {family!r} is not supported; families: {', '.join(FAMILIES)}"
         )
-    try:
-        num_heads = int(raw["num_attention_heads"])
-        hidden_size = int(raw["hidden_size"])
-        num_layers = int(raw["num_hidden_layers"])
-        theta, scaling = _rope_parameters(raw)
-        config = BackboneConfig(
-            family=family,
-            vocab_size=int(raw["vocab_size"]),
-            hidden_size=hidden_size,
-            intermediate_size=int(raw["intermediate_size"]),
-            num_layers=num_layers,
-            num_heads=num_heads,
-            num_kv_heads=int(raw.get("num_key_value_heads") or num_heads),
-            head_dim=int(raw.get("head_dim") or hidden_size // num_heads),
-            norm_eps=float(raw["rms_norm_eps"]),
-            rope_theta=theta,
-            rope_scaling=scaling,
-            qkv_bias=family == "qwen2" or bool(raw.get("attention_bias")),
-            qk_norm=family == "qwen3",
-            tied_head=bool(raw.get("tie_word_embeddings", False)),
-            max_positions=int(raw["max_position_embeddings"]),
-            windows=_windows(raw, family, num_layers),
-        )
-    except KeyError as error:
-        raise UnsupportedModelError(f"config.json lacks the key {error.args[0]!r}") from error
-    except TypeError as error:
-        raise UnsupportedModelError(
-            f"config.json holds a value of the wrong type: {error}"
-        ) from error
+    num_heads = integer(raw, "num_attention_heads")
+    hidden_size = integer(raw, "hidden_size")
+    num_layers = integer(raw, "num_hidden_layers", most=_MOST_LAYERS)
+    theta, scaling = _rope_parameters(raw)
+    config = BackboneConfig(
+        family=family,
+        vocab_size=integer(raw, "vocab_size"),
+        hidden_size=hidden_size,
+        intermediate_size=integer(raw, "intermediate_size"),
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=integer(raw, "num_key_value_heads", num_heads),
+        head_dim=integer(raw, "head_dim", hidden_size // num_heads),
+        norm_eps=positive(raw, "rms_norm_eps"),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        qkv_bias=family == "qwen2" or flag(raw, "attention_bias"),
+        qk_norm=family == "qwen3",
+        tied_head=flag(raw, "tie_word_embeddings"),
+        max_positions=integer(raw, "max_position_embeddings"),
+        windows=_windows(raw, family, num_layers),
+    )
     _check_supported(raw, config, bidirectional)
     return config
 
 
+def class_names(raw: Mapping[str, Any]) -> set[str]:
+    """The classes that a config.json names, its own code's without their modules.
+
+    Raises UnsupportedModelError.
+    """
+    code = table(raw, "auto_map").values()
+    return {*(str(value).split(".")[-1] for value in code), *names(raw, "architectures")}
+
+
 def _check_supported(raw: Mapping[str, Any], config: BackboneConfig, bidirectional: bool) -> None:
     allowed = LLM2VEC_CLASSES if bidirectional else frozenset()
-    code = raw.get("auto_map") or {}
+    code = table(raw, "auto_map")
     own_code = [
         key for key in _OWN_CODE if key in code and str(code[key]).split(".")[-1] not in allowed
     ]
@@ -165,7 +170,7 @@ def _check_supported(raw: Mapping[str, Any], config: BackboneConfig, bidirection
     known = {f"{config.family}{head}" for head in ("model", "forcausallm")}
     unknown = [
         name
-        for name in raw.get("architectures") or ()
+        for name in names(raw, "architectures")
         if name.lower() not in known and name not in allowed
     ]
     if unknown:
@@ -175,18 +180,16 @@ def _check_supported(raw: Mapping[str, Any], config: BackboneConfig, bidirection
     activation = raw.get("hidden_act", "silu")
     if activation != "silu":
         raise UnsupportedModelError(f"hidden_act {activation!r} is not supported, only 'silu'")
-    if raw.get("mlp_bias"):
+    if flag(raw, "mlp_bias"):
         raise UnsupportedModelError("mlp_bias is not supported")
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method")
+    if quantization := table(raw, "quantization_config"):
+        method = quantization.get("quant_method")
         raise UnsupportedModelError(
             f"quantization_config with quant_method {method!r} is not supported in safetensors; "
             "use the unquantised model or a GGUF file"
         )
-    if config.num_layers < 1 or config.head_dim < 2 or config.head_dim % 2:
-        raise UnsupportedModelError(
-            f"{config.num_layers} layers with head_dim {config.head_dim} is not a decoder"
-        )
+    if config.head_dim % 2:
+        raise UnsupportedModelError(f"head_dim {config.head_dim} is not even")
     if config.num_heads % config.num_kv_heads:
         raise UnsupportedModelError(
             f"num_attention_heads {config.num_heads} is not a multiple of "
@@ -196,37 +199,42 @@ def _check_supported(raw: Mapping[str, Any], config: BackboneConfig, bidirection
 
 def _rope_parameters(raw: Mapping[str, Any]) -> tuple[float, Llama3Scaling | None]:
     """Read both spellings: rope_theta + rope_scaling, and transformers 5's rope_parameters."""
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    theta = float(rope.get("rope_theta") or raw.get("rope_theta") or 10_000.0)
+    rope = table(raw, "rope_parameters") or table(raw, "rope_scaling")
+    theta = positive(rope, "rope_theta", positive(raw, "rope_theta", 10_000.0))
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if float(rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))) != 1.0:
+    partial = positive(raw, "partial_rotary_factor", 1.0)
+    if positive(rope, "partial_rotary_factor", partial) != 1.0:
         raise UnsupportedModelError("partial_rotary_factor other than 1 is not supported")
     if kind == "default":
         return theta, None
     if kind != "llama3":
         raise UnsupportedModelError(f"rope_type {kind!r} is not supported: 'default' or 'llama3'")
-    return theta, Llama3Scaling(
-        factor=float(rope["factor"]),
-        low_freq_factor=float(rope["low_freq_factor"]),
-        high_freq_factor=float(rope["high_freq_factor"]),
-        original_max_positions=int(rope["original_max_position_embeddings"]),
+    scaling = Llama3Scaling(
+        factor=positive(rope, "factor"),
+        low_freq_factor=positive(rope, "low_freq_factor"),
+        high_freq_factor=positive(rope, "high_freq_factor"),
+        original_max_positions=integer(rope, "original_max_position_embeddings"),
     )
+    if scaling.low_freq_factor >= scaling.high_freq_factor:
+        raise UnsupportedModelError(
+            f"low_freq_factor {scaling.low_freq_factor} is not below high_freq_factor "
+            f"{scaling.high_freq_factor}"
+        )
+    return theta, scaling
 
 
 def _windows(raw: Mapping[str, Any], family: str, num_layers: int) -> tuple[int | None, ...]:
-    window = raw.get("sliding_window")
-    kinds = raw.get("layer_types")
-    if kinds is not None:
+    window = None if raw.get("sliding_window") is None else integer(raw, "sliding_window")
+    if raw.get("layer_types") is not None:
+        kinds = names(raw, "layer_types")
         unknown = set(kinds) - {"full_attention", "sliding_attention"}
         if unknown or len(kinds) != num_layers:
             raise UnsupportedModelError(f"layer_types {sorted(set(kinds))} is not supported")
         if window is None and "sliding_attention" in kinds:
             raise UnsupportedModelError("layer_types has sliding_attention without sliding_window")
-        return tuple(
-            int(window) if window and kind == "sliding_attention" else None for kind in kinds
-        )
-    if window is None or not raw.get("use_sliding_window", family == "mistral"):
+        return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    if window is None or not flag(raw, "use_sliding_window", family == "mistral"):
         return (None,) * num_layers
     # Qwen keeps full attention in its first max_window_layers layers; Mistral has no such key.
-    full = int(raw.get("max_window_layers", 0)) if family != "mistral" else 0
-    return tuple(None if i < full else int(window) for i in range(num_layers))
+    full = integer(raw, "max_window_layers", 0, least=0) if family != "mistral" else 0
+    return tuple(None if i < full else window for i in range(num_layers))

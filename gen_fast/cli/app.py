@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from gen_fast.cli import encode, evaluation, export, info, jobs, training
-from gen_fast.cli.errors import EPILOG, Commands
+from gen_fast.cli.errors import EPILOG, Commands, open_missing_streams
 from gen_fast.version import __version__
 
 app = typer.Typer(
@@ -66,4 +66,5 @@ app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options"
 
 def main() -> None:
     """Run the command line: the entry point `gen-fast`."""
+    open_missing_streams()
     app(prog_name="gen-fast")

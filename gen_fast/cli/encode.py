@@ -60,6 +60,8 @@ def encode(
             fail(f"--out {out} is neither - nor one of {', '.join(EMBEDDING_SUFFIXES)}")
         if not Path(out).parent.is_dir() or Path(out).is_dir():
             fail(f"--out {out} is a directory, or lies in none")
+        if Path(out).exists() and not Path(out).is_file():
+            fail(f"--out {out} is there and no file")
     texts = read_texts(
         source, file_format=file_format, text_column=text_column, id_column=id_column
     )

@@ -2,6 +2,8 @@
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import typer
@@ -50,25 +52,68 @@ Exit codes:
 class Commands(TyperGroup):
     """Turns what a command raises into one line on stderr and an exit code."""
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Refuse arguments that could not be decoded: texts, plans and metadata are UTF-8."""
+        for argument in args:
+            if any("\ud800" <= letter <= "\udfff" for letter in argument):
+                fail(f"the argument {argument!a} is not UTF-8")
+        rest: list[str] = super().parse_args(ctx, args)
+        return rest
+
     def invoke(self, ctx: Any) -> Any:
         """Run the command that was asked for."""
         try:
             result = super().invoke(ctx)
-            sys.stdout.flush()
+            with _named_stdout():
+                sys.stdout.flush()
         except GenFastError as error:
             fail(error, code_of(error))
         except BrokenPipeError:
-            # Python flushes stdout once more when it exits: let that go nowhere.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _discard_stdout()
             raise typer.Exit(0) from None
         except OSError as error:
             fail(error, FAILURE)
         return result
 
 
+@contextmanager
+def _named_stdout() -> Iterator[None]:
+    """Say of an error that it is stdout that cannot be written."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _discard_stdout()
+        raise OSError(f"stdout: {error.strerror}") from error
+
+
+def _discard_stdout() -> None:
+    """Python flushes stdout once more when it exits: let that go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def open_missing_streams() -> None:
+    """Put something in the place of standard streams that were closed, as by `>&-`.
+
+    Else the next file that is opened would take their numbers. stdin and stdout are opened the
+    wrong way round: who reads or writes them gets an error. What goes to stderr goes nowhere.
+    """
+    for name, flags, mode in (
+        ("stdin", os.O_WRONLY, "r"),
+        ("stdout", os.O_RDONLY, "w"),
+        ("stderr", os.O_WRONLY, "w"),
+    ):
+        if getattr(sys, name) is None:
+            # The lowest number that is free: that of the stream, as those before it are open.
+            setattr(sys, name, os.fdopen(os.open(os.devnull, flags), mode, encoding="utf-8"))
+
+
 def fail(message: object, code: int = USAGE) -> NoReturn:
     """Print one line on stderr and exit, within Typer or without."""
     line = " ".join(str(message).split())
+    # The name of a file may hold what has no UTF-8 form.
+    line = line.encode("utf-8", "backslashreplace").decode("utf-8")
     typer.echo(f"gen-fast: error: {line}", err=True)
     sys.exit(code)
 

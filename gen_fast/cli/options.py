@@ -47,6 +47,7 @@ DeviceOption = Annotated[
 DtypeOption = Annotated[Dtype, typer.Option(help="What the backbone computes in.")]
 PromptOption = Annotated[str | None, typer.Option(help="Instruction put before every text.")]
 MaxLengthOption = Annotated[int | None, typer.Option(min=1, help="Tokens, prompt included.")]
+MaxNewTokensOption = Annotated[int, typer.Option(min=1, max=1_000_000, help="Longest answer.")]
 FormatOption = Annotated[
     TextFormat | None,
     typer.Option("--format", help="Of the texts.  [default: by suffix; stdin: txt]"),

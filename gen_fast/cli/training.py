@@ -34,7 +34,7 @@ def generate(
     self_queries: Annotated[
         int | None, typer.Option(min=1, help="Let the model write this many queries itself.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 500,
+    max_new_tokens: options.MaxNewTokensOption = 500,
     batch_size: Annotated[int, typer.Option(min=1, help="Answers at a time.")] = 64,
     temperature: Annotated[
         float | None, typer.Option(min=0, help="0 is greedy.  [default: the model's own]")
@@ -209,7 +209,7 @@ def train(
     self_queries: Annotated[
         int | None, typer.Option(min=1, help="Let the model write this many queries itself.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 500,
+    max_new_tokens: options.MaxNewTokensOption = 500,
     answer_batch: Annotated[int, typer.Option(min=1, help="Answers at a time.")] = 64,
     text_column: options.TextColumnOption = None,
     id_column: options.IdColumnOption = None,

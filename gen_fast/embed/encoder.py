@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gen_fast.embed.adapter import Adapter
+from gen_fast.embed.encode_options import check_types
 from gen_fast.embed.export import Exportable
 from gen_fast.embed.layouts import Layout, Sequences
 from gen_fast.embed.methods import LLM2VecGen, Method
@@ -70,6 +71,7 @@ class Encoder(Exportable):
         self.name = name
         self.source = source
         self.deterministic = deterministic
+        check_types(max_length=max_length)
         limit = backbone.config.max_positions
         default = min(method.max_length or DEFAULT_MAX_LENGTH, limit)
         self.max_length = default if max_length is None else max_length
@@ -162,12 +164,20 @@ class Encoder(Exportable):
 
         Raises TextTypeError or TextError naming the row of a text that cannot be embedded,
         NonFiniteError naming the rows of embeddings with NaN or infinity, PromptError for an
-        unknown prompt_name or a prompt longer than max_length.
+        unknown prompt_name or a prompt longer than max_length, ConfigError naming an option of the
+        wrong type, or with a value that has no meaning.
         """
+        check_types(
+            precision=precision,
+            show_progress_bar=show_progress_bar,
+            convert_to_numpy=convert_to_numpy,
+            convert_to_tensor=convert_to_tensor,
+            output_value=output_value,
+        )
         single = isinstance(texts, str)
         rows = [texts] if isinstance(texts, str) else _as_list(texts)
         check_texts(rows)
-        self._refuse_options(precision, batch_size, output_value, device)
+        self._refuse_options(precision, output_value, device)
         if show_progress_bar is None:
             show_progress_bar = sys.stderr.isatty() and not single
         with tqdm(total=len(rows), unit="text", disable=not show_progress_bar) as bar:
@@ -215,6 +225,15 @@ class Encoder(Exportable):
         on_progress is called with the number of texts of every batch that is done.
         Rows in errors, which are those of `encode`, are counted within a block.
         """
+        check_types(
+            prompt=prompt,
+            prompt_name=prompt_name,
+            normalize_embeddings=normalize_embeddings,
+            truncate_dim=truncate_dim,
+            batch_size=batch_size,
+        )
+        if batch_size is not None and batch_size < 1:
+            raise ConfigError(f"batch_size must be at least 1, not {batch_size}")
         dimension = self.dimension if truncate_dim is None else truncate_dim
         if not 1 <= dimension <= self.full_dimension:
             raise ConfigError(f"truncate_dim {truncate_dim} is outside 1…{self.full_dimension}")
@@ -310,7 +329,6 @@ class Encoder(Exportable):
     def _refuse_options(
         self,
         precision: str,
-        batch_size: int | None,
         output_value: str,
         device: str | torch.device | None,
     ) -> None:
@@ -320,8 +338,6 @@ class Encoder(Exportable):
                 f"precision {precision!r} is not float32, binary or ubinary; int8 with a scale a "
                 "row is what embed_corpus writes"
             )
-        if batch_size is not None and batch_size < 1:
-            raise ConfigError(f"batch_size must be at least 1, not {batch_size}")
         if output_value != "sentence_embedding":
             raise ConfigError(
                 f"output_value {output_value!r}: only sentence embeddings are kept, not tokens'"

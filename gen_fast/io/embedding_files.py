@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 
 from gen_fast.errors import InputError
 from gen_fast.io.durable import replacing
+from gen_fast.io.regular_files import check_regular
 from gen_fast.io.rows import named_errors
 
 STDOUT = "-"
@@ -86,7 +87,7 @@ def write_embeddings(target: str | Path, embeddings: Embeddings) -> None:
     and texts as JSON lists; both carry EmbeddingMetadata. stdout gets an object {"id",
     "embedding"} a line. A file appears under its name only when it is complete.
 
-    Raises InputError as check_embedding_file does, and OSError.
+    Raises InputError as check_embedding_file does, and OSError naming the file.
     """
     check_embedding_file(target, embeddings.ids, embeddings.texts or [])
     if str(target) == STDOUT:
@@ -96,16 +97,28 @@ def write_embeddings(target: str | Path, embeddings: Embeddings) -> None:
         sys.stdout.buffer.flush()
         return
     target = Path(target)
-    with replacing(target) as temporary:
-        with temporary.open("xb") as file:
-            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
-            if target.suffix == ".npy":
-                np.save(file, embeddings.vectors)
-            elif target.suffix == ".parquet":
-                pyarrow.parquet.write_table(_table(embeddings), file, use_dictionary=False)
-        if target.suffix == ".safetensors":
-            _save_safetensors(temporary, embeddings)
-            temporary.chmod(mode)  # safetensors makes files that only their owner may read
+    try:
+        with replacing(target) as temporary:
+            with temporary.open("xb") as file:
+                mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+                if target.suffix == ".npy":
+                    _write_npy(file, embeddings.vectors)
+                elif target.suffix == ".parquet":
+                    pyarrow.parquet.write_table(_table(embeddings), file, use_dictionary=False)
+            if target.suffix == ".safetensors":
+                _save_safetensors(temporary, embeddings)
+                temporary.chmod(mode)  # safetensors makes files that only their owner may read
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OSError(f"{target}: cannot be written: {reason}") from error
+
+
+def _write_npy(file: IO[bytes], vectors: np.ndarray) -> None:
+    """As np.save does, whose own way to a file says nothing of why it failed."""
+    vectors = np.ascontiguousarray(vectors)
+    header = np.lib.format.header_data_from_array_1_0(vectors)
+    np.lib.format.write_array_header_1_0(file, header)
+    file.write(vectors.data)
 
 
 def _header(
@@ -121,10 +134,7 @@ def _header(
 
 def _save_safetensors(path: Path, embeddings: Embeddings) -> None:
     header = _header(embeddings.ids, embeddings.texts, embeddings.metadata)
-    try:
-        save_file({"embeddings": np.ascontiguousarray(embeddings.vectors)}, path, header)
-    except SafetensorError as error:
-        raise OSError(f"{path}: {error}") from error
+    save_file({"embeddings": np.ascontiguousarray(embeddings.vectors)}, path, header)
 
 
 def _table(embeddings: Embeddings) -> Any:
@@ -148,6 +158,7 @@ def read_embeddings(source: str | Path) -> Embeddings:
         raise InputError(f"{path}: not one of {', '.join(EMBEDDING_SUFFIXES)}")
     try:
         with named_errors(str(path)):
+            check_regular(path)
             values = _EMBEDDING_READERS[path.suffix](path)
             made = values.get(_METADATA_KEY)
             metadata = None if made is None else EmbeddingMetadata(**made)

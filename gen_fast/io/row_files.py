@@ -10,7 +10,8 @@ from pathlib import Path
 from gen_fast.errors import InputError
 from gen_fast.io.choices import TextFormat
 from gen_fast.io.line_files import COMPRESSIONS, STDIN, CsvFile, JsonlFile, TxtFile
-from gen_fast.io.rows import RowFile
+from gen_fast.io.regular_files import check_regular
+from gen_fast.io.rows import RowFile, named_errors
 from gen_fast.io.tables import DATASETS, Dataset, Parquet
 
 SUFFIXES: Mapping[str, TextFormat] = {
@@ -46,6 +47,9 @@ def open_rows(
         raise InputError(f"stdin: {file_format} cannot be read from stdin, only txt and jsonl")
     if file_format not in _FORMATS:
         raise InputError(f"{name}: format {file_format!r} is not one of {', '.join(_FORMATS)}")
+    if name != "stdin":
+        with named_errors(name):
+            check_regular(source)
     return _FORMATS[file_format](source, name)
 
 

@@ -13,3 +13,4 @@ DEFAULT_MAX_TEXT_BYTES = 1_000_000
 DEFAULT_SPLIT = "train"
 # Seconds without progress after which a process ends itself.
 DEFAULT_STALL_TIMEOUT = 600.0
+LONGEST_STALL_TIMEOUT = 31_536_000.0  # a year; the system's timers end somewhere above it

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from gen_fast.errors import ConfigError, JobError
 from gen_fast.io.tables import DATASETS
-from gen_fast.jobs.choices import DEFAULT_STALL_TIMEOUT, EngineName
+from gen_fast.jobs.choices import DEFAULT_STALL_TIMEOUT, LONGEST_STALL_TIMEOUT, EngineName
 from gen_fast.jobs.claims import IN_USE, PLANNING, Claims
 from gen_fast.jobs.engines import Engine, Run, progress, run_local, run_ray, torchrun_ranks
 from gen_fast.jobs.parts import PartStore
@@ -71,8 +71,11 @@ def embed_corpus(
     Raises ConfigError, InputError, JobError, and what `load` raises; TypeError for a shorthand
     that is no field of Settings.
     """
-    if stall_timeout is not None and stall_timeout <= 0:
-        raise ConfigError(f"stall_timeout {stall_timeout} is not positive")
+    if stall_timeout is not None and not 0 < stall_timeout <= LONGEST_STALL_TIMEOUT:
+        raise ConfigError(
+            f"stall_timeout must be above 0 and at most {LONGEST_STALL_TIMEOUT} seconds, "
+            f"not {stall_timeout}"
+        )
     source_list = [sources] if isinstance(sources, str | Path) else list(sources)
     folder = Path(out)
     ranks = all(name in os.environ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"))

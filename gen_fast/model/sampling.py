@@ -11,10 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gen_fast.errors import ConfigError, UnsupportedModelError
 from gen_fast.model.weights import read_json
 
 logger = logging.getLogger(__name__)
 
+# Logits divided by anything else are infinite, or all alike, in float32.
+_LEAST_TEMPERATURE, _MOST_TEMPERATURE = 1e-4, 1e4
 GENERATION_CONFIG = "generation_config.json"
 # What transformers takes where a model samples and does not say (5.23, _get_default_generation_
 # params): its top_k is 50, not off.
@@ -57,6 +60,7 @@ class Sampling:
 
     top_k: draw among so many likeliest tokens; 0 takes all. top_p: draw among the likeliest of
     those whose probabilities reach it (nucleus sampling, arXiv 1904.09751). seed: of the draws.
+    Raises ConfigError.
     """
 
     temperature: float = 0.0
@@ -65,11 +69,15 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
-            raise ValueError(
-                f"temperature {self.temperature} and top_k {self.top_k} must be at least 0, "
-                f"top_p {self.top_p} in (0, 1]"
+        if self.temperature and not _LEAST_TEMPERATURE <= self.temperature <= _MOST_TEMPERATURE:
+            raise ConfigError(
+                f"temperature must be 0, which is greedy, or from {_LEAST_TEMPERATURE} to "
+                f"{_MOST_TEMPERATURE}, not {self.temperature}"
             )
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p must be above 0 and at most 1, not {self.top_p}")
+        if self.top_k < 0:
+            raise ConfigError(f"top_k must be 0, which takes all, or above, not {self.top_k}")
 
 
 GREEDY = Sampling()
@@ -79,7 +87,8 @@ def own_sampling(directory: str | Path, seed: int = 0) -> Sampling:
     """What the generation_config.json of a model says, with transformers' defaults.
 
     Greedy without one, or where it does not sample. What it asks for and is not computed, such as
-    a repetition penalty, is named in a warning.
+    a repetition penalty, is named in a warning. Raises WeightsError for a damaged file,
+    UnsupportedModelError for a value that is none of a sampling's.
     """
     path = Path(directory) / GENERATION_CONFIG
     settings = read_json(path) if path.is_file() else {}
@@ -92,7 +101,10 @@ def own_sampling(directory: str | Path, seed: int = 0) -> Sampling:
     if not draws:
         return Sampling(seed=seed)
     own = {k: v if settings.get(k) is None else settings[k] for k, v in _DEFAULTS.items()}
-    return Sampling(float(own["temperature"]), float(own["top_p"]), int(own["top_k"]), seed)
+    try:
+        return Sampling(float(own["temperature"]), float(own["top_p"]), int(own["top_k"]), seed)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise UnsupportedModelError(f"{path}: {error}") from error
 
 
 def uniform_draws(seed: int, text: str, number: int, count: int) -> np.ndarray:

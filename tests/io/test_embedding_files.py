@@ -3,7 +3,9 @@
 import io
 import json
 import os
+import resource
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -118,3 +120,54 @@ def test_npz_and_unknown_suffix(tmp_path: Path) -> None:
         write_embeddings(tmp_path / "a.npz", embeddings())
     with pytest.raises(InputError, match=r"a\.npz"):
         read_embeddings(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".parquet", ".safetensors"])
+@pytest.mark.parametrize("rows", [1, 50_000])
+def test_a_disk_that_is_full_is_said_with_the_files_name(
+    tmp_path: Path, suffix: str, rows: int
+) -> None:
+    """The system's limit on a file's size stands for the disk. Nothing half written stays."""
+    target = tmp_path / f"out{suffix}"
+    vectors = np.ones((rows, 64), np.float32)
+
+    def write() -> str:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+        try:
+            write_embeddings(target, Embeddings(["x"] * rows, vectors))
+        except OSError as error:
+            return str(error)
+        return "no error"
+
+    message = in_a_fork(write)
+    assert message.startswith(f"{target}: cannot be written: "), message
+    assert "File too large" in message
+    assert list(tmp_path.iterdir()) == []
+
+
+def in_a_fork(act: Callable[[], str]) -> str:
+    """What `act` gives in a process of its own."""
+    reading, writing = os.pipe()
+    process = os.fork()
+    if process == 0:
+        os.write(writing, act().encode())
+        os._exit(0)
+    os.close(writing)
+    os.waitpid(process, 0)
+    with os.fdopen(reading) as stream:
+        return stream.read()
+
+
+def test_npy_is_what_numpy_writes(tmp_path: Path) -> None:
+    for vectors in (np.empty((0, 8), np.float32), np.ones((3, 8), np.float32)[:, ::2]):
+        write_embeddings(tmp_path / "ours.npy", Embeddings(["x"] * len(vectors), vectors))
+        np.save(tmp_path / "theirs.npy", np.ascontiguousarray(vectors))
+        assert (tmp_path / "ours.npy").read_bytes() == (tmp_path / "theirs.npy").read_bytes()
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".parquet", ".safetensors"])
+def test_a_pipe_is_no_file_of_embeddings(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"in{suffix}"
+    os.mkfifo(path)
+    with pytest.raises(InputError, match=f"in{suffix}: cannot be read: it is a pipe, not a file"):
+        read_embeddings(path)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -150,3 +151,15 @@ def test_files_that_cannot_be_opened(tmp_path: Path) -> None:
         read_texts(tmp_path / "folder.txt")
     with pytest.raises(InputError, match=r"suffix '\.doc'"):
         read_texts(tmp_path / "a.doc")
+
+
+@pytest.mark.parametrize("name", ["in.txt", "in.jsonl.gz", "in.csv", "in.parquet"])
+def test_what_is_no_file_is_refused_at_once(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(InputError, match=rf"{name}: cannot be read: it is a pipe, not a file"):
+        read_texts(tmp_path / name)
+    with pytest.raises(InputError, match="/dev/zero: cannot be read: it is a device, not a file"):
+        read_texts("/dev/zero", file_format="txt")
+    (tmp_path / "loop.txt").symlink_to(tmp_path / "loop.txt")
+    with pytest.raises(InputError, match=r"loop\.txt: cannot be read: Too many levels"):
+        read_texts(tmp_path / "loop.txt")

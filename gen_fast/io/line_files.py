@@ -23,6 +23,10 @@ COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _CHUNK_BYTES = 1 << 20
 # A longer line is no row: it is passed over without being held, and said.
 _LINE_BYTES = 1 << 25
+# Of a csv row's further lines. The reader of the standard library takes four bytes a character.
+_ROW_CHARACTERS = 1 << 24
+# A value of more lines than this that all look like rows was not meant to be one.
+_MANY_LINES = 20
 _SAMPLE_ROWS = 100
 _BOM = b"\xef\xbb\xbf"  # what some editors put first
 
@@ -155,7 +159,11 @@ class JsonlFile(_LineFile):
 
 
 class CsvFile(_LineFile):
-    """Comma-separated values under a header; every value is text; empty lines are no rows."""
+    """Comma-separated values under a header; every value is text; empty lines are no rows.
+
+    A quote that is never closed, or that a stray one closes many lines later, makes one value of
+    all rows between the two. Nobody can tell where it should end, so that is an InputError.
+    """
 
     def __init__(self, source: str | Path, name: str) -> None:
         super().__init__(source, name)
@@ -177,15 +185,22 @@ class CsvFile(_LineFile):
     def _records(self, start: Position) -> Iterator[tuple[list[str], str | None, Position]]:
         """Yield fields, what is wrong with them, and where the next record may begin."""
         row, offset, line = start
+        first_line = line  # of the record
+        held = 0  # characters of it behind its first line
+        at_end = False
         damage: str | None = None
 
         with self._lines(start) as stream:
 
             def feed() -> Iterator[str]:
-                nonlocal offset, line, damage
+                nonlocal offset, line, held, at_end, damage
                 for content, size in self._bounded_lines(stream, offset):
                     offset, line = offset + size, line + 1
                     text, problem = _decoded(content)
+                    if line - first_line > 1:
+                        held += len(text)
+                        if held > _ROW_CHARACTERS:
+                            raise self._swallowing(first_line, line)
                     damage = damage or problem
                     if isinstance(content, _TooLong):
                         # It opens or closes a field if its quotes do: one before anything else
@@ -193,19 +208,44 @@ class CsvFile(_LineFile):
                         yield '"' * (content.quotes % 2) + "?\n"
                     else:
                         yield text if problem is None else content.decode("utf-8", "replace")
+                at_end = True
 
             reader = csv.reader(feed(), strict=True)
             while True:
                 damage = None
+                first_line, held = line, 0
                 try:
                     fields = next(reader)
                 except StopIteration:
                     return
                 except csv.Error as error:
+                    lines = line - first_line
+                    if lines > _MANY_LINES or (at_end and lines > 1):
+                        raise self._swallowing(first_line, line) from error
                     fields, damage = [""], damage or f"not valid CSV: {error}"
+                    if lines > 1:
+                        damage += f" (lines {first_line + 1} to {line})"
+                if line - first_line > _MANY_LINES and self._holds_rows(fields):
+                    raise self._swallowing(first_line, line)
                 if fields:
                     row += 1
                     yield fields, damage, Position(row, offset, line)
+
+    def _holds_rows(self, fields: list[str]) -> bool:
+        """Whether a value has many lines inside, each with as many commas as a row of the file."""
+        commas = len(self.columns or ()) - 1
+        inside = (value.split("\n")[1:-1] for value in fields)
+        return commas > 0 and any(
+            len(lines) >= _MANY_LINES and all(line.count(",") == commas for line in lines)
+            for lines in inside
+        )
+
+    def _swallowing(self, first_line: int, line: int) -> InputError:
+        return InputError(
+            f"{self.name}, line {first_line + 1}: a quote opens in this row, and what follows up "
+            f"to line {line} would be one value: close it, or take a stray quote away (what is "
+            "meant so can be read from jsonl or parquet)"
+        )
 
     def _spans(
         self, start: Position

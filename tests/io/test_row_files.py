@@ -130,3 +130,66 @@ def test_a_compressed_file_that_was_cut_off_is_an_error(tmp_path: Path, suffix: 
     path.write_bytes(path.read_bytes()[:-500])
     with pytest.raises(InputError, match=r"in\.txt"):
         list(open_rows(path).rows(["text"]))
+
+
+def csv_with(tmp_path: Path, changes: dict[int, str], count: int = 1000) -> Path:
+    """A csv file of two columns, a row a line from line 2 on; some rows are other ones."""
+    rows = [changes.get(i, f"r{i},text {i}") for i in range(count)]
+    path = tmp_path / "in.csv"
+    path.write_text("\n".join(["id,text", *rows]) + "\n")
+    return path
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {110: 'r110,"never closed'},
+        {110: 'r110,"closed by a stray quote', 999: 'r999,far behind"'},
+        {110: 'r110,"closed by the quote of a value', 500: 'r500,"that is right"'},
+        {110: '"r110,text', 200: 'x",text'},
+    ],
+)
+def test_a_quote_that_swallows_rows_is_an_error_with_its_line(
+    tmp_path: Path, changes: dict[int, str]
+) -> None:
+    file = open_rows(csv_with(tmp_path, changes))
+    with pytest.raises(InputError, match=r"in\.csv, line 112: a quote opens in this row"):
+        list(file.rows(["text"]))
+
+
+def test_a_quote_that_is_never_closed_is_said_before_the_file_is_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(line_files, "_ROW_CHARACTERS", 2000)
+    file = open_rows(csv_with(tmp_path, {3: 'r3,"open'}))
+    with pytest.raises(InputError, match=r"line 5: .* up to line 1\d\d would be one value"):
+        list(file.rows(["text"]))
+
+
+def test_a_quote_closed_after_a_few_lines_is_a_bad_row_that_names_them(tmp_path: Path) -> None:
+    changes = {110: 'r110,"open', 113: 'r113,"closed" in the wrong place'}
+    rows = list(open_rows(csv_with(tmp_path, changes)).rows(["text"]))
+    (bad,) = (row for row in rows if row.problem is not None)
+    assert bad.problem is not None
+    assert "(lines 112 to 115)" in bad.problem
+    assert len(rows) == 997
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a quote\n" * 1000,  # in no line are there as many commas as in a row
+        "prose, of a kind\n" * 30 + "and without a comma\n" + "prose, again\n" * 30,
+        "few, lines\n" * 20,
+    ],
+)
+def test_a_value_of_many_lines_is_one_row(tmp_path: Path, text: str) -> None:
+    rows = list(open_rows(csv_with(tmp_path, {5: f'r5,"{text}"'})).rows(["text"]))
+    assert len(rows) == 1000
+    assert rows[5].values["text"] == text
+
+
+def test_lines_of_a_file_with_one_column_are_no_rows(tmp_path: Path) -> None:
+    path = tmp_path / "in.csv"
+    path.write_text('text\nfirst\n"' + "line\n" * 50 + '"\nlast\n')
+    assert len(list(open_rows(path).rows(["text"]))) == 3

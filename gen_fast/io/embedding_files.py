@@ -1,12 +1,14 @@
 """Embeddings to npy, parquet or safetensors files and back, or to stdout as jsonl."""
 
 import json
+import math
 import os
 import stat
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from tokenize import TokenError
 from typing import IO, Any
 
 import numpy as np
@@ -162,7 +164,17 @@ def read_embeddings(source: str | Path) -> Embeddings:
             values = _EMBEDDING_READERS[path.suffix](path)
             made = values.get(_METADATA_KEY)
             metadata = None if made is None else EmbeddingMetadata(**made)
-    except (ValueError, EOFError, KeyError, TypeError, SafetensorError) as error:
+    # SyntaxError, TokenError: numpy reads the header of a .npy as Python.
+    except (
+        ValueError,
+        EOFError,
+        KeyError,
+        TypeError,
+        SafetensorError,
+        SyntaxError,
+        TokenError,
+        RecursionError,
+    ) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path}: not a readable file of embeddings: {error}") from error
@@ -185,6 +197,14 @@ def read_embeddings(source: str | Path) -> Embeddings:
 
 def _load_npy(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
+        version = np.lib.format.read_magic(file)
+        if version not in _NPY_HEADERS:
+            raise InputError(f"{path}: version {version} of the format is not read")
+        shape, _, dtype = _NPY_HEADERS[version](file)
+        size, stored = math.prod(shape) * dtype.itemsize, path.stat().st_size - file.tell()
+        if size > stored:  # before memory is asked for
+            raise InputError(f"{path}: {stored} bytes of data, and its header speaks of {size}")
+        file.seek(0)
         return {"embeddings": np.lib.format.read_array(file, allow_pickle=False)}
 
 
@@ -212,6 +232,10 @@ def _load_parquet(path: Path) -> dict[str, Any]:
     return values if header is None else {**values, _METADATA_KEY: json.loads(header)}
 
 
+_NPY_HEADERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
 _EMBEDDING_READERS = {
     ".npy": _load_npy,
     ".parquet": _load_parquet,

@@ -3,6 +3,7 @@
 Names and layout by llama.cpp's convert_hf_to_gguf.py, keys by its GGUF specification.
 """
 
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -104,7 +105,18 @@ class GGUFFile:
         return int(stored.n_elements) * dtype.itemsize
 
     def tensor(self, name: str) -> Tensor:
-        """A copy of a tensor: quantised blocks as float32, anything else in the stored dtype."""
+        """A copy of a tensor: quantised blocks as float32, anything else in the stored dtype.
+
+        Raises WeightsError for a damaged one, UnsupportedModelError.
+        """
+        try:
+            return self._tensor(name)
+        except (ValueError, RuntimeError) as error:
+            if isinstance(error, UnsupportedModelError):
+                raise
+            raise WeightsError(f"{self.path}: tensor {name!r} is damaged: {error}") from error
+
+    def _tensor(self, name: str) -> Tensor:
         stored = self._tensors[name]
         dtype = _STORED_DTYPES.get(stored.tensor_type)
         shape = tuple(int(size) for size in reversed(stored.shape))
@@ -132,27 +144,27 @@ class GGUFFile:
         heads, kv_heads = self._heads()
         if "model.embed_tokens.weight" not in self._tensors:
             raise WeightsError(f"{self.path} has no token embeddings")
-        hidden = int(self._setting("embedding_length"))
-        head_dim = int(self._setting("attention.key_length", hidden // heads))
-        window = self._setting("attention.sliding_window", None)
+        hidden = self._count("embedding_length")
+        head_dim = self._count("attention.key_length", hidden // heads)
+        window = self._count("attention.sliding_window", 0)
         self._refuse_settings(head_dim)
         config = {
             # Llama with a sliding window is Mistral, which has no architecture of its own here.
             "model_type": "mistral" if window and self.architecture == "llama" else None,
             "vocab_size": int(self._tensors["model.embed_tokens.weight"].shape[1]),
             "hidden_size": hidden,
-            "intermediate_size": int(self._setting("feed_forward_length")),
-            "num_hidden_layers": int(self._setting("block_count")),
+            "intermediate_size": self._count("feed_forward_length"),
+            "num_hidden_layers": self._count("block_count"),
             "num_attention_heads": heads,
             "num_key_value_heads": kv_heads,
             "head_dim": head_dim,
             "hidden_act": "silu",
-            "max_position_embeddings": int(self._setting("context_length")),
-            "rms_norm_eps": float(self._setting("attention.layer_norm_rms_epsilon")),
+            "max_position_embeddings": self._count("context_length"),
+            "rms_norm_eps": self._number("attention.layer_norm_rms_epsilon"),
             "rope_parameters": self._rope(head_dim),
             "tie_word_embeddings": "lm_head.weight" not in self._tensors,
             "attention_bias": "model.layers.0.self_attn.q_proj.bias" in self._tensors,
-            "sliding_window": window,
+            "sliding_window": window or None,
             "use_sliding_window": bool(window),
             "bos_token_id": self._value("tokenizer.ggml.bos_token_id", None),
             "eos_token_id": self._value("tokenizer.ggml.eos_token_id", None),
@@ -165,9 +177,10 @@ class GGUFFile:
         """Query heads, and key and value heads, of every layer."""
         heads = self._setting("attention.head_count")
         kv_heads = self._setting("attention.head_count_kv", heads)
-        if not isinstance(heads, int) or not isinstance(kv_heads, int):
+        if isinstance(heads, list) or isinstance(kv_heads, list):
             raise UnsupportedModelError(f"{self.path}: layers of different numbers of heads")
-        return heads, kv_heads
+        heads = self._count("attention.head_count")
+        return heads, self._count("attention.head_count_kv", heads)
 
     def _refuse_settings(self, head_dim: int) -> None:
         """Raise UnsupportedModelError for settings that the backbone does not compute."""
@@ -193,7 +206,7 @@ class GGUFFile:
 
     def _rope(self, head_dim: int) -> dict[str, Any]:
         """rope_parameters of a config.json. Llama 3's scaling lies in the file as its factors."""
-        theta = float(self._setting("rope.freq_base", 10_000.0))
+        theta = self._number("rope.freq_base", 10_000.0)
         factors = [t for t in self._reader.tensors if t.name == _ROPE_FACTORS]
         if not factors:
             return {"rope_type": "default", "rope_theta": theta}
@@ -213,6 +226,20 @@ class GGUFFile:
             )
         return scaling
 
+    def _count(self, key: str, *default: int) -> int:
+        """A setting that is a whole number above 0, or the default."""
+        value = self._setting(key, *default)
+        if not isinstance(value, int) or (value < 1 and (value,) != default):
+            raise WeightsError(f"{self.path}: {key} is {value!r:.60}, not a whole number above 0")
+        return value
+
+    def _number(self, key: str, *default: float) -> float:
+        """A setting that is a finite number."""
+        value = self._setting(key, *default)
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise WeightsError(f"{self.path}: {key} is {value!r:.60}, not a finite number")
+        return float(value)
+
     def _setting(self, key: str, *default: Any) -> Any:
         """A setting of the architecture."""
         return self._value(f"{self.architecture}.{key}", *default)
@@ -220,7 +247,10 @@ class GGUFFile:
     def _value(self, key: str, *default: Any) -> Any:
         field = self._reader.get_field(key)
         if field is not None:
-            return field.contents()
+            try:
+                return field.contents()
+            except (ValueError, IndexError, TypeError) as error:
+                raise WeightsError(f"{self.path}: the key {key!r} is damaged: {error}") from error
         if default:
             return default[0]
         raise WeightsError(f"{self.path} lacks the key {key!r}")

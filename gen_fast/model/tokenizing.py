@@ -2,7 +2,8 @@
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from gen_fast.errors import (
     UnsupportedModelError,
     WeightsError,
 )
+from gen_fast.io.regular_files import check_regular
 from gen_fast.model.truncation import QWEN2_PIECES, LeadingTokens
 from gen_fast.model.weights import read_json
 
@@ -106,8 +108,8 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     """Load the fast tokenizer of a model directory. Never runs code from it.
 
     `tokenizer.json` is read directly where transformers' AutoTokenizer would give the same ids for
-    every text; elsewhere AutoTokenizer is asked. Raises ModelNotFoundError,
-    WeightsError, UnsupportedModelError.
+    every text; elsewhere AutoTokenizer is asked. Raises ModelNotFoundError, WeightsError for a
+    damaged file, UnsupportedModelError.
     """
     directory = Path(directory)
     path = directory / "tokenizer.json"
@@ -118,7 +120,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     content = read_json(path)  # a damaged file is named
     _check_content(content, path)
     settings_path = directory / "tokenizer_config.json"
-    settings = read_json(settings_path) if settings_path.is_file() else {}
+    settings = _read_settings(settings_path)
     _refuse_own_code(settings, directory)
     config_path = directory / "config.json"
     family = str(read_json(config_path).get("model_type")) if config_path.is_file() else ""
@@ -141,16 +143,66 @@ def _check_content(content: Mapping[str, Any], path: Path) -> None:
     """Raise WeightsError for what is JSON and no tokenizer."""
     added = content.get("added_tokens", [])
     named = isinstance(added, list) and all(
-        isinstance(token, dict) and {"content", "special"} <= set(token) for token in added
+        isinstance(token, dict)
+        and isinstance(token.get("content"), str)
+        and isinstance(token.get("special"), bool)
+        and isinstance(token.get("id"), int)
+        for token in added
     )
     if not named or not isinstance(content.get("model"), dict):
         raise WeightsError(f"{path} is not a tokenizer: its model or added_tokens are none")
 
 
+def _read_settings(path: Path) -> dict[str, Any]:
+    """What a tokenizer_config.json says; nothing without one. Raises WeightsError."""
+    if not os.path.lexists(path):  # a link that leads nowhere is a file that is damaged
+        return {}
+    try:
+        check_regular(path)
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be read: {error.strerror}") from error
+    settings = read_json(path)
+    _check_settings(settings, path)
+    return settings
+
+
+def _check_settings(settings: Mapping[str, Any], path: Path) -> None:
+    """Raise WeightsError naming the key of a tokenizer_config.json that holds something else."""
+
+    def is_token(value: object) -> bool:
+        content = value.get("content") if isinstance(value, dict) else value
+        return isinstance(content, str)
+
+    def are_tokens(value: object) -> bool:
+        values = value.values() if isinstance(value, dict) else value
+        return isinstance(value, dict | list) and all(map(is_token, values))
+
+    kinds: dict[str, Callable[[Any], bool]] = {
+        **dict.fromkeys(NAMED_TOKENS, is_token),
+        "additional_special_tokens": are_tokens,
+        "extra_special_tokens": are_tokens,
+        "added_tokens_decoder": lambda value: (
+            isinstance(value, dict)
+            and all(isinstance(token, dict) and is_token(token) for token in value.values())
+        ),
+        "auto_map": lambda value: isinstance(value, dict | list),
+        "tokenizer_class": lambda value: isinstance(value, str),
+    }
+    for key, is_right in kinds.items():
+        value = settings.get(key)
+        if value is not None and not is_right(value):
+            raise WeightsError(f"{path}: {key} cannot be {value!r:.60}")
+
+
 def _auto_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    try:
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    except Exception as error:  # tokenizers raises nothing more specific
+        raise WeightsError(
+            f"{directory}: transformers cannot make its tokenizer: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _is_run_as_it_is(

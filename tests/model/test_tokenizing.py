@@ -140,13 +140,19 @@ def byte_level(pattern=None, normalizer=None, before=()) -> Tokenizer:
     )
 
 
-def sentencepiece(metaspace: bool) -> Tokenizer:
-    """Llama 2's and Mistral's kind: one piece, spaces as marks at the beginning of tokens."""
+def sentencepiece(metaspace: bool, all_bytes: bool = False) -> Tokenizer:
+    """Llama 2's and Mistral's kind: one piece, spaces as marks at the beginning of tokens.
+
+    all_bytes: as theirs, it has a token for each byte of an unknown character.
+    """
     learned = trained(
         models.BPE(unk_token="<unk>", fuse_unk=True), pieces=pre_tokenizers.Metaspace()
     )
     content = json.loads(learned.to_str())
     content["model"]["byte_fallback"] = True
+    vocabulary = content["model"]["vocab"]
+    if all_bytes:
+        vocabulary |= {f"<0x{byte:02X}>": len(vocabulary) + byte for byte in range(256)}
     tokenizer = Tokenizer.from_str(json.dumps(content))
     if metaspace:
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(split=False)
@@ -176,6 +182,7 @@ KINDS = {
     "llama3": lambda: byte_level(LLAMA3_PIECES),
     "metaspace": lambda: sentencepiece(True),
     "sentencepiece": lambda: sentencepiece(False),
+    "llama2": lambda: sentencepiece(False, all_bytes=True),
 }
 
 
@@ -429,3 +436,133 @@ def test_a_tokenizer_saved_by_transformers(tmp_path):
     ids = ours.ids("the cat</s>", add_special_tokens=False)
     assert ours.decode(ids) == "the cat"
     assert np.array_equal(ids, ours.transformers("the cat</s>").input_ids)
+
+
+# ---------------------------------------------------------------- texts without a place to cut
+
+
+UNBROKEN = [
+    "x",
+    "ab",
+    "aaaabaaab",
+    "the",
+    "aGVsbG8gd29ybGQ9",
+    "deadbeef0123",
+    "1234567890",
+    "0.1,",
+    "=",
+    "=-",
+    "'s'll",
+    "他们在北京",
+    "東京タワー",
+    "สวัสดี",
+    "naïveübermäßig",
+    "e\u0301",
+    "한국어",
+    "\u1112\u1161\u11ab",
+    "\u212b\u2126",
+    "\u0958",
+    "😀",
+    "👩‍👩‍👧",
+    "<think>",
+    "</think",
+    "</s>",
+    "two.parts",
+    " ",
+    "\n",
+    " \n",
+    "x \n",
+    "\u2581",
+    "\u0000",
+    "𝔘",
+    "ﬁ",
+    "ελ",
+]
+
+
+@pytest.fixture
+def eager_proofs(monkeypatch, eager):
+    """Prove at once, and never wait for a safe place."""
+    monkeypatch.setattr(truncation, "_FAR", 0)
+
+
+def unbroken_text(rng: random.Random) -> str:
+    """One fragment, or a mixture of two, over and over, with something before and behind it."""
+    pair = rng.choices(UNBROKEN, k=rng.choice((1, 1, 2)))
+    run = "".join(rng.choice(pair) for _ in range(rng.randint(20, 200)))
+    return text_of(rng, 3) + run + text_of(rng, 3)
+
+
+def check_unbroken(core, cases, seed):
+    """How many heads were proved; each of them begins with the tokens of the whole."""
+    rng = random.Random(seed)
+    leading, proved = LeadingTokens(core), 0
+
+    def counted(*arguments):
+        nonlocal proved
+        head = LeadingTokens._proved_head(leading, *arguments)
+        proved += head is not None
+        return head
+
+    leading._proved_head = counted
+    for _ in range(cases):
+        text, limit = unbroken_text(rng), rng.randint(1, 40)
+        rows, truncated = leading([text], limit)
+        ids = core.encode(text, add_special_tokens=False).ids
+        assert rows[0].tolist() == ids[:limit], (text, limit)
+        assert truncated == (len(ids) > limit)
+    return proved
+
+
+def test_an_unbroken_text_has_the_first_tokens_of_the_whole(core, eager_proofs):
+    proved = check_unbroken(core, 400, seed=5)
+    # Of the trained tokenizers of SentencePiece's kind unknown characters are one token.
+    assert proved > 50 or SafeCuts.of(core).longest is None
+
+
+def test_an_unbroken_text_has_the_first_tokens_of_the_whole_in_smollm2(smollm2, eager_proofs):
+    assert check_unbroken(load_tokenizer(smollm2).core, 300, seed=6) > 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(10))
+def test_many_more_unbroken_texts(core, eager_proofs, seed):
+    check_unbroken(core, 3000, seed=200 + seed)
+
+
+def test_merges_that_depend_on_what_follows_are_not_proved(eager_proofs):
+    """A chain of merges: whether the first two letters are one token is said by the last one."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    merges = [(letters[i], letters[i + 1]) for i in reversed(range(25))]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*alphabet, *("".join(pair) for pair in merges)]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    leading = LeadingTokens(tokenizer)
+    for end in range(2, 27):
+        text = letters[:end] + letters[1:]
+        for limit in (1, 5, 12):
+            ids = tokenizer.encode(text).ids
+            assert leading([text], limit)[0][0].tolist() == ids[:limit]
+
+
+@pytest.mark.parametrize(
+    "sample", ["x", "他们在北京", "1234567890", "=-", "aGVsbG8gd29ybGQ9", " ", "\n"]
+)
+def test_a_text_without_a_place_to_cut_is_not_tokenised_whole(smollm2, sample):
+    counting = Counting(load_tokenizer(smollm2).core)
+    text = sample * (300_000 // len(sample))
+    whole = counting.core.encode(text, add_special_tokens=False).ids
+    longest = 0
+    encode = counting.encode_batch_fast
+
+    def bounded(texts, **options):
+        nonlocal longest
+        longest = max(longest, *map(len, texts))
+        return encode(texts, **options)
+
+    counting.encode_batch_fast = bounded
+    rows, truncated = LeadingTokens(counting)([text], 512)
+    assert rows[0].tolist() == whole[:512]
+    assert truncated == 1
+    assert longest < 60_000

@@ -99,6 +99,31 @@ def test_a_line_of_150_mb_is_rejected_without_being_held(tiny_model, tmp_path):
     assert "a line of more than" in rejected
 
 
+def test_a_quote_that_is_never_closed_is_said_without_holding_the_file(tmp_path):
+    corpus = tmp_path / "open.csv"
+    with corpus.open("w") as file:
+        file.write('id,text\na,one\nb,"open\n')
+        file.writelines(f"r{i},some text of row {i}\n" for i in range(3_000_000))
+    program = f"""
+from pathlib import Path
+from gen_fast.errors import InputError
+from gen_fast.io.text_files import read_texts
+def resident(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(x.split()[1]) for x in lines if x.startswith(field)) / 1024
+before = resident("VmRSS")
+try:
+    read_texts({str(corpus)!r})
+except InputError as error:
+    print(resident("VmHWM") - before, str(error).replace(" ", "_"))
+"""
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    grown, message = done.stdout.split()
+    assert "line_3" in message
+    assert float(grown) <= 200
+
+
 # Peak resident memory, in MB, beyond that of a loaded model, while one text is embedded.
 ONE_TEXT = """
 import sys
@@ -119,8 +144,10 @@ print(resident("VmHWM") - before)
 """
 
 
+# The last ones have no place where they could be cut without a proof.
 @pytest.mark.parametrize(
-    "sample", ["words of a text, and more. ", "\u4ed6\u5728\u5317\u4eac\uff0c"]
+    "sample",
+    ["words of a text, and more. ", "\u4ed6\u5728\u5317\u4eac\uff0c", "x", "\u4ed6", "12"],
 )
 def test_a_text_of_5_mb_takes_what_its_first_tokens_do(smollm2, sample):
     done = subprocess.run(

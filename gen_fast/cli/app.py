@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from gen_fast.cli import encode, evaluation, export, info, jobs, training
-from gen_fast.cli.errors import EPILOG, Commands, open_missing_streams
+from gen_fast.cli.errors import EPILOG, Commands
+from gen_fast.cli.output import open_missing_streams
 from gen_fast.version import __version__
 
 app = typer.Typer(

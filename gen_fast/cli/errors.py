@@ -1,14 +1,12 @@
 """Exit codes of `gen-fast`: every error of gen_fast becomes one line on stderr and a code."""
 
-import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
 
+from gen_fast.cli.output import discard_stdout, named_stdout
 from gen_fast.errors import (
     AdapterError,
     ConfigError,
@@ -64,49 +62,20 @@ class Commands(TyperGroup):
         """Run the command that was asked for."""
         try:
             result = super().invoke(ctx)
-            with _named_stdout():
+            with named_stdout():
                 sys.stdout.flush()
         except GenFastError as error:
             fail(error, code_of(error))
         except BrokenPipeError:
-            _discard_stdout()
+            discard_stdout()
             raise typer.Exit(0) from None
         except OSError as error:
+            try:
+                sys.stdout.flush()
+            except OSError:
+                discard_stdout()
             fail(error, FAILURE)
         return result
-
-
-@contextmanager
-def _named_stdout() -> Iterator[None]:
-    """Say of an error that it is stdout that cannot be written."""
-    try:
-        yield
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        _discard_stdout()
-        raise OSError(f"stdout: {error.strerror}") from error
-
-
-def _discard_stdout() -> None:
-    """Python flushes stdout once more when it exits: let that go nowhere."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def open_missing_streams() -> None:
-    """Put something in the place of standard streams that were closed, as by `>&-`.
-
-    Else the next file that is opened would take their numbers. stdin and stdout are opened the
-    wrong way round: who reads or writes them gets an error. What goes to stderr goes nowhere.
-    """
-    for name, flags, mode in (
-        ("stdin", os.O_WRONLY, "r"),
-        ("stdout", os.O_RDONLY, "w"),
-        ("stderr", os.O_WRONLY, "w"),
-    ):
-        if getattr(sys, name) is None:
-            # The lowest number that is free: that of the stream, as those before it are open.
-            setattr(sys, name, os.fdopen(os.open(os.devnull, flags), mode, encoding="utf-8"))
 
 
 def fail(message: object, code: int = USAGE) -> NoReturn:

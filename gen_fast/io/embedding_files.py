@@ -93,10 +93,12 @@ def write_embeddings(target: str | Path, embeddings: Embeddings) -> None:
     """
     check_embedding_file(target, embeddings.ids, embeddings.texts or [])
     if str(target) == STDOUT:
-        for identifier, vector in zip(embeddings.ids, embeddings.vectors, strict=True):
-            record = {"id": identifier, "embedding": vector.tolist()}
-            sys.stdout.buffer.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
-        sys.stdout.buffer.flush()
+        try:
+            _print(embeddings)
+        except BrokenPipeError:  # the reader has stopped
+            raise
+        except OSError as error:
+            raise OSError(f"stdout: cannot be written: {error.strerror}") from error
         return
     target = Path(target)
     try:
@@ -113,6 +115,13 @@ def write_embeddings(target: str | Path, embeddings: Embeddings) -> None:
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise OSError(f"{target}: cannot be written: {reason}") from error
+
+
+def _print(embeddings: Embeddings) -> None:
+    for identifier, vector in zip(embeddings.ids, embeddings.vectors, strict=True):
+        record = {"id": identifier, "embedding": vector.tolist()}
+        sys.stdout.buffer.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+    sys.stdout.buffer.flush()
 
 
 def _write_npy(file: IO[bytes], vectors: np.ndarray) -> None:

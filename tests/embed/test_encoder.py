@@ -363,3 +363,38 @@ def check_imports(code):
     heavy |= {"huggingface_hub", "sentence_transformers", "datasets", "matplotlib", "typer"}
     code += f"; import sys; found = {heavy} & set(sys.modules); assert not found, found"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("batch_size", "3"),
+        ("batch_size", 2.5),
+        ("batch_size", True),
+        ("normalize_embeddings", "no"),
+        ("normalize_embeddings", None),
+        ("truncate_dim", "8"),
+        ("truncate_dim", 8.0),
+        ("prompt", 5),
+        ("prompt_name", ["query"]),
+        ("precision", None),
+        ("show_progress_bar", "yes"),
+        ("convert_to_numpy", 1),
+        ("convert_to_tensor", "false"),
+        ("output_value", None),
+    ],
+)
+def test_an_option_of_the_wrong_type_is_named(tiny_model, name, value):
+    encoder = gen_fast.load(tiny_model, device="cpu", dtype="float32")
+    with pytest.raises(gen_fast.ConfigError, match=f"^{name} must be .*, not "):
+        encoder.encode(["a text"], **{name: value})
+
+
+def test_numbers_and_flags_of_numpy_are_options(tiny_model):
+    encoder = gen_fast.load(tiny_model, device="cpu", dtype="float32", max_length=np.int64(16))
+    vectors = encoder.encode(
+        ["a text"], batch_size=np.int32(2), truncate_dim=np.int64(8), normalize_embeddings=np.True_
+    )
+    assert vectors.shape == (1, 8)
+    with pytest.raises(gen_fast.ConfigError, match="max_length must be a whole number, not '16'"):
+        gen_fast.load(tiny_model, device="cpu", max_length="16")

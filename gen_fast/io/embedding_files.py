@@ -1,5 +1,6 @@
 """Embeddings to npy, parquet or safetensors files and back, or to stdout as jsonl."""
 
+import hashlib
 import json
 import math
 import os
@@ -19,12 +20,14 @@ from safetensors.numpy import save_file
 
 from gen_fast.errors import InputError
 from gen_fast.io.durable import replacing
+from gen_fast.io.json_files import parse_json
 from gen_fast.io.regular_files import check_regular
 from gen_fast.io.rows import named_errors
 
 STDOUT = "-"
 EMBEDDING_SUFFIXES = (".npy", ".parquet", ".safetensors")
 _METADATA_KEY = "gen_fast"
+_CHECKSUM_KEY = "gen_fast.sha256"
 # safetensors refuses to read a larger header; some room is left for its other fields.
 _SAFETENSORS_HEADER_BYTES = 100_000_000 - 4096
 
@@ -86,8 +89,8 @@ def write_embeddings(target: str | Path, embeddings: Embeddings) -> None:
 
     npy holds the vectors [n, d] alone. parquet has the columns id, text and embedding
     (fixed-size list of d float32), safetensors the tensor "embeddings" and, in its metadata, ids
-    and texts as JSON lists; both carry EmbeddingMetadata. stdout gets an object {"id",
-    "embedding"} a line. A file appears under its name only when it is complete.
+    and texts as JSON lists; both carry EmbeddingMetadata and a checksum of all this. stdout gets an
+    object {"id", "embedding"} a line. A file appears under its name only when it is complete.
 
     Raises InputError as check_embedding_file does, and OSError naming the file.
     """
@@ -132,10 +135,9 @@ def _write_npy(file: IO[bytes], vectors: np.ndarray) -> None:
     file.write(vectors.data)
 
 
-def _header(
-    ids: Sequence[str], texts: Sequence[str] | None, metadata: EmbeddingMetadata | None = None
-) -> dict[str, str]:
-    values = {"ids": ids, "texts": texts, _METADATA_KEY: metadata and asdict(metadata)}
+def _header(ids: Sequence[str], texts: Sequence[str] | None) -> dict[str, str]:
+    """Ids and texts as safetensors keeps them."""
+    values = {"ids": ids, "texts": texts}
     return {
         key: json.dumps(value, ensure_ascii=False)
         for key, value in values.items()
@@ -143,8 +145,29 @@ def _header(
     }
 
 
+def _metadata(embeddings: Embeddings) -> dict[str, str]:
+    """What is kept in a file's metadata: how the embeddings were made, and a checksum."""
+    made = None
+    if embeddings.metadata is not None:
+        made = json.dumps(asdict(embeddings.metadata), ensure_ascii=False)
+    checksum = _checksum(embeddings.ids, embeddings.texts, embeddings.vectors, made)
+    return {**({} if made is None else {_METADATA_KEY: made}), _CHECKSUM_KEY: checksum}
+
+
+def _checksum(
+    ids: Sequence[str], texts: Sequence[str] | None, vectors: np.ndarray, made: str | None
+) -> str:
+    """The sha256 of all that a file of embeddings says, however its format lays it out."""
+    digest = hashlib.sha256(f"{made} {vectors.shape} {texts is not None}".encode())
+    for text in (*ids, *(texts or ())):
+        raw = text.encode("utf-8", "surrogatepass")
+        digest.update(len(raw).to_bytes(8, "little") + raw)
+    digest.update(np.ascontiguousarray(vectors, dtype="<f4").data)
+    return digest.hexdigest()
+
+
 def _save_safetensors(path: Path, embeddings: Embeddings) -> None:
-    header = _header(embeddings.ids, embeddings.texts, embeddings.metadata)
+    header = {**_header(embeddings.ids, embeddings.texts), **_metadata(embeddings)}
     save_file({"embeddings": np.ascontiguousarray(embeddings.vectors)}, path, header)
 
 
@@ -154,8 +177,7 @@ def _table(embeddings: Embeddings) -> Any:
     if embeddings.texts is not None:
         columns["text"] = pa.array(embeddings.texts, pa.large_string())
     columns["embedding"] = pa.FixedSizeListArray.from_arrays(flat, embeddings.vectors.shape[1])
-    metadata = _header([], None, embeddings.metadata)
-    return pa.table(columns, metadata={k: v for k, v in metadata.items() if k == _METADATA_KEY})
+    return pa.table(columns, metadata=_metadata(embeddings))
 
 
 def read_embeddings(source: str | Path) -> Embeddings:
@@ -172,7 +194,7 @@ def read_embeddings(source: str | Path) -> Embeddings:
             check_regular(path)
             values = _EMBEDDING_READERS[path.suffix](path)
             made = values.get(_METADATA_KEY)
-            metadata = None if made is None else EmbeddingMetadata(**made)
+            metadata = None if made is None else EmbeddingMetadata(**parse_json(made))
     # SyntaxError, TokenError: numpy reads the header of a .npy as Python.
     except (
         ValueError,
@@ -201,6 +223,9 @@ def read_embeddings(source: str | Path) -> Embeddings:
     for name, column in (("ids", ids), ("texts", texts)):
         if column is not None and len(column) != len(vectors):
             raise InputError(f"{path}: {len(vectors)} embeddings but {len(column)} {name}")
+    checksum = values.get(_CHECKSUM_KEY)
+    if checksum is not None and checksum != _checksum(ids, texts, vectors, made):
+        raise InputError(f"{path} is damaged: it does not have its checksum")
     return Embeddings(ids, vectors, texts, metadata)
 
 
@@ -220,8 +245,8 @@ def _load_npy(path: Path) -> dict[str, Any]:
 def _load_safetensors(path: Path) -> dict[str, Any]:
     with safe_open(path, "numpy") as file:
         header = file.metadata() or {}
-        known = {k: json.loads(header[k]) for k in ("ids", "texts", _METADATA_KEY) if k in header}
-        return {**known, "embeddings": file.get_tensor("embeddings")}
+        known = {k: parse_json(header[k]) for k in ("ids", "texts") if k in header}
+        return {**header, **known, "embeddings": file.get_tensor("embeddings")}
 
 
 def _load_parquet(path: Path) -> dict[str, Any]:
@@ -237,8 +262,9 @@ def _load_parquet(path: Path) -> dict[str, Any]:
     for key, column in (("ids", "id"), ("texts", "text")):
         if column in table.column_names:
             values[key] = table[column].cast(pa.large_string()).to_pylist()
-    header = (table.schema.metadata or {}).get(_METADATA_KEY.encode())
-    return values if header is None else {**values, _METADATA_KEY: json.loads(header)}
+    header = table.schema.metadata or {}
+    known = (key for key in (_METADATA_KEY, _CHECKSUM_KEY) if key.encode() in header)
+    return {**values, **{key: header[key.encode()].decode() for key in known}}
 
 
 _NPY_HEADERS = {

@@ -6,13 +6,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gen_fast.io.regular_files import check_regular
+
 
 def read_json_object(path: Path) -> dict[str, Any]:
     """Read a file that holds one JSON object.
 
     Raises ValueError, naming the file, for bytes that are not UTF-8, text that is not JSON or is
-    nested too deeply, and any value but an object; OSError if the file cannot be read.
+    nested too deeply, and any value but an object; OSError if the file cannot be read, also for
+    a pipe, from which reading would wait.
     """
+    check_regular(path)
     content = path.read_bytes()
     try:
         value = parse_json(content.decode("utf-8"))

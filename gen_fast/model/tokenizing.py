@@ -174,8 +174,8 @@ def _check_settings(settings: Mapping[str, Any], path: Path) -> None:
         return isinstance(content, str)
 
     def are_tokens(value: object) -> bool:
-        values = value.values() if isinstance(value, dict) else value
-        return isinstance(value, dict | list) and all(map(is_token, values))
+        tokens = list(value.values()) if isinstance(value, dict) else value
+        return isinstance(tokens, list) and all(map(is_token, tokens))
 
     kinds: dict[str, Callable[[Any], bool]] = {
         **dict.fromkeys(NAMED_TOKENS, is_token),

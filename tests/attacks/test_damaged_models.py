@@ -31,7 +31,9 @@ MANY = pytest.param(100, marks=pytest.mark.slow)
 def attack(kind: str, path: Path, count: int, act: Callable[[], bytes]) -> Tally:
     """Flip bits of a file, and `act` after each: it gives what it gave before, or is refused."""
     expected = act()
-    tally = flipped(kind, path, count, lambda: "healed" if act() == expected else "silent")
+    tally = flipped(
+        f"{kind}, loaded", path, count, lambda: "healed" if act() == expected else "silent"
+    )
     assert not tally.bugs, tally.bugs
     return tally
 

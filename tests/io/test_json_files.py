@@ -1,5 +1,6 @@
 """Damaged JSON: one ValueError that names the file."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -46,3 +47,9 @@ def test_a_line() -> None:
     assert parse_json("[1]") == [1]
     with pytest.raises(ValueError, match="nested too deeply"):
         parse_json("[" * 100_000)
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(OSError, match="it is a pipe"):
+        read_json_object(tmp_path / "config.json")

@@ -69,15 +69,12 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.temperature and not _LEAST_TEMPERATURE <= self.temperature <= _MOST_TEMPERATURE:
+        in_range = _LEAST_TEMPERATURE <= self.temperature <= _MOST_TEMPERATURE
+        if not (self.temperature == 0 or in_range) or not 0 < self.top_p <= 1 or self.top_k < 0:
             raise ConfigError(
-                f"temperature must be 0, which is greedy, or from {_LEAST_TEMPERATURE} to "
-                f"{_MOST_TEMPERATURE}, not {self.temperature}"
+                f"temperature {self.temperature} must be 0 or from {_LEAST_TEMPERATURE} to "
+                f"{_MOST_TEMPERATURE}, top_k {self.top_k} at least 0, top_p {self.top_p} in (0, 1]"
             )
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p must be above 0 and at most 1, not {self.top_p}")
-        if self.top_k < 0:
-            raise ConfigError(f"top_k must be 0, which takes all, or above, not {self.top_k}")
 
 
 GREEDY = Sampling()

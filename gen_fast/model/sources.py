@@ -5,7 +5,7 @@ import json
 import logging
 from pathlib import Path
 
-from gen_fast.errors import ModelNotFoundError
+from gen_fast.errors import ModelNotFoundError, WeightsError
 from gen_fast.io.cache import cached_directory, remembered_sha256
 
 logger = logging.getLogger(__name__)
@@ -71,7 +71,10 @@ def _packaged_file(name: str) -> Path:
 
 def _convert_gguf(path: Path) -> Path:
     """Convert a GGUF file to a float32 safetensors directory, once; keyed by the file's sha256."""
-    key = f"gguf-{remembered_sha256(path)[:32]}"
+    try:
+        key = f"gguf-{remembered_sha256(path)[:32]}"
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be read: {error.strerror}") from error
     return cached_directory(key, lambda target: _write_converted(path, target))
 
 
@@ -84,7 +87,10 @@ def _write_converted(path: Path, target: Path) -> None:
     logger.warning("converting %s to safetensors, once", path.name)
     model = GGUFFile(path)
     (target / "config.json").write_text(json.dumps(model.config(), indent=2) + "\n")
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name)
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name)
+    except Exception as error:  # transformers and tokenizers raise whatever a key leads them to
+        raise WeightsError(f"{path}: its tokenizer cannot be read: {error}") from error
     tokenizer.save_pretrained(target)
     sizes = {name: model.nbytes(name) for name in model.names()}
     save_shards(target, sizes, model.tensor)

@@ -123,6 +123,15 @@ def test_another_architecture_and_garbage_are_refused_by_name(tmp_path):
         GGUFFile(path)
 
 
+def test_a_tokenizer_that_cannot_be_built_is_said(tmp_path, cache):
+    path = tmp_path / "model.gguf"
+    write_gguf(path, save_tiny_model(tmp_path / "model", "llama"))
+    path.write_bytes(path.read_bytes().replace(b"gpt2", b"what"))
+    with pytest.raises(WeightsError, match="its tokenizer cannot be read"):
+        resolve(path)
+    assert not [folder for folder in cache.iterdir() if folder.name != "remembered"]
+
+
 def test_large_models_are_converted_shard_by_shard(tmp_path, cache, monkeypatch):
     model = save_tiny_model(tmp_path / "model", "llama")
     write_gguf(tmp_path / "model.gguf", model)

@@ -209,6 +209,21 @@ def test_damaged_config(model):
         load_backbone(model)
 
 
+def test_a_config_that_is_nested_or_no_file(model):
+    path = model / "config.json"
+    path.write_text('{"a": ' * 100_000)
+    with pytest.raises(gen_fast.WeightsError, match="nested too deeply"):
+        gen_fast.load(model)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(gen_fast.WeightsError, match="it is a pipe, not a file"):
+        gen_fast.load(model)
+    path.unlink()
+    path.symlink_to(path)
+    with pytest.raises(gen_fast.WeightsError, match="cannot be read: Too many levels"):
+        gen_fast.load(model)
+
+
 def test_damaged_tokenizer(model):
     (model / "tokenizer.json").write_text('{"version"')
     with pytest.raises(gen_fast.WeightsError, match=r"tokenizer\.json is not JSON"):

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from gen_fast.errors import JobError
-from gen_fast.io.durable import FileState, file_sha256, has_changed, write_whole
+from gen_fast.io.cache import remembered_sha256
+from gen_fast.io.durable import FileState, has_changed, write_whole
 from gen_fast.io.json_files import check_seal, read_json_object, seal
 from gen_fast.io.precision import sign_bits
 from gen_fast.io.vectors import unit
@@ -114,11 +115,11 @@ def contents_hash(entries: Sequence[Mapping[str, Any]]) -> str:
 def read_index(path: Path, info: IndexInfo) -> Any:
     """What FAISS wrote. Raises JobError if it is not what FILE.json says, or cannot be read.
 
-    FILE is read for its checksum first: FAISS trusts its files. Lists on disk, which may be larger
-    than memory, are only read for theirs if their size and times are not as they were.
+    Its checksum is compared first, since FAISS trusts its files: both FILE and lists on disk, which
+    may be larger than memory, are read for theirs only if it is not known since they changed.
     """
     try:
-        if file_sha256(path) not in info.sha256:
+        if remembered_sha256(path) not in info.sha256:
             raise JobError(
                 f"{path} cannot be read: it is not the file that {info_path(path).name} was "
                 "written for (its sha256 is another); delete it to build it again"

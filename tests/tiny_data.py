@@ -10,6 +10,7 @@ from gen_fast.io.embedding_files import Embeddings, write_embeddings
 from gen_fast.model.sources import resolve
 from gen_fast.model.tokenizing import load_tokenizer
 from gen_fast.model.weights import load_backbone, load_head
+from gen_fast.training.config import TrainConfig
 from gen_fast.training.data import TrainingData, read_rows, teacher_texts
 from gen_fast.training.records import Rejections
 from gen_fast.training.student import Student
@@ -38,6 +39,30 @@ def write_teacher(path, answers, dimension=DIMENSION, size=1.0):
     vectors = size * np.random.default_rng(1).normal(size=(len(ids), dimension))
     vectors = vectors.astype(np.float32)
     write_embeddings(path, Embeddings(ids, vectors, texts))
+
+
+def train_config(folder, model, **settings):
+    """A TrainConfig of a short run in folder/run over folder/answers.jsonl, teacher.parquet."""
+    values = {
+        "answers": (str(folder / "answers.jsonl"),),
+        "teacher": str(folder / "teacher.parquet"),
+        "out": str(folder / "run"),
+        "backbone": str(model),
+        "dtype": "float32",
+        "device": "cpu",
+        "n_compression": 3,
+        "batch_size": 6,
+        "steps": 6,
+        "schedule_steps": 20,
+        "warmup_steps": 2,
+        "learning_rate": 1e-2,
+        "validation_rows": 8,
+        "validate_every": 3,
+        "checkpoint_every": 2,
+        "log_every": 1,
+        "report_to": (),
+    }
+    return TrainConfig(**(values | settings))
 
 
 def setup(config, dtype=torch.float32):

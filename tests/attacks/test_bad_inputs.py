@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from command_line import Outcome, gen_fast
-from hypothesis import HealthCheck, given, settings
+from fuzzing import FEW, MANY
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gen_fast.errors import GenFastError
@@ -18,17 +19,6 @@ from gen_fast.io.row_files import open_rows
 from gen_fast.io.text_files import read_texts
 
 NOT_UTF8 = "\udcff\udcfe"
-FUZZ = settings(
-    max_examples=60,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-    derandomize=True,
-)
-MANY = settings(
-    max_examples=5000,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
 
 
 @pytest.fixture
@@ -219,7 +209,7 @@ def check_rows(folder: Path, suffix: str, content: bytes) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".csv", ".parquet", ".csv.gz", ".txt.zst"])
-@FUZZ
+@FEW
 @given(content=ROWS)
 def test_rows_of_any_bytes(tmp_path: Path, suffix: str, content: bytes) -> None:
     check_rows(tmp_path, suffix, content)
@@ -260,7 +250,7 @@ def check_embedding_file(
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".parquet", ".safetensors"])
-@FUZZ
+@FEW
 @given(patches=PATCHES, length=st.just(1.0) | st.floats(0, 1))
 def test_a_damaged_file_of_embeddings(
     tmp_path: Path, suffix: str, patches: list[tuple[float, bytes]], length: float

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 from command_line import gen_fast
-from hypothesis import HealthCheck, given, settings
+from fuzzing import FEW, MANY
+from hypothesis import given
 from hypothesis import strategies as st
 
 import gen_fast as package
@@ -19,17 +20,6 @@ from gen_fast.model.gguf import GGUFFile
 from gen_fast.model.tokenizing import load_tokenizer
 from gen_fast.testing import tiny_config
 
-FUZZ = settings(
-    max_examples=60,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-    derandomize=True,
-)
-MANY = settings(
-    max_examples=3000,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
 TOKENIZER, SETTINGS = "tokenizer.json", "tokenizer_config.json"
 # What a JSON file can hold, infinity, NaN and numbers without a size included.
 VALUES: st.SearchStrategy[Any] = st.recursive(
@@ -143,7 +133,7 @@ def check_config(config: dict[str, Any]) -> None:
     assert 0 < parsed.rope_theta < float("inf")
 
 
-@FUZZ
+@FEW
 @given(config=configs())
 def test_a_config_of_any_values(config: dict[str, Any]) -> None:
     check_config(config)
@@ -215,7 +205,7 @@ def check_gguf(folder: Path, content: bytes) -> None:
         pass
 
 
-@FUZZ
+@FEW
 @given(damage=damages())
 def test_a_damaged_gguf_file(
     gguf_bytes: bytes, tmp_path: Path, damage: tuple[list[tuple[float, bytes]], float]
@@ -257,7 +247,7 @@ def check_tokenizer(tokenizer_folder: tuple[Path, dict[str, Any]], changes: dict
         pass
 
 
-@FUZZ
+@FEW
 @given(changes=tokenizers_with(VALUES))
 def test_settings_of_a_tokenizer_of_any_values(
     tokenizer_folder: tuple[Path, dict[str, Any]], changes: dict[str, Any]

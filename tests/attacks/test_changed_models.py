@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 from tiny_corpus import options, write_corpus
-from tiny_data import write_answers, write_teacher
+from tiny_data import train_config, write_answers, write_teacher
 
 import gen_fast
 from gen_fast.errors import BackboneMismatchError, CheckpointError, JobError
@@ -66,27 +66,13 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "job" / "part-00001.parquet").unlink()
     write_answers(folder / "answers.jsonl")
     write_teacher(folder / "teacher.parquet", folder / "answers.jsonl")
-    train(replace(_config(folder), steps=1), show_progress_bar=False)
+    train(_config(folder, steps=1), show_progress_bar=False)
     return folder
 
 
-def _config(folder: Path) -> TrainConfig:
-    return TrainConfig(
-        answers=(str(folder / "answers.jsonl"),),
-        teacher=str(folder / "teacher.parquet"),
-        out=str(folder / "run"),
-        backbone=str(folder / "model"),
-        dtype="float32",
-        device="cpu",
-        start="random",
-        n_compression=3,
-        batch_size=6,
-        steps=2,
-        schedule_steps=20,
-        validation_rows=8,
-        checkpoint_every=1,
-        report_to=(),
-    )
+def _config(folder: Path, steps: int) -> TrainConfig:
+    model = folder / "model"
+    return train_config(folder, model, start="random", steps=steps, checkpoint_every=1)
 
 
 @pytest.fixture
@@ -123,7 +109,7 @@ def test_a_change_is_refused_by_name(work: Path, change: Callable[[str], str], n
     with pytest.raises(BackboneMismatchError, match=key.replace("*", r"\*")):
         gen_fast.load(work / "adapter", device="cpu")
     with pytest.raises(CheckpointError, match=key.replace("*", r"\*")):
-        train(_config(work), show_progress_bar=False)
+        train(_config(work, steps=2), show_progress_bar=False)
 
 
 def test_what_was_not_changed_goes_on(work: Path, tmp_path: Path) -> None:
@@ -131,4 +117,4 @@ def test_what_was_not_changed_goes_on(work: Path, tmp_path: Path) -> None:
         shutil.copytree(work / name, tmp_path / name)
     embed_corpus(work / "corpus.jsonl", tmp_path / "job", **options(work / "model"))
     gen_fast.load(work / "adapter", device="cpu")
-    train(replace(_config(work), out=str(tmp_path / "run")), show_progress_bar=False)
+    train(replace(_config(work, steps=2), out=str(tmp_path / "run")), show_progress_bar=False)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from damage import Tally, flipped
 from gem_models import save_gem
-from tiny_data import write_answers, write_teacher
+from tiny_data import train_config, write_answers, write_teacher
 from tiny_gguf import write_gguf
 
 import gen_fast
@@ -21,7 +21,6 @@ from gen_fast.model.sources import resolve
 from gen_fast.model.weights import load_backbone
 from gen_fast.testing import save_tiny_adapter, save_tiny_model
 from gen_fast.training.checkpoint import latest_checkpoint
-from gen_fast.training.config import TrainConfig
 from gen_fast.training.llm2vec_gen import train
 
 TEXTS = ["the cat sat on the mat", "another"]
@@ -92,22 +91,7 @@ def test_of_a_checkpoint(tiny_model: Path, tmp_path: Path, file: str, count: int
     """The next step of the run is never another one."""
     write_answers(tmp_path / "answers.jsonl")
     write_teacher(tmp_path / "teacher.parquet", tmp_path / "answers.jsonl")
-    begun = TrainConfig(
-        answers=(str(tmp_path / "answers.jsonl"),),
-        teacher=str(tmp_path / "teacher.parquet"),
-        out=str(tmp_path / "begun"),
-        backbone=str(tiny_model),
-        dtype="float32",
-        device="cpu",
-        start="random",
-        n_compression=3,
-        batch_size=6,
-        steps=1,
-        schedule_steps=20,
-        validation_rows=0,
-        checkpoint_every=1,
-        report_to=(),
-    )
+    begun = train_config(tmp_path, tiny_model, start="random", steps=1, out=str(tmp_path / "begun"))
     train(begun, show_progress_bar=False)
     damaged = latest_checkpoint(tmp_path / "begun" / "checkpoints")
     assert damaged is not None

@@ -1,9 +1,7 @@
 """A tiny model, a few dozen rows with random teacher vectors, and a configuration for both."""
 
 import pytest
-from tiny_data import write_answers, write_teacher
-
-from gen_fast.training.config import TrainConfig
+from tiny_data import train_config, write_answers, write_teacher
 
 
 @pytest.fixture
@@ -14,25 +12,7 @@ def make_config(tiny_model, tmp_path):
         answers, teacher = tmp_path / f"answers{negatives}.jsonl", tmp_path / "teacher.parquet"
         write_answers(answers, negatives=negatives)
         write_teacher(teacher, answers)
-        values = {
-            "answers": (str(answers),),
-            "teacher": str(teacher),
-            "out": str(tmp_path / out),
-            "backbone": str(tiny_model),
-            "dtype": "float32",
-            "device": "cpu",
-            "n_compression": 3,
-            "batch_size": 6,
-            "steps": 6,
-            "schedule_steps": 20,
-            "warmup_steps": 2,
-            "learning_rate": 1e-2,
-            "validation_rows": 8,
-            "validate_every": 3,
-            "checkpoint_every": 2,
-            "log_every": 1,
-            "report_to": (),
-        }
-        return TrainConfig(**(values | settings))
+        values = {"answers": (str(answers),), "out": str(tmp_path / out)}
+        return train_config(tmp_path, tiny_model, **(values | settings))
 
     return make

@@ -65,7 +65,7 @@ def check_same_model(source: str | Path, corpus: Embeddings, encoder: Encoder) -
     wrong = [described(found, expected, actual)] if found else []
     dimension = metadata.model_dimension if metadata else corpus.vectors.shape[1]
     if encoder.dimension != dimension:
-        wrong.append(f"dimension: {dimension}, now {encoder.dimension}")
+        wrong.append(f"dimension {dimension} (file) vs {encoder.dimension} (model)")
     if wrong:
         origin = f" {metadata.model}" if metadata else " another model"
         raise InputError(

@@ -123,12 +123,15 @@ def test_a_worker_that_hangs_ends_itself(
     assert files_of(out) == expected
 
 
-def test_a_plan_that_hangs_ends_the_process(tiny_model: Path, tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "hanging.jsonl")
-    command = [sys.executable, "-m", "gen_fast.cli", "embed", str(tmp_path / "hanging.jsonl")]
-    command += ["--out", str(tmp_path / "out"), "--model", str(tiny_model)]
+def test_a_plan_that_hangs_ends_the_process(corpus: Path, tiny_model: Path, tmp_path: Path) -> None:
+    program = (
+        "import sys, time, gen_fast.jobs.job as job\n"
+        "job.prepare = lambda *given, **options: time.sleep(60)\n"
+        "corpus, out, model = sys.argv[1:]\n"
+        "job.embed_corpus(corpus, out, model=model, text_column='text', stall_timeout=2)\n"
+    )
     done = subprocess.run(
-        [*command, "--text-column", "text", "--stall-timeout", "2"],
+        [sys.executable, "-c", program, str(corpus), str(tmp_path / "out"), str(tiny_model)],
         check=False,
         capture_output=True,
         text=True,

@@ -21,6 +21,7 @@ from gen_fast.errors import (
     UnsupportedModelError,
     WeightsError,
 )
+from gen_fast.io.texts import is_utf8
 
 FAILURE, USAGE, BAD_INPUT, BAD_MODEL, NON_FINITE = 1, 2, 3, 4, 5
 _EXIT_CODES: tuple[tuple[type[GenFastError], int], ...] = (
@@ -53,7 +54,7 @@ class Commands(TyperGroup):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Refuse arguments that could not be decoded: texts, plans and metadata are UTF-8."""
         for argument in args:
-            if any("\ud800" <= letter <= "\udfff" for letter in argument):
+            if not is_utf8(argument):
                 fail(f"the argument {argument!a} is not UTF-8")
         rest: list[str] = super().parse_args(ctx, args)
         return rest

@@ -1,4 +1,4 @@
-"""What can be a text."""
+"""What can be a text, or a name in one."""
 
 from collections.abc import Sequence
 
@@ -24,3 +24,8 @@ def check_texts(texts: Sequence[object]) -> None:
                     "has no UTF-8 form",
                     (row,),
                 ) from error
+
+
+def is_utf8(name: str) -> bool:
+    """Whether a name of the system could be decoded; what could not be are lone surrogates."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in name)

@@ -13,6 +13,7 @@ from gen_fast.errors import InputError
 from gen_fast.io.line_files import COMPRESSIONS
 from gen_fast.io.row_files import SUFFIXES
 from gen_fast.io.tables import DATASETS
+from gen_fast.io.texts import is_utf8
 from gen_fast.jobs.claims import CLAIMS
 
 logger = logging.getLogger(__name__)
@@ -58,17 +59,12 @@ def list_sources(
             raise InputError(f"{source}: no file {what} (not counting those of jobs)")
         paths += inside
     for path in paths:
-        if not _is_utf8(path):
+        if not is_utf8(path):
             raise InputError(f"{path!a}: the name is not UTF-8, and a plan could not hold it")
     for name, count in Counter(paths).items():
         if count > 1:
             raise InputError(f"{name} is given twice")
     return paths
-
-
-def _is_utf8(name: str) -> bool:
-    """Whether a name was decoded; what could not be are lone surrogates."""
-    return not any("\ud800" <= letter <= "\udfff" for letter in name)
 
 
 class _LeftOut:

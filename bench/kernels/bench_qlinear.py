@@ -1,8 +1,16 @@
-"""Rows to int8."""
+"""Rows to int8, and products with weights of 4 bits."""
 
+import pytest
 from conftest import cases, provided, random, rows_of
 
-from gen_fast.ops.qlinear import OP, quantize_rows
+from gen_fast.ops.qlinear import (
+    INT4,
+    OP,
+    dequantize_weight,
+    int4_linear,
+    quantize_rows,
+    quantize_weight,
+)
 from gen_fast.ops.qlinear.reference import dequantize_rows
 from gen_fast.ops.qlinear.reference import quantize_rows as plain
 
@@ -20,3 +28,23 @@ def bench_qlinear(measure, size, dtype, mode, provider):
         exact=lambda x, _: x,
         compared=lambda q, scale: (dequantize_rows(q, scale),),
     )
+
+
+@pytest.mark.parametrize("case", ["16 rows", "2048 rows"])
+@cases(INT4, modes=("forward",))
+def bench_int4_linear(measure, size, dtype, mode, provider, case):
+    """Gate and up of one layer: for one short text, and for a batch."""
+    shape, rows = (2 * size.feed_forward, size.hidden), int(case.split()[0])
+    blocks = quantize_weight(random(*shape, dtype="fp32", scale=0.05))
+    x = random(rows, size.hidden, dtype=dtype)
+    measure(
+        provided(provider, int4_linear, plain_int4),
+        plain_int4,
+        (x, blocks),
+        moved_bytes=x.nbytes + blocks.nbytes + rows * shape[0] * x.itemsize,
+        flops=2 * rows * shape[0] * shape[1],
+    )
+
+
+def plain_int4(x, blocks):
+    return x @ dequantize_weight(blocks, x.dtype).T

@@ -103,19 +103,6 @@ struct Dropout {
   }
 };
 
-// Calls body with `n`, from 1 to ROWS, as a constant.
-template <class Body>
-static inline void with_rows(int64_t n, const Body& body) {
-  switch (n) {
-    case 6: return body(std::integral_constant<int, 6>());
-    case 5: return body(std::integral_constant<int, 5>());
-    case 4: return body(std::integral_constant<int, 4>());
-    case 3: return body(std::integral_constant<int, 3>());
-    case 2: return body(std::integral_constant<int, 2>());
-    case 1: return body(std::integral_constant<int, 1>());
-  }
-}
-
 // Rows `row` (even) and row + 1 of a matrix [n / pair][columns][pair], the right side of a product.
 template <class Op, class In>
 static inline void put_rows(typename Op::type* to, int64_t row, int64_t columns, const In* first,

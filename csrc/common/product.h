@@ -77,6 +77,19 @@ static inline void product(const typename Op::type* a, int64_t lda, const typena
   }
 }
 
+// Calls body with `n`, from 1 to ROWS, as a constant.
+template <class Body>
+static inline void with_rows(int64_t n, const Body& body) {
+  switch (n) {
+    case 6: return body(std::integral_constant<int, 6>());
+    case 5: return body(std::integral_constant<int, 5>());
+    case 4: return body(std::integral_constant<int, 4>());
+    case 3: return body(std::integral_constant<int, 3>());
+    case 2: return body(std::integral_constant<int, 2>());
+    case 1: return body(std::integral_constant<int, 1>());
+  }
+}
+
 template <class Out, class In>
 static inline void copy_row(Out* to, const In* from, int64_t n) {
   for (int64_t i = 0; i < n; ++i) assign(to + i, to_float(from[i]));

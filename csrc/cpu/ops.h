@@ -36,6 +36,14 @@ void swiglu_backward(Dtype dtype, const void* grad, const void* gate_up, void* o
 void quantize_rows(Dtype dtype, const void* x, int8_t* out, float* scales, int64_t rows,
                    int64_t size);
 
+// y [rows, out] = x [rows, in] times the weight's transpose, plus bias [out]; null for none. blocks
+// [out / 16, in / 32, 320] are the weight: see kernels/qlinear/int4.py.
+void int4_linear(Dtype dtype, const void* x, const uint8_t* blocks, const void* bias, void* y,
+                 int64_t rows, int64_t in, int64_t out);
+
+// weight [in, out]: the transpose of what blocks hold.
+void int4_weight(Dtype dtype, const uint8_t* blocks, void* weight, int64_t in, int64_t out);
+
 struct RopeArguments {
   const void *grad, *x;                       // [rows, heads, size]; grad backward only
   void* out;                                  // may be x

@@ -1,5 +1,28 @@
-"""Rows of activations quantised for a product with frozen quantised weights."""
+"""Frozen linears with quantised weights, and rows of activations quantised for them."""
 
-from .op import OP, check_format, cpp_supports, fake_quantized, quantize_rows
+from .int4 import blocks_shape, dequantize_weight, fits, quantize_weight
+from .op import (
+    INT4,
+    OP,
+    check_format,
+    cpp_supports,
+    fake_quantized,
+    int4_linear,
+    int4_linear_backward,
+    quantize_rows,
+)
 
-__all__ = ["OP", "check_format", "cpp_supports", "fake_quantized", "quantize_rows"]
+__all__ = [
+    "INT4",
+    "OP",
+    "blocks_shape",
+    "check_format",
+    "cpp_supports",
+    "dequantize_weight",
+    "fake_quantized",
+    "fits",
+    "int4_linear",
+    "int4_linear_backward",
+    "quantize_rows",
+    "quantize_weight",
+]

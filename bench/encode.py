@@ -20,9 +20,10 @@ import numpy as np
 import peers
 import torch
 import workloads
-from measure import centred_cosine, interleaved, machine, median_ratio
+from measure import interleaved, machine, median_ratio
 
 from gen_fast.embed.loading import load
+from gen_fast.io.vectors import centred_cosine
 from gen_fast.model.device import matmul_peak
 from gen_fast.model.sources import resolve
 

@@ -24,8 +24,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from measure import centred_cosine, interleaved, machine, median_ratio, product_tflops, profile
+from measure import interleaved, machine, median_ratio, product_tflops, profile
 
+from gen_fast.io.vectors import centred_cosine
 from gen_fast.model.backbone import Backbone
 from gen_fast.model.batch import PackedBatch, split_by_budget
 from gen_fast.model.config import BackboneConfig

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 
 
@@ -69,12 +68,6 @@ def product_tflops(shapes: dict[str, tuple[int, int]], rows: int, device: str) -
 def median_ratio(slow: list[float], fast: list[float]) -> float:
     """Median over the rounds of slow/fast within a round."""
     return statistics.median(s / f for s, f in zip(slow, fast, strict=True))
-
-
-def centred_cosine(embeddings: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Cosine [n] after the truth's mean is taken from both: plain cosine hides damage."""
-    a, b = (x - truth.mean(0) for x in (embeddings, truth))
-    return (a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
 
 
 def commit() -> str:

@@ -11,6 +11,7 @@ import torch
 import gen_fast
 from gen_fast.embed import loading, windows
 from gen_fast.embed.adapter import Adapter
+from gen_fast.io.vectors import centred_cosine
 from gen_fast.model import token_budget
 from gen_fast.model.device import has_native_bfloat16
 from gen_fast.model.weights import load_backbone
@@ -119,11 +120,6 @@ def test_prompt_is_tokenised_with_the_text(mean_encoder):
     together = mean_encoder.encode(["e cat", "at", "\n"], prompt="in th")
     alone = [mean_encoder.encode(t, prompt="in th") for t in ("e cat", "at", "\n")]
     np.testing.assert_allclose(together, alone, rtol=1e-4, atol=1e-5)
-
-
-def centred_cosine(a, b):
-    a, b = a - b.mean(0), b - b.mean(0)
-    return (a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
 
 
 def fewer_if_emulated(count, dtype):

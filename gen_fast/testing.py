@@ -96,14 +96,16 @@ def save_tiny_adapter(directory: Path, model: Path, **options: Any) -> None:
     from gen_fast.embed.adapter import Adapter
     from gen_fast.model.weights import load_backbone
 
+    backbone = load_backbone(model)
+    size = backbone.config.hidden_size
     torch.manual_seed(0)
     Adapter(
-        special=torch.randn(5, 48),
+        special=torch.randn(5, size),
         n_compression=3,
         backbone=str(model),
-        fingerprint=load_backbone(model).fingerprint,
-        reconstruction=(torch.randn(48, 48), torch.randn(48)),
-        alignment=(torch.randn(20, 48), torch.randn(20)),
+        fingerprint=backbone.fingerprint,
+        reconstruction=(torch.randn(size, size), torch.randn(size)),
+        alignment=(torch.randn(20, size), torch.randn(20)),
         **options,
     ).save(directory)
 

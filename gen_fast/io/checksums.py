@@ -33,7 +33,7 @@ def read(folder: Path) -> dict[str, str] | None:
     return dict(values["files"])
 
 
-def problem(folder: Path, *names: str) -> str | None:
+def problem(folder: Path, *names: str, sha256: Callable[[Path], str] = file_sha256) -> str | None:
     """What is wrong with these files of a directory, by its list; None if nothing is.
 
     Files that are not on the list were written by others, or by earlier versions: nothing is known
@@ -46,7 +46,7 @@ def problem(folder: Path, *names: str) -> str | None:
         if listed is None:
             return f"{folder / CHECKSUMS} is damaged"
         for name in names:
-            if name in listed and file_sha256(folder / name) != listed[name]:
+            if name in listed and sha256(folder / name) != listed[name]:
                 return (
                     f"{folder / name} is damaged or was changed: it does not have the sha256 that "
                     f"{CHECKSUMS} says (delete that file if the change is meant)"

@@ -21,8 +21,8 @@ from gen_fast.model.config import BackboneConfig, inverse_frequencies
 from gen_fast.model.dropout import Dropout, RowDropout
 from gen_fast.model.fingerprint import Fingerprint
 from gen_fast.model.kv_cache import KVCache
-from gen_fast.model.linear import can_pack, linear, pack
-from gen_fast.model.lora import Lora
+from gen_fast.model.linear import Int4Weight, Weight, can_pack, is_packed, linear, pack
+from gen_fast.model.lora import MATRICES, Lora
 from gen_fast.ops.append import append
 from gen_fast.ops.attention import AttentionOptions, attention
 from gen_fast.ops.norm import add_rms_norm, rms_norm
@@ -35,13 +35,13 @@ class LayerWeights:
     """One block. Queries, keys and values share one matrix, and so do gate and up."""
 
     attention_norm: Tensor  # [h]
-    qkv: Tensor  # [(H + 2·KV)·D, h]
+    qkv: Weight  # [(H + 2·KV)·D, h]
     qkv_bias: Tensor | None  # [(H + 2·KV)·D]
     qk_norm: Tensor | None  # [H + KV, D], Qwen3's weight of each query and key head
-    out: Tensor  # [h, H·D]
+    out: Weight  # [h, H·D]
     mlp_norm: Tensor  # [h]
-    gate_up: Tensor  # [2f, h]
-    down: Tensor  # [h, f]
+    gate_up: Weight  # [2f, h]
+    down: Weight  # [h, f]
 
     def packed(self) -> "LayerWeights":
         """The same, laid out as its device multiplies it fastest, where that gains anything.
@@ -50,8 +50,7 @@ class LayerWeights:
         """
         if not can_pack(self.qkv):
             return self
-        names = ("qkv", "out", "gate_up", "down")
-        return replace(self, **{name: pack(getattr(self, name)) for name in names})
+        return replace(self, **{name: pack(getattr(self, name)) for name in MATRICES})
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,12 @@ class Backbone:
     @property
     def packed(self) -> bool:
         """Whether the weights are laid out for inference: see LayerWeights.packed."""
-        return bool(self.layers[0].qkv.is_mkldnn)
+        return is_packed(self.layers[0].qkv)
+
+    @property
+    def quantize(self) -> str | None:
+        """What the matrices of the layers are quantised to: one of QUANTIZED, or None."""
+        return "int4" if isinstance(self.layers[0].qkv, Int4Weight) else None
 
     def forward(
         self,

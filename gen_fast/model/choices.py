@@ -1,7 +1,10 @@
-"""What a backbone computes in.
+"""What a backbone computes in, and what its weights are kept in.
 
 Imports nothing of ours, so that the command line starts at once.
 """
 
 DTYPES = ("float32", "bfloat16", "float16")
 SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+# What the weights of the layers' linears can be quantised to.
+QUANTIZED = ("int4",)

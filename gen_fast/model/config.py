@@ -17,6 +17,8 @@ from torch import Tensor
 from gen_fast.errors import UnsupportedModelError
 from gen_fast.model.config_values import flag, integer, names, positive, table
 
+# In the quantization_config of copies that are quantised here: see quantized.py.
+QUANT_METHOD = "gen_fast"
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 # More than any model has; a number that only damage makes would be counted up to.
 _MOST_LAYERS = 10_000
@@ -182,8 +184,9 @@ def _check_supported(raw: Mapping[str, Any], config: BackboneConfig, bidirection
         raise UnsupportedModelError(f"hidden_act {activation!r} is not supported, only 'silu'")
     if flag(raw, "mlp_bias"):
         raise UnsupportedModelError("mlp_bias is not supported")
-    if quantization := table(raw, "quantization_config"):
-        method = quantization.get("quant_method")
+    quantization = table(raw, "quantization_config")
+    method = quantization and quantization.get("quant_method")
+    if quantization and method != QUANT_METHOD:
         raise UnsupportedModelError(
             f"quantization_config with quant_method {method!r} is not supported in safetensors; "
             "use the unquantised model or a GGUF file"

@@ -1,21 +1,61 @@
-"""Products with frozen weights.
+"""Products with frozen weights: plain ones, packed ones, and quantised ones.
 
 On a CPU oneDNN multiplies fastest when a weight lies in blocks of its own choosing, and otherwise
 brings it into them on every call. A frozen weight is brought into them once.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear as plain_linear
 
+from gen_fast.ops.qlinear import (
+    dequantize_weight,
+    int4_linear,
+    int4_linear_backward,
+    quantize_weight,
+)
+
 # The batch that the layout is chosen for: a full one on a CPU (token_budget.py).
 _ROWS = 2048
 
 
-def can_pack(weight: Tensor) -> bool:
+@dataclass(frozen=True)
+class Int4Weight:
+    """A weight [out, in] of 4 bits in groups of 32: see gen_fast.ops.qlinear."""
+
+    blocks: Tensor  # [out / 16, in / 32, 320] uint8
+
+    @classmethod
+    def of(cls, weight: Tensor) -> "Int4Weight":
+        """The nearest to `weight` [out, in]."""
+        return cls(quantize_weight(weight))
+
+    @property
+    def nbytes(self) -> int:
+        """Memory, in bytes."""
+        return self.blocks.nbytes
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """The weight [out, in] as a matrix."""
+        return dequantize_weight(self.blocks, dtype)
+
+
+# What `linear` multiplies by.
+Weight = Tensor | Int4Weight
+
+
+def is_packed(weight: Weight) -> bool:
+    """Whether `pack` has laid it out."""
+    return isinstance(weight, Tensor) and weight.is_mkldnn
+
+
+def can_pack(weight: Weight) -> bool:
     """Whether oneDNN can multiply by such a weight here: on a CPU made for its dtype."""
+    if isinstance(weight, Int4Weight):
+        return False  # its own layout is all that it has
     if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     if weight.dtype == torch.bfloat16:
@@ -30,11 +70,13 @@ def pack(weight: Tensor) -> Tensor:
     return packed
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [T, in] times weightᵀ [in, out], plus bias [out]; `weight` plain or packed.
+def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+    """x [T, in] times weightᵀ [in, out], plus bias [out].
 
     Both are frozen: a gradient reaches x alone.
     """
+    if isinstance(weight, Int4Weight):
+        return int4_linear(x, weight.blocks, bias)
     if not weight.is_mkldnn:
         return plain_linear(x, weight, bias)
     if torch.is_grad_enabled() and x.requires_grad:
@@ -43,8 +85,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _packed_linear(x, weight, bias)
 
 
-def times(grad: Tensor, weight: Tensor) -> Tensor:
-    """grad [T, out] times weight [out, in], plain or packed: the gradient of `linear`'s x."""
+def times(grad: Tensor, weight: Weight) -> Tensor:
+    """grad [T, out] times weight [out, in]: the gradient of `linear`'s x."""
+    if isinstance(weight, Int4Weight):
+        return int4_linear_backward(grad, weight.blocks)
     # oneDNN's layout is for the other product. To copy a weight out of it costs as much as some
     # hundred rows of the product, and the copy is gone at once.
     return grad @ (weight.to_dense() if weight.is_mkldnn else weight)

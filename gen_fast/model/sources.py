@@ -38,7 +38,7 @@ def resolve(model: str | Path, revision: str | None = None) -> Path:
     at `revision`). GGUF is converted once to safetensors in the cache. Raises ModelNotFoundError.
     """
     if model in PACKAGED_MODELS:  # before directories: a folder of that name may be anything
-        return _convert_gguf(_packaged_file(str(model)))
+        return _convert_gguf(packaged_file(str(model)))
     path = Path(model)
     if path.is_dir():
         return path
@@ -57,7 +57,8 @@ def resolve(model: str | Path, revision: str | None = None) -> Path:
     )
 
 
-def _packaged_file(name: str) -> Path:
+def packaged_file(name: str) -> Path:
+    """The GGUF file of one of PACKAGED_MODELS. Raises ModelNotFoundError."""
     module, file, install = PACKAGED_MODELS[name]
     # find_spec locates the package without importing it: its own dependencies are not needed.
     spec = importlib.util.find_spec(module)

@@ -13,14 +13,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gen_fast.errors import WeightsError
+from gen_fast.errors import ConfigError, UnsupportedModelError, WeightsError
 from gen_fast.io.cache import remembered
 from gen_fast.io.durable import signature
 from gen_fast.io.json_files import read_json_object
 from gen_fast.model.backbone import Backbone, LayerWeights
 from gen_fast.model.config import BackboneConfig, parse_config
 from gen_fast.model.fingerprint import Digests, digests_of, fingerprint, samples
+from gen_fast.model.linear import Int4Weight, Weight
 from gen_fast.model.lora import LoraWeights
+from gen_fast.model.quantized import Recipe, check_quantize, int4_blocks, read_recipe
+from gen_fast.ops.qlinear import blocks_shape
 
 logger = logging.getLogger(__name__)
 
@@ -33,11 +36,13 @@ class TensorFiles:
     """The tensors of one checkpoint directory, known without reading them.
 
     adapters: merged into the tensors that they update, one after another, in float32.
+    recipe: of a quantised copy.
     """
 
     where: Mapping[str, tuple["_Shard | _Tensors", str]]  # our name -> (holder, name there)
     mapped: bool  # tensors are views of mapped files
     adapters: tuple[LoraWeights, ...] = ()
+    recipe: Recipe | None = None
 
     def names(self) -> Iterator[str]:
         """All tensor names."""
@@ -52,11 +57,19 @@ class TensorFiles:
         """The digests of all tensors that count, as they are stored, without the adapters."""
         holders = {id(holder): holder for holder, _ in self.where.values()}
         found = {key: holder.digests() for key, holder in holders.items()}
-        return {
+        digests = {
             name: found[id(holder)][stored_name]
             for name, (holder, stored_name) in self.where.items()
             if not name.endswith(_UNUSED_SUFFIXES)
         }
+        if self.recipe is not None:  # the values are the original's, what is stored its own
+            values = self.recipe.digests
+            digests = {name: (values.get(name, ""), own) for name, (_, own) in digests.items()}
+        return digests
+
+    def samples(self, config: BackboneConfig) -> dict[str, str]:
+        """The hashes by which earlier versions told weights apart, adapters merged."""
+        return samples(config, self.get) if self.recipe is None else dict(self.recipe.samples)
 
     def stored(self, name: str) -> Tensor:
         """A tensor as it is in its file. Raises WeightsError if it is missing or damaged."""
@@ -80,6 +93,18 @@ class TensorFiles:
         for adapter in self.adapters:
             tensor = adapter.merged(name.removesuffix(".weight"), tensor)
         return tensor
+
+    def int4(self, name: str, shape: tuple[int, int]) -> Tensor:
+        """The blocks of a linear's weight [out, in], adapters merged before it is quantised."""
+        if self.recipe is None:
+            return int4_blocks(name, self.get(name, shape))
+        blocks = self.stored(name)
+        if tuple(blocks.shape) != (expected := blocks_shape(shape)) or blocks.dtype != torch.uint8:
+            raise WeightsError(
+                f"tensor {name!r} is {blocks.dtype} {list(blocks.shape)}, the config asks for "
+                f"torch.uint8 {list(expected)}"
+            )
+        return blocks
 
     def load(
         self,
@@ -121,7 +146,7 @@ def find_tensors(directory: Path) -> TensorFiles:
             raise WeightsError(f"{path} is damaged: {error}") from error
         for stored in names:
             where[stored.removeprefix("model.")] = shard, stored
-    return TensorFiles(where, mapped=True)
+    return TensorFiles(where, mapped=True, recipe=read_recipe(directory, shards))
 
 
 def load_backbone(
@@ -132,10 +157,12 @@ def load_backbone(
     packed: bool = False,
     adapters: Sequence[LoraWeights] = (),
     bidirectional: bool = False,
+    quantize: str | None = None,
 ) -> Backbone:
     """Read a Hugging Face safetensors directory (sharded or not) into a Backbone.
 
     packed: for inference only, laid out for fast products (see LayerWeights.packed).
+    quantize: one of QUANTIZED, for the matrices of the layers; a quantised copy has its own.
     adapters: merged into the weights, one after another, in float32, before these are converted to
     `dtype`; the fingerprint is that of the merged weights. bidirectional: see `parse_config`.
     Raises UnsupportedModelError for a config the backbone cannot compute, WeightsError for
@@ -144,7 +171,21 @@ def load_backbone(
     """
     directory = Path(directory)
     config = parse_config(read_json(directory / "config.json"), bidirectional=bidirectional)
-    return _build(config, _merged(directory, config, adapters), dtype, device, packed)
+    files = _merged(directory, config, adapters)
+    return _build(config, files, dtype, device, packed, _quantization(directory, files, quantize))
+
+
+def _quantization(directory: Path, files: TensorFiles, quantize: str | None) -> str | None:
+    """What a backbone's matrices are to be. Raises ConfigError."""
+    check_quantize(quantize)
+    if files.recipe is None:
+        return quantize
+    if quantize is not None:
+        raise ConfigError(
+            f"{directory} is quantised already, to {files.recipe.quantize}: load it without "
+            "quantize"
+        )
+    return files.recipe.quantize
 
 
 def read_fingerprint(
@@ -182,7 +223,13 @@ def _merged(
 ) -> TensorFiles:
     for adapter in adapters:
         adapter.check_backbone(config)
-    return replace(find_tensors(directory), adapters=tuple(adapters))
+    files = find_tensors(directory)
+    if adapters and files.recipe is not None:
+        raise UnsupportedModelError(
+            f"{directory} is quantised, and the adapter has to be merged before: load it over "
+            f"{files.recipe.source!r} with quantize={files.recipe.quantize!r}"
+        )
+    return replace(files, adapters=tuple(adapters))
 
 
 class _Shard:
@@ -242,13 +289,14 @@ def _build(
     dtype: torch.dtype,
     device: torch.device | str,
     packed: bool,
+    quantize: str | None = None,
 ) -> Backbone:
     _refuse_unexpected(files, config)
     shape = config.vocab_size, config.hidden_size
     embedding = files.load("embed_tokens.weight", shape, dtype, device)
     layers = []
     for i in range(config.num_layers):
-        layer = _load_layer(files, config, f"layers.{i}.", dtype, device)
+        layer = _load_layer(files, config, f"layers.{i}.", dtype, device, quantize)
         # At once, while the layer is in the caches, and so that no more is in memory twice.
         layers.append(layer.packed() if packed else layer)
     final_norm = files.load("norm.weight", (config.hidden_size,), dtype, device)
@@ -261,6 +309,7 @@ def _load_layer(
     prefix: str,
     dtype: torch.dtype,
     device: torch.device | str,
+    quantize: str | None,
 ) -> LayerWeights:
     h, f, d = config.hidden_size, config.intermediate_size, config.head_dim
     widths = {"q": config.q_size, "k": config.kv_size, "v": config.kv_size}
@@ -270,6 +319,14 @@ def _load_layer(
 
     def join(parts: Iterable[tuple[str, tuple[int, ...]]]) -> Tensor:
         return torch.cat([files.get(f"{prefix}{n}", s).to(device, dtype) for n, s in parts])
+
+    def matrix(parts: Mapping[str, tuple[int, int]]) -> Weight:
+        """One below the other, by name."""
+        named = [(f"{name}_proj.weight", shape) for name, shape in parts.items()]
+        if quantize is None:
+            return join(named)
+        blocks = [files.int4(f"{prefix}{name}", shape) for name, shape in named]
+        return Int4Weight(torch.cat(blocks).to(device))
 
     qkv_bias = qk_norm = None
     if config.qkv_bias:
@@ -281,13 +338,13 @@ def _load_layer(
         )
     return LayerWeights(
         attention_norm=get("input_layernorm.weight", h),
-        qkv=join((f"self_attn.{n}_proj.weight", (w, h)) for n, w in widths.items()),
+        qkv=matrix({f"self_attn.{n}": (w, h) for n, w in widths.items()}),
         qkv_bias=qkv_bias,
         qk_norm=qk_norm,
-        out=get("self_attn.o_proj.weight", h, config.q_size),
+        out=matrix({"self_attn.o": (h, config.q_size)}),
         mlp_norm=get("post_attention_layernorm.weight", h),
-        gate_up=join((f"mlp.{n}_proj.weight", (f, h)) for n in ("gate", "up")),
-        down=get("mlp.down_proj.weight", h, f),
+        gate_up=matrix({f"mlp.{n}": (f, h) for n in ("gate", "up")}),
+        down=matrix({"mlp.down": (h, f)}),
     )
 
 
@@ -318,7 +375,7 @@ def _fingerprint(config: BackboneConfig, files: TensorFiles) -> dict[str, str | 
     merged = [adapter.sha256() for adapter in files.adapters]
     return {
         **fingerprint(config, files.digests(), merged),
-        **samples(config, files.get),
+        **files.samples(config),
     }
 
 

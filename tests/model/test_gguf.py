@@ -148,10 +148,10 @@ def test_conversion_holds_the_result_and_one_tensor(tmp_path):
 import resource, gguf, torch
 from safetensors.torch import save_file
 import transformers.integrations.gguf, transformers.tokenization_utils_tokenizers
-from gen_fast.model.sources import resolve, _packaged_file, _write_converted
+from gen_fast.model.sources import resolve, packaged_file, _write_converted
 from gen_fast.model.gguf import GGUFFile
 from pathlib import Path
-path = _packaged_file("smollm2-135m")
+path = packaged_file("smollm2-135m")
 model = GGUFFile(path)
 sizes = [model.nbytes(name) for name in model.names()]
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

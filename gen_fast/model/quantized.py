@@ -1,0 +1,92 @@
+"""Copies of a model whose linears are quantised: written once, loaded without the original.
+
+A copy is a directory like its original. The linears' tensors are blocks of gen_fast.ops.qlinear,
+everything else is as it was. quantization.json has digests of the original's tensors, so that the
+copy has the original's fingerprint: an adapter of the one fits the other.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gen_fast.errors import ConfigError, UnsupportedModelError, WeightsError
+from gen_fast.io.cache import remembered_sha256
+from gen_fast.io.checksums import problem
+from gen_fast.io.json_files import check_seal, read_json_object, seal
+from gen_fast.model.choices import QUANTIZED
+from gen_fast.ops.qlinear import fits, quantize_weight
+
+FORMAT = "gen_fast.quantized/1"
+RECIPE = "quantization.json"
+_LARGEST = torch.finfo(torch.float16).max  # scales and minima are float16
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a quantised copy says of itself.
+
+    quantize: one of QUANTIZED. source: the original's name. digests: of the values of its tensors,
+    samples: two hashes of it, both as fingerprint.py has them. quality: how near the copy's
+    embeddings are to the original's, as measured; empty if nobody has.
+    """
+
+    quantize: str
+    source: str
+    digests: Mapping[str, str]
+    samples: Mapping[str, str]
+    quality: Mapping[str, Any] = field(default_factory=dict)
+
+    def write(self, directory: Path) -> None:
+        """As quantization.json."""
+        values = {"format": FORMAT, **asdict(self)}
+        text = json.dumps({**values, "seal": seal(values)}, indent=1)
+        (directory / RECIPE).write_text(text + "\n")
+
+
+def check_quantize(quantize: str | None) -> None:
+    """Raise ConfigError for what weights cannot be quantised to."""
+    if quantize is not None and quantize not in QUANTIZED:
+        raise ConfigError(f"quantize {quantize!r} is not one of {', '.join(QUANTIZED)}")
+
+
+def read_recipe(directory: Path, weights: Iterable[str]) -> Recipe | None:
+    """The recipe of a quantised copy; None for a model that is none.
+
+    weights: names of its safetensors files. Raises WeightsError for a damaged copy, or one of a
+    format that this version does not read.
+    """
+    path = directory / RECIPE
+    if not path.exists():
+        return None
+    try:
+        values = read_json_object(path)
+        check_seal(values)
+    except (ValueError, OSError) as error:
+        raise WeightsError(f"{path} cannot be read: {error}") from error
+    if values["format"] != FORMAT or values["quantize"] not in QUANTIZED:
+        raise WeightsError(
+            f"{path}: {values['quantize']!r} of {values['format']!r} is not read by this version"
+        )
+    if wrong := problem(directory, "config.json", RECIPE, *weights, sha256=remembered_sha256):
+        raise WeightsError(wrong)
+    return Recipe(**{name: values[name] for name in Recipe.__dataclass_fields__})
+
+
+def int4_blocks(name: str, weight: Tensor) -> Tensor:
+    """Blocks of a linear's weight [out, in]; `name` is said in errors.
+
+    Raises UnsupportedModelError for a size that has no whole blocks, WeightsError for values that
+    float16 does not hold.
+    """
+    if not fits(tuple(weight.shape)):
+        raise UnsupportedModelError(
+            f"{name} is {list(weight.shape)}: int4 takes multiples of 16 rows and 32 columns"
+        )
+    if not weight.abs().max() <= _LARGEST:
+        raise WeightsError(f"{name} holds NaN, infinity or values beyond {_LARGEST:.0f}")
+    return quantize_weight(weight)

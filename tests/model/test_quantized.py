@@ -1,0 +1,147 @@
+"""Backbones whose linears are kept in 4 bits, against ones of the very same values in float32."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_gguf import KINDS, write_gguf
+
+from gen_fast.errors import ConfigError, UnsupportedModelError, WeightsError
+from gen_fast.model.backbone import Backbone
+from gen_fast.model.batch import PackedBatch
+from gen_fast.model.linear import Int4Weight
+from gen_fast.model.lora import MATRICES, Lora, LoraConfig
+from gen_fast.model.sources import resolve
+from gen_fast.model.weights import load_backbone
+from gen_fast.testing import relative_error, save_tiny_model
+
+# Whole blocks: multiples of 32. The head size is that of the heads of all families.
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "head_dim": 16}
+BATCH = PackedBatch.pack([np.arange(3, 40), np.arange(60, 65)], needed=[2, 1])
+
+
+@pytest.fixture(scope="module", params=["llama", "mistral-window", "qwen2", "qwen3"])
+def directory(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quantized")
+    save_tiny_model(folder, request.param, **SIZES)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quantized") / "llama"
+    save_tiny_model(folder, "llama-tied", **SIZES)
+    return folder
+
+
+def dequantized(backbone: Backbone) -> Backbone:
+    """The same values as matrices of float32."""
+    layers = []
+    for layer in backbone.layers:
+        matrices = {name: getattr(layer, name) for name in MATRICES}
+        assert all(isinstance(matrix, Int4Weight) for matrix in matrices.values())
+        wide = {name: matrix.dequantized(torch.float32) for name, matrix in matrices.items()}
+        layers.append(replace(layer, **wide))
+    return Backbone(
+        backbone.config,
+        backbone.embedding,
+        tuple(layers),
+        backbone.final_norm,
+        backbone.fingerprint,
+    )
+
+
+@pytest.mark.parametrize("mask", ["causal", "bidirectional"])
+def test_states_are_those_of_the_dequantised_model(directory, mask):
+    backbone = load_backbone(directory, quantize="int4", packed=True)
+    assert backbone.quantize == "int4"
+    expected = dequantized(backbone).forward(BATCH, mask=mask)
+    assert relative_error(backbone.forward(BATCH, mask=mask), expected) <= 1e-5
+    plain = load_backbone(directory)
+    assert plain.quantize is None
+    assert 0.001 < relative_error(expected, plain.forward(BATCH, mask=mask)) < 0.5
+    assert backbone.fingerprint == plain.fingerprint
+
+
+def test_gradients_are_those_of_the_dequantised_model(directory):
+    quantized = load_backbone(directory, quantize="int4")
+    gradients = []
+    for backbone in (quantized, dequantized(quantized)):
+        lora = Lora(LoraConfig(rank=4, alpha=8), backbone.config, seed=3)
+        special = torch.linspace(-1, 1, 64).expand(2, 64).clone().requires_grad_()
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for b in lora.b:
+                b.normal_()
+        vocabulary = backbone.config.vocab_size
+        batch = PackedBatch.pack([np.array([5, vocabulary, 9]), np.array([vocabulary + 1, 4])])
+        backbone.forward(batch, special=special, lora=lora).square().sum().backward()
+        gradients.append([special.grad, *(parameter.grad for parameter in lora.parameters())])
+    for own, other in zip(*gradients, strict=True):
+        assert relative_error(own, other) <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_it_computes_in_other_dtypes(llama, dtype):
+    backbone = load_backbone(llama, quantize="int4", dtype=dtype)
+    assert backbone.dtype == dtype
+    expected = load_backbone(llama, quantize="int4").forward(BATCH)
+    assert relative_error(backbone.forward(BATCH).float(), expected) <= 0.05
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1"])
+def test_blocks_of_gguf_keep_their_values(tmp_path, monkeypatch, kind):
+    monkeypatch.setenv("GEN_FAST_CACHE", str(tmp_path / "cache"))
+    model = save_tiny_model(tmp_path / "model", "llama", **SIZES)
+    write_gguf(tmp_path / "model.gguf", model, kind=KINDS[kind])
+    source = resolve(tmp_path / "model.gguf")
+    expected = load_backbone(source)
+    actual = dequantized(load_backbone(source, quantize="int4"))
+    for own, other in zip(actual.layers, expected.layers, strict=True):
+        assert all(torch.equal(getattr(own, name), getattr(other, name)) for name in MATRICES)
+
+
+def test_the_shipped_model_keeps_its_values_in_a_third_of_bfloat16s_memory(smollm2):
+    expected = load_backbone(smollm2)
+    backbone = load_backbone(smollm2, quantize="int4")
+    linears = sum(getattr(layer, m).nbytes for layer in backbone.layers for m in MATRICES)
+    assert linears <= 0.35 * sum(
+        getattr(layer, m).nbytes // 2 for layer in expected.layers for m in MATRICES
+    )
+    for own, other in zip(dequantized(backbone).layers, expected.layers, strict=True):
+        assert all(torch.equal(getattr(own, m), getattr(other, m)) for m in MATRICES)
+
+
+def test_adapters_are_merged_before(llama):
+    lora = Lora(LoraConfig(rank=4, alpha=8), load_backbone(llama).config, seed=1)
+    with torch.no_grad():
+        for b in lora.b:
+            b.normal_(std=0.1)
+    adapters = [lora.weights()]
+    merged = load_backbone(llama, adapters=adapters)
+    backbone = load_backbone(llama, adapters=adapters, quantize="int4")
+    for own, other in zip(backbone.layers, merged.layers, strict=True):
+        assert torch.equal(own.down.blocks, Int4Weight.of(other.down).blocks)
+    assert backbone.fingerprint == merged.fingerprint
+
+
+def test_an_unknown_kind_is_refused(llama):
+    with pytest.raises(ConfigError, match="quantize 'int3' is not one of int4"):
+        load_backbone(llama, quantize="int3")
+
+
+def test_a_size_without_whole_blocks_is_refused_by_name(tiny_model):
+    with pytest.raises(UnsupportedModelError, match=r"q_proj.weight is \[48, 48\]: int4 takes"):
+        load_backbone(tiny_model, quantize="int4")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 70000.0])
+def test_values_that_float16_does_not_hold_are_refused_by_name(llama, tmp_path, bad):
+    tensors = load_file(llama / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][5, 7] = bad
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((llama / "config.json").read_text())
+    with pytest.raises(WeightsError, match=r"layers\.1\.mlp\.up_proj\.weight holds NaN"):
+        load_backbone(tmp_path, quantize="int4")

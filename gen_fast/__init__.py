@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from gen_fast.embed.encoder import Encoder
     from gen_fast.embed.loading import encode, load
     from gen_fast.embed.methods import HyDESettings
+    from gen_fast.embed.quantizing import write_quantized
     from gen_fast.embed.reading import Reader
     from gen_fast.errors import (
         AdapterError,
@@ -55,6 +56,7 @@ _HOME = {
     "build_index": "search.build",
     "open_index": "search.corpus",
     "load": "embed.loading",
+    "write_quantized": "embed.quantizing",
     "AdapterError": "errors",
     "BackboneMismatchError": "errors",
     "CacheError": "errors",
@@ -80,6 +82,7 @@ _HOME = {
 __all__ = [  # noqa: RUF022 - what people look for first stands first
     "load",
     "encode",
+    "write_quantized",
     "embed_corpus",
     "embed_columns",
     "Settings",

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from gen_fast.cli import encode, evaluation, export, info, jobs, training
+from gen_fast.cli import encode, evaluation, export, info, jobs, quantize, training
 from gen_fast.cli.errors import EPILOG, Commands
 from gen_fast.cli.output import open_missing_streams
 from gen_fast.version import __version__
@@ -58,6 +58,7 @@ app.command()(jobs.verify)
 app.command()(jobs.index)
 app.command("eval")(evaluation.evaluate)
 app.command()(export.export)
+app.command()(quantize.quantize)
 app.command()(training.generate)
 app.command()(training.teach)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(

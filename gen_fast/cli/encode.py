@@ -31,6 +31,7 @@ def encode(
     backbone: options.BackboneOption = None,
     device: options.DeviceOption = None,
     dtype: options.DtypeOption = "auto",
+    quantize: options.QuantizeOption = None,
     prompt: options.PromptOption = None,
     prompt_name: options.PromptNameOption = None,
     normalize: options.NormalizeOption = False,
@@ -72,6 +73,7 @@ def encode(
         backbone=backbone,
         device=device,
         dtype=dtype,
+        quantize=quantize,
         max_length=max_length,
         deterministic=deterministic,
         quiet=quiet,
@@ -98,6 +100,7 @@ def encode(
         dimension=vectors.shape[1],
         model_dimension=encoder.dimension,
         dtype=str(encoder.backbone.dtype).removeprefix("torch."),
+        quantize=encoder.backbone.quantize or "",
         backbone=lasting_name(backbone) if backbone else "",
         fingerprint=encoder.backbone.fingerprint,
     )
@@ -125,6 +128,7 @@ def search(
     backbone: options.BackboneOption = None,
     device: options.DeviceOption = None,
     dtype: options.DtypeOption = "auto",
+    quantize: options.QuantizeOption = None,
     prompt: options.PromptOption = None,
     prompt_name: Annotated[
         str | None, typer.Option(help="Default: query, if the model has it.")
@@ -157,7 +161,7 @@ def search(
         fail("give --prompt or --prompt-name, not both")
     if Path(embeddings).is_file() and Path(embeddings).suffix not in EMBEDDING_SUFFIXES:
         for_files = (texts, model, method, backbone, center, max_length, text_column, id_column)
-        if any((*for_files, file_format, dtype != "auto")):
+        if any((*for_files, file_format, quantize, dtype != "auto")):
             fail("an index has its own texts and model: only queries, prompt, -k and device")
         query_texts = query or read_texts(queries or "-", text_column=query_column).texts
         hits = search_index(embeddings, query_texts, k, prompt, prompt_name, device)
@@ -186,6 +190,7 @@ def search(
         backbone=backbone,
         device=device,
         dtype=dtype,
+        quantize=quantize,
         max_length=max_length,
         quiet=quiet,
     )

@@ -42,6 +42,7 @@ def evaluate(
     backbone: options.BackboneOption = None,
     device: options.DeviceOption = None,
     dtype: options.DtypeOption = "auto",
+    quantize: options.QuantizeOption = None,
     max_length: options.MaxLengthOption = None,
     instructions: Annotated[
         str, typer.Option(help=f"{', '.join(INSTRUCTIONS)}, or a YAML file of them.")
@@ -67,8 +68,8 @@ def evaluate(
     if stock:
         from gen_fast.embed.stock import load_stock
 
-        if method is not None or backbone is not None:
-            fail("--stock runs a model as it is: --method and --backbone have no meaning")
+        if not method is backbone is quantize is None:
+            fail("--stock runs a model as it is: --method, --backbone, --quantize have no meaning")
         logging.getLogger("gen_fast").setLevel(logging.ERROR if quiet else logging.WARNING)
         where = str(options.checked_device(device))
         embedder = load_stock(
@@ -77,7 +78,13 @@ def evaluate(
         name = name or Path(model or DEFAULT_MODEL).name
     else:
         embedder = load_encoder(
-            model, method=method, backbone=backbone, device=device, dtype=dtype, quiet=quiet
+            model,
+            method=method,
+            backbone=backbone,
+            device=device,
+            dtype=dtype,
+            quantize=quantize,
+            quiet=quiet,
         )
     evaluation = run(
         embedder,

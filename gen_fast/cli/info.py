@@ -18,6 +18,7 @@ def info(
     backbone: options.BackboneOption = None,
     device: options.DeviceOption = None,
     dtype: options.DtypeOption = "auto",
+    quantize: options.QuantizeOption = None,
     as_json: options.JsonOption = False,
 ) -> None:
     """Print versions, device, dtype, implementations and cache directory."""
@@ -41,13 +42,22 @@ def info(
         "cache": str(cache_directory()),
     }
     if model is not None:
-        encoder = load_encoder(model, method=method, backbone=backbone, device=device, dtype=dtype)
+        encoder = load_encoder(
+            model,
+            method=method,
+            backbone=backbone,
+            device=device,
+            dtype=dtype,
+            quantize=quantize,
+        )
         facts |= {
             "model": encoder.name,
             "method": encoder.method,
             "dimension": encoder.dimension,
             "max_length": encoder.max_length,
             "prompts": encoder.prompts,
+            "quantize": encoder.backbone.quantize,
+            "weight_bytes": encoder.backbone.nbytes,
             "fingerprint": encoder.backbone.fingerprint,
         }
     if as_json:

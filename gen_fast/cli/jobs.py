@@ -38,6 +38,7 @@ def embed(
     method: options.MethodOption = None,
     backbone: options.BackboneOption = None,
     dtype: options.DtypeOption = "auto",
+    quantize: options.QuantizeOption = None,
     prompt: options.PromptOption = None,
     prompt_name: Annotated[
         list[str] | None,
@@ -107,6 +108,7 @@ def embed(
         method=method and str(method),
         backbone=backbone,
         dtype=str(dtype),
+        quantize=quantize and str(quantize),
         max_length=max_length,
         deterministic=deterministic,
         prompt=prompt,

@@ -17,6 +17,7 @@ def load_encoder(
     backbone: str | None,
     device: str | None,
     dtype: str,
+    quantize: str | None = None,
     max_length: int | None = None,
     deterministic: bool = False,
     quiet: bool = False,
@@ -31,6 +32,7 @@ def load_encoder(
         backbone=backbone,
         device=options.checked_device(device),
         dtype=str(dtype),
+        quantize=quantize and str(quantize),
         max_length=max_length,
         deterministic=deterministic,
     )

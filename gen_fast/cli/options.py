@@ -10,13 +10,14 @@ from gen_fast.cli.errors import fail
 from gen_fast.embed.choices import METHODS
 from gen_fast.io.choices import PRECISIONS, TEXT_FORMATS
 from gen_fast.jobs.choices import ENGINES
-from gen_fast.model.choices import DTYPES
+from gen_fast.model.choices import DTYPES, QUANTIZED
 from gen_fast.search.choices import KINDS
 from gen_fast.training.choices import TRAINED
 
 if TYPE_CHECKING:  # their values are only known when they are made below
     Method = str
     Dtype = str
+    Quantized = str
     TextFormat = str
     Precision = str
     IndexKind = str
@@ -29,6 +30,7 @@ else:
 
     Method = _enumeration("Method", METHODS)
     Dtype = _enumeration("Dtype", ("auto", *DTYPES))
+    Quantized = _enumeration("Quantized", QUANTIZED)
     TextFormat = _enumeration("TextFormat", TEXT_FORMATS)
     Precision = _enumeration("Precision", PRECISIONS)
     IndexKind = _enumeration("IndexKind", ("auto", *KINDS))
@@ -45,6 +47,9 @@ DeviceOption = Annotated[
     str | None, typer.Option(help="cpu, cuda, cuda:1, …  [default: CUDA if any]")
 ]
 DtypeOption = Annotated[Dtype, typer.Option(help="What the backbone computes in.")]
+QuantizeOption = Annotated[
+    Quantized | None, typer.Option(help="Keep the weights of the layers' linears in fewer bits.")
+]
 PromptOption = Annotated[str | None, typer.Option(help="Instruction put before every text.")]
 MaxLengthOption = Annotated[int | None, typer.Option(min=1, help="Tokens, prompt included.")]
 MaxNewTokensOption = Annotated[int, typer.Option(min=1, max=1_000_000, help="Longest answer.")]

@@ -31,6 +31,7 @@ def generate(
     model: options.ModelOption = None,
     device: options.DeviceOption = None,
     dtype: options.DtypeOption = "auto",
+    quantize: options.QuantizeOption = None,
     self_queries: Annotated[
         int | None, typer.Option(min=1, help="Let the model write this many queries itself.")
     ] = None,
@@ -77,6 +78,7 @@ def generate(
         model or DEFAULT_MODEL,
         device=options.checked_device(device),
         dtype=str(dtype),
+        quantize=quantize and str(quantize),
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         sampling=sampling,

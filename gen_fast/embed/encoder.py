@@ -93,11 +93,13 @@ class Encoder(Exportable):
     @property
     def identity(self) -> dict[str, Any]:
         """What decides its embeddings, as JSON."""
+        quantize = self.backbone.quantize
         return {
             **self._method.whole_identity(self.backbone.fingerprint, self._tokenizer),
             "prompts": dict(self.prompts),
             "max_length": self.max_length,
             "dtype": str(self.backbone.dtype),
+            **({"quantize": quantize} if quantize else {}),
         }
 
     @property

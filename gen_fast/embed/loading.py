@@ -53,6 +53,7 @@ def load(
     backbone: str | Path | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype = "auto",
+    quantize: str | None = None,
     revision: str | None = None,
     max_length: int | None = None,
     deterministic: bool = False,
@@ -74,6 +75,9 @@ def load(
     adapter also the directory of the MNTP adapter below it, if no file names that.
     device: None takes CUDA if there is one. dtype: "auto" is bfloat16 where the device computes
     with it natively, else float32; or "float32", "bfloat16", "float16", or a torch.dtype.
+    quantize: "int4" keeps the weights of the layers' linears in 4 bits, groups of 32 with a scale
+    and a minimum, after adapters of LoRA are merged; what was Q4_1 in a GGUF file keeps its values.
+    None keeps them in dtype, or as a copy that `gen-fast quantize` has made has them.
     revision: of the Hub repository `model`. max_length: tokens, special tokens included.
     deterministic: a text's embedding has the same bits whatever else is in the call (one text a
     batch: slower). hyde: how method "hyde" answers queries; refused with another.
@@ -92,9 +96,13 @@ def load(
         packed=True,
         adapters=location.adapters,
         bidirectional=location.bidirectional,
+        quantize=quantize,
     )
     tokenizer = _load_tokenizer(location)
-    logger.info("%s: %s on %s in %s", model, location.method.name, target, resolved_dtype)
+    kept = network.quantize or resolved_dtype
+    logger.info(
+        "%s: %s on %s in %s, weights %s", model, location.method.name, target, resolved_dtype, kept
+    )
     return Encoder(
         network,
         tokenizer,
@@ -286,6 +294,7 @@ def load_generator(
     *,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype = "auto",
+    quantize: str | None = None,
     revision: str | None = None,
     **options: Any,
 ) -> AnswerGenerator:
@@ -303,6 +312,7 @@ def load_generator(
         device=target,
         packed=True,
         adapters=files.adapters,
+        quantize=quantize,
     )
     return AnswerGenerator(network, files.source, load_tokenizer(files.tokenizer), **options)
 
@@ -346,12 +356,18 @@ def encode(
     method: str | None = None,
     device: str | None = None,
     dtype: str = "auto",
+    quantize: str | None = None,
     **encode_options: Any,
 ) -> Embedded:
     """Embed texts in one line. The model loaded last stays in memory for the next call.
 
     encode_options are those of `Encoder.encode`: prompt, prompt_name, normalize_embeddings, … .
     """
-    options = (("method", method), ("device", device), ("dtype", dtype))
+    options = (
+        ("method", method),
+        ("device", device),
+        ("dtype", dtype),
+        ("quantize", quantize),
+    )
     encoder: Encoder = _shared_encoder(str(model), options)
     return encoder.encode(texts, **encode_options)

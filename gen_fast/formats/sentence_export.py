@@ -125,6 +125,11 @@ def _write_backbone(
 ) -> dict[str, Any]:
     """Write config.json, which is returned, and the weights without a head."""
     files = find_tensors(source)
+    if files.recipe is not None:
+        raise UnsupportedModelError(
+            f"{source} is quantised, which sentence-transformers does not read: export "
+            f"{files.recipe.source!r}"
+        )
     vocabulary = tokenizer.get_vocab()
     new = {vocabulary[token]: embedding for token, embedding in appended.items()}
 

@@ -40,7 +40,8 @@ class EmbeddingMetadata:
 
     dimension: of the embeddings; model_dimension: of the model, larger if they were truncated.
     dtype: what the backbone computed in; embeddings are always stored as float32.
-    backbone: given for an adapter by hand, else empty.
+    backbone: given for an adapter by hand, else empty. quantize: what its weights were quantised
+    to, else empty.
     fingerprint: of the backbone's weights, see gen_fast.model.fingerprint; empty if unknown.
     """
 
@@ -52,6 +53,7 @@ class EmbeddingMetadata:
     model_dimension: int
     dtype: str
     backbone: str = ""
+    quantize: str = ""
     fingerprint: Mapping[str, str | int | float] = field(default_factory=dict)
 
 

@@ -20,6 +20,7 @@ from gen_fast.jobs.choices import (
 )
 from gen_fast.model.device import resolve_dtype
 from gen_fast.model.fingerprint import described, differences
+from gen_fast.model.quantized import check_quantize
 from gen_fast.model.sources import lasting_name
 
 # Fields whose names in plan.json are other ones.
@@ -47,6 +48,7 @@ class Settings:
     backbone: str | Path | None = None
     revision: str | None = None
     dtype: str = "auto"
+    quantize: str | None = None
     max_length: int | None = None
     deterministic: bool = False
     prompt: str | None = None
@@ -85,6 +87,7 @@ class Settings:
         if self.prompt is not None and self.prompt_name is not None:
             raise PromptError("give prompt or prompt_name, not both")
         dtype = str(resolve_dtype(self.dtype, torch.device(device))).removeprefix("torch.")
+        check_quantize(self.quantize)
         if self.precision not in PRECISIONS:
             raise ConfigError(f"precision {self.precision!r} is not one of {', '.join(PRECISIONS)}")
         if self.template is not None:
@@ -158,6 +161,7 @@ class PlanSettings(Settings):
             revision=self.revision,
             device=device,
             dtype=self.dtype,
+            quantize=self.quantize,
             max_length=self.max_length,
             deterministic=self.deterministic,
         )
@@ -171,6 +175,8 @@ class PlanSettings(Settings):
         """As plan.json has them."""
         values = asdict(self)
         del values["prompt_name"]  # its text is `prompt`
+        if self.quantize is None:  # as in plans of before
+            del values["quantize"]
         return {_NAMES_IN_PLAN.get(name, name): value for name, value in values.items()}
 
     @classmethod

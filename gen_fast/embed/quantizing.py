@@ -1,0 +1,159 @@
+"""`write_quantized`: a copy of a model with quantised linears, and how near it is."""
+
+import json
+import logging
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gen_fast.embed.loading import load
+from gen_fast.embed.sample_texts import SAMPLE_TEXTS
+from gen_fast.errors import ConfigError, UnsupportedModelError
+from gen_fast.formats import llm2vec_gen, peft, sentence_transformers
+from gen_fast.formats.sentence_export import check_is_new
+from gen_fast.io.checksums import CHECKSUMS, record_all
+from gen_fast.io.durable import new_directory
+from gen_fast.io.vectors import centred_cosine
+from gen_fast.model.config import QUANT_METHOD, parse_config
+from gen_fast.model.lora import linear_sizes
+from gen_fast.model.quantized import RECIPE, Recipe, check_quantize
+from gen_fast.model.shards import save_shards
+from gen_fast.model.sources import lasting_name, resolve
+from gen_fast.model.weights import TensorFiles, find_tensors, read_json
+from gen_fast.ops.qlinear import blocks_shape
+
+logger = logging.getLogger(__name__)
+
+# Files that a copy takes over: settings, tokenizers and licences, no weights and no code.
+_KEPT = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+_NOT_KEPT = (CHECKSUMS, RECIPE, "model.safetensors.index.json", "config.json")
+# For other packages: none has such a method. transformers says so, and fails at the sizes.
+_QUANTIZATION_CONFIG = {
+    "int4": {"quant_method": QUANT_METHOD, "bits": 4, "group_size": 32, "symmetric": False}
+}
+# Of texts that quality is measured on: the mean that is subtracted is theirs.
+_FEWEST_TEXTS = 20
+
+
+def write_quantized(
+    model: str | Path,
+    out: str | Path,
+    *,
+    quantize: str = "int4",
+    revision: str | None = None,
+    texts: Sequence[str] = SAMPLE_TEXTS,
+    device: str | torch.device | None = None,
+) -> Recipe:
+    """Write a copy of a backbone whose linears are quantised, to be loaded like the original.
+
+    model: a known name, Hub id, .gguf file or directory of a backbone, also one in
+    sentence-transformers' layout, all of which is copied then. out: a new or empty directory.
+    quantize: "int4". texts: at least 20, on which copy and original are compared.
+
+    The copy has the original's fingerprint, so that adapters of the one fit the other. Its recipe's
+    quality is the centred cosine of embeddings in float32, by the method that `load` takes.
+
+    Raises ConfigError for an `out` that is not empty, a model that is quantised already or too few
+    texts, UnsupportedModelError for an adapter or sizes that do not fit, and what `load` raises.
+    """
+    check_quantize(quantize)
+    check_is_new(Path(out))
+    if len(texts) < _FEWEST_TEXTS:
+        raise ConfigError(
+            f"quality is measured on at least {_FEWEST_TEXTS} texts, not on {len(texts)}"
+        )
+    directory = resolve(model, revision)
+    source = _backbone_in(directory)
+    files = find_tensors(source)
+    if files.recipe is not None:
+        raise ConfigError(f"{directory} is quantised already, to {files.recipe.quantize}")
+    with new_directory(Path(out).resolve()) as folder:
+        copy = folder / source.relative_to(directory)
+        for path in _kept(directory, source):
+            target = folder / path.relative_to(directory)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+        recipe = _write_backbone(files, source, copy, quantize, lasting_name(model))
+        quality = _quality(directory, folder, texts, device)
+        logger.info("%s in %s: %s", model, quantize, quality)
+        recipe = Recipe(**{**vars(recipe), "quality": quality})
+        recipe.write(copy)
+        record_all(copy)
+    return recipe
+
+
+def _backbone_in(directory: Path) -> Path:
+    """Where the weights of a model lie that is no adapter. Raises UnsupportedModelError."""
+    if sentence_transformers.is_sentence_model(directory):
+        return sentence_transformers.transformer_directory(directory)
+    own = "adapter.safetensors"
+    if (
+        peft.is_adapter(directory)
+        or llm2vec_gen.is_checkpoint(directory)
+        or (directory / own).exists()
+    ):
+        raise UnsupportedModelError(
+            f"{directory} is an adapter: quantise its backbone, or load it with quantize="
+        )
+    return directory
+
+
+def _kept(directory: Path, source: Path) -> list[Path]:
+    """The files of a model that its copy has as they are."""
+    return [path for path in directory.rglob("*") if path.is_file() and _is_kept(path, source)]
+
+
+def _is_kept(path: Path, source: Path) -> bool:
+    if path.suffix not in _KEPT and not path.name.startswith("LICENSE"):
+        # A layer behind the backbone has weights of its own.
+        return path.suffix == ".safetensors" and path.parent != source
+    return path.parent != source or path.name not in _NOT_KEPT
+
+
+def _write_backbone(
+    files: TensorFiles, source: Path, target: Path, quantize: str, name: str
+) -> Recipe:
+    """Write config.json, weights and recipe, the last without a quality."""
+    raw = read_json(source / "config.json")
+    config = parse_config(raw)
+    shapes = {f"{linear}.weight": shape for linear, shape in linear_sizes(config).items()}
+
+    def read(tensor: str) -> Tensor:
+        if tensor in shapes:
+            return files.int4(tensor, shapes[tensor])
+        return files.stored(tensor).contiguous()
+
+    sizes = {
+        tensor: int(np.prod(blocks_shape(shapes[tensor])))
+        if tensor in shapes
+        else files.stored(tensor).nbytes  # mapped, not read
+        for tensor in files.names()
+    }
+    digests = {tensor: values for tensor, (values, _) in files.digests().items()}
+    save_shards(target, sizes, read)
+    config_json: dict[str, Any] = {**raw, "quantization_config": _QUANTIZATION_CONFIG[quantize]}
+    (target / "config.json").write_text(json.dumps(config_json, indent=2) + "\n")
+    recipe = Recipe(quantize, name, digests, files.samples(config))
+    recipe.write(target)
+    return recipe
+
+
+def _quality(
+    original: Path, copy: Path, texts: Sequence[str], device: str | torch.device | None
+) -> dict[str, Any]:
+    """How near the embeddings of a copy are to those of its original."""
+    truth, vectors = (
+        np.asarray(load(path, device=device, dtype="float32").encode(list(texts)))
+        for path in (original, copy)
+    )
+    cosines = centred_cosine(vectors, truth)
+    return {
+        "texts": len(texts),
+        "centred_cosine_mean": round(float(cosines.mean()), 5),
+        "centred_cosine_min": round(float(cosines.min()), 5),
+    }

@@ -1,0 +1,145 @@
+"""Quantised copies on disk, and what uses them."""
+
+import json
+
+import numpy as np
+import pytest
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+import gen_fast
+from gen_fast.cli.app import app
+from gen_fast.embed.sample_texts import SAMPLE_TEXTS
+from gen_fast.errors import ConfigError, JobError, UnsupportedModelError, WeightsError
+from gen_fast.testing import save_tiny_adapter, save_tiny_model
+
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
+TEXTS = ["the cat", "a hat in the rain", "one word follows the other in the line " * 4]
+ON_CPU = {"device": "cpu", "dtype": "float32"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("original") / "model"
+    save_tiny_model(folder, "qwen2", **SIZES)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def copy(model):
+    gen_fast.write_quantized(model, model.with_name("copy"), device="cpu")
+    return model.with_name("copy")
+
+
+def embedded(name, **options):
+    return np.asarray(gen_fast.load(name, **ON_CPU, **options).encode(TEXTS))
+
+
+def test_a_copy_is_what_quantize_gives(model, copy):
+    assert np.array_equal(embedded(copy), embedded(model, quantize="int4"))
+    assert not np.array_equal(embedded(copy), embedded(model))
+    encoder = gen_fast.load(copy, **ON_CPU)
+    assert encoder.identity["quantize"] == "int4"
+    assert "quantize" not in gen_fast.load(model, **ON_CPU).identity
+
+
+def test_a_copy_says_what_it_is(model, copy):
+    recipe = json.loads((copy / "quantization.json").read_text())
+    assert recipe["source"] == str(model)
+    assert recipe["quality"]["texts"] == len(SAMPLE_TEXTS)
+    assert 0 < recipe["quality"]["centred_cosine_min"] <= recipe["quality"]["centred_cosine_mean"]
+    assert recipe["quality"]["centred_cosine_mean"] < 1
+
+
+def test_an_adapter_of_the_original_fits_its_copy(model, copy, tmp_path):
+    save_tiny_adapter(tmp_path, model)
+    over_copy = embedded(tmp_path, backbone=copy)
+    assert np.array_equal(over_copy, embedded(tmp_path, quantize="int4"))
+    save_tiny_model(tmp_path / "other", "qwen2", seed=1, **SIZES)
+    gen_fast.write_quantized(tmp_path / "other", tmp_path / "other-copy", device="cpu")
+    with pytest.raises(gen_fast.BackboneMismatchError, match="embed_tokens"):
+        embedded(tmp_path, backbone=tmp_path / "other-copy")
+
+
+def test_a_layout_of_sentence_transformers_is_copied_whole(model, tmp_path):
+    exported = gen_fast.load(model, method="last-token", **ON_CPU)
+    exported.prompts["query"] = "find: "
+    exported.save_as_sentence_transformer(tmp_path / "layout")
+    gen_fast.write_quantized(tmp_path / "layout", tmp_path / "copy", device="cpu")
+    copy = gen_fast.load(tmp_path / "copy", **ON_CPU)
+    assert copy.method == "sentence-transformers"
+    assert copy.prompts["query"] == "find: "
+    expected = embedded(tmp_path / "layout", quantize="int4")
+    assert np.array_equal(np.asarray(copy.encode(TEXTS)), expected)
+    with pytest.raises(UnsupportedModelError, match="is quantised"):
+        gen_fast.load(tmp_path / "copy", method="mean", **ON_CPU).save_as_sentence_transformer(
+            tmp_path / "again"
+        )
+
+
+def test_transformers_refuses_a_copy(copy):
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        AutoModelForCausalLM.from_pretrained(copy)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "quantization.json", "config.json"])
+def test_a_damaged_copy_is_refused(model, tmp_path, file):
+    gen_fast.write_quantized(model, tmp_path / "copy", device="cpu")
+    path = tmp_path / "copy" / file
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(gen_fast.GenFastError, match=file):
+        embedded(tmp_path / "copy")
+
+
+def test_what_cannot_be_quantised_is_refused(model, copy, tmp_path):
+    write = gen_fast.write_quantized
+    with pytest.raises(ConfigError, match="quantised already, to int4"):
+        write(copy, tmp_path / "twice")
+    with pytest.raises(ConfigError, match="quantised already, to int4"):
+        gen_fast.load(copy, quantize="int4")
+    with pytest.raises(ConfigError, match="not an empty directory"):
+        write(model, copy)
+    with pytest.raises(ConfigError, match="at least 20 texts, not on 3"):
+        write(model, tmp_path / "few", texts=["a", "b", "c"])
+    with pytest.raises(ConfigError, match="'int2' is not one of int4"):
+        write(model, tmp_path / "int2", quantize="int2")
+    save_tiny_adapter(tmp_path / "adapter", model)
+    with pytest.raises(UnsupportedModelError, match="is an adapter"):
+        write(tmp_path / "adapter", tmp_path / "of-adapter")
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_a_recipe_of_a_later_version_is_refused(model, copy, tmp_path, monkeypatch):
+    monkeypatch.setattr("gen_fast.model.quantized.FORMAT", "gen_fast.quantized/0")
+    with pytest.raises(WeightsError, match="not read by this version"):
+        embedded(copy)
+
+
+def test_the_command_writes_a_copy_that_jobs_and_searches_take(model, tmp_path):
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n".join(SAMPLE_TEXTS))
+    run = CliRunner().invoke
+    options = ["quantize", str(model), "--to", "int4", "--texts", str(texts), "--device", "cpu"]
+    done = run(app, [*options, "--out", str(tmp_path / "copy")])
+    assert done.exit_code == 0, done.output
+    assert "int4, over 40 texts centred cosine" in done.output
+    of_copy, of_model = tmp_path / "copy.parquet", tmp_path / "model.parquet"
+    encode = ["encode", str(texts), "--device", "cpu", "--dtype", "float32", "--quiet"]
+    run(app, [*encode, "--model", str(tmp_path / "copy"), "--out", str(of_copy)])
+    run(app, [*encode, "--model", str(model), "--quantize", "int4", "--out", str(of_model)])
+    read = gen_fast.io.embedding_files.read_embeddings
+    assert np.array_equal(read(of_copy).vectors, read(of_model).vectors)
+    assert read(of_copy).metadata.quantize == "int4"
+
+
+def test_a_job_goes_on_with_the_same_weights_only(model, tmp_path):
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n".join(SAMPLE_TEXTS))
+    out = tmp_path / "job"
+    shared = {"model": str(model), "dtype": "float32", "devices": "cpu", "show_progress_bar": False}
+    gen_fast.embed_corpus(texts, out, quantize="int4", **shared)
+    assert json.loads((out / "plan.json").read_text())["settings"]["quantize"] == "int4"
+    with pytest.raises(JobError, match="quantize"):
+        gen_fast.embed_corpus(texts, out, **shared)

@@ -98,10 +98,71 @@ def transformers_sdpa(
         mean = states[:, -adapter.n_compression :].float().mean(1)
         return torch.nn.functional.linear(mean, weight, bias)
 
+    return _sorted_batches(lambda texts: batch(texts).numpy(), work)
+
+
+def _sorted_batches(batch: Callable[[list[str]], np.ndarray], work: Workload) -> Callable:
+    """`batch` over all texts behind the prompt, 32 of like length at a time."""
+
     def run(texts: list[str]) -> np.ndarray:
         full = [work.prompt + text for text in texts]
         order = np.argsort([-len(text) for text in full])
         parts = [batch([full[i] for i in order[s : s + BATCH]]) for s in range(0, len(full), BATCH)]
-        return torch.cat(parts)[np.argsort(order)].numpy()
+        return np.concatenate(parts)[np.argsort(order)]
+
+    return run
+
+
+def openvino_mean(backbone: Path, dtype: torch.dtype, work: Workload) -> Callable:
+    """OpenVINO: transformers' model converted, mean over all tokens of padded batches."""
+    import openvino
+    from transformers import AutoModel, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(backbone, padding_side="right")
+    model = AutoModel.from_pretrained(backbone, dtype=torch.float32, attn_implementation="sdpa")
+    model.config.use_cache = False
+
+    class States(torch.nn.Module):
+        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+            return model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+
+    example = dict(tokenizer(["a few words", "two"], padding=True, return_tensors="pt"))
+    with torch.inference_mode():
+        converted = openvino.convert_model(States(), example_input=example)
+    settings = {
+        "INFERENCE_PRECISION_HINT": {torch.float32: "f32", torch.bfloat16: "bf16"}[dtype],
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+    }
+    compiled = openvino.compile_model(converted, "CPU", settings)
+
+    def batch(texts: list[str]) -> np.ndarray:
+        tokens = tokenizer(
+            texts, padding=True, truncation=True, max_length=work.max_length, return_tensors="np"
+        )
+        states = compiled([tokens.input_ids, tokens.attention_mask])[0]
+        mask = tokens.attention_mask[..., None]
+        return (states * mask).sum(1) / mask.sum(1)
+
+    return _sorted_batches(batch, work)
+
+
+def llama_cpp_mean(file: Path, work: Workload) -> Callable:
+    """llama.cpp on a GGUF file, with its own mean pooling: batches of at most 2,048 tokens."""
+    import llama_cpp
+
+    model = llama_cpp.Llama(
+        str(file),
+        embedding=True,
+        pooling_type=llama_cpp.LLAMA_POOLING_TYPE_MEAN,
+        n_ctx=2048,
+        n_batch=2048,
+        n_ubatch=2048,
+        n_threads=torch.get_num_threads(),
+        n_threads_batch=torch.get_num_threads(),
+        verbose=False,
+    )
+
+    def run(texts: list[str]) -> np.ndarray:
+        return np.array(model.embed([work.prompt + text for text in texts], normalize=False))
 
     return run

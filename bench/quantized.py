@@ -1,0 +1,144 @@
+"""Encoding with quantised weights: speed, memory and quality against plain ones and other engines.
+
+    python bench/quantized.py [--quick] [--rounds 5] [--json FILE] [--dtype fp32 bf16]
+                              [--peer openvino llama.cpp] [--workload ...]
+
+Method `mean` on SmolLM2, whose file is Q4_1; all run the prompt with every text. Providers take
+turns within a round; ratios are medians over the rounds. "one text" encodes queries one by one.
+The peers are not among our extras: pip install openvino llama-cpp-python (which compiles it).
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import peers
+import torch
+import workloads
+from measure import interleaved, machine, median_ratio
+
+from gen_fast.embed.loading import load
+from gen_fast.io.vectors import centred_cosine
+from gen_fast.model.device import matmul_peak
+from gen_fast.model.lora import MATRICES
+from gen_fast.model.sources import packaged_file, resolve
+
+MODEL = "smollm2-135m"
+WORKLOADS = ("documents", "queries", "one text")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+TRUTH_TEXTS = 64
+# Texts that are encoded one after another.
+ALONE = 40
+
+Run = Callable[[list[str]], np.ndarray]
+
+
+def main() -> None:
+    """Measure and print; write the rows as JSON if asked."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--quick", action="store_true", help="fewer texts")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--peer", nargs="*", choices=("openvino", "llama.cpp"), default=[])
+    parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    args = parser.parse_args()
+
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(resolve(MODEL))
+    rows = []
+    for dtype in args.dtype:
+        plain, int4 = (
+            load(MODEL, method="mean", dtype=dtype, quantize=quantize, max_length=1024)
+            for quantize in (None, "int4")
+        )
+        print(f"{dtype}: " + ", ".join(f"{k} {v}" for k, v in _memory(plain, int4).items()))
+        for name in args.workload:
+            work = workloads.make("queries" if name == "one text" else name, tokenizer, args.quick)
+            runs: dict[str, Run] = {dtype: _encode(plain, work), "int4": _encode(int4, work)}
+            if "openvino" in args.peer:
+                runs["openvino"] = peers.openvino_mean(resolve(MODEL), DTYPES[dtype], work)
+            if "llama.cpp" in args.peer:
+                runs["llama.cpp"] = peers.llama_cpp_mean(packaged_file(MODEL), work)
+            texts = work.texts
+            if name == "one text":
+                texts = texts[:ALONE]
+                runs = {provider: _one_by_one(run) for provider, run in runs.items()}
+            rows += _compare(name, dtype, runs, texts, args.rounds, _memory(plain, int4))
+    if args.json:
+        report = {"machine": machine(), "command": " ".join(sys.argv), "rows": rows}
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def _compare(
+    workload: str, dtype: str, runs: dict[str, Run], texts: list[str], rounds: int, memory: dict
+) -> list[dict]:
+    few = texts[:TRUTH_TEXTS]
+    truth = runs[dtype](few)
+    cosines = {name: centred_cosine(run(few), truth) for name, run in runs.items()}  # and warm-up
+    seconds = interleaved({name: lambda run=run: run(texts) for name, run in runs.items()}, rounds)
+    rows = []
+    for name, times in seconds.items():
+        rows.append(
+            {
+                "workload": workload,
+                "dtype": dtype,
+                "provider": name,
+                "texts": len(texts),
+                "seconds": times,
+                "texts_per_second": len(texts) / statistics.median(times),
+                f"speed_against_{dtype}": median_ratio(seconds[dtype], times),
+                "int4_speedup": median_ratio(times, seconds["int4"]),
+                "centred_cosine_mean": float(cosines[name].mean()),
+                "centred_cosine_min": float(cosines[name].min()),
+                "memory": memory,
+                "matmul_peak_gflops": matmul_peak(DTYPES[dtype]) / 1e9,
+            }
+        )
+        row = rows[-1]
+        print(
+            f"{workload:<10} {dtype} {name:<10} {row['texts_per_second']:8.1f} texts/s, "
+            f"{row[f'speed_against_{dtype}']:.3f}x {dtype}, centred cosine "
+            f"{row['centred_cosine_mean']:.5f} (least {row['centred_cosine_min']:.5f})",
+            flush=True,
+        )
+    return rows
+
+
+def _memory(plain, int4) -> dict[str, float]:
+    """Megabytes of weights; those of the linears alone, also as they would be in bfloat16."""
+
+    def linears(encoder) -> int:
+        layers = encoder.backbone.layers
+        return sum(getattr(layer, matrix).nbytes for layer in layers for matrix in MATRICES)
+
+    as_bf16 = linears(plain) * 2 // plain.backbone.dtype.itemsize
+    return {
+        "all_mb": plain.backbone.nbytes / 1e6,
+        "all_int4_mb": int4.backbone.nbytes / 1e6,
+        "linears_int4_mb": linears(int4) / 1e6,
+        "linears_bf16_mb": as_bf16 / 1e6,
+        "linears_int4_to_bf16": linears(int4) / as_bf16,
+    }
+
+
+def _encode(encoder, work: workloads.Workload) -> Run:
+    def run(texts: list[str]) -> np.ndarray:
+        encoder.prefixes = type(encoder.prefixes)(encoder.backbone)  # a cold cache each time
+        return encoder.encode([work.prompt + text for text in texts], show_progress_bar=False)
+
+    return run
+
+
+def _one_by_one(run: Run) -> Run:
+    return lambda texts: np.concatenate([run([text]) for text in texts])
+
+
+if __name__ == "__main__":
+    main()

@@ -45,7 +45,9 @@ class Decoder:
 
     def __init__(self, backbone: Backbone, head: Tensor, end_ids: Sequence[int]) -> None:
         self.backbone = backbone
-        self._head = pack(head) if backbone.packed and can_pack(head) else head
+        # Training has neither, and shares its head with the embeddings.
+        for_inference = backbone.packed or backbone.quantize is not None
+        self._head = pack(head) if for_inference and can_pack(head) else head
         self._end_ids = np.array(sorted(set(end_ids)), dtype=np.int64)
 
     def decode(

@@ -1,21 +1,18 @@
 """Corpora for the tests of jobs, and a process that can be killed while it works on one."""
 
 import json
-import multiprocessing
 import os
 from collections.abc import Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+
+from warm_processes import processes
 
 from gen_fast.jobs.job import embed_corpus
 from gen_fast.jobs.parts import PartStore
 from gen_fast.jobs.plan import Plan
 from gen_fast.jobs.worker import Worker
-
-# Its server has imported what a job needs and run nothing: children start in milliseconds.
-processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["gen_fast.jobs.job", "transformers"])
-
 
 ROWS = 400
 
@@ -53,9 +50,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in names}
 
 
-def embed_in_process(
-    sources: Sequence[Path], out: Path, settings: dict[str, Any]
-) -> multiprocessing.process.BaseProcess:
+def embed_in_process(sources: Sequence[Path], out: Path, settings: dict[str, Any]) -> BaseProcess:
     """Begin a job in a process of its own."""
     process = processes.Process(target=_embed, args=(list(sources), out, settings))
     process.start()
@@ -67,7 +62,7 @@ def _embed(sources: list[Path], out: Path, settings: dict[str, Any]) -> None:
     embed_corpus(sources, out, **settings)
 
 
-def work_in_process(out: Path, index: int, count: int) -> multiprocessing.process.BaseProcess:
+def work_in_process(out: Path, index: int, count: int) -> BaseProcess:
     """Begin one of several workers of a job that has a plan."""
     process = processes.Process(target=_work, args=(out, index, count))
     process.start()

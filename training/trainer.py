@@ -5,6 +5,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -193,9 +194,15 @@ def _train(stepper: Stepper, out: Path, show_progress_bar: bool | None) -> None:
         task.finish(out / "adapter", stepper.taken)
 
 
+@cache
+def machine_peak(dtype: torch.dtype, device: torch.device) -> float:
+    """matmul_peak, once a process: measuring it takes longer than many steps of a small model."""
+    return matmul_peak(dtype, device)
+
+
 def _loop(stepper: Stepper, out: Path, report: Report, identity: Mapping[str, Any]) -> None:
     task, config, world = stepper.task, stepper.config, stepper.world
-    peak = matmul_peak(task.backbone.dtype, task.backbone.device)
+    peak = machine_peak(task.backbone.dtype, task.backbone.device)
     while stepper.taken < config.steps:
         start = time.perf_counter()
         examples = task.examples(stepper.taken, world)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tiny_corpus import processes
+from warm_processes import processes
 
 SECONDS = 120
 

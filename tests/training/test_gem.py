@@ -2,9 +2,6 @@
 
 import copy
 import math
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,7 +11,7 @@ import torch
 import yaml
 from oracles import gem as oracle
 from oracles.lora import gradients_of
-from tiny_runs import ADAPTED, losses
+from tiny_runs import ADAPTED, begin, losses, run_in_ranks
 from typer.testing import CliRunner
 
 import gen_fast
@@ -32,7 +29,6 @@ from gen_fast.training.records import Rejections, read_records
 from gen_fast.training.trainer import Stepper
 from gen_fast.training.world import World
 
-SCRIPT = Path(__file__).parents[2] / "training" / "train.py"
 WORDS = "a seal swims under the ice while birds look for fish near the shore".split()  # noqa: SIM905
 
 
@@ -315,43 +311,30 @@ def test_stopped_and_continued_gives_the_same_bytes(make_config, form):
     assert {row["reason"] for row in rejected} == {"empty text", "fewer than two tokens"}
 
 
-def start(config, tmp_path, ranks=1):
-    path = tmp_path / f"{Path(config.out).name}.yaml"
-    path.write_text(yaml.safe_dump({"method": "gem", **config.plain()}))
-    command = [sys.executable]
-    if ranks > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [*command, str(SCRIPT), str(path)], env=environment, stderr=subprocess.PIPE, text=True
-    )
-
-
-def test_killed_and_continued_gives_the_same_bytes(make_config, tmp_path):
+@pytest.mark.usefixtures("one_thread")
+def test_killed_and_continued_gives_the_same_bytes(make_config):
     settings = {"steps": 30, "schedule_steps": 30, "checkpoint_every": 3, "validation_rows": 2}
     whole = make_config("whole", alpha_start_step=6, **settings)
-    assert start(whole, tmp_path).wait(300) == 0
+    train(whole, show_progress_bar=False)
     killed = make_config("killed", alpha_start_step=6, **settings)
-    process = start(killed, tmp_path)
+    process = begin(train, killed)
     while (latest_checkpoint(Path(killed.out) / "checkpoints") or Path("0")).name < "step-00000009":
-        assert process.poll() is None, process.stderr.read()
+        assert process.is_alive()
         time.sleep(0.01)
     process.kill()
-    process.communicate()
+    process.join()
     assert not (Path(killed.out) / "adapter").exists()
-    assert start(killed, tmp_path).wait(300) == 0
+    train(killed, show_progress_bar=False)
     assert model_bytes(killed) == model_bytes(whole)
     assert losses(killed) == losses(whole)
 
 
-def test_two_ranks_give_what_one_gives(make_config, tmp_path):
+def test_two_ranks_give_what_one_gives(make_config):
     """Also the gradient of the scale, which every rank computes whole."""
     one = make_config("one", lora_dropout=0.1, base_weight=0.5)
     train(one, show_progress_bar=False)
     two = make_config("two", lora_dropout=0.1, base_weight=0.5)
-    process = start(two, tmp_path, ranks=2)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
+    run_in_ranks(train, two)
     assert losses(two) == pytest.approx(losses(one), rel=1e-5)
     own, other = (read_special(Path(config.out) / "adapter") for config in (one, two))
     assert other.log_scale == pytest.approx(own.log_scale, abs=1e-6)
@@ -375,7 +358,9 @@ def test_the_embedding_in_training_is_that_of_the_encoder(make_config):
         assert relative_error(torch.from_numpy(actual), expected) <= 1e-5
 
 
-def test_a_run_learns_also_in_bfloat16(make_config):
+def test_a_run_learns_also_in_bfloat16(make_config, monkeypatch):
+    # Where bfloat16 is computed in software, measuring takes longer than the run.
+    monkeypatch.setattr("gen_fast.training.trainer.matmul_peak", lambda *_: 1e12)
     config = make_config(
         steps=30,
         schedule_steps=60,
@@ -383,6 +368,8 @@ def test_a_run_learns_also_in_bfloat16(make_config):
         batch_size=52,
         alpha_start_step=0,
         dtype="bfloat16",
+        validate_every=30,
+        checkpoint_every=30,
     )
     train(config, show_progress_bar=False)
     curve = losses(config)

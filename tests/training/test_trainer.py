@@ -3,7 +3,6 @@
 import json
 import os
 import resource
-import signal
 import subprocess
 import sys
 import time
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from tiny_runs import losses
+from tiny_runs import begin, losses, ranks_of, run_in_ranks
 
 import gen_fast
 from gen_fast.testing import save_tiny_model
@@ -29,24 +28,7 @@ def adapter_bytes(config):
     return (Path(config.out) / "adapter" / "adapter.safetensors").read_bytes()
 
 
-def start(config, tmp_path, ranks=1, **environment):
-    path = tmp_path / f"{Path(config.out).name}.yaml"
-    path.write_text(yaml.safe_dump(config.plain()))
-    command = [sys.executable]
-    if ranks > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.Popen(
-        [*command, str(SCRIPT), str(path)], env=environment, stderr=subprocess.PIPE, text=True
-    )
-
-
-def run(config, tmp_path, ranks=1):
-    process = start(config, tmp_path, ranks)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-
-
+@pytest.mark.usefixtures("curves")
 def test_a_run_learns_and_leaves_a_usable_adapter(make_config):
     # Every row in every batch: a random model learns by heart, if anything.
     config = make_config(
@@ -97,38 +79,65 @@ def test_stopped_and_continued_gives_the_same_bytes(make_config):
     assert losses(parts) == losses(whole)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_killed_and_continued_gives_the_same_bytes(make_config, tmp_path, ranks):
-    settings = {"steps": 40, "schedule_steps": 40, "checkpoint_every": 3, "validation_rows": 2}
-    whole = make_config("whole", **settings)
-    run(whole, tmp_path, ranks)
-    killed = make_config("killed", **settings)
-    folder = Path(killed.out) / "checkpoints"
-    process = start(killed, tmp_path, ranks)
-    while (latest_checkpoint(folder) or Path("step-0")).name < "step-00000009":
-        assert process.poll() is None, process.stderr.read()
+def is_begun(config):
+    """Whether a run has come past its second checkpoint."""
+    latest = latest_checkpoint(Path(config.out) / "checkpoints")
+    return latest is not None and latest.name >= "step-00000009"
+
+
+KILLED = {"steps": 40, "schedule_steps": 40, "checkpoint_every": 3, "validation_rows": 2}
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_killed_and_continued_gives_the_same_bytes(make_config):
+    whole = make_config("whole", **KILLED)
+    train(whole, show_progress_bar=False)
+    killed = make_config("killed", **KILLED)
+    process = begin(train, killed)
+    while not is_begun(killed):
+        assert process.is_alive()
         time.sleep(0.01)
-    if ranks == 1:
-        process.kill()
-    else:  # the ranks too, not torchrun alone
-        children = subprocess.run(
-            ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
-        )
-        for child in (process.pid, *map(int, children.stdout.split())):
-            os.kill(child, signal.SIGKILL)
-    process.communicate()
+    process.kill()
+    process.join()
     assert not (Path(killed.out) / "adapter").exists()
-    run(killed, tmp_path, ranks)
+    train(killed, show_progress_bar=False)
     assert adapter_bytes(killed) == adapter_bytes(whole)
     assert losses(killed) == losses(whole)
 
 
-def test_two_processes_have_the_losses_of_one(make_config, tmp_path):
+def test_ranks_that_were_killed_and_continued_by_torchrun_give_the_same_bytes(
+    make_config, tmp_path
+):
+    """By torchrun and the script, as a user starts them."""
+    whole = make_config("whole", **KILLED)
+    run_in_ranks(train, whole)
+    killed = make_config("killed", **KILLED)
+    with ranks_of(train, killed) as ranks:
+        while not is_begun(killed):
+            assert all(rank.is_alive() for rank in ranks)
+            time.sleep(0.01)
+        for rank in ranks:
+            rank.kill()
+    assert not (Path(killed.out) / "adapter").exists()
+    path = tmp_path / "killed.yaml"
+    path.write_text(yaml.safe_dump(killed.plain()))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node=2", str(SCRIPT), str(path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert adapter_bytes(killed) == adapter_bytes(whole)
+    assert losses(killed) == losses(whole)
+
+
+def test_two_processes_have_the_losses_of_one(make_config):
     settings = {"repeat_weight": 0.2, "margin_weight": 0.2, "margin": 3.0, "negatives": True}
     settings |= {"contrastive_weight": 0.2, "batch_size": 7}
     one, two = make_config("one", **settings), make_config("two", **settings)
-    run(one, tmp_path)
-    run(two, tmp_path, ranks=2)
+    train(one, show_progress_bar=False)
+    run_in_ranks(train, two)
     expected, actual = losses(one), losses(two)
     assert len(expected) == 6
     for step, value in expected.items():
@@ -220,11 +229,13 @@ def test_a_run_of_skipped_steps_makes_no_adapter(make_config, monkeypatch):
     assert not (Path(config.out) / "adapter").exists()
 
 
-def test_too_many_processes_for_the_batch(make_config, tmp_path):
-    process = start(make_config(batch_size=1), tmp_path, ranks=2)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode
-    assert "batch_size 1 is less than 2 processes" in errors
+def refused_for_its_batch(config, **options):
+    with pytest.raises(gen_fast.ConfigError, match="batch_size 1 is less than 2 processes"):
+        train(config, **options)
+
+
+def test_too_many_processes_for_the_batch(make_config):
+    run_in_ranks(refused_for_its_batch, make_config(batch_size=1))
 
 
 @pytest.mark.parametrize(("text", "message"), [

@@ -123,33 +123,42 @@ def test_prompt_is_tokenised_with_the_text(mean_encoder):
 
 
 def fewer_if_emulated(count, dtype):
-    """A third of the texts where the processor computes bfloat16 in software, 20 times slower."""
+    """A sixth of the texts where the processor computes bfloat16 in software, 20 times slower."""
     native = dtype == "float32" or has_native_bfloat16(torch.device("cpu"))
-    return count if native else count // 3
+    return count if native else count // 6
 
 
+# Of a batch, each text or every fourth is also embedded alone.
 @pytest.mark.parametrize(
-    ("dtype", "floor", "count"),
+    ("dtype", "floor", "count", "every"),
     [
-        ("float32", 0.9999, 64),
-        ("bfloat16", 0.995, fewer_if_emulated(64, "bfloat16")),
-        pytest.param("bfloat16", 0.995, 64, marks=pytest.mark.slow),
+        ("float32", 0.9999, 64, 4),
+        ("bfloat16", 0.995, fewer_if_emulated(64, "bfloat16"), 1),
+        pytest.param("float32", 0.9999, 64, 1, marks=pytest.mark.slow),
+        pytest.param("bfloat16", 0.995, 64, 1, marks=pytest.mark.slow),
     ],
 )
-def test_neighbours_do_not_matter(smollm2, dtype, floor, count):
+def test_neighbours_do_not_matter(smollm2, dtype, floor, count, every):
     encoder = gen_fast.load(smollm2, dtype=dtype, device="cpu")
     texts = ragged_texts(count)
-    together = encoder.encode(texts, prompt=PROMPT)
-    alone = np.stack([encoder.encode(t, prompt=PROMPT) for t in texts])
+    together = encoder.encode(texts, prompt=PROMPT)[::every]
+    alone = np.stack([encoder.encode(t, prompt=PROMPT) for t in texts[::every]])
     assert centred_cosine(alone, together).min() >= floor
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_deterministic_is_bit_identical(smollm2, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "count"),
+    [
+        ("float32", 24),
+        ("bfloat16", fewer_if_emulated(24, "bfloat16")),
+        pytest.param("bfloat16", 24, marks=pytest.mark.slow),
+    ],
+)
+def test_deterministic_is_bit_identical(smollm2, dtype, count):
     encoder = gen_fast.load(smollm2, dtype=dtype, device="cpu", deterministic=True)
-    texts = ragged_texts(fewer_if_emulated(24, dtype))
+    texts = ragged_texts(count)
     together = encoder.encode(texts, prompt=PROMPT)
-    assert np.array_equal(together[5], encoder.encode(texts[5], prompt=PROMPT))
+    assert np.array_equal(together[2], encoder.encode(texts[2], prompt=PROMPT))
     assert np.array_equal(together[::-3], encoder.encode(texts[::-3], prompt=PROMPT))
 
 

@@ -64,9 +64,11 @@ def test_embeddings_equal_the_reference_package(checkpoint, settings):
     encoder = load(checkpoint)
     assert (encoder.method, encoder.max_length) == ("llm2vec", 120)
     mntp = checkpoint.parent / "x-mntp"
-    for prompt in ("", INSTRUCTION):
-        expected = oracle.embed(checkpoint, mntp, [[prompt, text] for text in TEXTS])
-        assert_equal(encoder.encode(TEXTS, prompt=prompt), expected)
+    prompts = ("", INSTRUCTION)
+    pairs = [[prompt, text] for prompt in prompts for text in TEXTS]
+    expected = np.split(oracle.embed(checkpoint, mntp, pairs), len(prompts))
+    for prompt, vectors in zip(prompts, expected, strict=True):
+        assert_equal(encoder.encode(TEXTS, prompt=prompt), vectors)
 
 
 def test_an_mntp_checkpoint_and_merged_weights(checkpoint, tmp_path):
@@ -96,7 +98,7 @@ def test_the_bare_text_is_a_teacher_of_llm2vec_gen(checkpoint):
 
 def test_a_plain_backbone_without_training(smollm2, tiny_model):
     texts, prompt = [*TEXTS, "the " * 700], "Represent this:"
-    expected = oracle.embed(smollm2, None, [[prompt, text] for text in texts])
+    expected = oracle.embed(smollm2, None, [[prompt, text] for text in texts], batch_size=1)
     assert_equal(load(smollm2, method="llm2vec").encode(texts, prompt=prompt), expected)
     causal, free = load(tiny_model), load(tiny_model, method="llm2vec")
     assert not np.allclose(causal.encode(TEXTS), free.encode(TEXTS), atol=1e-2)

@@ -36,7 +36,7 @@ def test_a_finished_job_is_left_as_it_is(
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize("kills", [8, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [6, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_and_resumed(
     corpus: Path,
     tiny_model: Path,

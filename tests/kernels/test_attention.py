@@ -73,7 +73,7 @@ TRIMMED = ([10, 1, 0, 33, 0], [70, 1, 9, 33, 0])
 @pytest.mark.parametrize("n_prefix", [0, 1, 37])
 @pytest.mark.parametrize("size", [64, 80, 96, 128, 256])
 def test_ragged_texts(size, n_prefix, dtype, device, impl):
-    check(inputs(RAGGED, RAGGED, n_prefix, 6, 2, size, dtype), device, impl)
+    check(inputs(RAGGED, RAGGED, n_prefix, 4, 2, size, dtype), device, impl)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -115,12 +115,17 @@ def save_over(mntp: Path, directory: Path, *, merge: bool = False, **settings) -
     model.save(str(directory), merge_before_save=merge)
 
 
-def embed(directory: Path, over: Path | None, pairs: list[list[str]], **settings):
-    """The reference's embeddings of [instruction, text] pairs, [n, h] float32."""
+def embed(directory: Path, over: Path | None, pairs: list[list[str]], batch_size: int = 32):
+    """The reference's embeddings of [instruction, text] pairs, [n, h] float32.
+
+    It pads the texts of a batch to the longest of them.
+    """
     paths = [str(directory)] if over is None else [str(over), str(directory)]
-    model = reference().from_pretrained(*paths, **settings)
+    model = reference().from_pretrained(*paths)
     check_bidirectional(model)
-    return model.encode(pairs, show_progress_bar=False, convert_to_numpy=True, device="cpu")
+    return model.encode(
+        pairs, batch_size, show_progress_bar=False, convert_to_numpy=True, device="cpu"
+    )
 
 
 def check_bidirectional(model) -> None:

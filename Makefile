@@ -13,6 +13,9 @@ export GEN_FAST_BUILD ?= $(if $(shell command -v nvidia-smi),auto,auto-cpu)
 INSTALLED_FROM := pyproject.toml constraints.txt setup.py $(wildcard kernels/*/__init__.py) \
                   $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/cuda/*)
 
+# Else every process compiles the modules of torch again: LAZY, below, leaves that to the first.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help demo test lint format bench gpu-check clean
 
 help: ## List the targets

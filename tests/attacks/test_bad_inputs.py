@@ -139,11 +139,19 @@ def test_a_disk_that_is_full(folder: Path, tiny_model: Path) -> None:
     assert not list(folder.glob("*o.npy*"))
 
 
+CLOSED, FULL = (">&-", "Bad file descriptor"), (">/dev/full", "No space left on device")
+INFO, ENCODE = "info --device cpu", "encode a.txt --out - --device cpu"
+
+
 @pytest.mark.parametrize(
-    ("redirection", "reason"),
-    [(">&-", "Bad file descriptor"), (">/dev/full", "No space left on device")],
+    ("command", "redirection", "reason"),
+    [
+        (INFO, *CLOSED),
+        (ENCODE, *FULL),
+        pytest.param(INFO, *FULL, marks=pytest.mark.slow),
+        pytest.param(ENCODE, *CLOSED, marks=pytest.mark.slow),
+    ],
 )
-@pytest.mark.parametrize("command", ["info --device cpu", "encode a.txt --out - --device cpu"])
 def test_a_stdout_that_takes_nothing(
     folder: Path, tiny_model: Path, redirection: str, reason: str, command: str
 ) -> None:

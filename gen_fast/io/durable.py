@@ -65,6 +65,28 @@ def new_directory(target: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextmanager
+def replacing_directory(target: Path) -> Iterator[Path]:
+    """Give a temporary directory to fill; on success it is synced and takes the target's place.
+
+    For one writer at a time: the temporary name is always the same, so that what a process that was
+    killed has left is removed by the next. After an error the target is as it was.
+    """
+    temporary = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for path in sorted(temporary.rglob("*")):
+            sync(path)
+        sync(temporary)
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(temporary, target)
+        sync(target.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write a text file that is there whole or, after a crash, as it was."""
     with replacing(path) as temporary:

@@ -18,6 +18,8 @@ from gen_fast.errors import (
     UnsupportedModelError,
     WeightsError,
 )
+from gen_fast.io.cache import remembered_sha256
+from gen_fast.io.checksums import problem
 from gen_fast.io.regular_files import check_regular
 from gen_fast.model.truncation import QWEN2_PIECES, LeadingTokens
 from gen_fast.model.weights import read_json
@@ -117,9 +119,12 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
         raise ModelNotFoundError(
             f"{directory} has no tokenizer.json; a fast (Rust) tokenizer is needed"
         )
+    settings_path = directory / "tokenizer_config.json"
+    listed = [file.name for file in (path, settings_path) if file.is_file()]
+    if wrong := problem(directory, *listed, sha256=remembered_sha256):
+        raise WeightsError(wrong)
     content = read_json(path)  # a damaged file is named
     _check_content(content, path)
-    settings_path = directory / "tokenizer_config.json"
     settings = _read_settings(settings_path)
     _refuse_own_code(settings, directory)
     config_path = directory / "config.json"

@@ -14,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gen_fast.errors import ConfigError, UnsupportedModelError, WeightsError
-from gen_fast.io.cache import remembered
+from gen_fast.io.cache import remembered, remembered_sha256
+from gen_fast.io.checksums import problem
 from gen_fast.io.durable import signature
 from gen_fast.io.json_files import read_json_object
 from gen_fast.model.backbone import Backbone, LayerWeights
@@ -118,7 +119,10 @@ class TensorFiles:
 
 
 def find_tensors(directory: Path) -> TensorFiles:
-    """Those of model.safetensors, or the shards of its index. Names lose a leading "model."."""
+    """Those of model.safetensors, or the shards of its index. Names lose a leading "model.".
+
+    Raises WeightsError, also for files that are not as the directory's checksums.json says.
+    """
     index = directory / "model.safetensors.index.json"
     if index.is_file():
         try:
@@ -134,6 +138,9 @@ def find_tensors(directory: Path) -> TensorFiles:
         )
     else:
         raise WeightsError(f"{directory} holds neither model.safetensors nor its shard index")
+    listed = [name for name in ("config.json", index.name, *shards) if (directory / name).is_file()]
+    if wrong := problem(directory, *listed, sha256=remembered_sha256):
+        raise WeightsError(wrong)
     where: dict[str, tuple[_Shard | _Tensors, str]] = {}
     for name in shards:
         path = directory / name

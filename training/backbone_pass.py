@@ -1,4 +1,4 @@
-"""A frozen backbone with trained LoRA factors and special tokens, run over texts of a step."""
+"""A frozen backbone with an update in training and special tokens, run over texts of a step."""
 
 from collections.abc import Sequence
 
@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from gen_fast.model.backbone import Backbone
 from gen_fast.model.batch import PackedBatch
 from gen_fast.model.dropout import Dropout
+from gen_fast.model.full import FullWeights
 from gen_fast.model.lora import Lora
 from gen_fast.model.token_budget import TokenBudget, saved_bytes_per_token
 from gen_fast.ops.norm import rms_norm
 
-# Tokens with gradient at a time; LoRA saves about twice what a frozen layer does.
+# Tokens with gradient at a time; an update saves about twice what a frozen layer does.
 CPU_TOKENS = 1024
 # On a CPU what a batch fit for the caches saves is little beside the memory there is: so many times
 # that is kept before texts are rather run twice.
@@ -28,14 +29,15 @@ class TrainedBackbone:
     """How texts are run in training.
 
     mask: of attention. special [k, h]: trained embeddings of ids V, V + 1, … .
-    attention_dropout: of attention's weights; that of LoRA is in its config.
+    update: what is trained of the linears. attention_dropout: of attention's weights; that of LoRA
+    is in its config.
     recompute: layers are run again for the backward pass. budget: tokens with gradient at a time.
     """
 
     def __init__(
         self,
         backbone: Backbone,
-        lora: Lora,
+        update: Lora | FullWeights,
         *,
         mask: str,
         special: nn.Parameter | None = None,
@@ -43,7 +45,7 @@ class TrainedBackbone:
         recompute: bool = False,
     ) -> None:
         self.backbone = backbone
-        self._lora = lora
+        self._update = update
         self._special = special
         self._mask = mask
         self._attention_dropout = attention_dropout
@@ -58,13 +60,24 @@ class TrainedBackbone:
             cpu_tokens=CPU_TOKENS,
             gpu_tokens=GPU_TOKENS,
             bytes_per_token=saved,
+            reserved=self._bytes_to_come,
         )
 
     @property
     def parameters(self) -> list[nn.Parameter]:
         """What gradients reach."""
         special = () if self._special is None else (self._special,)
-        return [*self._lora.parameters(), *special]
+        return [*self._update.parameters(), *special]
+
+    @property
+    def _bytes_to_come(self) -> int:
+        """What training will allocate beside activations.
+
+        Of float32: gradients, those of a part, and AdamW's two moments; and a copy of the
+        parameters in the dtype of a pass.
+        """
+        size = 4 * 4 + self.backbone.embedding.element_size()
+        return size * sum(parameter.numel() for parameter in self.parameters)
 
     def kept_tokens(self, asked: int | None) -> int:
         """How many tokens' activations may wait for a backward pass; `asked`, if that is given."""
@@ -94,7 +107,7 @@ class TrainedBackbone:
             batch,
             special=self._special,
             mask=self._mask,
-            lora=self._lora,
+            update=self._update,
             dropout=None if seed is None else Dropout(seed, keys, self._attention_dropout),
             recompute=self._recompute and torch.is_grad_enabled(),
         )

@@ -22,7 +22,8 @@ from gen_fast.model.dropout import Dropout, RowDropout
 from gen_fast.model.fingerprint import Fingerprint
 from gen_fast.model.kv_cache import KVCache
 from gen_fast.model.linear import Int4Weight, Weight, can_pack, is_packed, linear, pack
-from gen_fast.model.lora import MATRICES, Lora
+from gen_fast.model.lora import MATRICES
+from gen_fast.model.update import Update
 from gen_fast.ops.append import append
 from gen_fast.ops.attention import AttentionOptions, attention
 from gen_fast.ops.norm import add_rms_norm, rms_norm
@@ -134,7 +135,7 @@ class Backbone:
         prefix: PrefixKV | None = None,
         cache: KVCache | None = None,
         mask: str = "causal",
-        lora: Lora | None = None,
+        update: Update | None = None,
         dropout: Dropout | None = None,
         recompute: bool = False,
     ) -> Tensor:
@@ -144,12 +145,12 @@ class Backbone:
         cache: the texts' own tokens so far, if they were begun in an earlier pass; the batch's are
         added. `batch.positions` must count both. mask: of attention, see AttentionOptions; the
         bidirectional one leaves out sliding windows, "gem" goes with `batch.blocks`.
-        lora: updates of the linears.
-        dropout: of attention's weights and LoRA's inputs; it goes with no prefix and no cache.
+        update: of the linears, a Lora or FullWeights.
+        dropout: of attention's weights and an update's inputs; it goes with no prefix and no cache.
         recompute: keep only what goes from layer to layer for the backward pass, and run each layer
         again there.
         The last layer computes attention, its output and feed-forward for the needed rows only.
-        Gradients reach `special` and `lora`, nothing else.
+        Gradients reach `special` and `update`, nothing else.
         Raises OpError for a prefix or a cache under a bidirectional mask: what was computed of the
         first tokens would depend on those that follow; and for special blocks without the GEM mask,
         or that mask without them.
@@ -176,7 +177,7 @@ class Backbone:
             prefix,
             cache,
             mask=mask,
-            lora=lora,
+            update=update,
             dropout=dropout,
             recompute=recompute,
         )
@@ -224,7 +225,7 @@ class _Pass:
         cache: KVCache | None = None,
         *,
         mask: str = "causal",
-        lora: Lora | None = None,
+        update: Update | None = None,
         dropout: Dropout | None = None,
         recompute: bool = False,
         keep_kv: list[tuple[Tensor, Tensor]] | None = None,
@@ -233,7 +234,7 @@ class _Pass:
         self._backbone, self._config = backbone, backbone.config
         self._prefix, self._cache, self._special = prefix, cache, special
         self._mask, self._recompute = mask, recompute
-        self._lora = None if lora is None else lora.cast(backbone.dtype)
+        self._update = None if update is None else update.cast(backbone.dtype)
         self._kept = keep_kv
         ids, positions, needed = batch.ids, batch.positions, batch.needed.indices
         self._n_tokens = len(ids)
@@ -246,7 +247,7 @@ class _Pass:
         # Of all rows, and of the needed ones.
         self._drop_rows: list[RowDropout | None] = [None, None]
         if dropout is not None:
-            share = 0.0 if lora is None else lora.config.dropout
+            share = 0.0 if update is None else update.dropout
             self._set_dropout(dropout, share, batch, len(positions))
         # T bounds the length of every text without asking the device for the maximum.
         longest = len(positions)
@@ -268,7 +269,7 @@ class _Pass:
     def _set_dropout(
         self, dropout: Dropout, of_rows: float, batch: PackedBatch, n_rows: int
     ) -> None:
-        """of_rows: what LoRA drops of its inputs."""
+        """of_rows: what the update drops of its inputs."""
         if dropout.attention:
             keys = np.asarray(dropout.text_keys, dtype=np.int64)
             self._drop_attention = {
@@ -371,10 +372,10 @@ class _Pass:
     def _linear(self, i: int, matrix: str, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [rows, in] through a matrix of layer i, a name of LayerWeights."""
         weight = getattr(self._backbone.layers[i], matrix)
-        if self._lora is None:
+        if self._update is None:
             return linear(x, weight, bias)
         last = i == self._config.num_layers - 1 and matrix != "qkv"
-        return self._lora.linear(i, matrix, x, weight, bias, self._drop_rows[last])
+        return self._update.linear(i, matrix, x, weight, bias, self._drop_rows[last])
 
 
 def with_padding_rows(values: Tensor) -> Tensor:

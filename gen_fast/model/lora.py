@@ -116,7 +116,7 @@ class LoraWeights:
 
 
 class Lora(nn.Module):
-    """The factors of one adapter over a backbone of these sizes, float32, trainable.
+    """The factors of one adapter over a backbone of these sizes, float32, trainable: an Update.
 
     They begin as in PEFT: A uniform in ±1/√in, B zero, so that nothing is changed at first.
     names: every updated linear, as "layers.3.self_attn.q_proj", in a fixed order.
@@ -156,6 +156,11 @@ class Lora(nn.Module):
         lora.copy_factors(factors)
         return lora
 
+    @property
+    def dropout(self) -> float:
+        """See Update."""
+        return self.config.dropout
+
     def factors(self) -> dict[str, Factors]:
         """A and B of every linear, by name: views of the parameters."""
         factors: dict[str, Factors] = {}
@@ -187,10 +192,7 @@ class Lora(nn.Module):
                 mine.copy_(other)
 
     def cast(self, dtype: torch.dtype) -> "CastLora":
-        """The factors as a pass in `dtype` multiplies by them, for as long as they do not change.
-
-        Gradients reach the parameters.
-        """
+        """See Update."""
         return CastLora(self, dtype)
 
 
@@ -216,11 +218,7 @@ class CastLora:
         bias: Tensor | None,
         drop: RowDropout | None = None,
     ) -> Tensor:
-        """x [T, in] through a frozen matrix of a layer and the updates of its parts: [T, out].
-
-        matrix: a name of MATRICES; weight [out, in], plain or packed. Gradients reach x and the
-        factors. drop: of x on the way to A, for each part anew.
-        """
+        """See CastUpdate. drop: of x on the way to A, for each part anew."""
         group, tensors = self._groups.get((layer, matrix), (None, ()))
         if group is None:
             return linear(x, weight, bias)

@@ -23,7 +23,8 @@ class TokenBudget:
     """Tokens a batch. Starts from the device's memory and is halved when that does not suffice.
 
     cpu_tokens: the start on a CPU. gpu_tokens: starts to choose from on a GPU, largest first, of
-    which each token takes bytes_per_token (by default what a forward pass needs).
+    which each token takes bytes_per_token (by default what a forward pass needs). reserved: bytes
+    of what is free that something else will take.
     """
 
     def __init__(
@@ -33,11 +34,12 @@ class TokenBudget:
         cpu_tokens: int = CPU_TOKENS,
         gpu_tokens: Sequence[int] = GPU_TOKENS,
         bytes_per_token: int | None = None,
+        reserved: int = 0,
     ) -> None:
         self.tokens = cpu_tokens
         self._shrunk = False
         if backbone.device.type == "cuda":
-            free = free_memory(backbone.device)
+            free = free_memory(backbone.device) - reserved
             need = bytes_per_token or activation_bytes_per_token(backbone)
             fitting = [tokens for tokens in gpu_tokens if tokens * need <= free // 2]
             self.tokens = fitting[0] if fitting else gpu_tokens[-1]

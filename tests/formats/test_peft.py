@@ -64,7 +64,7 @@ def our_states(base: Path, adapter: Path) -> torch.Tensor:
     backbone, weights = load_backbone(base), read_adapter(adapter).weights
     lora = Lora.from_factors(weights.config, backbone.config, weights.factors)
     with torch.no_grad():
-        stream = backbone.forward(PackedBatch.pack([IDS]), lora=lora)
+        stream = backbone.forward(PackedBatch.pack([IDS]), update=lora)
     return rms_norm(stream, backbone.final_norm, backbone.config.norm_eps)
 
 

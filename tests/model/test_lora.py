@@ -83,7 +83,7 @@ def test_states_and_gradients_equal_pefts(models, mask, recompute):
     peft.zero_grad()
     (expected * weights).sum().backward()
     lora.zero_grad()
-    actual = backbone.forward(PackedBatch.pack(ids), mask=mask, lora=lora, recompute=recompute)
+    actual = backbone.forward(PackedBatch.pack(ids), mask=mask, update=lora, recompute=recompute)
     (actual * weights).sum().backward()
     assert relative_error(actual, expected) <= 1e-4
     parameters = dict(peft.named_parameters())
@@ -112,7 +112,7 @@ def test_a_packed_backbone_trains_to_the_same_gradients(tiny_model):
             for b in lora.b:
                 b.normal_()
         batch = PackedBatch.pack(ids, needed=[1, 3, 4, 0])
-        backbone.forward(batch, mask="bidirectional", lora=lora).square().sum().backward()
+        backbone.forward(batch, mask="bidirectional", update=lora).square().sum().backward()
         gradients.append([p.grad for p in lora.parameters()])
     for own, other in zip(*gradients, strict=True):
         assert relative_error(own, other) <= 1e-5
@@ -122,7 +122,7 @@ def test_it_begins_by_changing_nothing_and_the_same_each_time(tiny_model):
     backbone = load_backbone(tiny_model)
     batch = PackedBatch.pack(texts_of(backbone))
     lora = Lora(CONFIG, backbone.config, seed=5)
-    assert torch.equal(backbone.forward(batch, lora=lora), backbone.forward(batch))
+    assert torch.equal(backbone.forward(batch, update=lora), backbone.forward(batch))
     again = Lora(CONFIG, backbone.config, seed=5)
     assert all(map(torch.equal, lora.parameters(), again.parameters()))
 
@@ -154,7 +154,7 @@ def test_recomputation_keeps_only_what_goes_between_layers(tiny_model):
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            backbone.forward(batch, lora=lora, recompute=recompute)
+            backbone.forward(batch, update=lora, recompute=recompute)
         sizes.append(sum(saved.values()))
     assert sizes[1] < 0.7 * sizes[0]
 

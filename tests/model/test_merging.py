@@ -36,7 +36,7 @@ def random_adapter(directory, seed: int, **options) -> LoraWeights:
 
 def states(backbone, lora=None) -> torch.Tensor:
     with torch.no_grad():
-        return backbone.forward(BATCH, mask="bidirectional", lora=lora)
+        return backbone.forward(BATCH, mask="bidirectional", update=lora)
 
 
 def lora_of(backbone, weights: LoraWeights) -> Lora:

@@ -28,7 +28,7 @@ from gen_fast.ops.norm import rms_norm
 
 
 class GEMMethod(Method):
-    """gem: a model of GEM, whose adapter has been merged into the backbone."""
+    """gem: a model of GEM, whose adapter, if it has one, has been merged into the backbone."""
 
     mask: ClassVar[str] = "gem"
 

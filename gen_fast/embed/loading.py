@@ -255,6 +255,8 @@ def _locate_llm2vec(
 
 def _locate_gem(directory: Path, name: str, backbone: str | Path | None) -> _Location:
     tokens = gem.read_special(directory)
+    if backbone is not None and not peft.is_adapter(directory):
+        raise AdapterError(f"{directory} is a whole model, so backbone= has no meaning")
     checkpoint = llm2vec.read_checkpoint(directory, name, backbone)
     return _Location(
         directory,
@@ -300,8 +302,8 @@ def load_generator(
 ) -> AnswerGenerator:
     """Load a model to write answers with. `options` are those of AnswerGenerator.
 
-    model: a backbone, or a directory of a LoRA adapter, such as a GEM model's, which is merged into
-    its own. Without sampling=… it draws as the backbone's generation_config.json says.
+    model: a backbone, or a directory of a LoRA adapter, which is merged into its own; a GEM model
+    is one or the other. Without sampling=… it draws as the backbone's generation_config.json says.
     Raises UnsupportedModelError for an LLM2Vec model, and as `load` does.
     """
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -1,7 +1,8 @@
-"""GEM models: a LoRA adapter as PEFT lays it out, and beside it the special tokens.
+"""GEM models: a LoRA adapter as PEFT lays it out, or a whole model, and beside it special tokens.
 
 special.safetensors has "special" [m, h] and "log_scale", gem.json how texts are embedded. Without
-either the adapter is one of PEFT's that generates. Source: GEM, arXiv 2506.04344.
+either the directory is one of PEFT's or transformers' that generates.
+Source: GEM, arXiv 2506.04344.
 """
 
 import json
@@ -42,7 +43,10 @@ class Settings:
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """What lies beside the adapter. special [m, h]: float32. log_scale: λ of the cosines."""
+    """What lies beside the adapter or the weights.
+
+    special [m, h]: float32. log_scale: λ of the cosines.
+    """
 
     special: Tensor
     log_scale: float
@@ -55,7 +59,7 @@ def is_gem(directory: Path) -> bool:
 
 
 def read_special(directory: str | Path) -> SpecialTokens:
-    """Read what lies beside the adapter.
+    """Read what lies beside the adapter or the weights.
 
     Raises AdapterError for what is missing, damaged or without meaning, UnsupportedModelError for
     another format.
@@ -64,8 +68,10 @@ def read_special(directory: str | Path) -> SpecialTokens:
     settings = _settings(directory / SETTINGS)
     if wrong := problem(directory, SETTINGS, TENSORS):
         raise AdapterError(wrong)
-    if not is_adapter(directory):
-        raise AdapterError(f"{directory} has {SETTINGS} without the adapter that it belongs to")
+    if not is_adapter(directory) and not (directory / "config.json").is_file():
+        raise AdapterError(
+            f"{directory} has {SETTINGS} without the adapter or the model that it belongs to"
+        )
     path = directory / TENSORS
     if not path.is_file():
         raise AdapterError(f"{path} is missing")
@@ -87,7 +93,10 @@ def read_special(directory: str | Path) -> SpecialTokens:
 
 
 def write_special(directory: str | Path, tokens: SpecialTokens) -> None:
-    """Write what lies beside an adapter, of which `write_adapter` has written the rest."""
+    """Write what lies beside an adapter or weights: the rest has been written before.
+
+    By `write_adapter` of peft.py, or `write_causal_lm` of causal_lm.py.
+    """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {

@@ -66,3 +66,24 @@ print(model.similarity(queries, documents))
 Prompts:
 {listed or "none"}
 """
+
+
+def causal_lm_card(base: str, tags: tuple[str, ...]) -> str:
+    """The card of a causal language model whose linears were trained; base: Hub id or path."""
+    from huggingface_hub import ModelCardData
+
+    data = ModelCardData(
+        # The Hub refuses a card whose base model is none of its own.
+        base_model=base if is_hub_id(base) else None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=list(tags),
+    )
+    return f"""---
+{data.to_yaml()}
+---
+# {Path(base).name}, its linear weights trained
+
+Queries, keys, values, output, gate, up and down of every layer, in float32; all else is that of
+{base}. Trained by gen_fast.
+"""

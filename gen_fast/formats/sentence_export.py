@@ -18,6 +18,7 @@ from tokenizers import Tokenizer as RustTokenizer
 from torch import Tensor
 
 from gen_fast.errors import ConfigError, UnsupportedModelError
+from gen_fast.formats.causal_lm import config_of
 from gen_fast.formats.sentence_modules import POOLING_FLAGS, Pooling
 from gen_fast.io.durable import as_readable_as_others, new_directory
 from gen_fast.model.shards import save_shards
@@ -31,8 +32,6 @@ from gen_fast.model.weights import find_tensors, read_json
 
 # Read by the written tokenizer and by its source, besides every special token.
 _PROBE = "A café,  12 cats;\n日本語"
-# What config.json says of the source's own files or code.
-_NOT_KEPT = ("auto_map", "torch_dtype", "transformers_version", "_name_or_path")
 
 
 @dataclass(frozen=True)
@@ -144,11 +143,7 @@ def _write_backbone(
         tensor = files.stored(name)  # mapped, not read
         sizes.setdefault(name, tensor.numel() * (dtype or tensor.dtype).itemsize)
     save_shards(directory, sizes, read)
-    config = read_json(source / "config.json")
-    config = {key: value for key, value in config.items() if key not in _NOT_KEPT}
-    config["architectures"] = [f"{config['model_type'].capitalize()}Model"]
-    config["vocab_size"] = len(table)
-    config["dtype"] = str(table.dtype).removeprefix("torch.")
+    config = {**config_of(source, "Model", table.dtype), "vocab_size": len(table)}
     _write_json(directory / "config.json", config)
     return config
 

@@ -83,6 +83,14 @@ def test_of_a_gem_model(tiny_model: Path, tmp_path: Path, file: str, count: int)
 
 
 @pytest.mark.parametrize("count", [3, MANY])
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json", CHECKSUMS])
+def test_of_a_gem_model_of_weights(tiny_model: Path, tmp_path: Path, file: str, count: int) -> None:
+    save_gem(tmp_path, tiny_model, full=True)
+    tally = attack(f"GEM model: {file}", tmp_path / file, count, embedded_by(tmp_path))
+    assert tally.counts["refused"] == count
+
+
+@pytest.mark.parametrize("count", [3, MANY])
 @pytest.mark.parametrize(
     "file",
     ["state.json", "optimizer.safetensors", "adapter/adapter.safetensors", CHECKSUMS],

@@ -41,7 +41,9 @@ def gem_model(tiny_model, tmp_path):
 
 
 def oracle_model(directory, base):
-    """transformers' model under PEFT's adapter, merged."""
+    """transformers' model, which may be one under PEFT's adapter, merged."""
+    if not (directory / "adapter_config.json").exists():
+        return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     return PeftModel.from_pretrained(model, directory).merge_and_unload().eval()
 
@@ -55,7 +57,9 @@ def oracle_states(model, directory, ids):
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])
-@pytest.mark.parametrize("settings", [{}, {"pooling": "concat"}, {"n_special": 1}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"pooling": "concat"}, {"n_special": 1}, {"full": True}], ids=str
+)
 def test_embeddings_equal_transformers_with_a_dense_mask(tmp_path, family, settings):
     save_tiny_model(tmp_path / "base", family)
     directory = save_gem(tmp_path / "gem", tmp_path / "base", **settings)

@@ -30,11 +30,11 @@ from gen_fast.model.device import matmul_peak
 from gen_fast.model.lora import MODULES
 from gen_fast.model.sources import resolve
 from gen_fast.model.weights import load_backbone, load_head
+from gen_fast.training.adapted_task import Data
 from gen_fast.training.contrastive import ContrastiveTask, Match, View
 from gen_fast.training.gem import GEMExample, GEMTask, drop_tokens, masked, plain
 from gen_fast.training.gem_config import GEMConfig
 from gen_fast.training.llm2vec_config import LLM2VecConfig
-from gen_fast.training.lora_task import Data
 from gen_fast.training.mntp import MNTPTask, hide
 from gen_fast.training.prediction import PredictedText
 from gen_fast.training.records import Rejections

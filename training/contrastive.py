@@ -20,11 +20,11 @@ from gen_fast.errors import ConfigError, InputError
 from gen_fast.formats.llm2vec import Wrapper
 from gen_fast.model.batch import on_device, split_by_budget
 from gen_fast.model.tokenizing import Tokenizer
+from gen_fast.training.adapted_task import Data, Parts, fingerprint_of, read_all_texts, split
 from gen_fast.training.backbone_pass import Block, TrainedBackbone
 from gen_fast.training.data import epoch_places, read_rows
 from gen_fast.training.llm2vec_config import LLM2VecConfig
 from gen_fast.training.llm2vec_task import LLM2VecTask, load_parts
-from gen_fast.training.lora_task import Data, Parts, fingerprint_of, read_all_texts, split
 from gen_fast.training.losses import contrastive, over_all_ranks
 from gen_fast.training.task import Progress, add_gradients, in_parts
 from gen_fast.training.world import World

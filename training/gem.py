@@ -19,10 +19,19 @@ from torch import Tensor, nn
 from gen_fast.errors import AdapterError, ConfigError, InputError
 from gen_fast.formats.gem import SpecialTokens, is_gem, read_special, write_special
 from gen_fast.model.backbone import Backbone
+from gen_fast.model.full import FullWeights
 from gen_fast.model.lora import Lora
 from gen_fast.model.sources import resolve
 from gen_fast.model.tokenizing import TextTokenizer, special_tokens
 from gen_fast.model.weights import load_head
+from gen_fast.training.adapted_task import (
+    AdaptedTask,
+    Data,
+    Parts,
+    fingerprint_of,
+    read_all_texts,
+    split,
+)
 from gen_fast.training.backbone_pass import TrainedBackbone
 from gen_fast.training.contrastive import (
     Match,
@@ -32,14 +41,6 @@ from gen_fast.training.contrastive import (
 )
 from gen_fast.training.data import epoch_places
 from gen_fast.training.gem_config import LARGEST_SCALE, GEMConfig
-from gen_fast.training.lora_task import (
-    Data,
-    LoraTask,
-    Parts,
-    fingerprint_of,
-    read_all_texts,
-    split,
-)
 from gen_fast.training.prediction import (
     PredictedText,
     accumulate_prediction,
@@ -56,11 +57,14 @@ _DRAWS = 1 << 32  # tells them from those of the order of texts
 
 
 class GEMParameters(nn.Module):
-    """What is trained, float32. special [m, h]: of the special tokens. log_scale: λ."""
+    """What is trained, float32.
 
-    def __init__(self, lora: Lora, special: Tensor, scale: float) -> None:
+    update: of the linears. special [m, h]: of the special tokens. log_scale: λ.
+    """
+
+    def __init__(self, update: Lora | FullWeights, special: Tensor, scale: float) -> None:
         super().__init__()
-        self.lora = lora
+        self.update = update
         self.special = nn.Parameter(special)
         self.log_scale = nn.Parameter(torch.tensor(math.log(scale), device=special.device))
 
@@ -106,7 +110,7 @@ def drop_tokens(
     return np.delete(ids, dropped)
 
 
-class GEMTask(LoraTask):
+class GEMTask(AdaptedTask):
     """Next tokens of plain texts and across special tokens, and the contrastive loss."""
 
     TAG: ClassVar[str] = "gem"
@@ -128,14 +132,14 @@ class GEMTask(LoraTask):
         special = special_rows(
             backbone.embedding, config.n_special, config.special_init, generator
         ).to(backbone.device)
-        self.parameters = GEMParameters(self.lora, special, config.contrastive_scale)
+        self.parameters = GEMParameters(self.linears.update, special, config.contrastive_scale)
         self._head = head
         self._kept = kept
         vocabulary = backbone.config.vocab_size
         self._special_ids = np.arange(vocabulary, vocabulary + config.n_special, dtype=np.int32)
         self._trained = TrainedBackbone(
             backbone,
-            self.lora,
+            self.linears.update,
             mask="gem",
             special=self.parameters.special,
             recompute=config.recompute,
@@ -176,14 +180,15 @@ class GEMTask(LoraTask):
 
     @property
     def title(self) -> str:
-        """See LoraTask."""
-        return f"GEM, {self.config.n_special} special tokens, {self.config.form}"
+        """See AdaptedTask."""
+        what = "" if self.config.trains_lora else ", all linear weights"
+        return f"GEM, {self.config.n_special} special tokens, {self.config.form}{what}"
 
     def groups(self) -> Sequence[tuple[Sequence[nn.Parameter], float]]:
         """See Task."""
         rate = self.config.learning_rate
         return [
-            ([*self.lora.parameters(), self.parameters.log_scale], rate),
+            ([*self.linears.update.parameters(), self.parameters.log_scale], rate),
             ([self.parameters.special], self.config.special_learning_rate or rate),
         ]
 

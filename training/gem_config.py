@@ -11,6 +11,12 @@ from gen_fast.training.choices import FORMS, SPECIAL_INITS
 
 # Of e to the power of λ, the scale of the cosines. Source: CLIP, arXiv 2103.00020.
 LARGEST_SCALE = 100.0
+# The paper's, of LoRA factors and of special tokens.
+LEARNING_RATE = 1e-4
+# Of the weights themselves: Llama 2's for supervised fine-tuning, with a cosine (arXiv 2307.09288,
+# §3.1). Weights take rates about a tenth of those of LoRA factors (Biderman et al.,
+# arXiv 2405.09673).
+FULL_LEARNING_RATE = 2e-5
 
 
 @dataclass(frozen=True)
@@ -18,7 +24,12 @@ class GEMConfig(AdaptedConfig):
     """Settings of a run of GEM: LoRA factors and special tokens, over texts.
 
     The defaults are those of the paper but for `alpha`, which there is 1 and drops the next-token
-    loss, and for LoRA, whose sizes it does not say.
+    loss, for LoRA, whose sizes it does not say, and for `full`.
+
+    full: train the weights of the linears (queries, keys, values, output, gate, up, down) in place
+    of LoRA factors; embedding, norms and head stay frozen. learning_rate is then
+    FULL_LEARNING_RATE by default, and special_learning_rate LEARNING_RATE: special tokens are as
+    new as beside factors. weight_decay stays 0: it draws weights to 0, not to where they began.
 
     n_special: special tokens, m. special_init: where their embeddings begin, see special_rows.
     max_length: tokens of a text with its special tokens; where it is reconstructed it follows once
@@ -31,11 +42,13 @@ class GEMConfig(AdaptedConfig):
     it out, and so does the paper.
     drop_rate: share of the tokens that the other view of a text lacks. contrastive_scale: of the
     cosines at first; it is trained. pooling: of the special tokens' states, "mean" or "concat".
-    special_learning_rate: of the special tokens; None is learning_rate. contrastive_learning_rate:
-    learning_rate from alpha_start_step on, to which the others keep their ratio; None leaves them.
+    special_learning_rate: of the special tokens; None is learning_rate, but with full.
+    contrastive_learning_rate: learning_rate from alpha_start_step on, to which the others keep
+    their ratio; None leaves them.
     schedule_steps: None is `steps`.
     """
 
+    full: bool = False
     n_special: int = 10
     special_init: str = "draw"
     form: str = "reconstruct"
@@ -50,11 +63,11 @@ class GEMConfig(AdaptedConfig):
     special_learning_rate: float | None = None
     contrastive_learning_rate: float | None = None
     max_length: int = 512
-    lora_dropout: float = 0.0
-    learning_rate: float = 1e-4
+    learning_rate: float = None  # type: ignore[assignment]
     schedule: str = "cosine"
     schedule_steps: int = None  # type: ignore[assignment]
 
+    LORA: ClassVar[Mapping[str, float]] = {**AdaptedConfig.LORA, "lora_dropout": 0.0}
     CHOICES: ClassVar[Mapping[str, tuple[str, ...]]] = {
         **AdaptedConfig.CHOICES,
         "form": FORMS,
@@ -71,6 +84,11 @@ class GEMConfig(AdaptedConfig):
     def __post_init__(self) -> None:
         if self.schedule_steps is None:
             object.__setattr__(self, "schedule_steps", self.steps)
+        if self.learning_rate is None:
+            rate = FULL_LEARNING_RATE if self.full else LEARNING_RATE
+            object.__setattr__(self, "learning_rate", rate)
+        if self.special_learning_rate is None and self.full:
+            object.__setattr__(self, "special_learning_rate", LEARNING_RATE)
         super().__post_init__()
         for name in ("plain_probability", "alpha"):
             if not 0 <= getattr(self, name) <= 1:
@@ -99,6 +117,11 @@ class GEMConfig(AdaptedConfig):
         if since < 0:
             return 0.0
         return self.alpha * min(1.0, (since + 1) / max(1, self.alpha_ramp_steps))
+
+    @property
+    def trains_lora(self) -> bool:
+        """See AdaptedConfig."""
+        return not self.full
 
     @property
     def encoding(self) -> Settings:

@@ -7,14 +7,14 @@ from torch import Tensor
 
 from gen_fast.formats.llm2vec import write_settings
 from gen_fast.model.backbone import Backbone
+from gen_fast.training.adapted_task import AdaptedTask, Data, Parts
 from gen_fast.training.backbone_pass import TrainedBackbone
 from gen_fast.training.llm2vec_config import LLM2VecConfig
-from gen_fast.training.lora_task import Data, LoraTask, Parts
 from gen_fast.training.records import Rejections
 from gen_fast.training.world import World
 
 
-class LLM2VecTask(LoraTask):
+class LLM2VecTask(AdaptedTask):
     """A step of LLM2Vec: LoRA factors alone, one loss, files that say how texts are embedded."""
 
     TAG: ClassVar[str] = "llm2vec"
@@ -30,7 +30,7 @@ class LLM2VecTask(LoraTask):
         super().__init__(backbone, config, rejections, data)
         self._trained = TrainedBackbone(
             backbone,
-            self.lora,
+            self.linears.update,
             mask=config.mask,
             attention_dropout=config.attention_dropout or 0.0,
             recompute=config.recompute,
@@ -38,7 +38,7 @@ class LLM2VecTask(LoraTask):
 
     @property
     def title(self) -> str:
-        """See LoraTask."""
+        """See AdaptedTask."""
         return f"LLM2Vec, {self.config.step}"
 
     def save(self, folder: Path) -> None:

@@ -12,10 +12,10 @@ from gen_fast.errors import ConfigError
 from gen_fast.model.backbone import Backbone
 from gen_fast.model.tokenizing import TextTokenizer, special_tokens
 from gen_fast.model.weights import load_head
+from gen_fast.training.adapted_task import Data, fingerprint_of, read_all_texts, split
 from gen_fast.training.data import epoch_places
 from gen_fast.training.llm2vec_config import LLM2VecConfig
 from gen_fast.training.llm2vec_task import LLM2VecTask, load_parts
-from gen_fast.training.lora_task import Data, fingerprint_of, read_all_texts, split
 from gen_fast.training.prediction import (
     PredictedText,
     accumulate_prediction,

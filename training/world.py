@@ -12,6 +12,9 @@ from torch import Tensor
 
 Item = TypeVar("Item")
 
+# Of gradients that are summed at once: few messages for LoRA, a small copy beside full weights.
+_MESSAGE = 256 << 20
+
 
 @contextmanager
 def distributed() -> Iterator[None]:
@@ -49,16 +52,21 @@ class World:
     def sum_gradients(self, parameters: Sequence[Tensor], numbers: Tensor) -> Tensor:
         """Sum the gradients of `parameters` over the ranks, in place, and `numbers` [n] with them.
 
-        All in one message; a parameter without a gradient gets one.
+        In messages of about _MESSAGE bytes; a parameter without a gradient gets one.
         """
-        gradients = [p.new_zeros(p.shape) if p.grad is None else p.grad for p in parameters]
-        parts = [*(gradient.flatten() for gradient in gradients), numbers.to(gradients[0])]
-        flat = self.sum(torch.cat(parts))
-        start = 0
         for parameter in parameters:
-            parameter.grad = flat[start : start + parameter.numel()].view_as(parameter)
-            start += parameter.numel()
-        return flat[start:]
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        numbers = numbers.to(gradients[0], copy=True)
+        if self.size > 1:
+            for tensors in _messages([*gradients, numbers]):
+                flat = self.sum(torch.cat([tensor.flatten() for tensor in tensors]))
+                for tensor, part in zip(
+                    tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True
+                ):
+                    tensor.copy_(part.view_as(tensor))
+        return numbers
 
     def copy_from_first(self, tensors: Iterable[Tensor]) -> None:
         """Give every rank the values that the first has."""
@@ -96,3 +104,14 @@ class World:
 
     def _device(self) -> str:
         return "cuda" if dist.get_backend() == "nccl" else "cpu"
+
+
+def _messages(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Tensors in their order, in parts of at most _MESSAGE bytes, or of one larger tensor."""
+    part: list[Tensor] = []
+    for tensor in tensors:
+        if part and sum(x.nbytes for x in part) + tensor.nbytes > _MESSAGE:
+            yield part
+            part = []
+        part.append(tensor)
+    yield part

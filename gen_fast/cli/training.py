@@ -198,6 +198,10 @@ def train(
         Path | None, typer.Option(help="YAML of training settings; --learning-rate 1e-3 … too.")
     ] = None,
     model: options.ModelOption = None,
+    full: Annotated[
+        bool,
+        typer.Option("--full", help="Of gem: train the linear weights, not LoRA factors."),
+    ] = False,
     teacher: Annotated[
         str, typer.Option(help="minilm, a sentence-transformers model, or with a method any model.")
     ] = "minilm",
@@ -227,13 +231,15 @@ def train(
 
     With --method llm2vec the file has texts, for --step mntp or simcse, or jsonl rows of query,
     answer and negative_answer, for --step supervised; --model may be the step before. With --method
-    gem it has texts.
+    gem it has texts, and --full trains the model's linear weights in place of LoRA factors.
     """
     from gen_fast.training.config import TrainConfig, parse_flags, read_config, read_settings
 
     values = {**read_settings(config), **parse_flags(context.args)}
     chosen = str(method or values.pop("method", TRAINED[0]))
     values.pop("method", None)
+    if full and chosen != GEM:
+        fail(f"--full means nothing with --method {chosen}")
     if chosen in (LLM2VEC, GEM):
         for name in _OF_ANSWERS:
             if _was_given(context, name):
@@ -245,6 +251,7 @@ def train(
             "dtype": dtype and str(dtype),
             "text_column": text_column,
             "id_column": id_column,
+            "full": full or None,
         }
         if _was_given(context, "out"):
             flags["out"] = str(out)

@@ -27,7 +27,7 @@ def curves():
 @pytest.fixture(autouse=True)
 def _no_curves_unless_asked_for(request, monkeypatch):
     if "curves" not in request.fixturenames:
-        for module in ("llm2vec_gen", "lora_task"):
+        for module in ("llm2vec_gen", "adapted_task"):
             monkeypatch.setattr(f"gen_fast.training.{module}.draw_curves", lambda *_: None)
 
 

@@ -10,33 +10,31 @@ import pytest
 import torch
 import yaml
 from oracles import gem as oracle
-from oracles.lora import gradients_of
-from tiny_runs import ADAPTED, begin, losses, run_in_ranks
+from oracles.lora import gradients_of, weight_gradients_of
+from tiny_runs import begin, gem_configs, losses, run_in_ranks
 from typer.testing import CliRunner
 
 import gen_fast
 from gen_fast.cli import app
 from gen_fast.formats.gem import read_special
 from gen_fast.formats.peft import read_adapter
+from gen_fast.model.full import FullWeights
 from gen_fast.model.weights import load_backbone, load_head
 from gen_fast.testing import relative_error, save_tiny_model
+from gen_fast.training.adapted_task import Data
 from gen_fast.training.checkpoint import latest_checkpoint
 from gen_fast.training.contrastive import embed
 from gen_fast.training.gem import GEMTask, drop_tokens, masked, plain, train
 from gen_fast.training.gem_config import GEMConfig
-from gen_fast.training.lora_task import Data
 from gen_fast.training.records import Rejections, read_records
 from gen_fast.training.trainer import Stepper
 from gen_fast.training.world import World
-
-WORDS = "a seal swims under the ice while birds look for fish near the shore".split()  # noqa: SIM905
-
 
 # ------------------------------------------------------------------ against plain transformers
 
 
 def make_task(directory, **settings):
-    """A task over random texts, LoRA and special tokens away from where they begin."""
+    """A task over random texts, what it trains away from where it begins."""
     backbone = load_backbone(directory)
     values = {
         "texts": ("-",),
@@ -45,7 +43,7 @@ def make_task(directory, **settings):
         "device": "cpu",
         "dtype": "float32",
         "n_special": 3,
-        "lora_rank": 4,
+        "lora_rank": None if settings.get("full") else 4,
         "batch_size": 6,
         "plain_probability": 0.5,
         "alpha": 0.4,
@@ -62,10 +60,46 @@ def make_task(directory, **settings):
     )
     torch.manual_seed(3)
     with torch.no_grad():
-        for b in task.lora.b:
-            b.normal_(std=0.05)  # with 0.3 transformers' own float32 is 2e-4 away from float64
+        update = task.linears.update
+        # With 0.3 transformers' own float32 is 2e-4 away from float64.
+        for parameter in update.parameters() if task.config.full else update.b:
+            parameter.add_(0.05 * torch.randn_like(parameter))
         task.parameters.special.normal_(std=0.1)
     return task
+
+
+def trained(model, update):
+    """The model of transformers with what is trained in its linears: leaves, by their names."""
+    if isinstance(update, FullWeights):
+        return with_weights(model, update)
+    return lettered(adapted(model, update))
+
+
+def gradients(update, config):
+    """Of what is trained, by the same names."""
+    if isinstance(update, FullWeights):
+        return weight_gradients_of(update, config)
+    return lettered(gradients_of(update, config))
+
+
+def lettered(pairs):
+    """Factors A and B by names of their own."""
+    return {
+        f"{name}.{letter}": factor
+        for name, pair in pairs.items()
+        for letter, factor in zip("AB", pair, strict=True)
+    }
+
+
+def with_weights(model, full):
+    """The model of transformers with these weights in its linears, and no others that train."""
+    model.requires_grad_(False)
+    leaves = {}
+    for name, weight in full.weights().items():
+        leaf = model.get_submodule(f"model.{name}").weight
+        leaf.copy_(weight)
+        leaves[name] = leaf.requires_grad_()
+    return leaves
 
 
 def adapted(model, lora):
@@ -126,6 +160,8 @@ def oracle_losses(model, base, task, examples, special, log_scale):
         {"alpha": 0.0, "n_special": 1, "base_weight": 0.7},
         {"alpha": 1.0, "plain_probability": 0.0},
         {"alpha": 1.0, "base_weight": 2.0},
+        {"full": True, "base_weight": 0.7},
+        {"full": True, "form": "insert", "pooling": "concat"},
     ],
     ids=str,
 )
@@ -140,7 +176,7 @@ def test_losses_and_gradients_of_a_mixed_batch_are_those_of_transformers(
     assert len(blocks) == (1 if task.config.plain_probability == 0 else 2)
     progress = task.accumulate(examples, World())
 
-    leaves = adapted(model, task.lora)
+    leaves = trained(model, task.linears.update)
     special = task.parameters.special.detach().clone().requires_grad_()
     log_scale = task.parameters.log_scale.detach().clone().requires_grad_()
     told, contrastive, kept = oracle_losses(model, base, task, examples, special, log_scale)
@@ -155,9 +191,8 @@ def test_losses_and_gradients_of_a_mixed_batch_are_those_of_transformers(
     pairs = {"special": (task.parameters.special.grad, special.grad)}
     if alpha:
         pairs["log_scale"] = task.parameters.log_scale.grad, log_scale.grad
-    for name, gradients in gradients_of(task.lora, task.backbone.config).items():
-        for letter, own, leaf in zip("AB", gradients, leaves[name], strict=True):
-            pairs[f"{name}.{letter}"] = own, leaf.grad
+    for name, own in gradients(task.linears.update, task.backbone.config).items():
+        pairs[name] = own, leaves[name].grad
     for name, (actual, wanted) in pairs.items():
         if wanted is None or not float(wanted.norm()):
             assert not actual.any(), name
@@ -248,10 +283,18 @@ def test_the_scale_of_the_cosines_stays_in_its_bounds(tiny_model):
         assert float(task.parameters.log_scale.detach()) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("form", ["reconstruct", "insert"])
-def test_parts_and_recomputation_change_nothing(tiny_model, form):
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {"form": "reconstruct", "lora_dropout": 0.1},
+        {"form": "insert", "lora_dropout": 0.1},
+        {"full": True},
+    ],
+    ids=str,
+)
+def test_parts_and_recomputation_change_nothing(tiny_model, kind):
     def gradients(**settings):
-        task = make_task(tiny_model, form=form, lora_dropout=0.1, base_weight=0.5, **settings)
+        task = make_task(tiny_model, base_weight=0.5, **kind, **settings)
         losses = task.accumulate(task.examples(0, World()), World()).losses
         return losses, [p.grad for p in task.parameters.parameters()]
 
@@ -269,22 +312,7 @@ def test_parts_and_recomputation_change_nothing(tiny_model, form):
 @pytest.fixture
 def make_config(tiny_model, tmp_path):
     """Call with settings to get a configuration over fresh texts."""
-    rng = np.random.default_rng(0)
-    texts = [" ".join(rng.choice(WORDS, int(rng.integers(3, 12)))) for _ in range(60)]
-    (tmp_path / "texts.txt").write_text("\n".join([*texts, "", "a"]) + "\n")
-
-    def make(out="run", **settings):
-        values = {
-            **ADAPTED,
-            "texts": (str(tmp_path / "texts.txt"),),
-            "out": str(tmp_path / out),
-            "backbone": str(tiny_model),
-            "n_special": 2,
-            "alpha_start_step": 1,
-        }
-        return GEMConfig(**(values | settings))
-
-    return make
+    return gem_configs(tmp_path, tiny_model)
 
 
 def model_bytes(config):

@@ -7,11 +7,16 @@ from datetime import timedelta
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.distributed import TCPStore
 from warm_processes import processes
 
+from gen_fast.training import world
+from gen_fast.training.gem_config import GEMConfig
 from gen_fast.training.records import read_records
+
+WORDS = "a seal swims under the ice while birds look for fish near the shore".split()  # noqa: SIM905
 
 # Of LoRA over texts: stopped and continued within four steps.
 ADAPTED = {
@@ -35,6 +40,28 @@ def losses(config):
     """The total loss by step."""
     rows = read_records(Path(config.out) / "metrics.jsonl")
     return {row["step"]: row["loss/total"] for row in rows if "loss/total" in row}
+
+
+def gem_configs(directory, model):
+    """What makes configurations of GEM from settings, over texts in a directory."""
+    rng = np.random.default_rng(0)
+    texts = [" ".join(rng.choice(WORDS, int(rng.integers(3, 12)))) for _ in range(60)]
+    (directory / "texts.txt").write_text("\n".join([*texts, "", "a"]) + "\n")
+
+    def make(out="run", **settings):
+        values = {
+            **ADAPTED,
+            "texts": (str(directory / "texts.txt"),),
+            "out": str(directory / out),
+            "backbone": str(model),
+            "n_special": 2,
+            "alpha_start_step": 1,
+        }
+        if settings.get("full"):
+            values.pop("lora_rank")
+        return GEMConfig(**(values | settings))
+
+    return make
 
 
 def begin(train, config) -> BaseProcess:
@@ -75,4 +102,5 @@ def run_in_ranks(train, config) -> None:
 def _train(train, config, environment) -> None:
     os.environ.update({name: str(value) for name, value in environment.items()})
     torch.set_num_threads(1)
+    world._MESSAGE = 50_000  # several for the gradients of a tiny model
     train(config, show_progress_bar=False)

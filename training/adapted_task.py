@@ -1,4 +1,4 @@
-"""What tasks have in common that train LoRA factors over a frozen backbone: data and files."""
+"""What tasks have in common that train a backbone's linears over texts: data and files."""
 
 import hashlib
 from abc import abstractmethod
@@ -13,16 +13,16 @@ from torch import nn
 
 from gen_fast.errors import ConfigError, InputError
 from gen_fast.formats.llm2vec import Wrapper, read_checkpoint
-from gen_fast.formats.peft import read_adapter, write_adapter
+from gen_fast.io.durable import replacing_directory
 from gen_fast.io.text_files import read_texts
 from gen_fast.model.backbone import Backbone
 from gen_fast.model.device import resolve_dtype
-from gen_fast.model.lora import Lora, LoraWeights
 from gen_fast.model.sources import resolve
 from gen_fast.model.tokenizing import Tokenizer, load_tokenizer
 from gen_fast.model.weights import load_backbone
 from gen_fast.training.adapted_config import AdaptedConfig
 from gen_fast.training.data import smallest_hashes
+from gen_fast.training.linears import AllWeights, LoraFactors, TrainedLinears
 from gen_fast.training.records import Rejections
 from gen_fast.training.report import draw_curves, summary
 from gen_fast.training.task import Task
@@ -38,15 +38,15 @@ class Data:
     fingerprint: str
 
 
-class LoraTask(Task[Any]):
-    """The factors, and the files they are written to.
+class AdaptedTask(Task[Any]):
+    """What is trained of the linears, and the files that it is written to.
 
-    TAG: of the adapter's model card. lora: the factors, all of `parameters` or a part of them.
+    TAG: of the model card. linears: their update, all of `parameters` or a part of them.
     """
 
     TAG: ClassVar[str]
     config: AdaptedConfig
-    lora: Lora
+    linears: TrainedLinears
 
     def __init__(
         self,
@@ -58,10 +58,9 @@ class LoraTask(Task[Any]):
         self.backbone = backbone
         self.config = config
         self.rejections = rejections
-        self.lora = Lora(config.lora, backbone.config, seed=config.seed).to(backbone.device)
-        self.parameters = self.lora
+        self.linears = (LoraFactors if config.trains_lora else AllWeights)(config, backbone)
+        self.parameters = self.linears.update
         self._data = data
-        self._start = _start_of(config, backbone)
 
     @property
     @abstractmethod
@@ -75,36 +74,29 @@ class LoraTask(Task[Any]):
 
     def identity(self) -> dict[str, Any]:
         """See Task."""
-        start = None if self._start is None else self._start.sha256()
-        return {"data": self._data.fingerprint, "lora_start_sha256": start}
+        return {"data": self._data.fingerprint, **self.linears.identity()}
 
     def begin(self) -> None:
         """See Task."""
-        if self._start is not None:
-            self.lora.copy_factors(self._start.factors)
+        self.linears.begin()
 
     def save(self, folder: Path) -> None:
         """See Task."""
-        config = self.config
-        # A path is one from anywhere, and no name of the Hub.
-        is_local = Path(config.backbone).exists()
-        write_adapter(
-            folder,
-            self.lora.weights(),
-            base=str(Path(config.backbone).resolve()) if is_local else config.backbone,
-            revision=config.backbone_revision,
-            fingerprint=self.backbone.fingerprint,
-            tags=(self.TAG,),
-        )
+        self.linears.save(folder, self.TAG)
 
     def restore(self, folder: Path) -> None:
         """See Task."""
-        self.lora.copy_factors(read_adapter(folder).weights.factors)
+        self.linears.restore(folder)
 
     def finish(self, folder: Path, step: int) -> None:
         """See Task."""
-        config, out = self.config, folder.parent
-        self.save(folder)
+        with replacing_directory(folder) as temporary:
+            self.save(temporary)
+            self._describe(temporary, folder.parent, step)
+
+    def _describe(self, folder: Path, out: Path, step: int) -> None:
+        """Add curves, settings and what came of the run to the card."""
+        config = self.config
         curves = [("loss", ("loss/total", "validation/loss"), "nats")]
         others = [n for n, _ in summary(out) if n != "validation/loss"]
         draw_curves(out, folder / "curves.png", [*curves, ("validation", others, "")])
@@ -122,9 +114,9 @@ class LoraTask(Task[Any]):
         (folder / "training.yaml").write_text(yaml.safe_dump(config.plain(), sort_keys=False))
 
     def _flops(self, tokens: int, predicted: int = 0) -> float:
-        """2 for each weight and token forward and as many back; the head twice."""
-        head = self.backbone.embedding.numel()
-        return 4.0 * (self.backbone.config.non_embedding_parameters * tokens + head * predicted)
+        """Of the linears' weights and the head, forward and back; the head gets no gradient."""
+        linears = self.linears.flops * self.backbone.config.non_embedding_parameters * tokens
+        return linears + 4.0 * self.backbone.embedding.numel() * predicted
 
 
 @dataclass(frozen=True)
@@ -164,23 +156,6 @@ class Parts:
             below.wrapper,
             Rejections(Path(config.out) / "rejected.jsonl"),
         )
-
-
-def _start_of(config: AdaptedConfig, backbone: Backbone) -> LoraWeights | None:
-    """The adapter that the factors begin as. Raises BackboneMismatchError or ConfigError."""
-    if not config.lora_start:
-        return None
-    adapter = read_adapter(resolve(config.lora_start))
-    adapter.check_fingerprint(backbone.fingerprint)
-    adapter.weights.check_backbone(backbone.config)
-    theirs, own = adapter.weights.config, config.lora
-    for name in ("rank", "scale", "modules"):
-        if getattr(theirs, name) != getattr(own, name):
-            raise ConfigError(
-                f"lora_start {config.lora_start} has {name} {getattr(theirs, name)}, this run "
-                f"{getattr(own, name)}: give lora_rank and lora_alpha as it was trained"
-            )
-    return adapter.weights
 
 
 def read_all_texts(config: AdaptedConfig, rejections: Rejections) -> tuple[list[str], list[str]]:

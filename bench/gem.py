@@ -1,9 +1,10 @@
 """What a GEM model keeps and what its special tokens hold, on texts that it was not trained on.
 
-    python bench/gem.py kept MODEL [--chat ANSWERS.jsonl] [--text TEXTS] [--tokens N]
+    python bench/gem.py kept MODEL [--base MODEL] [--chat ANSWERS.jsonl] [--text TEXTS] [--tokens N]
         [--generations N] [--json FILE]
     python bench/gem.py read MODEL --text TEXTS [--count N] [--lengths 8 16 32 64 128] [--json FILE]
 
+base: what MODEL was trained from; an adapter says it itself.
 kept: mean KL(base‖model) a token and the perplexity of both, without special tokens, over the first
 N tokens of chat answers (rows of query and answer; the answers alone are scored) and of plain texts
 (pieces of 512 tokens); and greedy answers of both to the first queries, unedited.
@@ -19,7 +20,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import takewhile
 from pathlib import Path
 
@@ -51,6 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("what", choices=("kept", "read"))
     parser.add_argument("model", help="what gen-fast train --method gem left")
+    parser.add_argument("--base", help="what a model of weights was trained from")
     parser.add_argument("--chat", help="jsonl rows of query and answer")
     parser.add_argument("--text", help="txt, jsonl, csv or parquet")
     parser.add_argument("--tokens", type=int, default=20_000)
@@ -64,6 +66,8 @@ def main() -> None:
     args = parser.parse_args()
     if not (args.text or (args.what == "kept" and args.chat)):
         parser.error("give --text FILE, or for kept --chat FILE")
+    if args.what == "kept" and not (args.base or locate_generator(args.model).adapters):
+        parser.error("a model of weights does not say its base: give --base MODEL")
     rows = measure_kept(args) if args.what == "kept" else measure_read(args)
     if args.json:
         report = {"machine": machine(), "command": " ".join(sys.argv), "rows": rows}
@@ -73,18 +77,20 @@ def main() -> None:
 def measure_kept(args: argparse.Namespace) -> list[dict]:
     """Rows of drift, then rows of answers."""
     files = locate_generator(args.model)
+    below = replace(files, adapters=files.adapters[:-1])
+    base = locate_generator(args.base) if args.base else below
     tokenizer = load_tokenizer(files.tokenizer)
     device = torch.device(args.device)
     sides = []
-    for adapters in (files.adapters[:-1], files.adapters):
+    for side in (base, files):
         backbone = load_backbone(
-            files.source,
+            side.source,
             dtype=resolve_dtype(args.dtype, device),
             device=device,
             packed=True,
-            adapters=adapters,
+            adapters=side.adapters,
         )
-        sides.append(LanguageModel(backbone, load_head(files.source, backbone)))
+        sides.append(LanguageModel(backbone, load_head(side.source, backbone)))
     writers = [
         AnswerGenerator(
             side.backbone,

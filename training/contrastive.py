@@ -158,6 +158,7 @@ def accumulate_contrastive(
             del graph, embeddings, rows
     for gradients in in_parts(lengths, budget, part_tokens, backward):
         add_gradients(parameters, gradients)
+        del gradients  # before those of the next part are there
     return shares[0]
 
 

@@ -151,6 +151,7 @@ def accumulate_prediction(
     for loss, gradients in in_parts(lengths, trained.budget, part_tokens, backward):
         total[: len(loss)] += loss
         add_gradients(parameters, gradients)
+        del gradients  # before those of the next part are there
     return total
 
 

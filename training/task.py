@@ -107,6 +107,7 @@ def in_parts(
             continue
         start = part.stop
         yield result
+        del result  # of all weights it has gigabytes, while the next is computed
 
 
 def add_gradients(parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:

@@ -38,6 +38,14 @@ FAMILY_OPTIONS: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 24},
 }
 
+# Of `tiny_config`: sizes of whole blocks, as quantised linears need them.
+WHOLE_BLOCKS = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "head_dim": 16,
+}
+
 
 def tiny_config(family: str, vocab_size: int = 384, **changes: Any) -> Any:
     """A transformers config of a three-layer random model; `family` is a key of FAMILY_OPTIONS.

@@ -47,7 +47,7 @@ class AdaptedConfig(RunConfig):
             if self.trains_lora and getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         super().__post_init__()
-        for name in () if self.trains_lora else (*self.LORA, "lora_start"):
+        for name in () if self.trains_lora else (*self.LORA, "lora_start", "quantize"):
             if getattr(self, name) not in (None, ""):
                 raise ConfigError(
                     f"{name} means nothing with full, which trains the weights and no LoRA factors"

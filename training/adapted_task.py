@@ -148,6 +148,7 @@ class Parts:
             device=device,
             adapters=below.adapters,
             bidirectional=bidirectional,
+            quantize=config.quantize,
         )
         return cls(
             backbone,

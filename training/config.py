@@ -13,6 +13,7 @@ import yaml
 from gen_fast.embed.adapter import DEFAULT_PROMPTS
 from gen_fast.embed.choices import DEFAULT_MODEL
 from gen_fast.errors import ConfigError
+from gen_fast.model.quantized import check_quantize
 from gen_fast.ops.distill import ALIGNMENTS
 from gen_fast.training.choices import SCHEDULES, SPECIAL_INITS
 
@@ -70,14 +71,15 @@ class OptimizerConfig:
 class RunConfig(OptimizerConfig):
     """What every run has: a backbone, where it is computed, what is written of it.
 
-    out: a directory. backbone: anything that names a model. validation_rows: held out, chosen by a
-    hash of their ids. report_to: "tensorboard", "wandb"; curves and metrics.jsonl are always
-    written.
+    out: a directory. backbone: anything that names a model. quantize: what its linears are kept in,
+    as for `gen_fast.load`. validation_rows: held out, chosen by a hash of their ids. report_to:
+    "tensorboard", "wandb"; curves and metrics.jsonl are always written.
     """
 
     out: str = ""
     backbone: str = DEFAULT_MODEL
     backbone_revision: str | None = None
+    quantize: str | None = None
     seed: int = 0
     dtype: str = "auto"
     device: str | None = None
@@ -110,6 +112,7 @@ class RunConfig(OptimizerConfig):
         for name, value in vars(self).items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise ConfigError(f"{name} must be a finite number, not {value}")
+        check_quantize(self.quantize)
         for name in self.POSITIVE:
             value = getattr(self, name)
             if value is not None and value <= 0:
@@ -128,6 +131,8 @@ class RunConfig(OptimizerConfig):
     def identity(self) -> dict[str, Any]:
         """What must agree when a run is continued from a checkpoint."""
         values = json.loads(json.dumps(asdict(self)))
+        if self.quantize is None:  # as in checkpoints of before
+            del values["quantize"]
         return {k: v for k, v in values.items() if k not in _NOT_PART_OF_THE_RUN}
 
     def plain(self) -> dict[str, Any]:

@@ -74,7 +74,12 @@ class LLM2VecGenTask(Task[Example]):
         data = TrainingData(config, load_tokenizer(source), rejections)
         if World().rank == 0:
             log_stops(Path(config.out), data.stopped, len(data.train))
-        backbone = load_backbone(source, dtype=resolve_dtype(config.dtype, device), device=device)
+        backbone = load_backbone(
+            source,
+            dtype=resolve_dtype(config.dtype, device),
+            device=device,
+            quantize=config.quantize,
+        )
         head = load_head(source, backbone)
         variance = data.teacher_variance
         return cls(backbone, head, data.dimension, config, variance, data, rejections)

@@ -64,7 +64,13 @@ def evaluate(config: TrainConfig, folder: Path) -> dict[str, Any]:
         name.split("/")[1]: value for name, value in summary(Path(config.out))
     }
     if rows:
-        encoder = load(folder, backbone=config.backbone, device=config.device, dtype=config.dtype)
+        encoder = load(
+            folder,
+            backbone=config.backbone,
+            device=config.device,
+            dtype=config.dtype,
+            quantize=config.quantize,
+        )
         reader = Reader(encoder)
         soft = reader.soft_prompts([row.query.strip() for row in rows], config.prompt)
         figures["examples"] = [

@@ -282,6 +282,7 @@ def train(
         settings.backbone,
         device=options.checked_device(settings.device),
         dtype=settings.dtype,
+        quantize=settings.quantize,
         revision=settings.backbone_revision,
         max_new_tokens=max_new_tokens,
         batch_size=answer_batch,

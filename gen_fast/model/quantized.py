@@ -6,7 +6,7 @@ copy has the original's fingerprint: an adapter of the one fits the other.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,6 @@ import torch
 from torch import Tensor
 
 from gen_fast.errors import ConfigError, UnsupportedModelError, WeightsError
-from gen_fast.io.cache import remembered_sha256
-from gen_fast.io.checksums import problem
 from gen_fast.io.json_files import check_seal, read_json_object, seal
 from gen_fast.model.choices import QUANTIZED
 from gen_fast.ops.qlinear import fits, quantize_weight
@@ -54,11 +52,10 @@ def check_quantize(quantize: str | None) -> None:
         raise ConfigError(f"quantize {quantize!r} is not one of {', '.join(QUANTIZED)}")
 
 
-def read_recipe(directory: Path, weights: Iterable[str]) -> Recipe | None:
+def read_recipe(directory: Path) -> Recipe | None:
     """The recipe of a quantised copy; None for a model that is none.
 
-    weights: names of its safetensors files. Raises WeightsError for a damaged copy, or one of a
-    format that this version does not read.
+    Raises WeightsError for a damaged one, or one of a format that this version does not read.
     """
     path = directory / RECIPE
     if not path.exists():
@@ -72,8 +69,6 @@ def read_recipe(directory: Path, weights: Iterable[str]) -> Recipe | None:
         raise WeightsError(
             f"{path}: {values['quantize']!r} of {values['format']!r} is not read by this version"
         )
-    if wrong := problem(directory, "config.json", RECIPE, *weights, sha256=remembered_sha256):
-        raise WeightsError(wrong)
     return Recipe(**{name: values[name] for name in Recipe.__dataclass_fields__})
 
 

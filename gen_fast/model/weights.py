@@ -85,6 +85,10 @@ class TensorFiles:
     def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """Read a tensor, adapters merged. Raises WeightsError for a missing or damaged one."""
         tensor = self.stored(name)
+        if self.recipe is not None and tensor.dtype == torch.uint8:
+            raise UnsupportedModelError(
+                f"tensor {name!r} is quantised: this takes the original, {self.recipe.source!r}"
+            )
         if tuple(tensor.shape) != shape:
             raise WeightsError(
                 f"tensor {name!r} has shape {tuple(tensor.shape)}, the config asks for {shape}"
@@ -153,7 +157,7 @@ def find_tensors(directory: Path) -> TensorFiles:
             raise WeightsError(f"{path} is damaged: {error}") from error
         for stored in names:
             where[stored.removeprefix("model.")] = shard, stored
-    return TensorFiles(where, mapped=True, recipe=read_recipe(directory, shards))
+    return TensorFiles(where, mapped=True, recipe=read_recipe(directory))
 
 
 def load_backbone(

@@ -19,7 +19,7 @@ from gen_fast.io.checksums import CHECKSUMS
 from gen_fast.model.lora import Lora, LoraConfig
 from gen_fast.model.sources import resolve
 from gen_fast.model.weights import load_backbone
-from gen_fast.testing import save_tiny_adapter, save_tiny_model
+from gen_fast.testing import WHOLE_BLOCKS, save_tiny_adapter, save_tiny_model
 from gen_fast.training.checkpoint import latest_checkpoint
 from gen_fast.training.llm2vec_gen import train
 
@@ -87,6 +87,18 @@ def test_of_a_gem_model(tiny_model: Path, tmp_path: Path, file: str, count: int)
 def test_of_a_gem_model_of_weights(tiny_model: Path, tmp_path: Path, file: str, count: int) -> None:
     save_gem(tmp_path, tiny_model, full=True)
     tally = attack(f"GEM model: {file}", tmp_path / file, count, embedded_by(tmp_path))
+    assert tally.counts["refused"] == count
+
+
+@pytest.mark.parametrize("count", [3, MANY])
+@pytest.mark.parametrize(
+    "file", ["model.safetensors", "quantization.json", "config.json", "tokenizer.json", CHECKSUMS]
+)
+def test_of_a_quantised_copy(tmp_path: Path, file: str, count: int) -> None:
+    save_tiny_model(tmp_path / "model", "llama", **WHOLE_BLOCKS)
+    copy = tmp_path / "copy"
+    gen_fast.write_quantized(tmp_path / "model", copy, device="cpu")
+    tally = attack(f"quantised copy: {file}", copy / file, count, embedded_by(copy))
     assert tally.counts["refused"] == count
 
 

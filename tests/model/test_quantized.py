@@ -15,24 +15,22 @@ from gen_fast.model.linear import Int4Weight
 from gen_fast.model.lora import MATRICES, Lora, LoraConfig
 from gen_fast.model.sources import resolve
 from gen_fast.model.weights import load_backbone
-from gen_fast.testing import relative_error, save_tiny_model
+from gen_fast.testing import WHOLE_BLOCKS, relative_error, save_tiny_model
 
-# Whole blocks: multiples of 32. The head size is that of the heads of all families.
-SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "head_dim": 16}
 BATCH = PackedBatch.pack([np.arange(3, 40), np.arange(60, 65)], needed=[2, 1])
 
 
 @pytest.fixture(scope="module", params=["llama", "mistral-window", "qwen2", "qwen3"])
 def directory(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("quantized")
-    save_tiny_model(folder, request.param, **SIZES)
+    save_tiny_model(folder, request.param, **WHOLE_BLOCKS)
     return folder
 
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
     folder = tmp_path_factory.mktemp("quantized") / "llama"
-    save_tiny_model(folder, "llama-tied", **SIZES)
+    save_tiny_model(folder, "llama-tied", **WHOLE_BLOCKS)
     return folder
 
 
@@ -77,7 +75,7 @@ def test_gradients_are_those_of_the_dequantised_model(directory):
                 b.normal_()
         vocabulary = backbone.config.vocab_size
         batch = PackedBatch.pack([np.array([5, vocabulary, 9]), np.array([vocabulary + 1, 4])])
-        backbone.forward(batch, special=special, lora=lora).square().sum().backward()
+        backbone.forward(batch, special=special, update=lora).square().sum().backward()
         gradients.append([special.grad, *(parameter.grad for parameter in lora.parameters())])
     for own, other in zip(*gradients, strict=True):
         assert relative_error(own, other) <= 1e-5
@@ -94,7 +92,7 @@ def test_it_computes_in_other_dtypes(llama, dtype):
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1"])
 def test_blocks_of_gguf_keep_their_values(tmp_path, monkeypatch, kind):
     monkeypatch.setenv("GEN_FAST_CACHE", str(tmp_path / "cache"))
-    model = save_tiny_model(tmp_path / "model", "llama", **SIZES)
+    model = save_tiny_model(tmp_path / "model", "llama", **WHOLE_BLOCKS)
     write_gguf(tmp_path / "model.gguf", model, kind=KINDS[kind])
     source = resolve(tmp_path / "model.gguf")
     expected = load_backbone(source)

@@ -1,0 +1,59 @@
+"""Training over a backbone whose linears are kept in 4 bits."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_data import train_config, write_answers, write_teacher
+from tiny_runs import gem_configs, losses
+
+import gen_fast
+from gen_fast.model.linear import Int4Weight
+from gen_fast.testing import WHOLE_BLOCKS, save_tiny_model
+from gen_fast.training import gem, llm2vec_gen
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A model of values that 4 bits keep."""
+    folder = tmp_path_factory.mktemp("on-grid")
+    save_tiny_model(folder, "llama", **WHOLE_BLOCKS)
+    tensors = load_file(folder / "model.safetensors")
+    for name, tensor in tensors.items():
+        if "_proj" in name:
+            tensors[name] = Int4Weight.of(tensor).dequantized(torch.float32)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_llm2vec_gen_trains_as_over_the_same_values(model, tmp_path):
+    write_answers(tmp_path / "answers.jsonl")
+    write_teacher(tmp_path / "teacher.parquet", tmp_path / "answers.jsonl")
+    curves = []
+    for quantize in (None, "int4"):
+        out = tmp_path / str(quantize)
+        config = train_config(tmp_path, model, out=str(out), quantize=quantize, start="random")
+        folder = llm2vec_gen.train(config, show_progress_bar=False)
+        curves.append(losses(config))
+        gen_fast.load(folder, quantize=quantize, device="cpu").encode("the cat")
+    assert curves[1] == pytest.approx(curves[0], rel=1e-4)
+
+
+def test_lora_trains_as_over_the_same_values(model, tmp_path):
+    make = gem_configs(tmp_path, model)
+    configs = [make(str(quantize), quantize=quantize) for quantize in (None, "int4")]
+    for config in configs:
+        gem.train(config, show_progress_bar=False)
+    assert losses(configs[1]) == pytest.approx(losses(configs[0]), rel=1e-4)
+    with pytest.raises(gen_fast.CheckpointError, match="quantize"):
+        gem.train(make("int4", steps=5), show_progress_bar=False)
+
+
+def test_what_has_no_meaning_is_refused(model, tmp_path):
+    make = gem_configs(tmp_path, model)
+    with pytest.raises(gen_fast.ConfigError, match="quantize means nothing with full"):
+        make(full=True, quantize="int4")
+    with pytest.raises(gen_fast.ConfigError, match="'int3' is not one of int4"):
+        make(quantize="int3")
+    gen_fast.write_quantized(model, tmp_path / "copy", device="cpu")
+    with pytest.raises(gen_fast.UnsupportedModelError, match="takes the original"):
+        gem.train(gem_configs(tmp_path, tmp_path / "copy")(full=True), show_progress_bar=False)

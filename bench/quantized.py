@@ -30,7 +30,8 @@ from gen_fast.model.sources import packaged_file, resolve
 MODEL = "smollm2-135m"
 WORKLOADS = ("documents", "queries", "one text")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-TRUTH_TEXTS = 64
+TRUTH_TEXTS = 32
+MAX_LENGTH = 1024  # more than any text here has
 # Texts that are encoded one after another.
 ALONE = 40
 
@@ -54,22 +55,24 @@ def main() -> None:
     rows = []
     for dtype in args.dtype:
         plain, int4 = (
-            load(MODEL, method="mean", dtype=dtype, quantize=quantize, max_length=1024)
+            load(MODEL, method="mean", dtype=dtype, quantize=quantize, max_length=MAX_LENGTH)
             for quantize in (None, "int4")
         )
         print(f"{dtype}: " + ", ".join(f"{k} {v}" for k, v in _memory(plain, int4).items()))
+        runs = {dtype: _encode(plain), "int4": _encode(int4)}
+        whole = workloads.Workload("", "", [], MAX_LENGTH)  # texts come with their prompt
+        if "openvino" in args.peer:
+            runs["openvino"] = peers.openvino_mean(resolve(MODEL), DTYPES[dtype], whole)
+        if "llama.cpp" in args.peer:
+            runs["llama.cpp"] = peers.llama_cpp_mean(packaged_file(MODEL), whole)
         for name in args.workload:
             work = workloads.make("queries" if name == "one text" else name, tokenizer, args.quick)
-            runs: dict[str, Run] = {dtype: _encode(plain, work), "int4": _encode(int4, work)}
-            if "openvino" in args.peer:
-                runs["openvino"] = peers.openvino_mean(resolve(MODEL), DTYPES[dtype], work)
-            if "llama.cpp" in args.peer:
-                runs["llama.cpp"] = peers.llama_cpp_mean(packaged_file(MODEL), work)
-            texts = work.texts
+            texts = [work.prompt + text for text in work.texts]
+            these = runs
             if name == "one text":
                 texts = texts[:ALONE]
-                runs = {provider: _one_by_one(run) for provider, run in runs.items()}
-            rows += _compare(name, dtype, runs, texts, args.rounds, _memory(plain, int4))
+                these = {provider: _one_by_one(run) for provider, run in runs.items()}
+            rows += _compare(name, dtype, these, texts, args.rounds, _memory(plain, int4))
     if args.json:
         report = {"machine": machine(), "command": " ".join(sys.argv), "rows": rows}
         args.json.parent.mkdir(parents=True, exist_ok=True)
@@ -128,12 +131,8 @@ def _memory(plain, int4) -> dict[str, float]:
     }
 
 
-def _encode(encoder, work: workloads.Workload) -> Run:
-    def run(texts: list[str]) -> np.ndarray:
-        encoder.prefixes = type(encoder.prefixes)(encoder.backbone)  # a cold cache each time
-        return encoder.encode([work.prompt + text for text in texts], show_progress_bar=False)
-
-    return run
+def _encode(encoder) -> Run:
+    return lambda texts: encoder.encode(texts, show_progress_bar=False)
 
 
 def _one_by_one(run: Run) -> Run:

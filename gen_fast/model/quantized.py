@@ -7,7 +7,7 @@ copy has the original's fingerprint: an adapter of the one fits the other.
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -63,13 +63,12 @@ def read_recipe(directory: Path) -> Recipe | None:
     try:
         values = read_json_object(path)
         check_seal(values)
-    except (ValueError, OSError) as error:
+        if values["format"] != FORMAT or values["quantize"] not in QUANTIZED:
+            found = f"{values['quantize']!r} of {values['format']!r}"
+            raise WeightsError(f"{path}: {found} is not read by this version")
+        return Recipe(**{field.name: values[field.name] for field in fields(Recipe)})
+    except (KeyError, ValueError, OSError) as error:
         raise WeightsError(f"{path} cannot be read: {error}") from error
-    if values["format"] != FORMAT or values["quantize"] not in QUANTIZED:
-        raise WeightsError(
-            f"{path}: {values['quantize']!r} of {values['format']!r} is not read by this version"
-        )
-    return Recipe(**{name: values[name] for name in Recipe.__dataclass_fields__})
 
 
 def int4_blocks(name: str, weight: Tensor) -> Tensor:

@@ -202,10 +202,10 @@ def int4_linear(
 ) -> Tensor:
     """x [T, in] times a frozen weight of 4 bits, transposed, plus bias [out]: [T, out].
 
-    blocks: uint8 [out / 16, in / 32, 320], as `quantize_weight` gives them. Each weight is
-    q · scale + minimum in float32, rounded to x's dtype; so the product is that with
-    `dequantize_weight(blocks, x.dtype)`, which never is in memory as a whole where that is faster.
-    A gradient reaches x alone. Raises OpError for shapes and dtypes that do not fit.
+    blocks: uint8 [out / 16, in / 32, 320], as `quantize_weight` gives them. The product is that
+    with `dequantize_weight(blocks, x.dtype)` to rounding: an implementation that multiplies in
+    float32 does not round the weights to x's dtype. A gradient reaches x alone.
+    Raises OpError for shapes and dtypes that do not fit.
 
     Source: the type Q4_1 of GGUF (llama.cpp).
     """

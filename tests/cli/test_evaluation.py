@@ -73,7 +73,7 @@ def test_wrong_usage(tiny_model: Path, tmp_path: Path) -> None:
     for more, message in (
         (("--tasks", "Nothing"), "no task named 'Nothing'"),
         (("--instructions", "none.yaml"), "cannot be read"),
-        (("--stock", "--method", "mean"), "--method and --backbone have no meaning"),
+        (("--stock", "--method", "mean"), "--method, --backbone, --quantize have no meaning"),
     ):
         result = run(*options, *more)
         assert result.exit_code != 0

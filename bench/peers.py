@@ -119,15 +119,21 @@ def openvino_mean(backbone: Path, dtype: torch.dtype, work: Workload) -> Callabl
     from transformers import AutoModel, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(backbone, padding_side="right")
-    model = AutoModel.from_pretrained(backbone, dtype=torch.float32, attn_implementation="sdpa")
-    model.config.use_cache = False
 
     class States(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = AutoModel.from_pretrained(
+                backbone, dtype=torch.float32, attn_implementation="sdpa"
+            ).eval()
+
         def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-            return model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+            return self.model(
+                input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+            ).last_hidden_state
 
     example = dict(tokenizer(["a few words", "two"], padding=True, return_tensors="pt"))
-    with torch.inference_mode():
+    with torch.no_grad():
         converted = openvino.convert_model(States(), example_input=example)
     settings = {
         "INFERENCE_PRECISION_HINT": {torch.float32: "f32", torch.bfloat16: "bf16"}[dtype],

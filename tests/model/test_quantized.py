@@ -14,6 +14,7 @@ from gen_fast.model.batch import PackedBatch
 from gen_fast.model.linear import Int4Weight
 from gen_fast.model.lora import MATRICES, Lora, LoraConfig
 from gen_fast.model.sources import resolve
+from gen_fast.model.tokenizing import load_tokenizer
 from gen_fast.model.weights import load_backbone
 from gen_fast.testing import WHOLE_BLOCKS, relative_error, save_tiny_model
 
@@ -110,6 +111,10 @@ def test_the_shipped_model_keeps_its_values_in_a_third_of_bfloat16s_memory(smoll
     )
     for own, other in zip(dequantized(backbone).layers, expected.layers, strict=True):
         assert all(torch.equal(getattr(own, m), getattr(other, m)) for m in MATRICES)
+    texts = ["where do polar bears live", "Gold is a chemical element with the symbol Au."]
+    tokenizer = load_tokenizer(smollm2)
+    batch = PackedBatch.pack([np.array(tokenizer.core.encode(text).ids) for text in texts])
+    assert relative_error(backbone.forward(batch), expected.forward(batch)) <= 1e-5
 
 
 def test_adapters_are_merged_before(llama):

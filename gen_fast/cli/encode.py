@@ -100,7 +100,7 @@ def encode(
         dimension=vectors.shape[1],
         model_dimension=encoder.dimension,
         dtype=str(encoder.backbone.dtype).removeprefix("torch."),
-        quantize=encoder.backbone.quantize or "",
+        quantize=str(quantize or ""),
         backbone=lasting_name(backbone) if backbone else "",
         fingerprint=encoder.backbone.fingerprint,
     )
@@ -184,6 +184,7 @@ def search(
     if metadata is not None and model is None:
         method = method or metadata.method
         backbone = backbone or metadata.backbone or None
+        quantize = quantize or metadata.quantize or None
     encoder = load_encoder(
         model or (metadata.model if metadata else None),
         method=method,

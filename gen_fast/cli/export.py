@@ -32,7 +32,7 @@ def export(
     quiet: options.QuietOption = False,
 ) -> None:
     """Write a directory that sentence-transformers runs without code of gen_fast."""
-    from gen_fast.formats.sentence_export import check_is_new
+    from gen_fast.io.durable import check_is_new
 
     check_is_new(out)
     encoder = load_encoder(

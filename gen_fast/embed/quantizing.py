@@ -14,10 +14,9 @@ from torch import Tensor
 from gen_fast.embed.loading import load
 from gen_fast.embed.sample_texts import SAMPLE_TEXTS
 from gen_fast.errors import ConfigError, UnsupportedModelError
-from gen_fast.formats import llm2vec_gen, peft, sentence_transformers
-from gen_fast.formats.sentence_export import check_is_new
+from gen_fast.formats import gem, llm2vec_gen, peft, sentence_transformers
 from gen_fast.io.checksums import CHECKSUMS, record_all
-from gen_fast.io.durable import new_directory
+from gen_fast.io.durable import check_is_new, new_directory
 from gen_fast.io.vectors import centred_cosine
 from gen_fast.model.config import QUANT_METHOD, parse_config
 from gen_fast.model.lora import linear_sizes
@@ -52,8 +51,8 @@ def write_quantized(
     """Write a copy of a backbone whose linears are quantised, to be loaded like the original.
 
     model: a known name, Hub id, .gguf file or directory of a backbone, also one in
-    sentence-transformers' layout, all of which is copied then. out: a new or empty directory.
-    quantize: "int4". texts: at least 20, on which copy and original are compared.
+    sentence-transformers' layout or of a whole GEM model, all of which is copied then. out: a new
+    or empty directory. quantize: "int4". texts: at least 20, on which both are compared.
 
     The copy has the original's fingerprint, so that adapters of the one fit the other. Its recipe's
     quality is the centred cosine of embeddings in float32, by the method that `load` takes.
@@ -91,12 +90,8 @@ def _backbone_in(directory: Path) -> Path:
     """Where the weights of a model lie that is no adapter. Raises UnsupportedModelError."""
     if sentence_transformers.is_sentence_model(directory):
         return sentence_transformers.transformer_directory(directory)
-    own = "adapter.safetensors"
-    if (
-        peft.is_adapter(directory)
-        or llm2vec_gen.is_checkpoint(directory)
-        or (directory / own).exists()
-    ):
+    is_ours = (directory / "adapter.safetensors").exists()
+    if is_ours or peft.is_adapter(directory) or llm2vec_gen.is_checkpoint(directory):
         raise UnsupportedModelError(
             f"{directory} is an adapter: quantise its backbone, or load it with quantize="
         )
@@ -109,9 +104,11 @@ def _kept(directory: Path, source: Path) -> list[Path]:
 
 
 def _is_kept(path: Path, source: Path) -> bool:
+    if path.suffix == ".safetensors":
+        # A layer behind the backbone has weights of its own, a GEM model its special tokens.
+        return path.parent != source or path.name == gem.TENSORS
     if path.suffix not in _KEPT and not path.name.startswith("LICENSE"):
-        # A layer behind the backbone has weights of its own.
-        return path.suffix == ".safetensors" and path.parent != source
+        return False
     return path.parent != source or path.name not in _NOT_KEPT
 
 

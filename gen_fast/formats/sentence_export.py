@@ -17,10 +17,10 @@ from tokenizers import AddedToken, processors
 from tokenizers import Tokenizer as RustTokenizer
 from torch import Tensor
 
-from gen_fast.errors import ConfigError, UnsupportedModelError
+from gen_fast.errors import UnsupportedModelError
 from gen_fast.formats.causal_lm import config_of
 from gen_fast.formats.sentence_modules import POOLING_FLAGS, Pooling
-from gen_fast.io.durable import as_readable_as_others, new_directory
+from gen_fast.io.durable import as_readable_as_others, check_is_new, new_directory
 from gen_fast.model.shards import save_shards
 from gen_fast.model.tokenizing import (
     NAMED_TOKENS,
@@ -48,12 +48,6 @@ class SentenceModules:
     word_weights: Mapping[str, float] = field(default_factory=dict)
     default_weight: float = 1.0
     projection: tuple[Tensor, Tensor] | None = None
-
-
-def check_is_new(directory: Path) -> None:
-    """Raise ConfigError unless `directory` is not there, or empty."""
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise ConfigError(f"{directory} exists and is not an empty directory")
 
 
 def write_sentence_model(

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from gen_fast.errors import ConfigError
+
 # A file system counts in steps of milliseconds, or of two seconds (FAT), by a clock of its own.
 _SETTLED_NANOSECONDS = 3 * 10**9
 
@@ -44,6 +46,12 @@ def replacing(target: Path) -> Iterator[Path]:
         sync(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_is_new(directory: Path) -> None:
+    """Raise ConfigError unless `directory` is not there, or empty."""
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise ConfigError(f"{directory} exists and is not an empty directory")
 
 
 @contextmanager

@@ -41,7 +41,7 @@ class EmbeddingMetadata:
     dimension: of the embeddings; model_dimension: of the model, larger if they were truncated.
     dtype: what the backbone computed in; embeddings are always stored as float32.
     backbone: given for an adapter by hand, else empty. quantize: what its weights were quantised
-    to, else empty.
+    to while it was loaded, else empty, also for a quantised copy.
     fingerprint: of the backbone's weights, see gen_fast.model.fingerprint; empty if unknown.
     """
 

@@ -11,8 +11,7 @@ from gen_fast.ops import CPP, REFERENCE, TRITON, Case, Op, gpu, native, other_op
 
 from . import int4, reference
 
-# Not measured: no machine with AMX was at hand. To make the matrix costs about as much as
-# multiplying that many rows by it.
+# A guess, not measured: no machine with AMX was at hand.
 _ROWS_ON_TILES = 64
 
 
@@ -168,8 +167,8 @@ def _int4_backward_cpu(grad: Tensor, blocks: Tensor) -> Tensor:
 def rows_for_a_matrix(dtype: torch.dtype) -> int:
     """From so many rows on oneDNN multiplies, by a matrix that the weight is made for the moment.
 
-    Where it has tiles for bfloat16, it is several times as fast as the vectors of the C++ op;
-    elsewhere no faster, however many rows there are.
+    Only where it has tiles for bfloat16, which the C++ op does not use. Which of the two is faster
+    elsewhere, for thousands of rows, has not been settled.
     """
     has_tiles = dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
     return _ROWS_ON_TILES if has_tiles else sys.maxsize

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from gem_models import save_gem
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -119,7 +120,27 @@ def test_the_command_writes_a_copy_that_jobs_and_searches_take(model, tmp_path):
     run(app, [*encode, "--model", str(model), "--quantize", "int4", "--out", str(of_model)])
     read = gen_fast.io.embedding_files.read_embeddings
     assert np.array_equal(read(of_copy).vectors, read(of_model).vectors)
-    assert read(of_copy).metadata.quantize == "int4"
+    # A search goes on with the weights that the file was made with.
+    printed = []
+    for file, recorded in ((of_copy, ""), (of_model, "int4")):
+        assert read(file).metadata.quantize == recorded
+        found = run(app, ["search", str(file), "a train ticket", "--dtype", "float32", "--quiet"])
+        assert found.exit_code == 0, found.output
+        printed.append(found.stdout)
+    assert printed[0] == printed[1]
+    by_float = run(
+        app, ["search", str(of_copy), "a train ticket", "--model", str(model), "--quiet"]
+    )
+    assert by_float.stdout != printed[0]
+
+
+def test_a_whole_gem_model_is_copied_with_its_special_tokens(model, tmp_path):
+    base = tmp_path / "base"
+    save_tiny_model(base, "llama", **WHOLE_BLOCKS)
+    whole = save_gem(tmp_path / "gem", base, full=True)
+    gen_fast.write_quantized(whole, tmp_path / "copy", device="cpu")
+    assert gen_fast.load(tmp_path / "copy", **ON_CPU).method == "gem"
+    assert np.array_equal(embedded(tmp_path / "copy"), embedded(whole, quantize="int4"))
 
 
 def test_a_job_goes_on_with_the_same_weights_only(model, tmp_path):

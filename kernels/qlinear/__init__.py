@@ -1,16 +1,8 @@
 """Frozen linears with quantised weights, and rows of activations quantised for them."""
 
 from .int4 import blocks_shape, dequantize_weight, fits, quantize_weight
-from .op import (
-    INT4,
-    OP,
-    check_format,
-    cpp_supports,
-    fake_quantized,
-    int4_linear,
-    int4_linear_backward,
-    quantize_rows,
-)
+from .int4_op import INT4, int4_linear, int4_linear_backward
+from .op import OP, check_format, cpp_supports, fake_quantized, quantize_rows
 
 __all__ = [
     "INT4",

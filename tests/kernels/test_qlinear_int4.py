@@ -14,7 +14,7 @@ from gen_fast.ops.qlinear import (
     int4_linear_backward,
     quantize_weight,
 )
-from gen_fast.ops.qlinear.op import weight_matrix
+from gen_fast.ops.qlinear.int4_op import weight_matrix
 from gen_fast.testing import assert_no_worse
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -103,9 +103,9 @@ def test_every_instruction_set(isa_level, dtype, rows):
 
 
 def test_many_rows_are_multiplied_by_a_matrix(monkeypatch):
-    from gen_fast.ops.qlinear import op
+    from gen_fast.ops.qlinear import int4_op
 
-    monkeypatch.setattr(op, "rows_for_a_matrix", lambda dtype: 3)
+    monkeypatch.setattr(int4_op, "rows_for_a_matrix", lambda dtype: 3)
     blocks, bias = quantize_weight(torch.randn(48, 64)), torch.randn(48)
     x = torch.randn(4, 64)
     torch.testing.assert_close(

@@ -13,7 +13,7 @@ static int detect_isa() {
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512bf16")) {
+      __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")) {
     return 2;
   }
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 1 : 0;
@@ -46,7 +46,7 @@ gen_fast::Dtype dtype(bool bf16) { return bf16 ? gen_fast::Dtype::bf16 : gen_fas
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "C++ ops of gen_fast; see csrc/cpu/ops.h";
-  m.def("isa_level", &gen_fast::isa_level, "0: baseline, 1: AVX2, 2: AVX-512 with bfloat16");
+  m.def("isa_level", &gen_fast::isa_level, "0: baseline, 1: AVX2, 2: AVX-512 with dot products");
   m.def("limit_isa_level", [](int level) { gen_fast::limit = level; }, "for the tests");
   m.def("add_rms_norm", [](bool bf16, Address x, Address residual, Address weight, Address total,
                            Address out, int64_t rows, int64_t size, float eps) {
@@ -75,6 +75,14 @@ PYBIND11_MODULE(_C, m) {
     py::gil_scoped_release release;
     gen_fast::quantize_rows(dtype(bf16), at<void>(x), at<int8_t>(out), at<float>(scales), rows,
                             size);
+  });
+  m.def("int8_linear", [](bool bf16, Address q, Address scales, Address blocks,
+                          Address weight_scales, Address bias, Address y, int64_t rows,
+                          int64_t in, int64_t out) {
+    py::gil_scoped_release release;
+    gen_fast::int8_linear(dtype(bf16), {at<int8_t>(q), at<float>(scales), at<int8_t>(blocks),
+                                        at<float>(weight_scales), at<void>(bias), at<void>(y),
+                                        rows, in, out});
   });
   m.def("int4_linear", [](bool bf16, Address x, Address blocks, Address bias, Address y,
                           int64_t rows, int64_t in, int64_t out) {

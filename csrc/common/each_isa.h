@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "common/parallel.h"
 #if defined(__x86_64__)
@@ -38,16 +39,16 @@
 #undef GEN_FAST_ISA
 #undef GEN_FAST_VECTOR_BYTES
 
-// AVX-512 with the bfloat16 dot product: Zen 4, Cooper Lake, Sapphire Rapids and newer.
+// AVX-512 with the dot products of bfloat16 and of bytes: Zen 4, Cooper Lake, Sapphire Rapids and newer.
 #define GEN_FAST_ISA avx512
 #define GEN_FAST_VECTOR_BYTES 64
 #define GEN_FAST_BF16_DOT 1
-#define GEN_FAST_AVX512 "avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16"
+#define GEN_FAST_AVX512 "avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vnni"
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target(GEN_FAST_AVX512))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")
+#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vnni")
 #endif
 #include GEN_FAST_SOURCE
 #if defined(__clang__)

@@ -12,7 +12,7 @@
 
 namespace gen_fast {
 
-// 2: AVX-512 with bfloat16 dot products, 1: AVX2, 0: baseline. What the processor has, or the
+// 2: AVX-512 with dot products of bfloat16 and of bytes, 1: AVX2, 0: baseline. What the processor has, or the
 // lower level that the tests have asked for.
 int isa_level();
 

@@ -7,9 +7,11 @@ constexpr int ROWS = 6;  // rows of a register tile
 // ROWS × VECTORS accumulators and a few operands fill the 32 registers of AVX-512, 16 otherwise.
 constexpr int VECTORS = W == 16 ? 4 : 2;
 
-// How the operands of a product are stored: float, or pairs of bfloat16 for the dot instruction.
+// How the operands of a product are stored, and what their sums are: float, pairs of bfloat16 for
+// the dot instruction, or pairs of integers.
 struct FloatOperand {
   typedef float type;
+  typedef vf sums;
   static constexpr int pair = 1;
   static inline vf splat_at(const float* p) { return splat(*p); }
   static inline vf multiply_add(vf c, vf a, const float* b) { return c + a * load(b); }
@@ -18,6 +20,7 @@ struct FloatOperand {
 #if defined(GEN_FAST_BF16_DOT)
 struct PairOperand {
   typedef bf16 type;
+  typedef vf sums;
   static constexpr int pair = 2;
   static inline vf splat_at(const bf16* p) {
     int32_t two;
@@ -29,6 +32,10 @@ struct PairOperand {
   }
 };
 #endif
+
+// The type of an element of the result.
+template <class Op>
+using Sum = std::conditional_t<std::is_same_v<typename Op::sums, vf>, float, int32_t>;
 
 #define INLINE __attribute__((always_inline))
 
@@ -45,15 +52,18 @@ static inline INLINE void unrolled(const Body& body) {
 // transpose (then lda is pair).
 template <class Op, int M, int N, bool accumulate, int step = 1>
 static inline void tile(const typename Op::type* a, int64_t lda, const typename Op::type* b,
-                        int64_t columns, int64_t depth, float* c, int64_t ldc) {
-  vf acc[M][N];
+                        int64_t columns, int64_t depth, Sum<Op>* c, int64_t ldc) {
+  typedef typename Op::sums sums;
+  sums acc[M][N];
   unrolled<M>([&](auto i) INLINE {
-    unrolled<N>([&](auto j) INLINE { acc[i][j] = accumulate ? load(c + i * ldc + j * W) : vf{}; });
+    unrolled<N>([&](auto j) INLINE {
+      acc[i][j] = accumulate ? load(c + i * ldc + j * W) : sums{};
+    });
   });
   for (int64_t k = 0; k < depth; k += Op::pair) {
     const typename Op::type* row = b + k * columns;
     unrolled<M>([&](auto i) INLINE {
-      const vf left = Op::splat_at(a + i * lda + k * step);
+      const sums left = Op::splat_at(a + i * lda + k * step);
       unrolled<N>([&](auto j) INLINE {
         acc[i][j] = Op::multiply_add(acc[i][j], left, row + j * W * Op::pair);
       });
@@ -67,7 +77,8 @@ static inline void tile(const typename Op::type* a, int64_t lda, const typename 
 // The first `count` columns of b, whole vectors of them.
 template <class Op, int M, bool accumulate, int step = 1>
 static inline void product(const typename Op::type* a, int64_t lda, const typename Op::type* b,
-                           int64_t columns, int64_t count, int64_t depth, float* c, int64_t ldc) {
+                           int64_t columns, int64_t count, int64_t depth, Sum<Op>* c,
+                           int64_t ldc) {
   int64_t j = 0;
   for (; j + VECTORS * W <= count; j += VECTORS * W) {
     tile<Op, M, VECTORS, accumulate, step>(a, lda, b + j * Op::pair, columns, depth, c + j, ldc);

@@ -27,6 +27,14 @@ static inline vf load(const float* p) {
 
 static inline void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
 
+static inline vi load(const int32_t* p) {
+  vi v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+static inline void store(int32_t* p, vi v) { std::memcpy(p, &v, sizeof v); }
+
 // Of the general conversion GCC 12 makes six instructions for AVX-512.
 static inline vu widen(vh h) {
 #if defined(GEN_FAST_BF16_DOT)

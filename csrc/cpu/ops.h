@@ -44,6 +44,19 @@ void int4_linear(Dtype dtype, const void* x, const uint8_t* blocks, const void* 
 // weight [in, out]: the transpose of what blocks hold.
 void int4_weight(Dtype dtype, const uint8_t* blocks, void* weight, int64_t in, int64_t out);
 
+struct Int8Arguments {
+  const int8_t* q;                      // [rows, in]
+  const float* scales;                  // [rows]
+  const int8_t* blocks;                 // [out / 16, in / 4, 64]: see kernels/qlinear/int8.py
+  const float* weight_scales;           // [out]
+  const void* bias;                     // [out]; null for none
+  void* y;                              // [rows, out]
+  int64_t rows, in, out;
+};
+
+// y = q times the weight's transpose, times both scales, plus bias. dtype: of bias and y.
+void int8_linear(Dtype dtype, const Int8Arguments& arguments);
+
 struct RopeArguments {
   const void *grad, *x;                       // [rows, heads, size]; grad backward only
   void* out;                                  // may be x

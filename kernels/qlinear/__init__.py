@@ -2,10 +2,13 @@
 
 from .int4 import blocks_shape, dequantize_weight, fits, quantize_weight
 from .int4_op import INT4, int4_linear, int4_linear_backward
+from .int8 import fits_int8, int8_blocks_shape, quantize_weight_int8, unpack_int8
+from .int8_op import INT8, int8_linear
 from .op import OP, check_format, cpp_supports, fake_quantized, quantize_rows
 
 __all__ = [
     "INT4",
+    "INT8",
     "OP",
     "blocks_shape",
     "check_format",
@@ -13,8 +16,13 @@ __all__ = [
     "dequantize_weight",
     "fake_quantized",
     "fits",
+    "fits_int8",
     "int4_linear",
     "int4_linear_backward",
+    "int8_blocks_shape",
+    "int8_linear",
     "quantize_rows",
     "quantize_weight",
+    "quantize_weight_int8",
+    "unpack_int8",
 ]

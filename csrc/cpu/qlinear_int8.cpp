@@ -1,0 +1,168 @@
+// Products of rows and weights of 8 bits; kernels/qlinear/int8.py has the layout of the weights. A
+// task takes some outputs for some rows: it brings the weights to the second-level cache as the
+// product reads them, and multiplies in register tiles. Sums are exact, in 32 bits.
+#if !defined(GEN_FAST_ISA)
+#define GEN_FAST_SOURCE "cpu/qlinear_int8.cpp"
+#include <memory>
+#include <type_traits>
+#include <vector>
+
+#include "cpu/ops.h"
+#include "common/each_isa.h"
+
+namespace gen_fast {
+
+void int8_linear(Dtype dtype, const Int8Arguments& arguments) {
+  GEN_FAST_DISPATCH(int8_linear)(dtype == Dtype::bf16, arguments);
+}
+
+}  // namespace gen_fast
+
+#else
+#include "common/vector.h"
+#include "common/product.h"
+
+namespace gen_fast::GEN_FAST_ISA {
+
+constexpr int OUTPUTS = 16, INPUTS = 4;  // of a block
+// A task: outputs in whole register tiles, and rows that pay for bringing their weights.
+constexpr int64_t TASK_OUTPUTS = W == 16 ? 64 : 32, TASK_ROWS = 252;
+
+static inline vi splat(int32_t x) { return x - vi{}; }
+
+#if defined(GEN_FAST_BF16_DOT)
+
+// Bytes, of which the instruction takes the rows' without a sign: 128 is added to them, and 128
+// times the sum of the weights is taken from the result.
+struct IntOperand {
+  typedef uint8_t type;
+  typedef vi sums;
+  static constexpr int pair = 4;
+  static constexpr int32_t OFFSET = 128;
+  static inline vi splat_at(const uint8_t* p) {
+    int32_t four;
+    std::memcpy(&four, p, 4);
+    return splat(four);
+  }
+  static inline vi multiply_add(vi c, vi a, const uint8_t* b) {
+    return (vi)_mm512_dpbusd_epi32((__m512i)c, (__m512i)a, _mm512_loadu_si512(b));
+  }
+};
+
+static inline void put(const int8_t* bytes, uint8_t* to, int64_t) { std::memcpy(to, bytes, 4 * W); }
+
+#else
+
+// Pairs of 16 bits: the products of bytes that AVX2 has saturate.
+struct IntOperand {
+  typedef int16_t type;
+  typedef vi sums;
+  static constexpr int pair = 2;
+  static constexpr int32_t OFFSET = 0;
+  static inline vi splat_at(const int16_t* p) {
+    int32_t two;
+    std::memcpy(&two, p, 4);
+    return splat(two);
+  }
+  static inline vi multiply_add(vi c, vi a, const int16_t* b) {
+    vi two;
+    std::memcpy(&two, b, sizeof two);
+#if GEN_FAST_VECTOR_BYTES == 32
+    return c + (vi)_mm256_madd_epi16((__m256i)a, (__m256i)two);
+#elif defined(__x86_64__)
+    return c + (vi)_mm_madd_epi16((__m128i)a, (__m128i)two);
+#else
+    return c + (a << 16 >> 16) * (two << 16 >> 16) + (a >> 16) * (two >> 16);
+#endif
+  }
+};
+
+// Four inputs of W outputs, as two pairs; `columns` outputs lie between one pair and the next.
+static inline void put(const int8_t* bytes, int16_t* to, int64_t columns) {
+  vi x;
+  std::memcpy(&x, bytes, sizeof x);
+  const vi first = (x << 24 >> 24 & 0xffff) | x << 16 >> 24 << 16;
+  const vi second = (x << 8 >> 24 & 0xffff) | x >> 24 << 16;
+  std::memcpy(to, &first, sizeof first);
+  std::memcpy(to + 2 * columns, &second, sizeof second);
+}
+
+#endif
+
+// The weights of `count` outputs as [in / pair][TASK_OUTPUTS][pair].
+static void put_weights(const int8_t* blocks, IntOperand::type* to, int64_t in, int64_t count) {
+  for (int64_t first = 0; first < count; first += OUTPUTS) {
+    for (int64_t k = 0; k < in; k += INPUTS, blocks += OUTPUTS * INPUTS) {
+      for (int i = 0; i < OUTPUTS; i += W) {
+        put(blocks + i * INPUTS, to + k * TASK_OUTPUTS + (first + i) * IntOperand::pair,
+            TASK_OUTPUTS);
+      }
+    }
+  }
+}
+
+// What is to be taken from the sums of each output.
+static void offsets_of(const IntOperand::type* weights, int32_t* offsets, int64_t in) {
+  if constexpr (IntOperand::OFFSET != 0) {
+    IntOperand::type ones[IntOperand::pair];
+    for (auto& one : ones) one = 1;
+    const vi left = IntOperand::splat_at(ones);
+    for (int64_t i = 0; i < TASK_OUTPUTS; i += W) {
+      vi total = {};
+      for (int64_t k = 0; k < in; k += IntOperand::pair) {
+        total = IntOperand::multiply_add(total, left,
+                                         weights + k * TASK_OUTPUTS + i * IntOperand::pair);
+      }
+      store(offsets + i, total * IntOperand::OFFSET);
+    }
+  }
+}
+
+template <class T>
+static void linear(const Int8Arguments& a) {
+  typedef IntOperand::type Byte;
+  const std::unique_ptr<Byte[]> wide(new Byte[a.rows * a.in]);
+  parallel_for(a.rows, rows_worth_a_thread(a.in), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin * a.in; i < end * a.in; ++i) {
+      wide[i] = (Byte)(a.q[i] + IntOperand::OFFSET);
+    }
+  });
+  const int64_t panels = (a.out + TASK_OUTPUTS - 1) / TASK_OUTPUTS;
+  const int64_t parts = (a.rows + TASK_ROWS - 1) / TASK_ROWS;
+  parallel_tasks(panels * parts, a.in * a.out, [&](int64_t task) {
+    static thread_local std::vector<Byte> weights;
+    weights.resize(a.in * TASK_OUTPUTS);
+    const int64_t first = task % panels * TASK_OUTPUTS;
+    const int64_t count = a.out - first < TASK_OUTPUTS ? a.out - first : TASK_OUTPUTS;
+    put_weights(a.blocks + first * a.in, weights.data(), a.in, count);
+    int32_t offsets[TASK_OUTPUTS] = {};
+    offsets_of(weights.data(), offsets, a.in);
+    const int64_t end = (task / panels + 1) * TASK_ROWS < a.rows ? (task / panels + 1) * TASK_ROWS
+                                                                 : a.rows;
+    for (int64_t row = task / panels * TASK_ROWS; row < end; row += ROWS) {
+      const int64_t n = end - row < ROWS ? end - row : ROWS;
+      int32_t sums[ROWS * TASK_OUTPUTS];
+      with_rows(n, [&](auto n) {
+        product<IntOperand, n, false>(wide.get() + row * a.in, a.in, weights.data(), TASK_OUTPUTS,
+                                      count, a.in, sums, TASK_OUTPUTS);
+      });
+      for (int64_t r = 0; r < n; ++r) {
+        T* y = (T*)a.y + (row + r) * a.out + first;
+        for (int64_t i = 0; i < count; i += W) {
+          const vi sum = load(sums + r * TASK_OUTPUTS + i) - load(offsets + i);
+          vf value = __builtin_convertvector(sum, vf) * a.scales[row + r];
+          value *= load(a.weight_scales + first + i);
+          if (a.bias) value += load((const T*)a.bias + first + i);
+          store(y + i, value);
+        }
+      }
+    }
+  });
+}
+
+static void int8_linear(bool is_bf16, const Int8Arguments& arguments) {
+  is_bf16 ? linear<bf16>(arguments) : linear<float>(arguments);
+}
+
+}  // namespace gen_fast::GEN_FAST_ISA
+#endif

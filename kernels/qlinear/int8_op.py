@@ -1,0 +1,129 @@
+"""Schema and choice of implementation for products of rows and weights of 8 bits."""
+
+import torch
+from torch import Tensor
+
+from gen_fast.errors import OpError
+from gen_fast.ops import CPP, REFERENCE, Case, Op, native, unsupported
+
+from . import int8
+
+
+def _shape(blocks: Tensor) -> tuple[int, int]:
+    """(out, in) of a weight."""
+    return blocks.shape[0] * int8.OUTPUTS, blocks.shape[1] * int8.INPUTS
+
+
+def _check(
+    q: Tensor,
+    scale: Tensor,
+    blocks: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> None:
+    width = int8.OUTPUTS * int8.INPUTS
+    if blocks.dtype != torch.int8 or blocks.dim() != 3 or blocks.shape[2] != width:
+        raise OpError(
+            f"a weight of 8 bits is int8 [out / 16, in / 4, {width}], not {blocks.dtype} "
+            f"{list(blocks.shape)}"
+        )
+    out, inputs = _shape(blocks)
+    if q.dtype != torch.int8 or q.dim() != 2 or q.shape[1] != inputs:
+        raise OpError(
+            f"rows for a weight of [{out}, {inputs}] are int8 [T, {inputs}], not {q.dtype} "
+            f"{list(q.shape)}"
+        )
+    for name, tensor, size in (("rows", scale, len(q)), ("outputs", weight_scale, out)):
+        if tensor.dtype != torch.float32 or tuple(tensor.shape) != (size,):
+            raise OpError(
+                f"scales of {size} {name} are float32, not {tensor.dtype} {list(tensor.shape)}"
+            )
+    if bias is not None and (tuple(bias.shape) != (out,) or bias.dtype != dtype):
+        raise OpError(f"a bias for {out} outputs in {dtype} is not {bias.dtype} {list(bias.shape)}")
+
+
+INT8 = Op(
+    "int8_linear",
+    "(Tensor q, Tensor scale, Tensor blocks, Tensor weight_scale, Tensor? bias, ScalarType dtype)"
+    " -> Tensor",
+    lambda q, scale, blocks, weight_scale, bias, dtype: scale.new_empty(
+        len(q), _shape(blocks)[0], dtype=dtype
+    ),
+    check=_check,
+    option=lambda q, scale, blocks, weight_scale, bias, dtype: str(dtype),
+)
+
+
+@INT8.register(REFERENCE)
+def _reference(
+    q: Tensor,
+    scale: Tensor,
+    blocks: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    wide = torch.promote_types(dtype, torch.float32)
+    weight = int8.unpack_int8(blocks).to(wide)
+    y = q.to(wide) @ weight.T * scale.unsqueeze(1) * weight_scale
+    return (y if bias is None else y + bias).to(dtype)
+
+
+def _cpp_supports(case: Case) -> str | None:
+    if case.option not in (None, str(torch.float32), str(torch.bfloat16)):
+        return f"gives no {case.option}"
+    # The first argument is int8, always; the dtype that varies is the result's.
+    return unsupported(case, "cpu", (case.dtype,)) or native.missing()
+
+
+@INT8.register(CPP, _cpp_supports)
+def _cpu(
+    q: Tensor,
+    scale: Tensor,
+    blocks: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    q, scale, blocks = q.contiguous(), scale.contiguous(), blocks.contiguous()
+    weight_scale = weight_scale.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    out, inputs = _shape(blocks)
+    y = torch.empty(len(q), out, dtype=dtype)
+    native.module().int8_linear(
+        dtype == torch.bfloat16,
+        q.data_ptr(),
+        scale.data_ptr(),
+        blocks.data_ptr(),
+        weight_scale.data_ptr(),
+        native.address(bias),
+        y.data_ptr(),
+        len(q),
+        inputs,
+        out,
+    )
+    return y
+
+
+def int8_linear(
+    q: Tensor,
+    scale: Tensor,
+    blocks: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    impl: str | None = None,
+) -> Tensor:
+    """Rows of 8 bits times a weight of 8 bits, transposed, plus bias [out]: [T, out] in `dtype`.
+
+    q [T, in] int8 and scale [T] float32 as `quantize_rows` gives them; blocks [out / 16, in / 4,
+    64] int8 and weight_scale [out] float32 as `quantize_weight_int8` does; bias in `dtype`. Sums
+    are exact in 32 bits (`fits_int8`). No gradient.
+    Raises OpError for shapes and dtypes that do not fit.
+
+    Source: Dettmers et al., arXiv 2208.07339, §2 (vector-wise quantisation).
+    """
+    result: Tensor = INT8(q, scale, blocks, weight_scale, bias, dtype, impl=impl)
+    return result

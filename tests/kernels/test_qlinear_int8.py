@@ -1,0 +1,123 @@
+"""Weights of 8 bits and products with them: of qlinear, beside its rows."""
+
+import pytest
+import torch
+from torch.library import opcheck
+
+import gen_fast
+from gen_fast.ops.qlinear import INT8 as OP
+from gen_fast.ops.qlinear import (
+    fits_int8,
+    int8_blocks_shape,
+    int8_linear,
+    quantize_rows,
+    quantize_weight_int8,
+    unpack_int8,
+)
+from gen_fast.testing import assert_no_worse
+
+DTYPES = [torch.float32, torch.bfloat16]
+# (out, in): a block, odd numbers of blocks both ways, several tasks.
+SHAPES = [(16, 4), (48, 100), (112, 576), (80, 1056)]
+
+
+def example(rows, shape, device="cpu", dtype=torch.float32, biased=False):
+    """Rows, their scales, blocks, scales of outputs, and a bias or None."""
+    torch.manual_seed(0)
+    out, inputs = shape
+    q, scale = quantize_rows(torch.randn(rows, inputs))
+    blocks, weight_scale = quantize_weight_int8(torch.randn(shape) / inputs**0.5)
+    bias = torch.randn(out).to(device, dtype) if biased else None
+    return *(x.to(device) for x in (q, scale, blocks, weight_scale)), bias
+
+
+def exact(q, scale, blocks, weight_scale, bias):
+    weight = unpack_int8(blocks).double() * weight_scale.double().unsqueeze(1)
+    y = q.double() * scale.double().unsqueeze(1) @ weight.T
+    return y if bias is None else y + bias.double()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_weight_is_quantised_by_output(shape):
+    torch.manual_seed(0)
+    weight = torch.randn(shape)
+    weight[3] = 0
+    blocks, scale = quantize_weight_int8(weight)
+    q = unpack_int8(blocks)
+    assert tuple(blocks.shape) == int8_blocks_shape(shape)
+    assert q.abs().amax(1).tolist() == [0 if i == 3 else 127 for i in range(shape[0])]
+    assert ((q * scale.unsqueeze(1) - weight).abs() <= 0.501 * scale.unsqueeze(1)).all()
+
+
+def test_which_sizes_fit():
+    assert fits_int8((32, 64))
+    assert not fits_int8((24, 64))
+    assert not fits_int8((32, 62))
+    assert not fits_int8((16, 66_404))  # sums would not fit 32 bits
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("rows", [0, 1, 5, 6, 13])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_matches_the_reference(dtype, rows, shape, biased, device, impl):
+    inputs = example(rows, shape, device, dtype, biased)
+    reference = int8_linear(*inputs, dtype=dtype, impl="reference")
+    assert_no_worse(int8_linear(*inputs, dtype=dtype, impl=impl), reference, exact(*inputs))
+
+
+@pytest.mark.parametrize("rows", [1, 6, 70, 300])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_instruction_set(isa_level, dtype, rows):
+    inputs = example(rows, (112, 576), dtype=dtype, biased=True)
+    reference = int8_linear(*inputs, dtype=dtype, impl="reference")
+    assert_no_worse(int8_linear(*inputs, dtype=dtype, impl="cpu"), reference, exact(*inputs))
+
+
+def test_sums_of_the_largest_values_are_exact(isa_level):
+    inputs = 9_728
+    q = torch.full((2, inputs), 127, dtype=torch.int8)
+    q[1] = -127
+    blocks = torch.full(int8_blocks_shape((16, inputs)), 127, dtype=torch.int8)
+    y = int8_linear(q, torch.ones(2), blocks, torch.ones(16), impl="cpu")
+    assert y.unique(dim=1).flatten().tolist() == [127**2 * inputs, -(127**2) * inputs]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_in_its_row(bad, device, impl):
+    q, scale, *weight = example(14, (48, 64), device)
+    scale[7] = bad
+    y = int8_linear(q, scale, *weight, impl=impl)
+    assert y.isfinite().all(1).tolist() == [row != 7 for row in range(14)]
+
+
+def test_rows_need_not_be_adjacent(device, impl):
+    q, *rest = example(5, (48, 64), device)
+    wide = torch.cat((q, q), 1)
+    expected = int8_linear(q, *rest, impl=impl)
+    torch.testing.assert_close(int8_linear(wide[:, :64], *rest, impl=impl), expected)
+
+
+@pytest.mark.parametrize(
+    ("changed", "value", "message"),
+    [
+        (0, torch.zeros(2, 4), r"int8 \[T, 4\], not torch.float32"),
+        (0, torch.zeros(2, 8, dtype=torch.int8), r"\[2, 8\]"),
+        (1, torch.ones(3), "2 rows"),
+        (1, torch.ones(2).double(), "float64"),
+        (2, torch.zeros(1, 1, 64, dtype=torch.uint8), "uint8"),
+        (2, torch.zeros(1, 64, dtype=torch.int8), r"\[1, 64\]"),
+        (3, torch.ones(15), "16 outputs"),
+        (4, torch.ones(8), "bias"),
+        (4, torch.ones(16).half(), "float16"),
+    ],
+)
+def test_what_does_not_fit_is_refused(changed, value, message):
+    inputs = list(example(2, (16, 4)))
+    inputs[changed] = value
+    with pytest.raises(gen_fast.OpError, match=message):
+        int8_linear(*inputs)
+
+
+def test_opcheck():
+    opcheck(OP.torch_op, (*example(3, (32, 64), biased=True), torch.float32))

@@ -56,11 +56,11 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("add_rms_norm_quantized", [](bool bf16, Address x, Address residual, Address weight,
                                      Address total, Address out, Address scales, int64_t rows,
-                                     int64_t size, float eps) {
+                                     int64_t size, float eps, bool rotated) {
     py::gil_scoped_release release;
     gen_fast::add_rms_norm_quantized(dtype(bf16), at<void>(x), at<void>(residual),
                                      at<void>(weight), at<void>(total), at<int8_t>(out),
-                                     at<float>(scales), rows, size, eps);
+                                     at<float>(scales), rows, size, eps, rotated);
   });
   m.def("add_rms_norm_backward", [](bool bf16, Address grad_normed, Address grad_total,
                                     Address total, Address weight, Address out, int64_t rows,
@@ -71,10 +71,10 @@ PYBIND11_MODULE(_C, m) {
                                     eps);
   });
   m.def("quantize_rows", [](bool bf16, Address x, Address out, Address scales, int64_t rows,
-                            int64_t size) {
+                            int64_t size, bool rotated) {
     py::gil_scoped_release release;
     gen_fast::quantize_rows(dtype(bf16), at<void>(x), at<int8_t>(out), at<float>(scales), rows,
-                            size);
+                            size, rotated);
   });
   m.def("int8_linear", [](bool bf16, Address q, Address scales, Address blocks,
                           Address weight_scales, Address bias, Address y, int64_t rows,
@@ -99,10 +99,10 @@ PYBIND11_MODULE(_C, m) {
     gen_fast::swiglu(dtype(bf16), at<void>(gate_up), at<void>(out), rows, size);
   });
   m.def("swiglu_quantized", [](bool bf16, Address gate_up, Address out, Address scales,
-                               int64_t rows, int64_t size) {
+                               int64_t rows, int64_t size, bool rotated) {
     py::gil_scoped_release release;
     gen_fast::swiglu_quantized(dtype(bf16), at<void>(gate_up), at<int8_t>(out), at<float>(scales),
-                               rows, size);
+                               rows, size, rotated);
   });
   m.def("swiglu_backward", [](bool bf16, Address grad, Address gate_up, Address out, int64_t rows,
                               int64_t size) {

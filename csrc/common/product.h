@@ -37,16 +37,6 @@ struct PairOperand {
 template <class Op>
 using Sum = std::conditional_t<std::is_same_v<typename Op::sums, vf>, float, int32_t>;
 
-#define INLINE __attribute__((always_inline))
-
-// body(0), …, body(N - 1), each as a constant. GCC unrolls plain loops too late to keep an array
-// that they index in registers: it stores every tile to the stack besides.
-template <int N, int i = 0, class Body>
-static inline INLINE void unrolled(const Body& body) {
-  body(std::integral_constant<int, i>());
-  if constexpr (i + 1 < N) unrolled<N, i + 1>(body);
-}
-
 // c [M, N · W] (+)= a [M, depth] · b, b stored as [depth / pair][columns][pair]. Element (i, k) of
 // a is at i · lda + k · step: step 1 for rows, or the width of a matrix stored as b is, to take its
 // transpose (then lda is pair).

@@ -49,4 +49,50 @@ static inline float quantize_row(const T* x, int8_t* out, int64_t size) {
   return scale;
 }
 
+// N values, `stride` apart, times the Hadamard matrix [N, N]. V: vf for W neighbours at once.
+template <int N, class V>
+static inline void rotate_values(float* x, int64_t stride) {
+  V v[N];
+  unrolled<N>([&](auto i) INLINE { std::memcpy(&v[i], x + i * stride, sizeof v[i]); });
+  unrolled<3>([&](auto stage) INLINE {
+    constexpr int half = 1 << stage;
+    unrolled<N>([&](auto i) INLINE {
+      if constexpr (half < N && (i & half) == 0) {
+        const V a = v[i], b = v[i + half];
+        v[i] = a + b;
+        v[i + half] = a - b;
+      }
+    });
+  });
+  unrolled<N>([&](auto i) INLINE { std::memcpy(x + i * stride, &v[i], sizeof v[i]); });
+}
+
+// In every N runs of the row: the values that are a run apart, together.
+template <int N>
+static inline void rotate_runs(float* x, int64_t size, int64_t run) {
+  for (int64_t first = 0; first < size; first += N * run) {
+    int64_t i = 0;
+    for (; i + W <= run; i += W) rotate_values<N, vf>(x + first + i, run);
+    for (; i < run; ++i) rotate_values<N, float>(x + first + i, run);
+  }
+}
+
+// The row, as a matrix [count, size / count], becomes the Hadamard matrix [count, count] times it;
+// count is the largest power of two up to 64 that divides the size. Returns the 1 / sqrt(count)
+// that is still to be multiplied by.
+static inline float rotate(float* x, int64_t size) {
+  int64_t count = 64, run;
+  while (size % count) count /= 2;
+  for (run = size / count; size / run >= 8; run *= 8) rotate_runs<8>(x, size, run);
+  if (size / run == 4) rotate_runs<4>(x, size, run);
+  if (size / run == 2) rotate_runs<2>(x, size, run);
+  return 1.0f / std::sqrt((float)count);
+}
+
+// quantize_row of a row of floats that may be changed, rotated before if asked.
+static inline float finish_row(float* x, int8_t* out, int64_t size, bool rotated) {
+  const float factor = rotated ? rotate(x, size) : 1.0f;
+  return quantize_row(x, out, size) * factor;
+}
+
 }  // namespace gen_fast::GEN_FAST_ISA

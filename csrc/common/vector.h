@@ -3,6 +3,8 @@
 //
 // bf16 is the storage type of bfloat16; arithmetic is always float32.
 
+#define INLINE __attribute__((always_inline))
+
 namespace gen_fast::GEN_FAST_ISA {
 
 struct bf16 {
@@ -158,6 +160,14 @@ static inline vf exp2(vf x) {
   const vf result = x < -126.0f ? splat(0.0f) : p * power;
   return x == x ? result : x;
 #endif
+}
+
+// body(0), …, body(N - 1), each as a constant. GCC unrolls plain loops too late to keep an array
+// that they index in registers: it stores every tile to the stack besides.
+template <int N, int i = 0, class Body>
+static inline INLINE void unrolled(const Body& body) {
+  body(std::integral_constant<int, i>());
+  if constexpr (i + 1 < N) unrolled<N, i + 1>(body);
 }
 
 }  // namespace gen_fast::GEN_FAST_ISA

@@ -17,9 +17,9 @@ void add_rms_norm(Dtype dtype, const void* x, const void* residual, const void* 
 
 void add_rms_norm_quantized(Dtype dtype, const void* x, const void* residual, const void* weight,
                             void* total, int8_t* out, float* scales, int64_t rows, int64_t size,
-                            float eps) {
+                            float eps, bool rotated) {
   GEN_FAST_DISPATCH(add_rms_norm_quantized)
-  (dtype == Dtype::bf16, x, residual, weight, total, out, scales, rows, size, eps);
+  (dtype == Dtype::bf16, x, residual, weight, total, out, scales, rows, size, eps, rotated);
 }
 
 void add_rms_norm_backward(Dtype dtype, const void* grad_normed, const void* grad_total,
@@ -88,14 +88,14 @@ static void norm_rows(const void* x, const void* residual, const void* weight, v
 template <class T>
 static void norm_rows_quantized(const void* x, const void* residual, const void* weight,
                                 void* total, int8_t* out, float* scales, int64_t rows,
-                                int64_t size, float eps) {
+                                int64_t size, float eps, bool rotated) {
   parallel_for(rows, rows_worth_a_thread(size), [&](int64_t begin, int64_t end) {
     std::vector<float> normed(size);
     for (int64_t r = begin; r < end; ++r) {
       const int64_t at = r * size;
       norm_row((const T*)x + at, (const T*)residual + at, (const T*)weight, (T*)total + at,
                normed.data(), size, eps);
-      scales[r] = quantize_row(normed.data(), out + at, size);
+      scales[r] = finish_row(normed.data(), out + at, size, rotated);
     }
   });
 }
@@ -119,9 +119,9 @@ static void add_rms_norm(bool is_bf16, const void* x, const void* residual, cons
 
 static void add_rms_norm_quantized(bool is_bf16, const void* x, const void* residual,
                                    const void* weight, void* total, int8_t* out, float* scales,
-                                   int64_t rows, int64_t size, float eps) {
+                                   int64_t rows, int64_t size, float eps, bool rotated) {
   (is_bf16 ? norm_rows_quantized<bf16> : norm_rows_quantized<float>)(
-      x, residual, weight, total, out, scales, rows, size, eps);
+      x, residual, weight, total, out, scales, rows, size, eps, rotated);
 }
 
 static void add_rms_norm_backward(bool is_bf16, const void* grad_normed, const void* grad_total,

@@ -14,7 +14,7 @@ void add_rms_norm(Dtype dtype, const void* x, const void* residual, const void* 
 // The same with the normed rows quantised before they reach memory: see quantize_rows.
 void add_rms_norm_quantized(Dtype dtype, const void* x, const void* residual, const void* weight,
                             void* total, int8_t* out, float* scales, int64_t rows, int64_t size,
-                            float eps);
+                            float eps, bool rotated);
 
 // Gradient [rows, size] of x (and of the residual) from those of both results.
 void add_rms_norm_backward(Dtype dtype, const void* grad_normed, const void* grad_total,
@@ -26,15 +26,16 @@ void swiglu(Dtype dtype, const void* gate_up, void* out, int64_t rows, int64_t s
 
 // The same with the rows quantised before they reach memory: see quantize_rows.
 void swiglu_quantized(Dtype dtype, const void* gate_up, int8_t* out, float* scales, int64_t rows,
-                      int64_t size);
+                      int64_t size, bool rotated);
 
 // out [rows, 2 * size], the gradient of gate_up, from grad [rows, size].
 void swiglu_backward(Dtype dtype, const void* grad, const void* gate_up, void* out, int64_t rows,
                      int64_t size);
 
-// Each row [size] of x as round(x / scale), scale = max |x| / 127; scales [rows].
+// Each row [size] of x as round(x / scale), scale = max |x| / 127; scales [rows]. rotated: of the
+// row times a Hadamard matrix, see kernels/qlinear/reference.py.
 void quantize_rows(Dtype dtype, const void* x, int8_t* out, float* scales, int64_t rows,
-                   int64_t size);
+                   int64_t size, bool rotated);
 
 // y [rows, out] = x [rows, in] times the weight's transpose, plus bias [out]; null for none. blocks
 // [out / 16, in / 32, 320] are the weight: see kernels/qlinear/int4.py.

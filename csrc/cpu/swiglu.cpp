@@ -13,8 +13,9 @@ void swiglu(Dtype dtype, const void* gate_up, void* out, int64_t rows, int64_t s
 }
 
 void swiglu_quantized(Dtype dtype, const void* gate_up, int8_t* out, float* scales, int64_t rows,
-                      int64_t size) {
-  GEN_FAST_DISPATCH(swiglu_quantized)(dtype == Dtype::bf16, gate_up, out, scales, rows, size);
+                      int64_t size, bool rotated) {
+  GEN_FAST_DISPATCH(swiglu_quantized)
+  (dtype == Dtype::bf16, gate_up, out, scales, rows, size, rotated);
 }
 
 void swiglu_backward(Dtype dtype, const void* grad, const void* gate_up, void* out, int64_t rows,
@@ -78,13 +79,13 @@ static void swiglu_rows(const void* gate_up, void* out, int64_t rows, int64_t si
 
 template <class T>
 static void swiglu_rows_quantized(const void* gate_up, int8_t* out, float* scales, int64_t rows,
-                                  int64_t size) {
+                                  int64_t size, bool rotated) {
   parallel_for(rows, rows_worth_a_thread(size), [&](int64_t begin, int64_t end) {
     std::vector<float> result(size);
     for (int64_t r = begin; r < end; ++r) {
       const T* gate = (const T*)gate_up + r * 2 * size;
       swiglu_row(gate, gate + size, result.data(), size);
-      scales[r] = quantize_row(result.data(), out + r * size, size);
+      scales[r] = finish_row(result.data(), out + r * size, size, rotated);
     }
   });
 }
@@ -107,9 +108,9 @@ static void swiglu(bool is_bf16, const void* gate_up, void* out, int64_t rows, i
 }
 
 static void swiglu_quantized(bool is_bf16, const void* gate_up, int8_t* out, float* scales,
-                             int64_t rows, int64_t size) {
+                             int64_t rows, int64_t size, bool rotated) {
   (is_bf16 ? swiglu_rows_quantized<bf16> : swiglu_rows_quantized<float>)(gate_up, out, scales, rows,
-                                                                      size);
+                                                                      size, rotated);
 }
 
 static void swiglu_backward(bool is_bf16, const void* grad, const void* gate_up, void* out,

@@ -6,8 +6,14 @@ import torch
 from torch import Tensor
 
 from gen_fast.errors import OpError
-from gen_fast.ops import CPP, CUDA, REFERENCE, TRITON, Op, gpu, native
-from gen_fast.ops.qlinear import check_format, cpp_supports, fake_quantized
+from gen_fast.ops import CPP, CUDA, REFERENCE, TRITON, Case, Op, gpu, native
+from gen_fast.ops.qlinear import (
+    ROTATED,
+    check_format,
+    cpp_supports,
+    fake_quantized,
+    triton_supports,
+)
 
 from . import reference
 
@@ -82,7 +88,11 @@ def _cuda(
     return out, total
 
 
-@QUANTIZED.register(CUDA, native.cuda)
+def _cuda_supports(case: Case) -> str | None:
+    return native.cuda(case) or ("does not rotate rows" if case.option == ROTATED else None)
+
+
+@QUANTIZED.register(CUDA, _cuda_supports)
 def _cuda_quantized(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, row_format: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -111,7 +121,7 @@ OP.register(TRITON, gpu.supports)(gpu.deferred("norm.triton_kernel", "add_rms_no
 BACKWARD.register(TRITON, gpu.supports)(gpu.deferred("norm.triton_kernel", "add_rms_norm_backward"))
 
 
-QUANTIZED.register(TRITON, gpu.supports)(
+QUANTIZED.register(TRITON, triton_supports)(
     gpu.deferred("norm.triton_kernel", "add_rms_norm_quantized")
 )
 
@@ -155,6 +165,7 @@ def _cpu_quantized(
         scales.data_ptr(),
         *out.shape,
         eps,
+        row_format == ROTATED,
     )
     return out, scales, total
 

@@ -11,6 +11,8 @@ from . import reference
 
 def cpp_supports(case: Case) -> str | None:
     """Why a C++ op that quantises rows cannot compute `case`, or None."""
+    if case.option == reference.ROTATED:
+        return native.cpp(case)
     return native.cpp(case) or other_option(case, "int8")
 
 
@@ -42,7 +44,14 @@ OP = Op(
 OP.register(REFERENCE)(reference.quantize_rows)
 
 
-OP.register(TRITON, gpu.supports)(gpu.deferred("qlinear.triton_kernel", "quantize_rows"))
+def triton_supports(case: Case) -> str | None:
+    """Why a Triton kernel that quantises rows cannot compute `case`, or None."""
+    if case.option == reference.ROTATED:
+        return "does not rotate rows"
+    return gpu.supports(case)
+
+
+OP.register(TRITON, triton_supports)(gpu.deferred("qlinear.triton_kernel", "quantize_rows"))
 
 
 @OP.register(CPP, cpp_supports)
@@ -55,6 +64,7 @@ def _cpu(x: Tensor, row_format: str) -> tuple[Tensor, Tensor]:
         q.data_ptr(),
         scale.data_ptr(),
         *x.shape,
+        row_format == reference.ROTATED,
     )
     return q, scale
 
@@ -65,7 +75,8 @@ def quantize_rows(
     """Quantise each row of `x` [T, f] symmetrically. Returns (q [T, f], scale [T] float32).
 
     dtype "int8" gives torch.int8 in [-127, 127], rounded to nearest even; "fp8" gives
-    torch.float8_e4m3fn. scale = max|row| / 127 (448 for fp8), so x ≈ q · scale. No gradient.
+    torch.float8_e4m3fn; "int8-rotated" what int8 gives of `rotate_rows(x)`.
+    scale = max|row| / 127 (448 for fp8), so x ≈ q · scale. No gradient.
     Norm and swiglu do the same to their own result before it reaches memory.
     Raises OpError for another dtype, or if `x` is no matrix.
 

@@ -7,7 +7,13 @@ from torch import Tensor
 
 from gen_fast.errors import OpError
 from gen_fast.ops import CPP, REFERENCE, TRITON, Op, gpu, native
-from gen_fast.ops.qlinear import check_format, cpp_supports, fake_quantized
+from gen_fast.ops.qlinear import (
+    ROTATED,
+    check_format,
+    cpp_supports,
+    fake_quantized,
+    triton_supports,
+)
 
 from . import reference
 
@@ -45,7 +51,9 @@ OP.register(TRITON, gpu.supports)(gpu.deferred("swiglu.triton_kernel", "swiglu")
 BACKWARD.register(TRITON, gpu.supports)(gpu.deferred("swiglu.triton_kernel", "swiglu_backward"))
 
 
-QUANTIZED.register(TRITON, gpu.supports)(gpu.deferred("swiglu.triton_kernel", "swiglu_quantized"))
+QUANTIZED.register(TRITON, triton_supports)(
+    gpu.deferred("swiglu.triton_kernel", "swiglu_quantized")
+)
 
 
 @OP.register(CPP, native.cpp)
@@ -69,6 +77,7 @@ def _cpu_quantized(gate_up: Tensor, row_format: str) -> tuple[Tensor, Tensor]:
         out.data_ptr(),
         scales.data_ptr(),
         *out.shape,
+        row_format == ROTATED,
     )
     return out, scales
 

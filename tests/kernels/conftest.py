@@ -17,13 +17,14 @@ from torch import Tensor
 
 from gen_fast.errors import ImplementationError
 from gen_fast.ops import Op
+from gen_fast.ops.qlinear.reference import FORMATS
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Parametrise (device, impl) over a module's OP; `grad_impl` over those with a backward op.
 
-    `quantized_impl` goes over its QUANTIZED. A test that also takes `row_format` runs for int8 and
-    fp8, and is skipped, with the reason, where the implementation refuses that format.
+    `quantized_impl` goes over its QUANTIZED. A test that also takes `row_format` runs for each
+    of them, and is skipped, with the reason, where the implementation refuses one.
     Triton runs on the CPU in its interpreter (see tests/conftest.py).
     """
     for name in {"impl", "grad_impl", "quantized_impl"} & set(metafunc.fixturenames):
@@ -40,8 +41,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
                     case = pytest.param(device, impl, id=f"{device}-{impl}", marks=marks)
                     cases.append(case)
         if "row_format" in metafunc.fixturenames:
-            formats = ("int8", "fp8")
-            cases = [with_format(ops[0], case, x) for case in cases for x in formats]
+            cases = [with_format(ops[0], case, x) for case in cases for x in FORMATS]
             metafunc.parametrize(("device", name, "row_format"), cases)
         else:
             metafunc.parametrize(("device", name), cases)

@@ -19,7 +19,7 @@ from torch import Tensor
 from gen_fast.errors import AdapterError, CheckpointError, WeightsError
 from gen_fast.io.checksums import damage, record_all
 from gen_fast.io.durable import replacing_directory
-from gen_fast.model.weights import read_json
+from gen_fast.model.model_files import read_json
 
 logger = logging.getLogger(__name__)
 

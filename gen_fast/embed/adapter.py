@@ -21,7 +21,7 @@ from gen_fast.formats.model_card import with_results
 from gen_fast.io.checksums import problem, record
 from gen_fast.io.durable import as_readable_as_others, file_sha256
 from gen_fast.model.fingerprint import Fingerprint, described, differences
-from gen_fast.model.weights import read_json
+from gen_fast.model.model_files import read_json
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult

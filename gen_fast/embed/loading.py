@@ -36,9 +36,10 @@ from gen_fast.model.backbone import Backbone
 from gen_fast.model.device import resolve_dtype
 from gen_fast.model.generation import AnswerGenerator
 from gen_fast.model.lora import LoraWeights
+from gen_fast.model.model_files import read_json
 from gen_fast.model.sources import resolve
 from gen_fast.model.tokenizing import Tokenizer, load_tokenizer
-from gen_fast.model.weights import load_backbone, read_fingerprint, read_json
+from gen_fast.model.weights import load_backbone, read_fingerprint
 
 logger = logging.getLogger(__name__)
 

@@ -20,10 +20,11 @@ from gen_fast.io.durable import check_is_new, new_directory
 from gen_fast.io.vectors import centred_cosine
 from gen_fast.model.config import QUANT_METHOD, parse_config
 from gen_fast.model.lora import linear_sizes
+from gen_fast.model.model_files import read_json
 from gen_fast.model.quantized import RECIPE, Recipe, check_quantize
 from gen_fast.model.shards import save_shards
 from gen_fast.model.sources import lasting_name, resolve
-from gen_fast.model.weights import TensorFiles, find_tensors, read_json
+from gen_fast.model.weights import TensorFiles, find_tensors
 from gen_fast.ops.qlinear import blocks_shape
 
 logger = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from gen_fast.errors import AdapterError, UnsupportedModelError, WeightsError
 from gen_fast.formats.peft import is_adapter
 from gen_fast.io.checksums import problem, record
 from gen_fast.io.durable import as_readable_as_others, file_sha256, replacing, write_whole
-from gen_fast.model.weights import read_json
+from gen_fast.model.model_files import read_json
 
 SETTINGS = "gem.json"
 TENSORS = "special.safetensors"

@@ -32,8 +32,9 @@ from gen_fast.io.checksums import problem, record
 from gen_fast.io.durable import file_sha256, write_whole
 from gen_fast.model.config import LLM2VEC_CLASSES, class_names, parse_config
 from gen_fast.model.lora import LoraWeights
+from gen_fast.model.model_files import read_json
 from gen_fast.model.sources import is_hub_id, resolve
-from gen_fast.model.weights import read_fingerprint, read_json
+from gen_fast.model.weights import read_fingerprint
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gen_fast.errors import AdapterError, BackboneMismatchError
-from gen_fast.model.weights import read_json
+from gen_fast.model.model_files import read_json
 
 
 @dataclass(frozen=True)

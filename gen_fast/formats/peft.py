@@ -27,8 +27,8 @@ from gen_fast.io.checksums import CHECKSUMS, problem, record
 from gen_fast.io.durable import as_readable_as_others, file_sha256, replacing, write_whole
 from gen_fast.model.fingerprint import Fingerprint, described, differences
 from gen_fast.model.lora import MODULES, Factors, LoraConfig, LoraWeights
+from gen_fast.model.model_files import read_json
 from gen_fast.model.sources import is_hub_id
-from gen_fast.model.weights import read_json
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"

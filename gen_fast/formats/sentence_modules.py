@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from gen_fast.errors import UnsupportedModelError, WeightsError
-from gen_fast.model.weights import read_json
+from gen_fast.model.model_files import read_json
 
 POOLING_MODES = ("mean", "lasttoken", "cls", "weightedmean", "max", "mean_sqrt_len_tokens")
 

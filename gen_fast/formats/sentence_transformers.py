@@ -26,7 +26,7 @@ from gen_fast.formats.sentence_modules import (
     read_word_weights,
 )
 from gen_fast.model.config import BackboneConfig, parse_config
-from gen_fast.model.weights import read_json
+from gen_fast.model.model_files import read_json
 
 SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
 

@@ -13,6 +13,7 @@ from gen_fast.errors import UnsupportedModelError
 from gen_fast.model.backbone import Backbone, PrefixKV, padded_rows
 from gen_fast.model.batch import PackedBatch
 from gen_fast.model.linear import can_pack, linear, pack
+from gen_fast.model.model_files import read_json
 from gen_fast.model.prefix import PrefixCache
 from gen_fast.model.sampling import (
     GENERATION_CONFIG,
@@ -23,7 +24,7 @@ from gen_fast.model.sampling import (
     uniform_draws,
 )
 from gen_fast.model.tokenizing import Tokenizer
-from gen_fast.model.weights import load_head, read_json
+from gen_fast.model.weights import load_head
 from gen_fast.ops.norm import rms_norm
 
 FinishReason = Literal["stop", "length"]

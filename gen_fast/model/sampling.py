@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gen_fast.errors import ConfigError, UnsupportedModelError
-from gen_fast.model.weights import read_json
+from gen_fast.model.model_files import read_json
 
 logger = logging.getLogger(__name__)
 

@@ -21,8 +21,8 @@ from gen_fast.errors import (
 from gen_fast.io.cache import remembered_sha256
 from gen_fast.io.checksums import problem
 from gen_fast.io.regular_files import check_regular
+from gen_fast.model.model_files import read_json
 from gen_fast.model.truncation import QWEN2_PIECES, LeadingTokens
-from gen_fast.model.weights import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -17,12 +17,12 @@ from gen_fast.errors import ConfigError, UnsupportedModelError, WeightsError
 from gen_fast.io.cache import remembered, remembered_sha256
 from gen_fast.io.checksums import problem
 from gen_fast.io.durable import signature
-from gen_fast.io.json_files import read_json_object
 from gen_fast.model.backbone import Backbone, LayerWeights
 from gen_fast.model.config import BackboneConfig, parse_config
 from gen_fast.model.fingerprint import Digests, digests_of, fingerprint, samples
 from gen_fast.model.linear import Int4Weight, Weight
 from gen_fast.model.lora import LoraWeights
+from gen_fast.model.model_files import read_json
 from gen_fast.model.quantized import Recipe, check_quantize, int4_blocks, read_recipe
 from gen_fast.ops.qlinear import blocks_shape
 
@@ -397,15 +397,3 @@ def load_head(directory: str | Path, backbone: Backbone) -> Tensor:
     shape = tuple(backbone.embedding.shape)
     files = find_tensors(Path(directory))
     return files.load("lm_head.weight", shape, backbone.dtype, backbone.device)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object. Raises WeightsError if it is missing, damaged or cannot be read."""
-    try:
-        return read_json_object(path)
-    except FileNotFoundError as error:
-        raise WeightsError(f"{path} is missing") from error
-    except ValueError as error:
-        raise WeightsError(str(error)) from error
-    except OSError as error:
-        raise WeightsError(f"{path} cannot be read: {error.strerror}") from error

@@ -16,6 +16,7 @@ from gen_fast.formats.llm2vec import Wrapper, read_checkpoint
 from gen_fast.io.durable import replacing_directory
 from gen_fast.io.text_files import read_texts
 from gen_fast.model.backbone import Backbone
+from gen_fast.model.choices import INT8
 from gen_fast.model.device import resolve_dtype
 from gen_fast.model.sources import resolve
 from gen_fast.model.tokenizing import Tokenizer, load_tokenizer
@@ -138,7 +139,9 @@ class Parts:
     def load(cls, config: AdaptedConfig, *, bidirectional: bool = False) -> "Parts":
         """bidirectional: the backbone is run without its causal mask.
 
-        Raises ModelNotFoundError, and as `read_checkpoint` and `load_backbone` do."""
+        Raises ModelNotFoundError, and as `read_checkpoint` and `load_backbone` do; ConfigError for
+        an int8 backbone.
+        """
         device = run_device(config)
         directory = resolve(config.backbone, config.backbone_revision)
         below = read_checkpoint(directory, config.backbone)
@@ -150,6 +153,11 @@ class Parts:
             bidirectional=bidirectional,
             quantize=config.quantize,
         )
+        if backbone.quantize == INT8:
+            raise ConfigError(
+                "int8 moves factors into the weights, so that LoRA factors trained over it fit no "
+                "other backbone: take int4 or none"
+            )
         return cls(
             backbone,
             below.source,

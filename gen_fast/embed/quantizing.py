@@ -3,7 +3,7 @@
 import json
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,16 @@ from gen_fast.formats import gem, llm2vec_gen, peft, sentence_transformers
 from gen_fast.io.checksums import CHECKSUMS, record_all
 from gen_fast.io.durable import check_is_new, new_directory
 from gen_fast.io.vectors import centred_cosine
-from gen_fast.model.config import QUANT_METHOD, parse_config
+from gen_fast.model.calibration_texts import CALIBRATION_TEXTS
+from gen_fast.model.choices import INT4, INT8
+from gen_fast.model.config import QUANT_METHOD, BackboneConfig, parse_config
+from gen_fast.model.int8 import check_calibration, int8_tensors
 from gen_fast.model.lora import linear_sizes
 from gen_fast.model.model_files import read_json
 from gen_fast.model.quantized import RECIPE, Recipe, check_quantize
 from gen_fast.model.shards import save_shards
 from gen_fast.model.sources import lasting_name, resolve
-from gen_fast.model.weights import TensorFiles, find_tensors
+from gen_fast.model.weights import TensorFiles, find_tensors, load_backbone
 from gen_fast.ops.qlinear import blocks_shape
 
 logger = logging.getLogger(__name__)
@@ -34,7 +37,8 @@ _KEPT = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 _NOT_KEPT = (CHECKSUMS, RECIPE, "model.safetensors.index.json", "config.json")
 # For other packages: none has such a method. transformers says so, and fails at the sizes.
 _QUANTIZATION_CONFIG = {
-    "int4": {"quant_method": QUANT_METHOD, "bits": 4, "group_size": 32, "symmetric": False}
+    INT4: {"quant_method": QUANT_METHOD, "bits": 4, "group_size": 32, "symmetric": False},
+    INT8: {"quant_method": QUANT_METHOD, "bits": 8, "activation_bits": 8, "symmetric": True},
 }
 # Of texts that quality is measured on: the mean that is subtracted is theirs.
 _FEWEST_TEXTS = 20
@@ -47,13 +51,15 @@ def write_quantized(
     quantize: str = "int4",
     revision: str | None = None,
     texts: Sequence[str] = SAMPLE_TEXTS,
+    calibration: Sequence[str] = CALIBRATION_TEXTS,
     device: str | torch.device | None = None,
 ) -> Recipe:
     """Write a copy of a backbone whose linears are quantised, to be loaded like the original.
 
     model: a known name, Hub id, .gguf file or directory of a backbone, also one in
     sentence-transformers' layout or of a whole GEM model, all of which is copied then. out: a new
-    or empty directory. quantize: "int4". texts: at least 20, on which both are compared.
+    or empty directory. quantize: "int4" or "int8". texts: at least 20, on which both are compared.
+    calibration: at least 20 others, on which int8 measures what its linears read.
 
     The copy has the original's fingerprint, so that adapters of the one fit the other. Its recipe's
     quality is the centred cosine of embeddings in float32, by the method that `load` takes.
@@ -67,6 +73,7 @@ def write_quantized(
         raise ConfigError(
             f"quality is measured on at least {_FEWEST_TEXTS} texts, not on {len(texts)}"
         )
+    check_calibration(calibration)
     directory = resolve(model, revision)
     source = _backbone_in(directory)
     files = find_tensors(source)
@@ -78,7 +85,7 @@ def write_quantized(
             target = folder / path.relative_to(directory)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
-        recipe = _write_backbone(files, source, copy, quantize, lasting_name(model))
+        recipe = _write_backbone(files, source, copy, quantize, lasting_name(model), calibration)
         quality = _quality(directory, folder, texts, device)
         logger.info("%s in %s: %s", model, quantize, quality)
         recipe = Recipe(**{**vars(recipe), "quality": quality})
@@ -114,31 +121,45 @@ def _is_kept(path: Path, source: Path) -> bool:
 
 
 def _write_backbone(
-    files: TensorFiles, source: Path, target: Path, quantize: str, name: str
+    files: TensorFiles,
+    source: Path,
+    target: Path,
+    quantize: str,
+    name: str,
+    calibration: Sequence[str],
 ) -> Recipe:
     """Write config.json, weights and recipe, the last without a quality."""
     raw = read_json(source / "config.json")
     config = parse_config(raw)
-    shapes = {f"{linear}.weight": shape for linear, shape in linear_sizes(config).items()}
-
-    def read(tensor: str) -> Tensor:
-        if tensor in shapes:
-            return files.int4(tensor, shapes[tensor])
-        return files.stored(tensor).contiguous()
-
-    sizes = {
-        tensor: int(np.prod(blocks_shape(shapes[tensor])))
-        if tensor in shapes
-        else files.stored(tensor).nbytes  # mapped, not read
-        for tensor in files.names()
-    }
+    sizes, read = _quantized(files, source, config, quantize, calibration)
+    stored = {tensor: files.stored(tensor).nbytes for tensor in files.names()}  # mapped, not read
     digests = {tensor: values for tensor, (values, _) in files.digests().items()}
-    save_shards(target, sizes, read)
+    save_shards(
+        target,
+        {**stored, **sizes},
+        lambda tensor: read(tensor) if tensor in sizes else files.stored(tensor).contiguous(),
+    )
     config_json: dict[str, Any] = {**raw, "quantization_config": _QUANTIZATION_CONFIG[quantize]}
     (target / "config.json").write_text(json.dumps(config_json, indent=2) + "\n")
     recipe = Recipe(quantize, name, digests, files.samples(config))
     recipe.write(target)
     return recipe
+
+
+def _quantized(
+    files: TensorFiles,
+    source: Path,
+    config: BackboneConfig,
+    quantize: str,
+    calibration: Sequence[str],
+) -> tuple[dict[str, int], Callable[[str], Tensor]]:
+    """Bytes of the tensors that a copy has of its own, by name, and what reads them."""
+    if quantize == INT8:
+        tensors = int8_tensors(load_backbone(source, quantize=INT8, calibration=calibration))
+        return {name: tensor.nbytes for name, tensor in tensors.items()}, tensors.__getitem__
+    shapes = {f"{linear}.weight": shape for linear, shape in linear_sizes(config).items()}
+    sizes = {name: int(np.prod(blocks_shape(shape))) for name, shape in shapes.items()}
+    return sizes, lambda name: files.int4(name, shapes[name])
 
 
 def _quality(

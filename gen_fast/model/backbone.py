@@ -21,14 +21,24 @@ from gen_fast.model.config import BackboneConfig, inverse_frequencies
 from gen_fast.model.dropout import Dropout, RowDropout
 from gen_fast.model.fingerprint import Fingerprint
 from gen_fast.model.kv_cache import KVCache
-from gen_fast.model.linear import Int4Weight, Weight, can_pack, is_packed, linear, pack
+from gen_fast.model.linear import (
+    Int8Weight,
+    QuantizedRows,
+    Rows,
+    Weight,
+    can_pack,
+    is_packed,
+    linear,
+    pack,
+)
 from gen_fast.model.lora import MATRICES
 from gen_fast.model.update import Update
 from gen_fast.ops.append import append
 from gen_fast.ops.attention import AttentionOptions, attention
-from gen_fast.ops.norm import add_rms_norm, rms_norm
+from gen_fast.ops.norm import add_rms_norm, add_rms_norm_quantized, rms_norm
+from gen_fast.ops.qlinear import ROTATED
 from gen_fast.ops.rope import rope
-from gen_fast.ops.swiglu import swiglu
+from gen_fast.ops.swiglu import swiglu, swiglu_quantized
 
 
 @dataclass(frozen=True)
@@ -43,6 +53,11 @@ class LayerWeights:
     mlp_norm: Tensor  # [h]
     gate_up: Weight  # [2f, h]
     down: Weight  # [h, f]
+
+    def cast(self, dtype: torch.dtype) -> "LayerWeights":
+        """Norms and biases in another dtype; the matrices must be quantised."""
+        tensors = {name: x.to(dtype) for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, **tensors)
 
     def packed(self) -> "LayerWeights":
         """The same, laid out as its device multiplies it fastest, where that gains anything.
@@ -125,7 +140,8 @@ class Backbone:
     @property
     def quantize(self) -> str | None:
         """What the matrices of the layers are quantised to: one of QUANTIZED, or None."""
-        return "int4" if isinstance(self.layers[0].qkv, Int4Weight) else None
+        weight = self.layers[0].qkv
+        return None if isinstance(weight, Tensor) else weight.kind
 
     def forward(
         self,
@@ -236,6 +252,9 @@ class _Pass:
         self._mask, self._recompute = mask, recompute
         self._update = None if update is None else update.cast(backbone.dtype)
         self._kept = keep_kv
+        # Norm and activation then quantise what they give in the same pass; they have no gradient.
+        is_int8 = isinstance(backbone.layers[0].qkv, Int8Weight)
+        self._quantizes = is_int8 and update is None and not torch.is_grad_enabled()
         ids, positions, needed = batch.ids, batch.positions, batch.needed.indices
         self._n_tokens = len(ids)
         self._n_needed = self._n_tokens if needed is None else len(needed)
@@ -286,7 +305,7 @@ class _Pass:
         """The residual stream [R, h] at the needed rows."""
         backbone = self._backbone
         stream = append(backbone.embedding, self._special, self._ids)  # [T, h]
-        normed = rms_norm(stream, backbone.layers[0].attention_norm, self._config.norm_eps)
+        normed: Rows = rms_norm(stream, backbone.layers[0].attention_norm, self._config.norm_eps)
         for i in range(self._config.num_layers - 1):
             if self._recompute:
                 # Dropout is drawn by place: there is no state of a generator to be kept.
@@ -297,16 +316,15 @@ class _Pass:
                 normed, stream = self._layer(i, normed, stream)
         return self._last_layer(normed, stream)
 
-    def _layer(self, i: int, normed: Tensor, stream: Tensor) -> tuple[Tensor, Tensor]:
+    def _layer(self, i: int, normed: Rows, stream: Tensor) -> tuple[Rows, Tensor]:
         """The normed stream and the stream [T, h] behind a layer that is not the last."""
-        eps = self._config.norm_eps
         q, k, v = self._qkv(i, normed)
         mixed = self._attention(i, q, k, v, self._cu_seqlens)
         mixed, stream = self._feed_forward(i, mixed, stream, inplace=not self._recompute)
         following = self._backbone.layers[i + 1].attention_norm
-        return add_rms_norm(mixed, stream, following, eps, inplace=True)
+        return self._add_norm(mixed, stream, following, inplace=True)
 
-    def _last_layer(self, normed: Tensor, stream: Tensor) -> Tensor:
+    def _last_layer(self, normed: Rows, stream: Tensor) -> Tensor:
         """The stream [R, h] behind the last layer: queries are those of the needed rows alone."""
         i = self._config.num_layers - 1
         q, k, v = self._qkv(i, normed)
@@ -323,10 +341,24 @@ class _Pass:
     ) -> tuple[Tensor, Tensor]:
         """What layer i adds to the stream last, and the stream to add it to."""
         layer = self._backbone.layers[i]
-        normed, stream = add_rms_norm(
-            mixed, stream, layer.mlp_norm, self._config.norm_eps, inplace=inplace
-        )
-        return self._linear(i, "down", swiglu(self._linear(i, "gate_up", normed))), stream
+        normed, stream = self._add_norm(mixed, stream, layer.mlp_norm, inplace=inplace)
+        activated = self._swiglu(self._linear(i, "gate_up", normed))
+        return self._linear(i, "down", activated), stream
+
+    def _add_norm(
+        self, x: Tensor, stream: Tensor, weight: Tensor, *, inplace: bool
+    ) -> tuple[Rows, Tensor]:
+        """The normed sum of x and the stream, and the sum. inplace: of the stream."""
+        eps = self._config.norm_eps
+        if not self._quantizes:
+            return add_rms_norm(x, stream, weight, eps, inplace=inplace)
+        q, scale, total = add_rms_norm_quantized(x, stream, weight, eps, ROTATED)
+        return QuantizedRows(q, scale, x.dtype), total
+
+    def _swiglu(self, gate_up: Tensor) -> Rows:
+        if not self._quantizes:
+            return swiglu(gate_up)
+        return QuantizedRows(*swiglu_quantized(gate_up, ROTATED), gate_up.dtype)
 
     def _attention(self, i: int, q: Tensor, k: Tensor, v: Tensor, cu_queries: Tensor) -> Tensor:
         """Attention and its output projection [rows of q, h]."""
@@ -351,7 +383,7 @@ class _Pass:
         self._options = options
         return options.with_layer(i)
 
-    def _qkv(self, i: int, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _qkv(self, i: int, normed: Rows) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated q [T, H, D]; rotated k and v [Tk, KV, D], those of a cache among them."""
         config, layer = self._config, self._backbone.layers[i]
         n_q, n_kv = config.num_heads, config.num_kv_heads
@@ -369,11 +401,12 @@ class _Pass:
             k, v = self._cache.extend(i, self._rows, k[:n], v[:n])
         return q, k, v
 
-    def _linear(self, i: int, matrix: str, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def _linear(self, i: int, matrix: str, x: Rows, bias: Tensor | None = None) -> Tensor:
         """x [rows, in] through a matrix of layer i, a name of LayerWeights."""
         weight = getattr(self._backbone.layers[i], matrix)
         if self._update is None:
             return linear(x, weight, bias)
+        assert isinstance(x, Tensor)
         last = i == self._config.num_layers - 1 and matrix != "qkv"
         return self._update.linear(i, matrix, x, weight, bias, self._drop_rows[last])
 

@@ -116,6 +116,7 @@ class PrefixCache:
             "format": "gen_fast.prefix/2",
             "backbone": json.dumps(self.backbone.fingerprint, sort_keys=True),
             "dtype": str(self.backbone.dtype),
+            **({"quantize": quantize} if (quantize := self.backbone.quantize) else {}),
         }
 
 

@@ -1,7 +1,8 @@
 """Copies of a model whose linears are quantised: written once, loaded without the original.
 
-A copy is a directory like its original. The linears' tensors are blocks of gen_fast.ops.qlinear,
-everything else is as it was. quantization.json has digests of the original's tensors, so that the
+A copy is a directory like its original. The linears' tensors are blocks of gen_fast.ops.qlinear; in
+int8 each has its scales beside it, and the layers' norms have taken over factors (int8.py).
+Everything else is as it was. quantization.json has digests of the original's tensors, so that the
 copy has the original's fingerprint: an adapter of the one fits the other.
 """
 
@@ -21,6 +22,8 @@ from gen_fast.ops.qlinear import fits, quantize_weight
 
 FORMAT = "gen_fast.quantized/1"
 RECIPE = "quantization.json"
+# Ends the name of a linear's scales, as ".weight" does that of its blocks.
+SCALE = ".weight_scale"
 _LARGEST = torch.finfo(torch.float16).max  # scales and minima are float16
 
 

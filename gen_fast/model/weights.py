@@ -18,13 +18,16 @@ from gen_fast.io.cache import remembered, remembered_sha256
 from gen_fast.io.checksums import problem
 from gen_fast.io.durable import signature
 from gen_fast.model.backbone import Backbone, LayerWeights
+from gen_fast.model.calibration_texts import CALIBRATION_TEXTS
+from gen_fast.model.choices import INT4, INT8
 from gen_fast.model.config import BackboneConfig, parse_config
 from gen_fast.model.fingerprint import Digests, digests_of, fingerprint, samples
-from gen_fast.model.linear import Int4Weight, Weight
+from gen_fast.model.int8 import check_calibration, check_sizes, int8_layers, tokenized
+from gen_fast.model.linear import Int4Weight, Int8Weight, Weight
 from gen_fast.model.lora import LoraWeights
 from gen_fast.model.model_files import read_json
-from gen_fast.model.quantized import Recipe, check_quantize, int4_blocks, read_recipe
-from gen_fast.ops.qlinear import blocks_shape
+from gen_fast.model.quantized import SCALE, Recipe, check_quantize, int4_blocks, read_recipe
+from gen_fast.ops.qlinear import blocks_shape, int8_blocks_shape
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +68,11 @@ class TensorFiles:
         }
         if self.recipe is not None:  # the values are the original's, what is stored its own
             values = self.recipe.digests
-            digests = {name: (values.get(name, ""), own) for name, (_, own) in digests.items()}
+            digests = {
+                name: (values.get(name, ""), own)
+                for name, (_, own) in digests.items()
+                if not name.endswith(SCALE)
+            }
         return digests
 
     def samples(self, config: BackboneConfig) -> dict[str, str]:
@@ -85,7 +92,7 @@ class TensorFiles:
     def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """Read a tensor, adapters merged. Raises WeightsError for a missing or damaged one."""
         tensor = self.stored(name)
-        if self.recipe is not None and tensor.dtype == torch.uint8:
+        if self.recipe is not None and not tensor.is_floating_point():
             raise UnsupportedModelError(
                 f"tensor {name!r} is quantised: this takes the original, {self.recipe.source!r}"
             )
@@ -103,13 +110,23 @@ class TensorFiles:
         """The blocks of a linear's weight [out, in], adapters merged before it is quantised."""
         if self.recipe is None:
             return int4_blocks(name, self.get(name, shape))
-        blocks = self.stored(name)
-        if tuple(blocks.shape) != (expected := blocks_shape(shape)) or blocks.dtype != torch.uint8:
+        return self._as_written(name, torch.uint8, blocks_shape(shape))
+
+    def int8(self, name: str, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Blocks and scales of a linear's weight [out, in], of a copy that has them."""
+        blocks = self._as_written(name, torch.int8, int8_blocks_shape(shape))
+        scale = f"{name.removesuffix('.weight')}{SCALE}"
+        return blocks, self._as_written(scale, torch.float32, shape[:1])
+
+    def _as_written(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+        """A tensor of a quantised copy."""
+        tensor = self.stored(name)
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype:
             raise WeightsError(
-                f"tensor {name!r} is {blocks.dtype} {list(blocks.shape)}, the config asks for "
-                f"torch.uint8 {list(expected)}"
+                f"tensor {name!r} is {tensor.dtype} {list(tensor.shape)}, the config asks for "
+                f"{dtype} {list(shape)}"
             )
-        return blocks
+        return tensor
 
     def load(
         self,
@@ -169,11 +186,14 @@ def load_backbone(
     adapters: Sequence[LoraWeights] = (),
     bidirectional: bool = False,
     quantize: str | None = None,
+    calibration: Sequence[str] = CALIBRATION_TEXTS,
 ) -> Backbone:
     """Read a Hugging Face safetensors directory (sharded or not) into a Backbone.
 
     packed: for inference only, laid out for fast products (see LayerWeights.packed).
     quantize: one of QUANTIZED, for the matrices of the layers; a quantised copy has its own.
+    calibration: at least 20 texts on which inputs are measured for int8: see int8.py. The
+    whole model is in memory in float32 meanwhile.
     adapters: merged into the weights, one after another, in float32, before these are converted to
     `dtype`; the fingerprint is that of the merged weights. bidirectional: see `parse_config`.
     Raises UnsupportedModelError for a config the backbone cannot compute, WeightsError for
@@ -183,7 +203,21 @@ def load_backbone(
     directory = Path(directory)
     config = parse_config(read_json(directory / "config.json"), bidirectional=bidirectional)
     files = _merged(directory, config, adapters)
-    return _build(config, files, dtype, device, packed, _quantization(directory, files, quantize))
+    quantize = _quantization(directory, files, quantize)
+    if quantize != INT8 or files.recipe is not None:
+        return _build(config, files, dtype, device, packed, quantize)
+    check_sizes(config)
+    check_calibration(calibration)
+    sequences = tokenized(directory, calibration)
+    wide = _build(config, files, torch.float32, device, packed=False)
+    layers = int8_layers(wide, sequences, "bidirectional" if bidirectional else "causal")
+    return Backbone(
+        config,
+        wide.embedding.to(dtype),
+        tuple(layer.cast(dtype) for layer in layers),
+        wide.final_norm.to(dtype),
+        wide.fingerprint,
+    )
 
 
 def _quantization(directory: Path, files: TensorFiles, quantize: str | None) -> str | None:
@@ -336,8 +370,11 @@ def _load_layer(
         named = [(f"{name}_proj.weight", shape) for name, shape in parts.items()]
         if quantize is None:
             return join(named)
-        blocks = [files.int4(f"{prefix}{name}", shape) for name, shape in named]
-        return Int4Weight(torch.cat(blocks).to(device))
+        if quantize == INT4:
+            blocks = [files.int4(f"{prefix}{name}", shape) for name, shape in named]
+            return Int4Weight(torch.cat(blocks).to(device))
+        both = zip(*(files.int8(f"{prefix}{name}", shape) for name, shape in named), strict=True)
+        return Int8Weight(*(torch.cat(tensors).to(device) for tensors in both))
 
     qkv_bias = qk_norm = None
     if config.qkv_bias:
@@ -368,6 +405,8 @@ def _refuse_unexpected(files: TensorFiles, config: BackboneConfig) -> None:
     layer += ["self_attn.q_norm", "self_attn.k_norm"] if config.qk_norm else []
     names = [f"{module}.weight" for module in layer]
     names += [f"self_attn.{n}_proj.bias" for n in "qkv"] if config.qkv_bias else []
+    if files.recipe is not None and files.recipe.quantize == INT8:
+        names += [f"{module}{SCALE}" for module in layer if module.endswith("_proj")]
     expected |= {f"layers.{i}.{name}" for i in range(config.num_layers) for name in names}
     unexpected = sorted(
         name

@@ -36,5 +36,5 @@ def quantize_weight_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def unpack_int8(blocks: Tensor) -> Tensor:
     """q [out, in] of `blocks`."""
-    tiles = blocks.unflatten(2, (OUTPUTS, INPUTS)).transpose(1, 2)
+    tiles: Tensor = blocks.unflatten(2, (OUTPUTS, INPUTS)).transpose(1, 2)
     return tiles.reshape(blocks.shape[0] * OUTPUTS, blocks.shape[1] * INPUTS)

@@ -28,7 +28,8 @@ def rotate_rows(x: Tensor) -> Tensor:
     matrix = x.new_ones(1, 1)
     while len(matrix) < n:
         matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
-    return ((matrix / math.sqrt(n)) @ x.unflatten(-1, (n, -1))).flatten(-2)
+    rotated: Tensor = matrix / math.sqrt(n) @ x.unflatten(-1, (n, -1))
+    return rotated.flatten(-2)
 
 
 def quantize_rows(x: Tensor, row_format: str) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ import gen_fast
 from gen_fast.formats.llm2vec import Settings, write_settings
 from gen_fast.formats.peft import write_adapter
 from gen_fast.io.checksums import CHECKSUMS
+from gen_fast.model.choices import QUANTIZED
 from gen_fast.model.lora import Lora, LoraConfig
 from gen_fast.model.sources import resolve
 from gen_fast.model.weights import load_backbone
@@ -94,11 +95,12 @@ def test_of_a_gem_model_of_weights(tiny_model: Path, tmp_path: Path, file: str, 
 @pytest.mark.parametrize(
     "file", ["model.safetensors", "quantization.json", "config.json", "tokenizer.json", CHECKSUMS]
 )
-def test_of_a_quantised_copy(tmp_path: Path, file: str, count: int) -> None:
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_of_a_quantised_copy(tmp_path: Path, kind: str, file: str, count: int) -> None:
     save_tiny_model(tmp_path / "model", "llama", **WHOLE_BLOCKS)
     copy = tmp_path / "copy"
-    gen_fast.write_quantized(tmp_path / "model", copy, device="cpu")
-    tally = attack(f"quantised copy: {file}", copy / file, count, embedded_by(copy))
+    gen_fast.write_quantized(tmp_path / "model", copy, quantize=kind, device="cpu")
+    tally = attack(f"{kind} copy: {file}", copy / file, count, embedded_by(copy))
     assert tally.counts["refused"] == count
 
 

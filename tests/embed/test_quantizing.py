@@ -12,6 +12,7 @@ import gen_fast
 from gen_fast.cli.app import app
 from gen_fast.embed.sample_texts import SAMPLE_TEXTS
 from gen_fast.errors import ConfigError, JobError, UnsupportedModelError, WeightsError
+from gen_fast.model.choices import QUANTIZED
 from gen_fast.testing import WHOLE_BLOCKS, save_tiny_adapter, save_tiny_model
 
 TEXTS = ["the cat", "a hat in the rain", "one word follows the other in the line " * 4]
@@ -25,21 +26,27 @@ def model(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module", params=QUANTIZED)
+def kind(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def copy(model):
-    gen_fast.write_quantized(model, model.with_name("copy"), device="cpu")
-    return model.with_name("copy")
+def copy(model, kind):
+    folder = model.with_name(f"copy-{kind}")
+    gen_fast.write_quantized(model, folder, quantize=kind, device="cpu")
+    return folder
 
 
 def embedded(name, **options):
     return np.asarray(gen_fast.load(name, **ON_CPU, **options).encode(TEXTS))
 
 
-def test_a_copy_is_what_quantize_gives(model, copy):
-    assert np.array_equal(embedded(copy), embedded(model, quantize="int4"))
+def test_a_copy_is_what_quantize_gives(model, copy, kind):
+    assert np.array_equal(embedded(copy), embedded(model, quantize=kind))
     assert not np.array_equal(embedded(copy), embedded(model))
     encoder = gen_fast.load(copy, **ON_CPU)
-    assert encoder.identity["quantize"] == "int4"
+    assert encoder.identity["quantize"] == kind
     assert "quantize" not in gen_fast.load(model, **ON_CPU).identity
 
 
@@ -51,12 +58,14 @@ def test_a_copy_says_what_it_is(model, copy):
     assert recipe["quality"]["centred_cosine_mean"] < 1
 
 
-def test_an_adapter_of_the_original_fits_its_copy(model, copy, tmp_path):
+def test_an_adapter_of_the_original_fits_its_copy(model, copy, kind, tmp_path):
     save_tiny_adapter(tmp_path, model)
     over_copy = embedded(tmp_path, backbone=copy)
-    assert np.array_equal(over_copy, embedded(tmp_path, quantize="int4"))
+    assert np.array_equal(over_copy, embedded(tmp_path, quantize=kind))
     save_tiny_model(tmp_path / "other", "qwen2", seed=1, **WHOLE_BLOCKS)
-    gen_fast.write_quantized(tmp_path / "other", tmp_path / "other-copy", device="cpu")
+    gen_fast.write_quantized(
+        tmp_path / "other", tmp_path / "other-copy", quantize=kind, device="cpu"
+    )
     with pytest.raises(gen_fast.BackboneMismatchError, match="embed_tokens"):
         embedded(tmp_path, backbone=tmp_path / "other-copy")
 
@@ -82,17 +91,19 @@ def test_transformers_refuses_a_copy(copy):
         AutoModelForCausalLM.from_pretrained(copy)
 
 
-def test_what_cannot_be_quantised_is_refused(model, copy, tmp_path):
+def test_what_cannot_be_quantised_is_refused(model, copy, kind, tmp_path):
     write = gen_fast.write_quantized
-    with pytest.raises(ConfigError, match="quantised already, to int4"):
+    with pytest.raises(ConfigError, match=f"quantised already, to {kind}"):
         write(copy, tmp_path / "twice")
-    with pytest.raises(ConfigError, match="quantised already, to int4"):
-        gen_fast.load(copy, quantize="int4")
+    with pytest.raises(ConfigError, match=f"quantised already, to {kind}"):
+        gen_fast.load(copy, quantize=kind)
     with pytest.raises(ConfigError, match="not an empty directory"):
         write(model, copy)
     with pytest.raises(ConfigError, match="at least 20 texts, not on 3"):
         write(model, tmp_path / "few", texts=["a", "b", "c"])
-    with pytest.raises(ConfigError, match="'int2' is not one of int4"):
+    with pytest.raises(ConfigError, match="calibrated on at least 20 texts, not on 2"):
+        write(model, tmp_path / "few", quantize="int8", calibration=["a", "b"])
+    with pytest.raises(ConfigError, match="'int2' is not one of int4, int8"):
         write(model, tmp_path / "int2", quantize="int2")
     save_tiny_adapter(tmp_path / "adapter", model)
     with pytest.raises(UnsupportedModelError, match="is an adapter"):
@@ -132,6 +143,20 @@ def test_the_command_writes_a_copy_that_jobs_and_searches_take(model, tmp_path):
         app, ["search", str(of_copy), "a train ticket", "--model", str(model), "--quiet"]
     )
     assert by_float.stdout != printed[0]
+
+
+def test_the_command_calibrates_on_texts_of_ones_own(model, tmp_path):
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n".join(f"{word} " * 9 for word in SAMPLE_TEXTS))
+    command = ["quantize", str(model), "--device", "cpu", "--calibrate", str(texts)]
+    out = tmp_path / "copy"
+    done = CliRunner().invoke(app, [*command, "--to", "int8", "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    assert "int8, over 40 texts centred cosine" in done.output
+    assert not np.array_equal(embedded(out), embedded(model, quantize="int8"))
+    refused = CliRunner().invoke(app, [*command, "--to", "int4", "--out", str(tmp_path / "other")])
+    assert refused.exit_code == 2
+    assert "--calibrate means nothing with --to int4" in refused.output
 
 
 def test_a_whole_gem_model_is_copied_with_its_special_tokens(model, tmp_path):

@@ -1,4 +1,4 @@
-"""Training over a backbone whose linears are kept in 4 bits."""
+"""Training over a backbone whose linears are quantised."""
 
 import pytest
 import torch
@@ -36,6 +36,25 @@ def test_llm2vec_gen_trains_as_over_the_same_values(model, tmp_path):
         curves.append(losses(config))
         gen_fast.load(folder, quantize=quantize, device="cpu").encode("the cat")
     assert curves[1] == pytest.approx(curves[0], rel=1e-4)
+
+
+def test_llm2vec_gen_trains_over_int8(model, tmp_path):
+    write_answers(tmp_path / "answers.jsonl")
+    write_teacher(tmp_path / "teacher.parquet", tmp_path / "answers.jsonl")
+    curves = []
+    for quantize in (None, "int8"):
+        out = tmp_path / str(quantize)
+        config = train_config(tmp_path, model, out=str(out), quantize=quantize, start="random")
+        folder = llm2vec_gen.train(config, show_progress_bar=False)
+        curves.append(losses(config))
+        gen_fast.load(folder, quantize=quantize, device="cpu").encode("the cat")
+    assert curves[1] == pytest.approx(curves[0], rel=0.02)
+    assert curves[1] != curves[0]
+
+
+def test_lora_over_int8_is_refused(model, tmp_path):
+    with pytest.raises(gen_fast.ConfigError, match="int8 moves factors into the weights"):
+        gem.train(gem_configs(tmp_path, model)("int8", quantize="int8"), show_progress_bar=False)
 
 
 def test_lora_trains_as_over_the_same_values(model, tmp_path):

@@ -1,0 +1,201 @@
+"""Backbones whose linears and their inputs are of 8 bits."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import gen_fast
+from gen_fast.embed.sample_texts import SAMPLE_TEXTS
+from gen_fast.errors import ConfigError, UnsupportedModelError, WeightsError
+from gen_fast.io.vectors import centred_cosine
+from gen_fast.model.backbone import Backbone
+from gen_fast.model.batch import PackedBatch
+from gen_fast.model.int8 import smoothed
+from gen_fast.model.linear import Int8Weight, QuantizedRows, linear, times
+from gen_fast.model.lora import MATRICES, Lora, LoraConfig
+from gen_fast.model.prefix import PrefixCache
+from gen_fast.model.weights import load_backbone
+from gen_fast.testing import WHOLE_BLOCKS, forget_checksums, relative_error, save_tiny_model
+
+BATCH = PackedBatch.pack([np.arange(3, 40), np.arange(60, 65)], needed=[2, 1])
+
+
+@pytest.fixture(scope="module", params=["llama", "mistral-window", "qwen2", "qwen3"])
+def directory(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("int8")
+    save_tiny_model(folder, request.param, **WHOLE_BLOCKS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("int8") / "llama"
+    save_tiny_model(folder, "llama-tied", **WHOLE_BLOCKS)
+    return folder
+
+
+def with_layers(backbone, layers):
+    return Backbone(
+        backbone.config,
+        backbone.embedding,
+        tuple(layers),
+        backbone.final_norm,
+        backbone.fingerprint,
+    )
+
+
+def dequantized(backbone):
+    """The same weights as matrices of float32."""
+    return with_layers(
+        backbone,
+        [
+            replace(layer, **{m: getattr(layer, m).dequantized(torch.float32) for m in MATRICES})
+            for layer in backbone.layers
+        ],
+    )
+
+
+def test_a_weight_is_near_and_its_product_nearer_than_without_a_rotation():
+    torch.manual_seed(0)
+    weight, x = torch.randn(48, 96), torch.randn(20, 96)
+    x[:, 5] *= 100  # an input that stands out
+    exact = x.double() @ weight.double().T
+    own = Int8Weight.of(weight)
+    assert relative_error(own.dequantized(torch.float32), weight) < 0.01
+    error = (linear(x, own) - exact).norm() / exact.norm()
+    assert torch.equal(linear(QuantizedRows.of(x), own), linear(x, own))
+    scale = x.abs().amax(1, keepdim=True) / 127
+    plain = ((x / scale).round() * scale).double() @ weight.double().T
+    assert error < 0.5 * (plain - exact).norm() / exact.norm()
+
+
+def test_the_gradient_goes_as_if_rows_were_not_rounded():
+    torch.manual_seed(0)
+    weight = Int8Weight.of(torch.randn(48, 96))
+    x, bias = torch.randn(7, 96, requires_grad=True), torch.randn(48)
+    y = linear(x, weight, bias)
+    assert torch.equal(y, linear(x.detach(), weight, bias))
+    grad = torch.randn(7, 48)
+    y.backward(grad)
+    expected = grad.double() @ weight.dequantized(torch.float64)
+    assert relative_error(x.grad, expected) < 1e-6
+    assert torch.equal(times(grad, weight), x.grad)
+
+
+def test_factors_change_nothing_of_what_a_layer_computes(directory):
+    plain = load_backbone(directory)
+    torch.manual_seed(0)
+    config = plain.config
+    sizes = {
+        "qkv": config.hidden_size,
+        "gate_up": config.hidden_size,
+        "down": config.intermediate_size,
+    }
+    largest = {name: torch.rand(size) * 30 for name, size in sizes.items()}
+    largest["qkv"][3] = 0.0
+    moved = with_layers(plain, [smoothed(layer, largest) for layer in plain.layers])
+    assert relative_error(moved.forward(BATCH), plain.forward(BATCH)) <= 1e-5
+    for own, other in zip(moved.layers, plain.layers, strict=True):
+        assert not torch.allclose(own.qkv, other.qkv)
+
+
+@pytest.mark.parametrize("mask", ["causal", "bidirectional"])
+def test_states_are_near_those_of_the_plain_model(directory, mask):
+    backbone = load_backbone(
+        directory, quantize="int8", packed=True, bidirectional=mask != "causal"
+    )
+    plain = load_backbone(directory)
+    assert backbone.quantize == "int8"
+    assert backbone.fingerprint == plain.fingerprint
+    expected = plain.forward(BATCH, mask=mask)
+    with torch.inference_mode():
+        fused = backbone.forward(BATCH, mask=mask)
+    assert 1e-4 < relative_error(fused, expected) < 0.1
+    # What trains computes the same; a value on the edge of a step may fall to its other side.
+    assert relative_error(backbone.forward(BATCH, mask=mask), fused) < 0.01
+    # Of the difference only a part is the weights'.
+    assert relative_error(dequantized(backbone).forward(BATCH, mask=mask), expected) < 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_it_computes_in_other_dtypes(llama, dtype):
+    backbone = load_backbone(llama, quantize="int8", dtype=dtype)
+    assert backbone.dtype == dtype
+    with torch.inference_mode():
+        expected = load_backbone(llama, quantize="int8").forward(BATCH)
+        assert relative_error(backbone.forward(BATCH).float(), expected) <= 0.05
+
+
+def test_gradients_at_special_tokens_point_the_same_way(directory):
+    gradients = []
+    for quantize in (None, "int8"):
+        backbone = load_backbone(directory, quantize=quantize)
+        special = torch.linspace(-1, 1, 64).expand(2, 64).clone().requires_grad_()
+        vocabulary = backbone.config.vocab_size
+        batch = PackedBatch.pack([np.array([5, vocabulary, 9]), np.array([vocabulary + 1, 4])])
+        backbone.forward(batch, special=special).square().sum().backward()
+        gradients.append(special.grad.flatten())
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.95
+
+
+def test_the_shipped_adapter_is_served_nearly_as_before(smollm2):
+    """What bench/quantized.py measures on many texts."""
+    vectors = [
+        gen_fast.load("smollm2-135m", dtype="float32", device="cpu", quantize=quantize).encode(
+            list(SAMPLE_TEXTS)
+        )
+        for quantize in (None, "int8")
+    ]
+    assert centred_cosine(vectors[1], vectors[0]).mean() > 0.985
+
+
+def test_adapters_are_merged_before(llama):
+    lora = Lora(LoraConfig(rank=4, alpha=8), load_backbone(llama).config, seed=1)
+    with torch.no_grad():
+        for b in lora.b:
+            b.normal_(std=0.1)
+    adapters = [lora.weights()]
+    merged = load_backbone(llama, adapters=adapters)
+    backbone = load_backbone(llama, adapters=adapters, quantize="int8")
+    assert backbone.fingerprint == merged.fingerprint
+    with torch.inference_mode():
+        difference = relative_error(backbone.forward(BATCH), merged.forward(BATCH))
+        assert difference < 0.2 * relative_error(
+            merged.forward(BATCH), load_backbone(llama).forward(BATCH)
+        )
+
+
+def test_a_prefix_of_other_weights_is_not_taken(llama, tmp_path):
+    for quantize in (None, "int8"):
+        cache = PrefixCache(load_backbone(llama, quantize=quantize))
+        cache.get((3, 4, 5))
+        cache.save(tmp_path / str(quantize))
+    assert cache.load(tmp_path / "int8") == 1
+    with pytest.raises(gen_fast.PrefixCacheError, match="quantize None, this backbone has int8"):
+        cache.load(tmp_path / "None")
+
+
+def test_few_texts_are_refused(llama):
+    with pytest.raises(ConfigError, match="at least 20 texts, not on 3"):
+        load_backbone(llama, quantize="int8", calibration=["a", "b", "c"])
+
+
+def test_a_size_without_whole_blocks_is_refused_by_name(tmp_path):
+    sizes = {"hidden_size": 24, "num_attention_heads": 2, "num_key_value_heads": 2}
+    save_tiny_model(tmp_path, "llama", **sizes)
+    with pytest.raises(UnsupportedModelError, match=r"q_proj is \[24, 24\]: int8 takes"):
+        load_backbone(tmp_path, quantize="int8")
+
+
+def test_values_that_are_not_finite_are_refused_by_name(llama, tmp_path):
+    tensors = load_file(llama / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][5, 7] = float("nan")
+    save_file(tensors, tmp_path / "model.safetensors")
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_text((llama / name).read_text())
+    forget_checksums(tmp_path)
+    with pytest.raises(WeightsError, match="holds NaN or infinity"):
+        load_backbone(tmp_path, quantize="int8")

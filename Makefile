@@ -16,7 +16,7 @@ INSTALLED_FROM := pyproject.toml constraints.txt setup.py $(wildcard kernels/*/_
 # Else every process compiles the modules of torch again: LAZY, below, leaves that to the first.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test lint format bench gpu-check clean
+.PHONY: help demo test emulated lint format bench gpu-check clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile
@@ -27,6 +27,12 @@ demo: $(VENV)/.demo ## Search a small corpus with a small model
 # At most four processes: each holds a model of half a gigabyte.
 test: $(VENV)/.dev ## Run the tests, without the slow ones
 	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+
+# The ops' tests, of the C++ ops alone, with their AVX-512 version. One of OpenMP's threads a process.
+emulated: $(VENV)/.dev ## Test the AVX-512 version of the C++ ops, emulated, on any processor with AVX2
+	GEN_FAST_BUILD=emulated $(BIN)/python setup.py -q build_ext --build-lib build/emulated
+	GEN_FAST_EMULATED=build/emulated $(BIN)/pytest tests/native tests/kernels \
+	    -k 'not cpu-triton and not cpu-reference and not baseline and not avx2' --numprocesses auto --maxprocesses 4 --dist worksteal
 
 lint: $(VENV)/.dev ## Check style and types
 	$(BIN)/ruff check .

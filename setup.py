@@ -6,6 +6,9 @@ GEN_FAST_BUILD=auto-cpu  the same, without the CUDA ops
 GEN_FAST_BUILD=cpu       build the C++ ops, and fail if they cannot be built
 GEN_FAST_BUILD=cuda      build both, and fail if one cannot be built; a GPU is not needed
 GEN_FAST_BUILD=none      pure Python
+
+`make emulated` builds with GEN_FAST_BUILD=emulated: C++ ops whose AVX-512 version runs on AVX2, for
+tests alone. It cannot be installed.
 """
 
 import os
@@ -26,13 +29,17 @@ from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent
 BUILD = os.environ.get("GEN_FAST_BUILD", "auto")
-if BUILD not in {"auto", "auto-cpu", "cpu", "cuda", "none"}:
+if BUILD not in {"auto", "auto-cpu", "cpu", "cuda", "none", "emulated"}:
     sys.exit(f"GEN_FAST_BUILD must be auto, auto-cpu, cpu, cuda or none, not {BUILD!r}")
+if BUILD == "emulated" and "--build-lib" not in sys.argv:  # nor in place
+    sys.exit("GEN_FAST_BUILD=emulated is for `make emulated`, not to be installed")
 
-MODULES = ("csrc/module.cpp", "csrc/cuda_module.cpp")
+MODULES = ("csrc/module.cpp", "csrc/cuda_module.cpp", "tests/native/intrinsics.cpp")
 OPS = sorted(path.parent.name for path in (ROOT / "kernels").glob("*/__init__.py"))
 # -g0: Python's own flags may ask for debug information, which takes a fifth of the time.
 FLAGS = ["-O3", "-g0", "-fvisibility=hidden", "-Wall"]
+# -O1: compiling takes most of the time. Wide vectors stay in a file, so their ABI does not matter.
+EMULATED = ["-DGEN_FAST_EMULATED", "-Itests/native", "-O1", "-Wno-psabi"]
 # Machine code for Ampere and Hopper; newer GPUs translate the PTX when they load it.
 ARCHITECTURES = [
     "-gencode",
@@ -69,7 +76,9 @@ class BuildExtensions(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         # Not in setuptools' own folder, which an editable install makes anew each time.
-        folder = Path("build", "objects", f"{sysconfig.get_platform()}-{sys.version_info[1]}")
+        kind = "-emulated" if BUILD == "emulated" else ""
+        name = f"{sysconfig.get_platform()}-{sys.version_info[1]}{kind}"
+        folder = Path("build", "objects", name)
         compilations = [self._compilation(ext, source, folder) for source in ext.sources]
         compile_all(compilations, folder / f"{ext.name}.ninja")
         ext.sources = []
@@ -163,6 +172,15 @@ def extensions() -> list[Extension]:
         extra_link_args=["-fopenmp"],
         **shared,
     )
+    if BUILD == "emulated":
+        cpu.extra_compile_args += EMULATED
+        intrinsics = Extension(
+            "gen_fast._intrinsics",
+            sources=["tests/native/intrinsics.cpp"],
+            extra_compile_args=cpu.extra_compile_args,
+            **shared,
+        )
+        return [cpu, intrinsics]
     if BUILD in ("cpu", "auto-cpu") or (BUILD == "auto" and nvcc() is None):
         return [cpu]
     if nvcc() is None:

@@ -8,15 +8,24 @@ namespace py = pybind11;
 
 namespace gen_fast {
 
+// Whether AVX-512 is emulated, as in common/each_isa.h.
+#if defined(GEN_FAST_EMULATED)
+static constexpr bool EMULATED = true;
+#else
+static constexpr bool EMULATED = false;
+#endif
+
 static int detect_isa() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
+  const int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 1 : 0;
+  if (EMULATED) return avx2 ? 2 : 0;
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")) {
     return 2;
   }
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 1 : 0;
+  return avx2;
 #else
   return 0;
 #endif
@@ -47,6 +56,7 @@ gen_fast::Dtype dtype(bool bf16) { return bf16 ? gen_fast::Dtype::bf16 : gen_fas
 PYBIND11_MODULE(_C, m) {
   m.doc() = "C++ ops of gen_fast; see csrc/cpu/ops.h";
   m.def("isa_level", &gen_fast::isa_level, "0: baseline, 1: AVX2, 2: AVX-512 with dot products");
+  m.attr("emulated") = gen_fast::EMULATED;
   m.def("limit_isa_level", [](int level) { gen_fast::limit = level; }, "for the tests");
   m.def("add_rms_norm", [](bool bf16, Address x, Address residual, Address weight, Address total,
                            Address out, int64_t rows, int64_t size, float eps) {

@@ -28,6 +28,10 @@ from gen_fast.model.sources import resolve
 from gen_fast.ops import native
 from gen_fast.testing import save_tiny_model
 
+if (emulated := os.environ.get("GEN_FAST_EMULATED")) is not None:
+    # The modules of `make emulated` instead of the installed ones.
+    gen_fast.__path__.insert(0, os.path.join(os.path.realpath(emulated), "gen_fast"))
+
 MadeOnce = Callable[[str, Callable[[Path], Any]], Any]
 
 

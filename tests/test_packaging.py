@@ -269,6 +269,7 @@ def test_without_a_working_compiler_auto_installs_python_only(
     [
         ("cpu", rf"error: command .*{FALSE}"),
         ("bogus", "GEN_FAST_BUILD must be auto, auto-cpu, cpu, cuda or none, not 'bogus'"),
+        ("emulated", "GEN_FAST_BUILD=emulated is for `make emulated`, not to be installed"),
     ],
 )
 def test_builds_that_must_fail(

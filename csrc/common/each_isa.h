@@ -4,6 +4,9 @@
 // each instruction set, with GEN_FAST_ISA naming the namespace. GEN_FAST_DISPATCH(f) then calls the
 // best version that the processor runs. Baseline is whatever the compiler targets by default, so
 // the extension also works on processors other than x86-64.
+//
+// With GEN_FAST_EMULATED, which only tests define, the AVX-512 version is compiled for AVX2, and
+// tests/native/emulated_avx512.h has its intrinsics: a processor without AVX-512 can then run it.
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -43,12 +46,22 @@
 #define GEN_FAST_ISA avx512
 #define GEN_FAST_VECTOR_BYTES 64
 #define GEN_FAST_BF16_DOT 1
+#if defined(GEN_FAST_EMULATED)
+#define GEN_FAST_AVX512 "avx2,fma"
+#else
 #define GEN_FAST_AVX512 "avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vnni"
+#endif
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target(GEN_FAST_AVX512))), apply_to = function)
+#elif defined(GEN_FAST_EMULATED)
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
 #else
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vnni")
+#endif
+#if defined(GEN_FAST_EMULATED)
+#include "emulated_avx512.h"
 #endif
 #include GEN_FAST_SOURCE
 #if defined(__clang__)

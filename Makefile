@@ -28,11 +28,12 @@ demo: $(VENV)/.demo ## Search a small corpus with a small model
 test: $(VENV)/.dev ## Run the tests, without the slow ones
 	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
-# The ops' tests, of the C++ ops alone, with their AVX-512 version. One of OpenMP's threads a process.
-emulated: $(VENV)/.dev ## Test the AVX-512 version of the C++ ops, emulated, on any processor with AVX2
-	GEN_FAST_BUILD=emulated $(BIN)/python setup.py -q build_ext --build-lib build/emulated
+# The tests of the emulated intrinsics, and those of the ops that run them. PATH: ninja is in there.
+emulated: $(VENV)/.dev ## Test the AVX-512 version of the C++ ops on any processor with AVX2
+	PATH="$(CURDIR)/$(BIN):$$PATH" GEN_FAST_BUILD=emulated \
+	    $(BIN)/python setup.py -q build_ext --build-lib build/emulated
 	GEN_FAST_EMULATED=build/emulated $(BIN)/pytest tests/native tests/kernels \
-	    -k 'not cpu-triton and not cpu-reference and not baseline and not avx2' --numprocesses auto --maxprocesses 4 --dist worksteal
+	    -k "emulation or cpu-cpu or avx512" --numprocesses auto --maxprocesses 4 --dist worksteal
 
 lint: $(VENV)/.dev ## Check style and types
 	$(BIN)/ruff check .

@@ -42,9 +42,11 @@ import gen_fast
 files = [importlib.import_module(f"gen_fast.ops.{{op}}").__file__ for op in {OP_NAMES}]
 def compiled(name):
     try:
-        return importlib.import_module(name).__file__
+        module = importlib.import_module(name)
     except ModuleNotFoundError:
         return None
+    assert name != "gen_fast._C" or not module.emulated
+    return module.__file__
 # As for someone who works in a checkout: its kernels/ must not pass for Hugging Face's package.
 sys.path.insert(0, sys.argv[2])
 from transformers import LlamaForCausalLM

@@ -19,19 +19,19 @@ static int detect_isa() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 1 : 0;
-  if (EMULATED) return avx2 ? 2 : 0;
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")) {
-    return 2;
+  if (EMULATED) return avx2 ? 3 : 0;
+  if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vnni"))) {
+    return avx2;
   }
-  return avx2;
+  return __builtin_cpu_supports("avx512bf16") ? 3 : 2;
 #else
   return 0;
 #endif
 }
 
-static int limit = 2;
+static int limit = 3;
 
 int isa_level() {
   static const int level = detect_isa();
@@ -55,7 +55,7 @@ gen_fast::Dtype dtype(bool bf16) { return bf16 ? gen_fast::Dtype::bf16 : gen_fas
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "C++ ops of gen_fast; see csrc/cpu/ops.h";
-  m.def("isa_level", &gen_fast::isa_level, "0: baseline, 1: AVX2, 2: AVX-512 with dot products");
+  m.def("isa_level", &gen_fast::isa_level, "0: baseline, 1: AVX2, 2: AVX-512 with dot products of bytes, 3: and of bfloat16");
   m.attr("emulated") = gen_fast::EMULATED;
   m.def("limit_isa_level", [](int level) { gen_fast::limit = level; }, "for the tests");
   m.def("add_rms_norm", [](bool bf16, Address x, Address residual, Address weight, Address total,

@@ -97,14 +97,24 @@ def smollm2_encoder(smollm2: Path) -> gen_fast.Encoder:
     return gen_fast.load(smollm2, dtype="float32", device="cpu")
 
 
-@pytest.fixture(params=range(3), ids=["baseline", "avx2", "avx512"])
+@pytest.fixture(params=[0, 1, 3], ids=["baseline", "avx2", "avx512"])
 def isa_level(request: pytest.FixtureRequest) -> Iterator[int]:
     """Runs the C++ ops with each instruction set that this processor has."""
+    yield from _at_level(request.param)
+
+
+@pytest.fixture(params=range(4), ids=["baseline", "avx2", "vnni", "avx512"])
+def isa_level_or_vnni(request: pytest.FixtureRequest) -> Iterator[int]:
+    """The same for an op that has a version of its own for AVX-512 without bfloat16."""
+    yield from _at_level(request.param)
+
+
+def _at_level(level: int) -> Iterator[int]:
     if native.missing() is not None:
         pytest.skip(f"the C++ extension {native.missing()}")
     compiled = native.module()
-    compiled.limit_isa_level(request.param)
-    if compiled.isa_level() != request.param:
+    compiled.limit_isa_level(level)
+    if compiled.isa_level() != level:
         pytest.skip("not on this processor")
-    yield request.param
-    compiled.limit_isa_level(2)
+    yield level
+    compiled.limit_isa_level(3)

@@ -42,10 +42,48 @@
 #undef GEN_FAST_ISA
 #undef GEN_FAST_VECTOR_BYTES
 
-// AVX-512 with the dot products of bfloat16 and of bytes: Zen 4, Cooper Lake, Sapphire Rapids and newer.
+#if defined(GEN_FAST_EMULATED)
+#include "emulated_avx512.h"
+#endif
+
+// AVX-512 with the dot product of bytes alone, for a source that asks for it: Cascade Lake, Ice Lake.
+#if defined(GEN_FAST_WITH_VNNI)
+#define GEN_FAST_ISA vnni
+#define GEN_FAST_VECTOR_BYTES 64
+#define GEN_FAST_BYTE_DOT 1
+#if defined(GEN_FAST_EMULATED)
+#define GEN_FAST_VNNI "avx2,fma"
+#else
+#define GEN_FAST_VNNI "avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni"
+#endif
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target(GEN_FAST_VNNI))), apply_to = function)
+#elif defined(GEN_FAST_EMULATED)
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")
+#endif
+#include GEN_FAST_SOURCE
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#undef GEN_FAST_BYTE_DOT
+#undef GEN_FAST_ISA
+#undef GEN_FAST_VECTOR_BYTES
+#define GEN_FAST_IF_VNNI(function) gen_fast::isa_level() == 2 ? gen_fast::vnni::function:
+#else
+#define GEN_FAST_IF_VNNI(function)
+#endif
+
+// AVX-512 with the dot products of bfloat16 and of bytes: Zen 4, Sapphire Rapids and newer.
 #define GEN_FAST_ISA avx512
 #define GEN_FAST_VECTOR_BYTES 64
 #define GEN_FAST_BF16_DOT 1
+#define GEN_FAST_BYTE_DOT 1
 #if defined(GEN_FAST_EMULATED)
 #define GEN_FAST_AVX512 "avx2,fma"
 #else
@@ -60,9 +98,6 @@
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vnni")
 #endif
-#if defined(GEN_FAST_EMULATED)
-#include "emulated_avx512.h"
-#endif
 #include GEN_FAST_SOURCE
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -70,12 +105,14 @@
 #pragma GCC pop_options
 #endif
 #undef GEN_FAST_BF16_DOT
+#undef GEN_FAST_BYTE_DOT
 #undef GEN_FAST_ISA
 #undef GEN_FAST_VECTOR_BYTES
 
 #define GEN_FAST_DISPATCH(function)                              \
-  (gen_fast::isa_level() == 2   ? gen_fast::avx512::function     \
-   : gen_fast::isa_level() == 1 ? gen_fast::avx2::function       \
+  (gen_fast::isa_level() == 3   ? gen_fast::avx512::function     \
+   : GEN_FAST_IF_VNNI(function)                                  \
+   gen_fast::isa_level() >= 1   ? gen_fast::avx2::function       \
                                 : gen_fast::baseline::function)
 #else
 #define GEN_FAST_DISPATCH(function) gen_fast::baseline::function

@@ -12,8 +12,8 @@
 
 namespace gen_fast {
 
-// 2: AVX-512 with dot products of bfloat16 and of bytes, 1: AVX2, 0: baseline. What the processor has, or the
-// lower level that the tests have asked for.
+// 3: AVX-512 with the dot products of bfloat16 and of bytes, 2: AVX-512 with that of bytes alone,
+// 1: AVX2, 0: baseline. What the processor has, or the lower level that the tests have asked for.
 int isa_level();
 
 // Starting a thread costs about as much as this many elements.

@@ -3,6 +3,7 @@
 // product reads them, and multiplies in register tiles. Sums are exact, in 32 bits.
 #if !defined(GEN_FAST_ISA)
 #define GEN_FAST_SOURCE "cpu/qlinear_int8.cpp"
+#define GEN_FAST_WITH_VNNI
 #include <memory>
 #include <type_traits>
 #include <vector>
@@ -30,7 +31,7 @@ constexpr int64_t TASK_OUTPUTS = W == 16 ? 64 : 32, TASK_ROWS = 252;
 
 static inline vi splat(int32_t x) { return x - vi{}; }
 
-#if defined(GEN_FAST_BF16_DOT)
+#if defined(GEN_FAST_BYTE_DOT)
 
 // Bytes, of which the instruction takes the rows' without a sign: 128 is added to them, and 128
 // times the sum of the weights is taken from the result.

@@ -68,13 +68,13 @@ def test_matches_the_reference(dtype, rows, shape, biased, device, impl):
 
 @pytest.mark.parametrize("rows", [1, 6, 70, 300])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_instruction_set(isa_level, dtype, rows):
+def test_every_instruction_set(isa_level_or_vnni, dtype, rows):
     inputs = example(rows, (112, 576), dtype=dtype, biased=True)
     reference = int8_linear(*inputs, dtype=dtype, impl="reference")
     assert_no_worse(int8_linear(*inputs, dtype=dtype, impl="cpu"), reference, exact(*inputs))
 
 
-def test_sums_of_the_largest_values_are_exact(isa_level):
+def test_sums_of_the_largest_values_are_exact(isa_level_or_vnni):
     inputs = 9_728
     q = torch.full((2, inputs), 127, dtype=torch.int8)
     q[1] = -127

@@ -192,10 +192,10 @@ FLOATS: dict[str, tuple[Oracle, int]] = {  # by the number of inputs
 def test_the_ops_under_test_are_the_emulated_ones() -> None:
     assert native.module().emulated
     assert os.path.realpath(os.environ["GEN_FAST_EMULATED"]) in native.module().__file__
-    native.module().limit_isa_level(2)
+    native.module().limit_isa_level(3)
     if native.module().isa_level() == 0:
         pytest.skip("this processor has no AVX2")
-    assert native.module().isa_level() == 2
+    assert native.module().isa_level() == 3
 
 
 def test_every_intrinsic_has_a_test() -> None:

@@ -33,7 +33,7 @@ emulated: $(VENV)/.dev ## Test the AVX-512 version of the C++ ops on any process
 	PATH="$(CURDIR)/$(BIN):$$PATH" GEN_FAST_BUILD=emulated \
 	    $(BIN)/python setup.py -q build_ext --build-lib build/emulated
 	GEN_FAST_EMULATED=build/emulated $(BIN)/pytest tests/native tests/kernels \
-	    -k "emulation or cpu-cpu or avx512" --numprocesses auto --maxprocesses 4 --dist worksteal
+	    -k "emulation or cpu-cpu or avx512 or vnni" --numprocesses auto --maxprocesses 4 --dist worksteal
 
 lint: $(VENV)/.dev ## Check style and types
 	$(BIN)/ruff check .

@@ -4,7 +4,7 @@ All take the same prompt, texts and dtype. A provider is a function texts -> [n,
 """
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -113,8 +113,14 @@ def _sorted_batches(batch: Callable[[list[str]], np.ndarray], work: Workload) ->
     return run
 
 
-def openvino_mean(backbone: Path, dtype: torch.dtype, work: Workload) -> Callable:
-    """OpenVINO: transformers' model converted, mean over all tokens of padded batches."""
+def openvino_mean(
+    backbone: Path, dtype: torch.dtype, work: Workload, int8: Sequence[str] = ()
+) -> Callable:
+    """OpenVINO: transformers' model converted, mean over all tokens of padded batches.
+
+    int8: texts that NNCF calibrates weights and activations of 8 bits on, with its settings for
+    transformers; none for the plain model.
+    """
     import openvino
     from transformers import AutoModel, AutoTokenizer
 
@@ -135,6 +141,16 @@ def openvino_mean(backbone: Path, dtype: torch.dtype, work: Workload) -> Callabl
     example = dict(tokenizer(["a few words", "two"], padding=True, return_tensors="pt"))
     with torch.no_grad():
         converted = openvino.convert_model(States(), example_input=example)
+    if int8:
+        import nncf
+
+        samples = [dict(tokenizer([text], return_tensors="np")) for text in int8]
+        converted = nncf.quantize(
+            converted,
+            nncf.Dataset(samples, lambda sample: [sample["input_ids"], sample["attention_mask"]]),
+            model_type=nncf.ModelType.TRANSFORMER,
+            preset=nncf.QuantizationPreset.MIXED,
+        )
     settings = {
         "INFERENCE_PRECISION_HINT": {torch.float32: "f32", torch.bfloat16: "bf16"}[dtype],
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),

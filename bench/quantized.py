@@ -1,15 +1,17 @@
 """Encoding with quantised weights: speed, memory and quality against plain ones and other engines.
 
     python bench/quantized.py [--quick] [--rounds 5] [--json FILE] [--dtype fp32 bf16]
-                              [--peer openvino llama.cpp] [--workload ...]
+                              [--quantize int4 int8] [--peer openvino openvino-int8 llama.cpp]
+                              [--workload ...]
 
 Method `mean` on SmolLM2, whose file is Q4_1; all run the prompt with every text. Providers take
 turns within a round; ratios are medians over the rounds. "one text" encodes queries one by one.
-The peers are not among our extras: pip install openvino llama-cpp-python (which compiles it).
+The peers are not among our extras: pip install openvino nncf llama-cpp-python (which compiles it).
 """
 
 import argparse
 import json
+import math
 import statistics
 import sys
 from collections.abc import Callable
@@ -23,12 +25,15 @@ from measure import interleaved, machine, median_ratio
 
 from gen_fast.embed.loading import load
 from gen_fast.io.vectors import centred_cosine
+from gen_fast.model.calibration_texts import CALIBRATION_TEXTS
+from gen_fast.model.choices import QUANTIZED
 from gen_fast.model.device import matmul_peak
-from gen_fast.model.lora import MATRICES
+from gen_fast.model.lora import MATRICES, linear_sizes
 from gen_fast.model.sources import packaged_file, resolve
 
 MODEL = "smollm2-135m"
 WORKLOADS = ("documents", "queries", "one text")
+PEERS = ("openvino", "openvino-int8", "llama.cpp")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TRUTH_TEXTS = 32
 MAX_LENGTH = 1024  # more than any text here has
@@ -45,7 +50,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--peer", nargs="*", choices=("openvino", "llama.cpp"), default=[])
+    parser.add_argument("--quantize", nargs="*", choices=QUANTIZED, default=list(QUANTIZED))
+    parser.add_argument("--peer", nargs="*", choices=PEERS, default=[])
     parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     args = parser.parse_args()
 
@@ -54,15 +60,22 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(resolve(MODEL))
     rows = []
     for dtype in args.dtype:
-        plain, int4 = (
-            load(MODEL, method="mean", dtype=dtype, quantize=quantize, max_length=MAX_LENGTH)
-            for quantize in (None, "int4")
-        )
-        print(f"{dtype}: " + ", ".join(f"{k} {v}" for k, v in _memory(plain, int4).items()))
-        runs = {dtype: _encode(plain), "int4": _encode(int4)}
+        encoders = {
+            kind or dtype: load(
+                MODEL, method="mean", dtype=dtype, quantize=kind, max_length=MAX_LENGTH
+            )
+            for kind in (None, *args.quantize)
+        }
+        memory = _memory(encoders)
+        print(f"{dtype}: " + ", ".join(f"{k} {v}" for k, v in memory.items()))
+        runs = {kind: _encode(encoder) for kind, encoder in encoders.items()}
         whole = workloads.Workload("", "", [], MAX_LENGTH)  # texts come with their prompt
         if "openvino" in args.peer:
             runs["openvino"] = peers.openvino_mean(resolve(MODEL), DTYPES[dtype], whole)
+        if "openvino-int8" in args.peer:
+            runs["openvino-int8"] = peers.openvino_mean(
+                resolve(MODEL), DTYPES[dtype], whole, int8=CALIBRATION_TEXTS
+            )
         if "llama.cpp" in args.peer:
             runs["llama.cpp"] = peers.llama_cpp_mean(packaged_file(MODEL), whole)
         for name in args.workload:
@@ -72,7 +85,7 @@ def main() -> None:
             if name == "one text":
                 texts = texts[:ALONE]
                 these = {provider: _one_by_one(run) for provider, run in runs.items()}
-            rows += _compare(name, dtype, these, texts, args.rounds, _memory(plain, int4))
+            rows += _compare(name, dtype, these, texts, args.rounds, memory)
     if args.json:
         report = {"machine": machine(), "command": " ".join(sys.argv), "rows": rows}
         args.json.parent.mkdir(parents=True, exist_ok=True)
@@ -97,7 +110,11 @@ def _compare(
                 "seconds": times,
                 "texts_per_second": len(texts) / statistics.median(times),
                 f"speed_against_{dtype}": median_ratio(seconds[dtype], times),
-                "int4_speedup": median_ratio(times, seconds["int4"]),
+                "our_speedups": {
+                    kind: median_ratio(times, seconds[kind])
+                    for kind in (dtype, *QUANTIZED)
+                    if kind in seconds
+                },
                 "centred_cosine_mean": float(cosines[name].mean()),
                 "centred_cosine_min": float(cosines[name].min()),
                 "memory": memory,
@@ -106,7 +123,7 @@ def _compare(
         )
         row = rows[-1]
         print(
-            f"{workload:<10} {dtype} {name:<10} {row['texts_per_second']:8.1f} texts/s, "
+            f"{workload:<10} {dtype} {name:<13} {row['texts_per_second']:8.1f} texts/s, "
             f"{row[f'speed_against_{dtype}']:.3f}x {dtype}, centred cosine "
             f"{row['centred_cosine_mean']:.5f} (least {row['centred_cosine_min']:.5f})",
             flush=True,
@@ -114,21 +131,19 @@ def _compare(
     return rows
 
 
-def _memory(plain, int4) -> dict[str, float]:
-    """Megabytes of weights; those of the linears alone, also as they would be in bfloat16."""
-
-    def linears(encoder) -> int:
+def _memory(encoders) -> dict[str, float]:
+    """Megabytes of weights by kind: all, and the linears'; and these as shares of bfloat16's."""
+    memory = {}
+    for kind, encoder in encoders.items():
         layers = encoder.backbone.layers
-        return sum(getattr(layer, matrix).nbytes for layer in layers for matrix in MATRICES)
-
-    as_bf16 = linears(plain) * 2 // plain.backbone.dtype.itemsize
-    return {
-        "all_mb": plain.backbone.nbytes / 1e6,
-        "all_int4_mb": int4.backbone.nbytes / 1e6,
-        "linears_int4_mb": linears(int4) / 1e6,
-        "linears_bf16_mb": as_bf16 / 1e6,
-        "linears_int4_to_bf16": linears(int4) / as_bf16,
-    }
+        linears = sum(getattr(layer, matrix).nbytes for layer in layers for matrix in MATRICES)
+        parameters = sum(
+            math.prod(shape) for shape in linear_sizes(encoder.backbone.config).values()
+        )
+        memory[f"all_{kind}_mb"] = encoder.backbone.nbytes / 1e6
+        memory[f"linears_{kind}_mb"] = linears / 1e6
+        memory[f"linears_{kind}_to_bf16"] = linears / (2 * parameters)
+    return memory
 
 
 def _encode(encoder) -> Run:

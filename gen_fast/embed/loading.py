@@ -78,7 +78,9 @@ def load(
     with it natively, else float32; or "float32", "bfloat16", "float16", or a torch.dtype.
     quantize: "int4" keeps the weights of the layers' linears in 4 bits, groups of 32 with a scale
     and a minimum, after adapters of LoRA are merged; what was Q4_1 in a GGUF file keeps its values.
-    None keeps them in dtype, or as a copy that `gen-fast quantize` has made has them.
+    "int8" keeps weights, and the rows that they meet, in 8 bits, calibrated on texts of our own
+    (docs/quantisation.md). None keeps them in dtype, or as a copy that `gen-fast quantize` has made
+    has them.
     revision: of the Hub repository `model`. max_length: tokens, special tokens included.
     deterministic: a text's embedding has the same bits whatever else is in the call (one text a
     batch: slower). hyde: how method "hyde" answers queries; refused with another.

@@ -253,7 +253,7 @@ class _Pass:
         self._update = None if update is None else update.cast(backbone.dtype)
         self._kept = keep_kv
         # Norm and activation then quantise what they give in the same pass; they have no gradient.
-        is_int8 = isinstance(backbone.layers[0].qkv, Int8Weight)
+        is_int8 = all(isinstance(layer.qkv, Int8Weight) for layer in backbone.layers)
         self._quantizes = is_int8 and update is None and not torch.is_grad_enabled()
         ids, positions, needed = batch.ids, batch.positions, batch.needed.indices
         self._n_tokens = len(ids)

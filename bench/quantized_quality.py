@@ -1,0 +1,104 @@
+"""How near embeddings of quantised weights are to those of plain ones, and which layers decide.
+
+    python bench/quantized_quality.py [--texts 1000] [--quantize int4 int8] [--layers]
+                                      [--json FILE]
+
+SmolLM2 in float32 with the shipped adapter and with method `mean`, over descriptions of Debian
+packages, definitions of WordNet and questions of a trivia set, a third each. --layers also
+quantises one layer at a time to int8 and leaves the others as they are.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from measure import machine
+
+from gen_fast.embed.loading import load
+from gen_fast.evaluate.corpora import debian_packages, trivia, wordnet
+from gen_fast.io.vectors import centred_cosine
+from gen_fast.model.backbone import Backbone
+from gen_fast.model.choices import QUANTIZED
+from gen_fast.model.prefix import PrefixCache
+
+MODEL = "smollm2-135m"
+METHODS = {"adapter": None, "mean": "mean"}
+
+
+def main() -> None:
+    """Measure and print; write the rows as JSON if asked."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--texts", type=int, default=1000)
+    parser.add_argument("--quantize", nargs="*", choices=QUANTIZED, default=list(QUANTIZED))
+    parser.add_argument("--layers", action="store_true")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+
+    texts = real_texts(args.texts)
+    rows = []
+    for name, method in METHODS.items():
+        options = {"method": method, "dtype": "float32", "device": "cpu"}
+        plain = load(MODEL, **options)
+        truth = plain.encode(texts, show_progress_bar=False)
+        for kind in args.quantize:
+            vectors = load(MODEL, **options, quantize=kind).encode(texts, show_progress_bar=False)
+            rows.append(row(name, kind, "all", vectors, truth))
+        if args.layers:
+            int8 = load(MODEL, **options, quantize="int8").backbone
+            for number, backbone in enumerate(one_layer_each(plain.backbone, int8)):
+                plain.backbone, plain.prefixes = backbone, PrefixCache(backbone)
+                vectors = plain.encode(texts, show_progress_bar=False)
+                rows.append(row(name, "int8", f"layer {number}", vectors, truth))
+    if args.json:
+        report = {"machine": machine(), "command": " ".join(sys.argv), "rows": rows}
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def real_texts(count: int) -> list[str]:
+    """The same ones every time."""
+    rng = np.random.default_rng(0)
+    sources = (
+        [package.description for package in debian_packages()],
+        [synset.definition for synset in wordnet()],
+        [entry.question for entry in trivia()],
+    )
+    chosen = []
+    for number, source in enumerate(sources):
+        share = (count + number) // len(sources)
+        chosen += [source[i] for i in rng.choice(len(source), share, replace=False)]
+    return chosen
+
+
+def one_layer_each(plain: Backbone, int8: Backbone) -> Iterator[Backbone]:
+    """The plain backbone with its first layer in int8, then with its second one alone, …"""
+    for i in range(len(plain.layers)):
+        layers = (*plain.layers[:i], int8.layers[i], *plain.layers[i + 1 :])
+        yield Backbone(plain.config, plain.embedding, layers, plain.final_norm, plain.fingerprint)
+
+
+def row(method: str, kind: str, part: str, vectors: np.ndarray, truth: np.ndarray) -> dict:
+    """What is measured, also printed."""
+    cosines = centred_cosine(vectors, truth)
+    mean, least = float(cosines.mean()), float(cosines.min())
+    fifth = float(np.quantile(cosines, 0.05))
+    print(
+        f"{method:<8} {kind} {part:<10} {mean:.5f}, 5% below {fifth:.5f}, least {least:.5f}",
+        flush=True,
+    )
+    return {
+        "method": method,
+        "quantize": kind,
+        "part": part,
+        "texts": len(truth),
+        "centred_cosine_mean": mean,
+        "centred_cosine_5_percent": fifth,
+        "centred_cosine_min": least,
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,5 @@
 // gen_fast._C: the C++ ops for Python. Tensors come as addresses; Python has checked them.
+#include <dlfcn.h>
 #include <pybind11/pybind11.h>
 
 #include "common/parallel.h"
@@ -38,6 +39,22 @@ int isa_level() {
   return level < limit ? level : limit;
 }
 
+// Threads of what the calling thread runs from now on, in torch and in our ops. torch's own
+// function also changes the number that threads begin with, and so other threads of the process.
+static void limit_calling_thread(int threads) {
+#if defined(_OPENMP)
+  omp_set_num_threads(threads);
+#endif
+  // Where torch has a number from its user, a thread gives it to MKL when it begins, and MKL no
+  // longer asks OpenMP.
+  static const auto set_mkl_threads = []() -> int (*)(int) {
+    void* torch = dlopen("libtorch_cpu.so", RTLD_NOW | RTLD_NOLOAD);
+    void* function = torch ? dlsym(torch, "MKL_Set_Num_Threads_Local") : nullptr;
+    return reinterpret_cast<int (*)(int)>(function);
+  }();
+  if (set_mkl_threads) set_mkl_threads(threads);
+}
+
 }  // namespace gen_fast
 
 namespace {
@@ -58,6 +75,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa_level", &gen_fast::isa_level, "0: baseline, 1: AVX2, 2: AVX-512 with dot products of bytes, 3: and of bfloat16");
   m.attr("emulated") = gen_fast::EMULATED;
   m.def("limit_isa_level", [](int level) { gen_fast::limit = level; }, "for the tests");
+  m.def("limit_calling_thread", &gen_fast::limit_calling_thread,
+        "threads of what this thread runs from now on; torch must have run in it before");
   m.def("add_rms_norm", [](bool bf16, Address x, Address residual, Address weight, Address total,
                            Address out, int64_t rows, int64_t size, float eps) {
     py::gil_scoped_release release;

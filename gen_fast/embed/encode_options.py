@@ -22,6 +22,7 @@ _TYPES: dict[str, tuple[tuple[type, ...], str]] = {
     "convert_to_tensor": _FLAG,
     "output_value": _TEXT,
     "max_length": _COUNT,
+    "streams": _COUNT,
 }
 # Those that may be left to the model or the method.
 _OR_NONE = (
@@ -31,6 +32,7 @@ _OR_NONE = (
     "batch_size",
     "show_progress_bar",
     "max_length",
+    "streams",
 )
 
 

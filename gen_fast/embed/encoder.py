@@ -2,8 +2,10 @@
 
 import logging
 import sys
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gen_fast.embed.adapter import Adapter
+from gen_fast.embed.batches import Batch, averaged, run_batches
 from gen_fast.embed.encode_options import check_types
 from gen_fast.embed.export import Exportable
 from gen_fast.embed.layouts import Layout, Sequences
@@ -22,9 +25,10 @@ from gen_fast.errors import ConfigError, NonFiniteError, PromptError
 from gen_fast.io.precision import sign_bits
 from gen_fast.io.texts import check_texts
 from gen_fast.io.vectors import unit
-from gen_fast.model.backbone import Backbone, PrefixKV
-from gen_fast.model.batch import PackedBatch, split_by_budget
+from gen_fast.model.backbone import Backbone
+from gen_fast.model.batch import PackedBatch
 from gen_fast.model.prefix import PrefixCache
+from gen_fast.model.stream_choice import TEXT_TOKENS, StreamChooser
 from gen_fast.model.token_budget import TokenBudget
 from gen_fast.model.tokenizing import Tokenizer
 
@@ -51,6 +55,7 @@ class Encoder(Exportable):
     prompts: the instructions selectable by `prompt_name`. default_prompt_name: the one that is
     used where none is asked for; None for no prompt. max_length: tokens of prompt, text and
     special tokens together; longer texts lose their tail (counted and logged once a call).
+    streams: see `gen_fast.load`.
     source: the backbone's directory, which also has the language-model head.
     """
 
@@ -62,6 +67,7 @@ class Encoder(Exportable):
         *,
         max_length: int | None = None,
         deterministic: bool = False,
+        streams: int | None = None,
         name: str = "",
         source: Path | None = None,
     ) -> None:
@@ -71,7 +77,7 @@ class Encoder(Exportable):
         self.name = name
         self.source = source
         self.deterministic = deterministic
-        check_types(max_length=max_length)
+        check_types(max_length=max_length, streams=streams)
         limit = backbone.config.max_positions
         default = min(method.max_length or DEFAULT_MAX_LENGTH, limit)
         self.max_length = default if max_length is None else max_length
@@ -84,6 +90,10 @@ class Encoder(Exportable):
         self.default_prompt_name = method.default_prompt_name
         self.prefixes = PrefixCache(backbone)
         self.budget = TokenBudget(backbone)
+        if method.writes and streams is None:
+            streams = 1
+        batch_tokens = TEXT_TOKENS if deterministic else self.budget.tokens
+        self._streams = StreamChooser(backbone, streams, batch_tokens)
 
     @property
     def method(self) -> str:
@@ -247,10 +257,13 @@ class Encoder(Exportable):
         for window in windowed if self._method.writes else ahead(windowed):
             if window.start == 0:
                 output = np.empty((window.block_size, dimension), dtype=np.float32)
-            with torch.inference_mode():
-                for members, embeddings in self._embed_texts(
-                    window.sequences, layout.prompt_ids, batch_size
-                ):
+            with (
+                torch.inference_mode(),
+                closing(
+                    self._embed_texts(window.sequences, layout.prompt_ids, batch_size)
+                ) as parts,
+            ):
+                for members, embeddings in parts:
                     part = embeddings[:, :dimension]
                     if normalize_embeddings:
                         part = torch.nn.functional.normalize(part, dim=-1)
@@ -364,71 +377,49 @@ class Encoder(Exportable):
 
     def _embed_texts(
         self, window: Sequences, prompt_ids: np.ndarray, batch_size: int | None
-    ) -> Iterator[tuple[np.ndarray, Tensor]]:
+    ) -> Generator[tuple[np.ndarray, Tensor], None, None]:
         """Yield (texts of the window [n], embeddings [n, d] float32) until all are run."""
-        parts = self._embed_window(window, prompt_ids, batch_size)
-        return parts if window.counts is None else _averaged(parts, window.counts)
+        batches = self._batches(window, prompt_ids, batch_size)
+        run = partial(self._run, window)
+        parts = run_batches(batches, run, self.budget, self._streams)
+        return parts if window.counts is None else averaged(parts, window.counts)
 
-    def _embed_window(
+    def _batches(
         self, window: Sequences, prompt_ids: np.ndarray, batch_size: int | None
-    ) -> Iterator[tuple[np.ndarray, Tensor]]:
-        """Yield (sequences of the window [n], embeddings [n, d] float32) until all are run.
+    ) -> list[Batch]:
+        """Sequences that share as much of the prompt's prefix together, longest first.
 
-        Sequences are grouped by how much of the prompt's prefix they share.
+        Within the token budget, which does not depend on what else goes on.
         """
-        lengths = np.array([len(row) for row in window.ids])
+        lengths = np.array([len(row) for row in window.ids], dtype=np.int64)
         longest_first = np.argsort(-lengths, kind="stable")
+        budget = 1 if self.deterministic else self.budget.tokens
+        batches: list[Batch] = []
         for shared in np.unique(window.shared):
-            group = longest_first[window.shared[longest_first] == shared]
+            members = longest_first[window.shared[longest_first] == shared]
             prefix = self.prefixes.get(tuple(prompt_ids.tolist())) if shared else None
             if prefix is not None:
                 prefix = prefix.cut(int(shared))
-            yield from self._embed_group(window, group, prefix, batch_size)
+            skip = 0 if prefix is None else len(prefix)
+            batches += Batch(members, lengths[members] - skip, prefix).cut(budget, batch_size)
+        return batches
 
-    def _embed_group(
-        self,
-        window: Sequences,
-        group: np.ndarray,
-        prefix: PrefixKV | None,
-        batch_size: int | None,
-    ) -> Iterator[tuple[np.ndarray, Tensor]]:
-        """Run texts that share `prefix`, longest first, within the token budget."""
-        skip = 0 if prefix is None else len(prefix)
-        pending = group
-        while len(pending):
-            lengths = [len(window.ids[i]) - skip for i in pending]
-            budget = 1 if self.deterministic else self.budget.tokens
-            members = pending[next(split_by_budget(lengths, budget))][:batch_size]
-            needed = window.needed[members]
-            batch = PackedBatch.pack(
-                [window.ids[i][skip:] for i in members],
-                needed=needed,
-                prefix_length=skip,
-                blocks=self._method.blocks(needed, np.array(lengths[: len(members)])),
-                device=self.device,
-            )
-            try:
-                hidden = self.backbone.forward(
-                    batch, special=self._method.special, prefix=prefix, mask=self._method.mask
-                )
-                embeddings = self._method.pool(hidden, batch, skip, self.backbone)
-            except RuntimeError as error:  # only running out of memory is survived
-                self.budget.shrink(error, sum(lengths[: len(members)]), len(members))
-                continue
-            pending = pending[len(members) :]
-            yield members, embeddings
-
-
-def _averaged(
-    parts: Iterable[tuple[np.ndarray, Tensor]], counts: np.ndarray
-) -> Iterator[tuple[np.ndarray, Tensor]]:
-    """What `parts` give of sequences, as the mean over those of each text."""
-    done = list(parts)
-    if done:
-        order = np.argsort(np.concatenate([members for members, _ in done]))
-        rows = torch.cat([embeddings for _, embeddings in done])[torch.from_numpy(order)]
-        means = torch.stack([part.mean(0) for part in rows.split(counts.tolist())])
-        yield np.arange(len(counts)), means
+    @torch.inference_mode()
+    def _run(self, window: Sequences, texts: Batch) -> Tensor:
+        """Embeddings [n, d] float32 of a batch, in whichever thread."""
+        skip = 0 if texts.prefix is None else len(texts.prefix)
+        needed = window.needed[texts.members]
+        batch = PackedBatch.pack(
+            [window.ids[i][skip:] for i in texts.members],
+            needed=needed,
+            prefix_length=skip,
+            blocks=self._method.blocks(needed, texts.lengths),
+            device=self.device,
+        )
+        hidden = self.backbone.forward(
+            batch, special=self._method.special, prefix=texts.prefix, mask=self._method.mask
+        )
+        return self._method.pool(hidden, batch, skip, self.backbone)
 
 
 def _as_list(texts: Iterable[str]) -> list[str]:

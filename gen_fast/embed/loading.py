@@ -59,6 +59,7 @@ def load(
     max_length: int | None = None,
     deterministic: bool = False,
     hyde: HyDESettings | None = None,
+    streams: int | None = None,
 ) -> Encoder:
     """Load a model and return an Encoder.
 
@@ -84,6 +85,9 @@ def load(
     revision: of the Hub repository `model`. max_length: tokens, special tokens included.
     deterministic: a text's embedding has the same bits whatever else is in the call (one text a
     batch: slower). hyde: how method "hyde" answers queries; refused with another.
+    streams: batches run side by side on a CPU, each by as many of torch's threads as there are for
+    it. 1 gives every batch all threads. None measures once which is faster, when enough texts have
+    been embedded that it pays; the result is kept in the cache. Embeddings do not depend on it.
 
     Raises ConfigError, ModelNotFoundError, UnsupportedModelError, WeightsError, AdapterError or
     BackboneMismatchError.
@@ -112,6 +116,7 @@ def load(
         _checked_method(location, network).bound(network, tokenizer, location.source),
         max_length=max_length,
         deterministic=deterministic,
+        streams=streams,
         name=str(model),
         source=location.source,
     )

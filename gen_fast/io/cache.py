@@ -1,4 +1,4 @@
-"""The user's cache, and what was computed of a file: kept there until the file changes."""
+"""The user's cache: what was computed of a file, until the file changes, and what was measured."""
 
 import hashlib
 import json
@@ -6,7 +6,7 @@ import logging
 import os
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,22 @@ def remembered(path: Path, name: str, compute: Callable[[], Any]) -> Any:
     if settled and list(signature(path)) == before:
         _write(kept, {"path": str(path), "state": before, "value": value})
     return value
+
+
+def recalled(key: Mapping[str, Any]) -> Any:
+    """The value that was last kept for such a key; None if there is none, or it is damaged."""
+    known = _read(_kept(key))
+    return None if known is None else known.get("value")
+
+
+def keep(key: Mapping[str, Any], value: Any) -> None:
+    """Keep a value, as JSON, for a key that says all that it depends on."""
+    _write(_kept(key), {"key": key, "value": value})
+
+
+def _kept(key: Mapping[str, Any]) -> Path:
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
+    return cache_directory() / "remembered" / f"{digest}.json"
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -101,11 +101,16 @@ def on_device(values: np.ndarray, device: torch.device | str) -> Tensor:
         return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def split_by_budget(lengths: Sequence[int], budget: int) -> Iterator[slice]:
-    """Cut consecutive texts into runs of at most `budget` tokens, at least one text each."""
+def split_by_budget(
+    lengths: Sequence[int] | np.ndarray, budget: int, texts: int | None = None
+) -> Iterator[slice]:
+    """Cut consecutive texts into runs of at most `budget` tokens, at least one text each.
+
+    texts: in a run, at most.
+    """
     start, total = 0, 0
     for i, length in enumerate(lengths):
-        if i > start and total + length > budget:
+        if i > start and (total + length > budget or i - start == texts):
             yield slice(start, i)
             start, total = i, 0
         total += length

@@ -96,15 +96,15 @@ class StreamChooser:
             return ONE
         threads = torch.get_num_threads()
         if threads not in self._measured:
-            counts = candidates(threads, self._most())
+            counts = candidates(self._backbone, self._batch_tokens)
             key = self._key(threads)
             choice = ONE if len(counts) == 1 or unsupported() else recalled_choice(key, counts)
             if choice is None:
-                calls = max(counts) * max(1, CPU_TOKENS // self._batch_tokens)
-                rows = LAYERS * (MOST_ROUNDS + 1) * len(counts) * calls * self._batch_tokens
+                rows = (MOST_ROUNDS + 1) * len(counts) * LAYERS
+                rows *= _calls(counts, self._batch_tokens) * self._batch_tokens
                 if self._work < PATIENCE * rows:
                     return ONE
-                choice = self._measure(counts, calls)
+                choice = measure(self._backbone, self._batch_tokens, counts)
                 keep(key, asdict(choice))
             self._measured[threads] = choice
         return self._measured[threads]
@@ -114,25 +114,6 @@ class StreamChooser:
         if self._streams != 1:
             logger.warning("out of memory with batches side by side: going on one by one")
         self._streams = 1
-
-    def _most(self) -> int:
-        """Streams whose activations together take no more memory than the weights."""
-        a_stream = self._batch_tokens * activation_bytes_per_token(self._backbone)
-        return max(1, self._backbone.nbytes // a_stream)
-
-    def _measure(self, counts: Sequence[int], calls: int) -> StreamChoice:
-        start = time.perf_counter()
-        run = _layers_run(self._backbone, self._batch_tokens)
-        seconds = time_streams(run, counts, calls)
-        choice = fastest(seconds)
-        logger.info(
-            "%d streams, %.2f times as fast as one (measured in %.1f s: %s)",
-            choice.count,
-            choice.gain,
-            time.perf_counter() - start,
-            ", ".join(f"{count}: {statistics.median(s):.3f} s" for count, s in seconds.items()),
-        )
-        return choice
 
     def _key(self, threads: int) -> dict[str, Any]:
         """What the speed of streams depends on, as JSON."""
@@ -151,9 +132,35 @@ class StreamChooser:
         }
 
 
-def candidates(threads: int, most: int) -> list[int]:
-    """Numbers of streams, at most `most`, which share `threads` evenly; 1 is the first."""
-    return [count for count in range(1, min(threads, most) + 1) if threads % count == 0]
+def candidates(backbone: Backbone, batch_tokens: int) -> list[int]:
+    """Numbers of streams that share torch's threads evenly; 1 is the first.
+
+    Their activations together take no more memory than the weights.
+    """
+    threads = torch.get_num_threads()
+    most = backbone.nbytes // (batch_tokens * activation_bytes_per_token(backbone))
+    return [1, *(count for count in range(2, min(threads, most) + 1) if threads % count == 0)]
+
+
+def measure(backbone: Backbone, batch_tokens: int, counts: Sequence[int]) -> StreamChoice:
+    """The fastest of these numbers of streams for batches of so many tokens."""
+    start = time.perf_counter()
+    run = _layers_run(backbone, batch_tokens)
+    seconds = time_streams(run, counts, _calls(counts, batch_tokens))
+    choice = fastest(seconds)
+    logger.info(
+        "streams: %d, %.2f times as fast as one (measured in %.1f s: %s)",
+        choice.count,
+        choice.gain,
+        time.perf_counter() - start,
+        ", ".join(f"{count} in {statistics.median(s):.3f} s" for count, s in seconds.items()),
+    )
+    return choice
+
+
+def _calls(counts: Sequence[int], batch_tokens: int) -> int:
+    """Batches that each number of streams runs in a round."""
+    return max(counts) * max(1, CPU_TOKENS // batch_tokens)
 
 
 def fastest(seconds: Mapping[int, Sequence[float]]) -> StreamChoice:

@@ -16,6 +16,7 @@ from gen_fast.io.cache import cache_directory
 from gen_fast.model import stream_choice
 from gen_fast.model.stream_choice import StreamChoice, candidates, fastest
 from gen_fast.model.streams import Streams
+from gen_fast.model.token_budget import activation_bytes_per_token
 from gen_fast.ops import native
 
 needs_module = pytest.mark.skipif(native.missing() is not None, reason="streams need gen_fast._C")
@@ -250,7 +251,7 @@ def test_without_the_compiled_module_there_is_one(tiny_model, monkeypatch):
         load(tiny_model, 2)
     encoder = load(tiny_model, None)
     monkeypatch.setattr(stream_choice, "PATIENCE", 0)
-    monkeypatch.setattr(encoder._streams, "_most", lambda: 2)
+    monkeypatch.setattr(stream_choice, "candidates", lambda *_: [1, 2])
     assert encoder._streams.choose([9, 9]) == StreamChoice(1)
 
 
@@ -267,10 +268,17 @@ def test_the_fastest_is_taken_if_it_is_clearly_ahead(two, four, expected):
     assert fastest({1: [1.0, 1.0, 1.0], 2: two, 4: four}).count == expected
 
 
-def test_candidates_share_the_threads_evenly():
-    assert candidates(1, 9) == [1]
-    assert candidates(12, 9) == [1, 2, 3, 4, 6]
-    assert candidates(12, 2) == [1, 2]
+def test_candidates_share_the_threads_evenly_and_fit_beside_the_weights(tiny_model):
+    backbone = load(tiny_model).backbone
+    assert candidates(backbone, 1) == [1, 2]
+    torch.set_num_threads(12)
+    try:
+        assert candidates(backbone, 1) == [1, 2, 3, 4, 6, 12]
+        tokens = backbone.nbytes // activation_bytes_per_token(backbone)
+        assert candidates(backbone, tokens // 4) == [1, 2, 3, 4]
+        assert candidates(backbone, tokens) == [1]
+    finally:
+        torch.set_num_threads(2)
 
 
 @pytest.mark.parametrize(
@@ -295,7 +303,7 @@ def measured(
     """The measurements that were made; each takes two streams to be faster."""
     monkeypatch.setenv("GEN_FAST_CACHE", str(tmp_path))
     monkeypatch.setattr(stream_choice, "PATIENCE", 1e-3)
-    monkeypatch.setattr(stream_choice.StreamChooser, "_most", lambda self: 2)
+    monkeypatch.setattr(stream_choice, "candidates", lambda *_: [1, 2])
     calls: list = []
 
     def time_streams(run, counts, count):
@@ -317,7 +325,7 @@ def test_the_measurement_is_kept_and_a_damaged_one_made_again(tiny_model, measur
     for _ in range(2):
         np.testing.assert_array_equal(encoder.encode(texts), expected)
     assert measured == [[1, 2]]
-    assert caplog.text.count("2 streams, 1.25 times as fast as one") == 1
+    assert caplog.text.count("streams: 2, 1.25 times as fast as one") == 1
     load(tiny_model, None).encode(texts)
     assert len(measured) == 1
     load(tiny_model, None, deterministic=True).encode(texts)  # of other batches

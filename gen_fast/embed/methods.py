@@ -36,6 +36,7 @@ from gen_fast.model.backbone import Backbone
 from gen_fast.model.batch import PackedBatch, on_device
 from gen_fast.model.fingerprint import Fingerprint
 from gen_fast.model.generation import AnswerGenerator
+from gen_fast.model.linear import can_pack, linear, pack
 from gen_fast.model.sampling import Sampling
 from gen_fast.model.tokenizing import (
     Tokenizer,
@@ -118,16 +119,14 @@ class Method(ABC):
         """Embeddings [B, d] float32 of what `Backbone.forward` gave for a batch."""
         needed = batch.needed
         weights = self.row_weights(needed.counts, batch.lengths + prefix_length)
-        weight, bias = self.projection or (None, None)
-        return pool(
+        pooled = pool(
             hidden,
             needed.cu_seqlens,
             backbone.final_norm,
             backbone.config.norm_eps,
             None if weights is None else on_device(weights, hidden.device),
-            weight,
-            bias,
         )
+        return pooled if self.projection is None else linear(pooled, *self.projection)
 
     def identity(self) -> dict[str, Any]:
         """What decides an embedding besides name, prompts, backbone and tokenizer, as JSON."""
@@ -295,8 +294,9 @@ class LLM2VecGen(Method):
         method.special = self.adapter.special.to(backbone.device, backbone.dtype)
         projection = self.adapter.projection()
         if projection is not None:
-            weight, bias = projection
-            method.projection = weight.to(backbone.device), bias.to(backbone.device)
+            weight, bias = (tensor.to(backbone.device, torch.float32) for tensor in projection)
+            # Packed also for its bits: those of a plain product depend on the number of threads.
+            method.projection = pack(weight) if can_pack(weight) else weight, bias
         return method
 
     def layout(

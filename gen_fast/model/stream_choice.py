@@ -89,14 +89,16 @@ class StreamChooser:
         """For batches of so many tokens."""
         if self._streams is not None:
             return StreamChoice(self._streams)
-        if self._backbone.device.type != "cpu":
+        backbone = self._backbone
+        # The bits of other products depend on the number of threads.
+        if backbone.device.type != "cpu" or not (backbone.packed or backbone.quantize):
             return ONE
-        self._work += sum(batches) * self._backbone.config.num_layers
+        self._work += sum(batches) * backbone.config.num_layers
         if len(batches) < 2:
             return ONE
         threads = torch.get_num_threads()
         if threads not in self._measured:
-            counts = candidates(self._backbone, self._batch_tokens)
+            counts = candidates(backbone, self._batch_tokens)
             key = self._key(threads)
             choice = ONE if len(counts) == 1 or unsupported() else recalled_choice(key, counts)
             if choice is None:
@@ -104,7 +106,7 @@ class StreamChooser:
                 rows *= _calls(counts, self._batch_tokens) * self._batch_tokens
                 if self._work < PATIENCE * rows:
                     return ONE
-                choice = measure(self._backbone, self._batch_tokens, counts)
+                choice = measure(backbone, self._batch_tokens, counts)
                 keep(key, asdict(choice))
             self._measured[threads] = choice
         return self._measured[threads]

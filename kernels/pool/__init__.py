@@ -1,4 +1,4 @@
-"""Final norm, mean over each text's rows, and projection."""
+"""Final norm, and mean over each text's rows."""
 
 from .op import OP, pool
 

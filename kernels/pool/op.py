@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from gen_fast.errors import ImplementationError, OpError
 from gen_fast.ops import CPP, CUDA, REFERENCE, TRITON, Op, gpu, native
@@ -105,27 +104,18 @@ def pool(
     norm_weight: Tensor,
     eps: float,
     row_weights: Tensor | None = None,
-    projection: Tensor | None = None,
-    bias: Tensor | None = None,
     *,
     impl: str | None = None,
 ) -> Tensor:
-    """Turn the needed rows of each text into its embedding: [B, d], float32 (float64 if given).
+    """The mean over the needed rows of each text: [B, h], float32 (float64 if given).
 
     hidden [R, h]: residual stream before the final norm. cu_seqlens [B + 1]: int, rows
     cu_seqlens[i]:cu_seqlens[i + 1] belong to text i. norm_weight [h], eps: the final RMSNorm.
     row_weights [R]: weights that sum to 1 within a text; None takes the plain mean.
-    projection [d, h], bias [d]: the collapsed W_A·W_R of LLM2Vec-Gen; None leaves the mean.
     A text without rows gives NaN: callers refuse it before. No gradient: training pools in torch.
     Raises OpError for shapes that do not fit.
 
-    torch.ops.gen_fast.pool is the norm and the mean, which are bound by memory; the projection of
-    a batch of means is one product, which the vendor's library does best.
-
-    Source: LLM2Vec-Gen, arXiv 2603.10913, §3; both maps are linear, so one product suffices.
+    Source: LLM2Vec-Gen, arXiv 2603.10913, §3; its maps are linear, so they follow the mean.
     """
     result: Tensor = OP(hidden, cu_seqlens, norm_weight, eps, row_weights, impl=impl)
-    if projection is not None:
-        dtype = result.dtype
-        result = linear(result, projection.to(dtype), None if bias is None else bias.to(dtype))
     return result

@@ -23,6 +23,7 @@ from gen_fast.jobs.choices import DEFAULT_STALL_TIMEOUT, ENGINES
 from gen_fast.jobs.parts import PartStore
 from gen_fast.jobs.plan import Part, Plan
 from gen_fast.jobs.worker import Worker
+from gen_fast.model.device import cpus
 
 logger = logging.getLogger(__name__)
 
@@ -118,8 +119,7 @@ def worker_environment(devices: Sequence[str], index: int) -> dict[str, str]:
     """
     environment = dict(os.environ)
     if "cpu" in devices:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        environment["OMP_NUM_THREADS"] = str(max(1, (cores or 1) // len(devices)))
+        environment["OMP_NUM_THREADS"] = str(max(1, cpus() // len(devices)))
     device = torch.device(devices[index])
     if device.type == "cuda":
         number = device.index or 0

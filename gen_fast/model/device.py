@@ -1,6 +1,9 @@
 """What a device computes with, and how fast its matrix products are."""
 
+import os
+import platform
 import time
+from pathlib import Path
 
 import torch
 
@@ -45,6 +48,23 @@ def has_native_bfloat16(device: torch.device) -> bool:
         or torch.cpu._is_amx_tile_supported()
         or torch.cpu.get_capabilities().get("bf16", False)
     )
+
+
+def cpus() -> int:
+    """Logical processors that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def cpu_name() -> str:
+    """The processor's model, or where that is not told its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
 
 
 def matmul_peak(dtype: torch.dtype, device: torch.device | str = "cpu") -> float:

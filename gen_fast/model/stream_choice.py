@@ -2,14 +2,12 @@
 
 import logging
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +17,7 @@ from gen_fast.errors import ConfigError
 from gen_fast.io.cache import keep, recalled
 from gen_fast.model.backbone import Backbone
 from gen_fast.model.batch import PackedBatch
+from gen_fast.model.device import cpu_name, cpus
 from gen_fast.model.streams import Streams, unsupported
 from gen_fast.model.token_budget import CPU_TOKENS, activation_bytes_per_token
 from gen_fast.version import __version__
@@ -228,20 +227,3 @@ def recalled_choice(key: Mapping[str, Any], counts: Sequence[int]) -> StreamChoi
     """What was measured for such a key, if it is one of `counts`."""
     known = recalled(key)
     return StreamChoice(**known) if known and known["count"] in counts else None
-
-
-def cpus() -> int:
-    """Logical processors that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def cpu_name() -> str:
-    """The processor's model, or where that is not told its architecture."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())

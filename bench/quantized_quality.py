@@ -1,11 +1,12 @@
 """How near embeddings of quantised weights are to those of plain ones, and which layers decide.
 
-    python bench/quantized_quality.py [--texts 1000] [--quantize int4 int8] [--layers]
-                                      [--json FILE]
+    python bench/quantized_quality.py [--texts 1000] [--quantize int4 int8] [--layers 0]
+                                      [--json FILE] [--speed FILE --plot FILE]
 
 SmolLM2 in float32 with the shipped adapter and with method `mean`, over descriptions of Debian
-packages, definitions of WordNet and questions of a trivia set, a third each. --layers also
-quantises one layer at a time to int8 and leaves the others as they are.
+packages, definitions of WordNet and questions of a trivia set, a third each. --layers N
+also quantises one layer at a time to int8 and leaves the others as they are, over N of the texts.
+--plot draws the result beside the speeds that quantized.py has written in --speed.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import plots
 from measure import machine
 
 from gen_fast.embed.loading import load
@@ -33,8 +35,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--texts", type=int, default=1000)
     parser.add_argument("--quantize", nargs="*", choices=QUANTIZED, default=list(QUANTIZED))
-    parser.add_argument("--layers", action="store_true")
+    parser.add_argument("--layers", type=int, default=0)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--speed", type=Path)
+    parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
 
     texts = real_texts(args.texts)
@@ -47,13 +51,17 @@ def main() -> None:
             vectors = load(MODEL, **options, quantize=kind).encode(texts, show_progress_bar=False)
             rows.append(row(name, kind, "all", vectors, truth))
         if args.layers:
+            few = real_texts(args.layers)
+            truth = plain.encode(few, show_progress_bar=False)
             int8 = load(MODEL, **options, quantize="int8").backbone
             for number, backbone in enumerate(one_layer_each(plain.backbone, int8)):
                 plain.backbone, plain.prefixes = backbone, PrefixCache(backbone)
-                vectors = plain.encode(texts, show_progress_bar=False)
+                vectors = plain.encode(few, show_progress_bar=False)
                 rows.append(row(name, "int8", f"layer {number}", vectors, truth))
+    report = {"machine": machine(), "command": " ".join(sys.argv), "rows": rows}
+    if args.plot:
+        plots.quantized(report, json.loads(args.speed.read_text()), args.plot)
     if args.json:
-        report = {"machine": machine(), "command": " ".join(sys.argv), "rows": rows}
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(report, indent=1) + "\n")
 

@@ -120,7 +120,7 @@ def row_cases(hidden: int, wide: int, heads: int) -> Iterator[Case]:
     }
     for (op, name), call in calls.items():
         yield Case(op, f"{name}, hidden {hidden}", call)
-    for kind, since in (("int8", 80), ("fp8", 90)):
+    for kind, since in (("int8", 80), ("int8-rotated", 80), ("fp8", 90)):
         quantized = {
             "norm": lambda kind=kind: norm.add_rms_norm_quantized(x, x, w, eps, kind),
             "swiglu": lambda kind=kind: swiglu.swiglu_quantized(gate_up, kind),

@@ -106,12 +106,14 @@ def launch_rows(
 ) -> None:
     """Run a kernel that keeps a row in registers: one program for each row of `shape` (rows, size).
 
-    BLOCK and the warps follow from the size of a row. Nothing is run for no rows.
+    BLOCK and the warps follow from the size of a row. A kernel with the constant PARTS has the row
+    as a matrix [PARTS, size / PARTS] in [PARTS, BLOCK]. Nothing is run for no rows.
     """
     rows, size = shape
     if rows and size:
-        block = power_of_two(size)
-        warps = max(least_warps, row_warps(block))
+        parts = constants.get("PARTS", 1)
+        block = power_of_two(size // parts)
+        warps = max(least_warps, row_warps(parts * block))
         launch(kernel, (rows,), *arguments, **constants, BLOCK=block, num_warps=warps)
 
 

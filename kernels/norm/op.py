@@ -7,13 +7,7 @@ from torch import Tensor
 
 from gen_fast.errors import OpError
 from gen_fast.ops import CPP, CUDA, REFERENCE, TRITON, Case, Op, gpu, native
-from gen_fast.ops.qlinear import (
-    ROTATED,
-    check_format,
-    cpp_supports,
-    fake_quantized,
-    triton_supports,
-)
+from gen_fast.ops.qlinear import ROTATED, check_format, cpp_supports, fake_quantized
 
 from . import reference
 
@@ -121,7 +115,7 @@ OP.register(TRITON, gpu.supports)(gpu.deferred("norm.triton_kernel", "add_rms_no
 BACKWARD.register(TRITON, gpu.supports)(gpu.deferred("norm.triton_kernel", "add_rms_norm_backward"))
 
 
-QUANTIZED.register(TRITON, triton_supports)(
+QUANTIZED.register(TRITON, gpu.supports)(
     gpu.deferred("norm.triton_kernel", "add_rms_norm_quantized")
 )
 

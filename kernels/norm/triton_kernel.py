@@ -7,24 +7,29 @@ from torch import Tensor
 
 from gen_fast.ops import gpu
 from gen_fast.ops.layout import adjacent
-from gen_fast.ops.qlinear.triton_kernel import LARGEST, empty_quantized, store_quantized
+from gen_fast.ops.qlinear.triton_kernel import (
+    empty_quantized,
+    row_columns,
+    row_constants,
+    store_quantized,
+)
 
 
 @triton.jit
 def _add_and_scale(
-    x, residual, weight, total, size, x_stride, residual_stride, eps, BLOCK: tl.constexpr
+    x, residual, weight, total, size, x_stride, residual_stride, eps,
+    PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The sum of one row, stored, and its norm in float32; also the row's columns and mask."""
     row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)  # [BLOCK]
-    inside = columns < size
+    columns, inside = row_columns(size, PARTS, BLOCK)
     added = tl.load(x + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
     added += tl.load(residual + row * residual_stride + columns, mask=inside, other=0.0)
     # As rounded: the norm is that of the stored stream.
     rounded = added.to(total.dtype.element_ty)
     tl.store(total + row * size + columns, rounded, mask=inside)
     stream = rounded.to(tl.float32)
-    scale = tl.rsqrt(tl.sum(stream * stream, 0) / size + eps)
+    scale = tl.rsqrt(tl.sum(stream * stream) / size + eps)
     weights = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
     return stream * scale * weights, row * size + columns, inside
 
@@ -34,7 +39,7 @@ def _norm_forward(
     x, residual, weight, total, out, size, x_stride, residual_stride, eps, BLOCK: tl.constexpr
 ):  # fmt: skip
     normed, at, inside = _add_and_scale(
-        x, residual, weight, total, size, x_stride, residual_stride, eps, BLOCK
+        x, residual, weight, total, size, x_stride, residual_stride, eps, 1, BLOCK
     )
     tl.store(out + at, normed.to(out.dtype.element_ty), mask=inside)
 
@@ -42,12 +47,13 @@ def _norm_forward(
 @triton.jit
 def _norm_quantized(
     x, residual, weight, total, out, scales, size, x_stride, residual_stride, eps,
-    LARGEST: tl.constexpr, BLOCK: tl.constexpr,
+    LARGEST: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     normed, at, inside = _add_and_scale(
-        x, residual, weight, total, size, x_stride, residual_stride, eps, BLOCK
+        x, residual, weight, total, size, x_stride, residual_stride, eps, PARTS, BLOCK
     )
-    store_quantized(normed, out + at, scales + tl.program_id(0), inside, LARGEST)
+    scale_out = scales + tl.program_id(0)
+    store_quantized(normed, out + at, scale_out, inside, LARGEST, PARTS, BLOCK)
 
 
 @triton.jit
@@ -92,9 +98,9 @@ def add_rms_norm_quantized(
     rows, size = x.shape
     total = x.new_empty(rows, size)
     out, scales = empty_quantized(x, size, row_format)
-    strides, largest = (x.stride(0), residual.stride(0)), LARGEST[row_format]
+    strides, constants = (x.stride(0), residual.stride(0)), row_constants(size, row_format)
     inputs = x, residual, weight, total, out, scales, size, *strides, eps
-    gpu.launch_rows(_norm_quantized, (rows, size), *inputs, LARGEST=largest)
+    gpu.launch_rows(_norm_quantized, (rows, size), *inputs, **constants)
     return out, scales, total
 
 

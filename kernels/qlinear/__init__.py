@@ -4,14 +4,7 @@ from .int4 import blocks_shape, dequantize_weight, fits, quantize_weight
 from .int4_op import INT4, int4_linear, int4_linear_backward
 from .int8 import fits_int8, int8_blocks_shape, quantize_weight_int8, unpack_int8
 from .int8_op import INT8, int8_linear
-from .op import (
-    OP,
-    check_format,
-    cpp_supports,
-    fake_quantized,
-    quantize_rows,
-    triton_supports,
-)
+from .op import OP, check_format, cpp_supports, fake_quantized, quantize_rows
 from .reference import ROTATED, rotate_rows
 
 __all__ = [
@@ -34,6 +27,5 @@ __all__ = [
     "quantize_weight",
     "quantize_weight_int8",
     "rotate_rows",
-    "triton_supports",
     "unpack_int8",
 ]

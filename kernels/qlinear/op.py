@@ -44,14 +44,7 @@ OP = Op(
 OP.register(REFERENCE)(reference.quantize_rows)
 
 
-def triton_supports(case: Case) -> str | None:
-    """Why a Triton kernel that quantises rows cannot compute `case`, or None."""
-    if case.option == reference.ROTATED:
-        return "does not rotate rows"
-    return gpu.supports(case)
-
-
-OP.register(TRITON, triton_supports)(gpu.deferred("qlinear.triton_kernel", "quantize_rows"))
+OP.register(TRITON, gpu.supports)(gpu.deferred("qlinear.triton_kernel", "quantize_rows"))
 
 
 @OP.register(CPP, cpp_supports)

@@ -16,6 +16,11 @@ FORMATS = {
 }
 
 
+def rotated_together(size: int) -> int:
+    """How many values of a row of `size` a rotation mixes: the largest power of two, up to 64."""
+    return math.gcd(size, 64)
+
+
 def rotate_rows(x: Tensor) -> Tensor:
     """Each row of `x` [T, f], as a matrix [n, f / n], times a Hadamard matrix [n, n] over √n.
 
@@ -24,7 +29,7 @@ def rotate_rows(x: Tensor) -> Tensor:
 
     Source: Ashkboos et al., arXiv 2404.00456 (QuaRot), §3.
     """
-    n = math.gcd(x.shape[-1], 64)
+    n = rotated_together(x.shape[-1])
     matrix = x.new_ones(1, 1)
     while len(matrix) < n:
         matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))

@@ -7,13 +7,7 @@ from torch import Tensor
 
 from gen_fast.errors import OpError
 from gen_fast.ops import CPP, REFERENCE, TRITON, Op, gpu, native
-from gen_fast.ops.qlinear import (
-    ROTATED,
-    check_format,
-    cpp_supports,
-    fake_quantized,
-    triton_supports,
-)
+from gen_fast.ops.qlinear import ROTATED, check_format, cpp_supports, fake_quantized
 
 from . import reference
 
@@ -51,9 +45,7 @@ OP.register(TRITON, gpu.supports)(gpu.deferred("swiglu.triton_kernel", "swiglu")
 BACKWARD.register(TRITON, gpu.supports)(gpu.deferred("swiglu.triton_kernel", "swiglu_backward"))
 
 
-QUANTIZED.register(TRITON, triton_supports)(
-    gpu.deferred("swiglu.triton_kernel", "swiglu_quantized")
-)
+QUANTIZED.register(TRITON, gpu.supports)(gpu.deferred("swiglu.triton_kernel", "swiglu_quantized"))
 
 
 @OP.register(CPP, native.cpp)

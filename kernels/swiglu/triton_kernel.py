@@ -6,7 +6,12 @@ from torch import Tensor
 
 from gen_fast.ops import gpu
 from gen_fast.ops.layout import adjacent
-from gen_fast.ops.qlinear.triton_kernel import LARGEST, empty_quantized, store_quantized
+from gen_fast.ops.qlinear.triton_kernel import (
+    empty_quantized,
+    row_columns,
+    row_constants,
+    store_quantized,
+)
 
 BLOCK = 1024
 
@@ -41,15 +46,16 @@ def _swiglu_backward(grad, gate_up, out, size, grad_stride, stride, BLOCK: tl.co
 
 @triton.jit
 def _swiglu_quantized(
-    gate_up, out, scales, size, stride, LARGEST: tl.constexpr, BLOCK: tl.constexpr
+    gate_up, out, scales, size, stride,
+    LARGEST: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)  # [BLOCK]
-    inside = columns < size
+    columns, inside = row_columns(size, PARTS, BLOCK)
     gate = tl.load(gate_up + row * stride + columns, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * stride + size + columns, mask=inside, other=0.0).to(tl.float32)
     result = gate * tl.sigmoid(gate) * up
-    store_quantized(result, out + row * size + columns, scales + row, inside, LARGEST)
+    at = out + row * size + columns
+    store_quantized(result, at, scales + row, inside, LARGEST, PARTS, BLOCK)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -81,5 +87,6 @@ def swiglu_quantized(gate_up: Tensor, row_format: str) -> tuple[Tensor, Tensor]:
     rows, size = gate_up.shape[0], gate_up.shape[1] // 2
     out, scales = empty_quantized(gate_up, size, row_format)
     inputs = gate_up, out, scales, size, gate_up.stride(0)
-    gpu.launch_rows(_swiglu_quantized, (rows, size), *inputs, LARGEST=LARGEST[row_format])
+    constants = row_constants(size, row_format)
+    gpu.launch_rows(_swiglu_quantized, (rows, size), *inputs, **constants)
     return out, scales

@@ -67,7 +67,7 @@ def test_non_contiguous_input(device, impl):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("size", [1, 250, 1000])
+@pytest.mark.parametrize("size", [1, 250, 576, 1000])
 def test_quantised_rows_are_those_of_the_unrounded_norm(
     row_format, size, dtype, with_carry, device, quantized_impl
 ):

@@ -13,7 +13,7 @@ from gen_fast.testing import check_quantized
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(0, 8), (1, 1), (3, 63), (5, 1000)])
+@pytest.mark.parametrize("shape", [(0, 8), (1, 1), (3, 63), (4, 576), (5, 1000)])
 def test_matches_the_reference(row_format, shape, dtype, with_carry, device, impl):
     torch.manual_seed(0)
     x = (5 * torch.randn(shape)).to(device, dtype)

@@ -28,7 +28,7 @@ def test_gradient(shape, dtype, device, grad_impl):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("size", [2, 250, 2000])
+@pytest.mark.parametrize("size", [2, 250, 2000, 3072])
 def test_quantised_rows_are_those_of_the_unrounded_result(
     row_format, size, dtype, with_carry, device, quantized_impl
 ):

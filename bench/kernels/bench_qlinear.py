@@ -1,15 +1,22 @@
-"""Rows to int8, and products with weights of 4 bits."""
+"""Rows to int8, and products with weights of 4 and of 8 bits."""
+
+from functools import partial
 
 import pytest
-from conftest import cases, provided, random, rows_of
+import torch
+from conftest import DTYPES, cases, provided, random, rows_of
 
 from gen_fast.ops.qlinear import (
     INT4,
+    INT8,
     OP,
     dequantize_weight,
     int4_linear,
+    int8_linear,
     quantize_rows,
     quantize_weight,
+    quantize_weight_int8,
+    unpack_int8,
 )
 from gen_fast.ops.qlinear.reference import dequantize_rows
 from gen_fast.ops.qlinear.reference import quantize_rows as plain
@@ -44,6 +51,29 @@ def bench_int4_linear(measure, size, dtype, mode, provider, case):
         moved_bytes=x.nbytes + blocks.nbytes + rows * shape[0] * x.itemsize,
         flops=2 * rows * shape[0] * shape[1],
     )
+
+
+@pytest.mark.parametrize("case", ["16 rows", "2048 rows"])
+@cases(INT8, modes=("forward",))
+def bench_int8_linear(measure, size, dtype, mode, provider, case):
+    """The same layer on rows that are of 8 bits already. The peak is that of the result's dtype."""
+    shape, rows = (2 * size.feed_forward, size.hidden), int(case.split()[0])
+    q, scale = quantize_rows(random(rows, size.hidden, dtype="fp32"))
+    blocks, weight_scale = quantize_weight_int8(random(*shape, dtype="fp32", scale=0.05))
+    result = {"dtype": DTYPES[dtype]}
+    measure(
+        provided(provider, partial(int8_linear, **result), partial(plain_int8, **result)),
+        partial(plain_int8, **result),
+        (q, scale, blocks, weight_scale),
+        moved_bytes=q.nbytes + blocks.nbytes + rows * shape[0] * result["dtype"].itemsize,
+        flops=2 * rows * shape[0] * shape[1],
+        exact=partial(plain_int8, dtype=torch.float64),
+    )
+
+
+def plain_int8(q, scale, blocks, weight_scale, dtype):
+    weight = unpack_int8(blocks).to(scale.dtype)
+    return (q.to(scale.dtype) @ weight.T * scale.unsqueeze(1) * weight_scale).to(dtype)
 
 
 def plain_int4(x, blocks):

@@ -88,6 +88,7 @@ def row_cases(hidden: int, wide: int, heads: int) -> Iterator[Case]:
     from gen_fast.ops.lora_down import triton_kernel as lora
     from gen_fast.ops.norm import triton_kernel as norm
     from gen_fast.ops.pool import triton_kernel as pool
+    from gen_fast.ops.qlinear import int8_blocks_shape, triton_int8
     from gen_fast.ops.qlinear import triton_kernel as qlinear
     from gen_fast.ops.rope import triton_kernel as rope
     from gen_fast.ops.swiglu import triton_kernel as swiglu
@@ -128,6 +129,15 @@ def row_cases(hidden: int, wide: int, heads: int) -> Iterator[Case]:
         }
         for op, call in quantized.items():
             yield Case(op, f"{kind}, hidden {hidden}", call, since)
+    scales, blocks = empty(2 * wide, dtype=torch.float32), int8_blocks_shape((2 * wide, hidden))
+    weight = empty(*blocks, dtype=torch.int8), scales, empty(2 * wide)
+    for rows in (16, 64, 4096):
+        q = empty(rows, hidden, dtype=torch.int8), empty(rows, dtype=torch.float32)
+        yield Case(
+            "qlinear",
+            f"int8 product, {rows} rows, hidden {hidden}",
+            lambda q=q: triton_int8.int8_linear(*q, *weight, torch.bfloat16),
+        )
 
 
 def attention_cases(

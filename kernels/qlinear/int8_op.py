@@ -1,10 +1,12 @@
 """Schema and choice of implementation for products of rows and weights of 8 bits."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from gen_fast.errors import OpError
-from gen_fast.ops import CPP, REFERENCE, Case, Op, native, unsupported
+from gen_fast.ops import CPP, REFERENCE, TRITON, Case, Op, gpu, native, unsupported
 
 from . import int8
 
@@ -70,10 +72,19 @@ def _reference(
     return (y if bias is None else y + bias).to(dtype)
 
 
+def _triton_supports(case: Case) -> str | None:
+    if case.option not in (None, *map(str, (torch.float32, torch.bfloat16, torch.float16))):
+        return f"gives no {case.option}"
+    # The first argument is int8, always; the dtype that varies is the result's.
+    return gpu.supports(replace(case, dtype=torch.float32))
+
+
+INT8.register(TRITON, _triton_supports)(gpu.deferred("qlinear.triton_int8", "int8_linear"))
+
+
 def _cpp_supports(case: Case) -> str | None:
     if case.option not in (None, str(torch.float32), str(torch.bfloat16)):
         return f"gives no {case.option}"
-    # The first argument is int8, always; the dtype that varies is the result's.
     return unsupported(case, "cpu", (case.dtype,)) or native.missing()
 
 

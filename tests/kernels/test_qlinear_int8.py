@@ -66,6 +66,23 @@ def test_matches_the_reference(dtype, rows, shape, biased, device, impl):
     assert_no_worse(int8_linear(*inputs, dtype=dtype, impl=impl), reference, exact(*inputs))
 
 
+# Of Triton's tiles each has its rows; the last are more of them than go through a weight together.
+@pytest.mark.parametrize("rows", [17, 65, 1100])
+def test_rows_of_several_tiles(rows, device, impl):
+    inputs = example(rows, (144, 100), device, biased=True)
+    reference = int8_linear(*inputs, impl="reference")
+    assert_no_worse(int8_linear(*inputs, impl=impl), reference, exact(*inputs))
+
+
+def test_results_in_float16(device, impl):
+    if impl == "cpu":
+        pytest.skip("gives no float16")
+    inputs = example(5, (48, 100), device, torch.float16, biased=True)
+    reference = int8_linear(*inputs, dtype=torch.float16, impl="reference")
+    actual = int8_linear(*inputs, dtype=torch.float16, impl=impl)
+    assert_no_worse(actual, reference, exact(*inputs))
+
+
 @pytest.mark.parametrize("rows", [1, 6, 70, 300])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_instruction_set(isa_level_or_vnni, dtype, rows):
@@ -74,15 +91,30 @@ def test_every_instruction_set(isa_level_or_vnni, dtype, rows):
     assert_no_worse(int8_linear(*inputs, dtype=dtype, impl="cpu"), reference, exact(*inputs))
 
 
-def test_sums_of_the_largest_values_are_exact(isa_level_or_vnni):
+def largest_values(device="cpu"):
+    """Two rows of the largest values and a weight of them, and the two sums."""
     inputs = 9_728
-    q = torch.full((2, inputs), 127, dtype=torch.int8)
+    q = torch.full((2, inputs), 127, dtype=torch.int8, device=device)
     q[1] = -127
-    blocks = torch.full(int8_blocks_shape((16, inputs)), 127, dtype=torch.int8)
-    y = int8_linear(q, torch.ones(2), blocks, torch.ones(16), impl="cpu")
-    assert y.unique(dim=1).flatten().tolist() == [127**2 * inputs, -(127**2) * inputs]
+    shape = int8_blocks_shape((16, inputs))
+    blocks = torch.full(shape, 127, dtype=torch.int8, device=device)
+    scale, weight_scale = torch.ones(2, device=device), torch.ones(16, device=device)
+    return (q, scale, blocks, weight_scale), [127**2 * inputs, -(127**2) * inputs]
 
 
+def test_sums_of_the_largest_values_are_exact_in_every_instruction_set(isa_level_or_vnni):
+    arguments, sums = largest_values()
+    assert int8_linear(*arguments, impl="cpu").unique(dim=1).flatten().tolist() == sums
+
+
+def test_sums_of_the_largest_values_are_exact(device, impl):
+    if impl == "reference":
+        pytest.skip("adds in float32")
+    arguments, sums = largest_values(device)
+    assert int8_linear(*arguments, impl=impl).unique(dim=1).flatten().tolist() == sums
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")  # NumPy's, in the interpreter
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_is_not_finite_stays_in_its_row(bad, device, impl):
     q, scale, *weight = example(14, (48, 64), device)
@@ -117,6 +149,12 @@ def test_what_does_not_fit_is_refused(changed, value, message):
     inputs[changed] = value
     with pytest.raises(gen_fast.OpError, match=message):
         int8_linear(*inputs)
+
+
+@pytest.mark.parametrize("forced", ["cpu", "triton"])
+def test_results_in_float64_are_the_references(forced):
+    with pytest.raises(gen_fast.ImplementationError, match=rf"'{forced}' gives no torch\.float64"):
+        int8_linear(*example(2, (16, 4)), dtype=torch.float64, impl=forced)
 
 
 def test_opcheck():

@@ -1,0 +1,118 @@
+"""Products of rows and weights of 8 bits in Triton, from the blocks as they lie."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gen_fast.ops import gpu
+from gen_fast.ops.gpu import Tile
+from gen_fast.ops.layout import adjacent
+
+from . import int8
+
+_OUTPUTS, _INPUTS = tl.constexpr(int8.OUTPUTS), tl.constexpr(int8.INPUTS)
+# Tiles of rows that go through all outputs before the next ones do: these rows stay in the L2 cache
+# meanwhile, and a weight is read once for all of them.
+_ROW_TILES = tl.constexpr(8)
+
+
+@triton.jit(do_not_specialize=gpu.PER_BATCH)
+def _int8_linear(
+    q, scale, blocks, weight_scale, bias, y, n_rows, size, outputs, stride,
+    BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    row_tiles, output_tiles = tl.cdiv(n_rows, BLOCK_T), tl.cdiv(outputs, BLOCK_O)
+    program = tl.program_id(0)
+    row_tile, output_tile = tl.swizzle2d(
+        program // output_tiles, program % output_tiles, row_tiles, output_tiles, _ROW_TILES
+    )
+    row = row_tile * BLOCK_T + tl.arange(0, BLOCK_T)
+    output = output_tile * BLOCK_O + tl.arange(0, BLOCK_O)
+    panel = output_tile * (BLOCK_O // _OUTPUTS) + tl.arange(0, BLOCK_O // _OUTPUTS)
+    # What lies beyond the last row or output is computed from the last one, and not stored.
+    read_row = tl.minimum(row, n_rows - 1).to(tl.int64)
+    read_panel = tl.minimum(panel, outputs // _OUTPUTS - 1).to(tl.int64)
+    # A panel of 16 outputs is one run of bytes: it is read as such, and put in order in registers.
+    column, byte = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_K * _OUTPUTS)
+    rows = q + read_row[:, None] * stride + column[None, :]
+    panels = blocks + read_panel[:, None] * (size * _OUTPUTS) + byte[None, :]
+    acc = tl.zeros([BLOCK_T, BLOCK_O], tl.int32)
+    for start in range(0, size, BLOCK_K):
+        q_tile = tl.load(rows + start, mask=(column < size - start)[None, :], other=0)
+        left = (size - start) * _OUTPUTS
+        tile = tl.load(panels + start * _OUTPUTS, mask=(byte < left)[None, :], other=0)
+        tile = tl.reshape(tile, (BLOCK_O // _OUTPUTS, BLOCK_K // _INPUTS, _OUTPUTS, _INPUTS))
+        tile = tl.reshape(tl.permute(tile, (0, 2, 1, 3)), (BLOCK_O, BLOCK_K))
+        acc = tl.dot(q_tile, tl.trans(tile), acc, out_dtype=tl.int32)
+    inside = output < outputs
+    result = acc.to(tl.float32) * tl.load(scale + read_row)[:, None]
+    result *= tl.load(weight_scale + output, mask=inside, other=0.0)[None, :]
+    if bias is not None:
+        result += tl.load(bias + output, mask=inside, other=0.0).to(tl.float32)[None, :]
+    tl.store(
+        y + row.to(tl.int64)[:, None] * outputs + output[None, :],
+        result.to(y.dtype.element_ty),
+        mask=(row < n_rows)[:, None] & inside[None, :],
+    )
+
+
+def tile(rows: int, outputs: int, inputs: int, warps: int, stages: int) -> Tile:
+    """Rows, outputs and inputs that a program takes at a time, and how it works on them."""
+    return Tile({"BLOCK_T": rows, "BLOCK_O": outputs, "BLOCK_K": inputs}, warps, stages)
+
+
+# By architecture and by the most rows that they are for; best first. Sums are exact, so that no
+# result depends on the tile. A guess, not measured.
+_TILES = {
+    80: {
+        16: (tile(16, 32, 256, 4, 4), tile(16, 64, 128, 4, 4)),
+        64: (tile(64, 64, 128, 4, 4), tile(64, 64, 64, 4, 4)),
+        None: (tile(128, 128, 64, 8, 4), tile(128, 64, 64, 4, 4)),
+    },
+    90: {
+        16: (tile(16, 32, 256, 4, 5), tile(16, 64, 256, 4, 4)),
+        64: (tile(64, 64, 128, 4, 4), tile(64, 128, 128, 4, 4)),
+        None: (tile(128, 128, 128, 8, 4), tile(128, 256, 64, 8, 4)),
+    },
+}
+
+
+def _tiles(rows: int, device: torch.device) -> tuple[Tile, ...]:
+    tiles = _TILES[gpu.tile_architecture(device)]
+    return next(best for most, best in tiles.items() if most is None or rows <= most)
+
+
+def int8_linear(
+    q: Tensor,
+    scale: Tensor,
+    blocks: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """See `int8_op.int8_linear`."""
+    q, blocks = adjacent(q), blocks.contiguous()
+    (rows, size), outputs = q.shape, len(weight_scale)
+    y = scale.new_empty(rows, outputs, dtype=dtype)
+    if y.numel():
+        gpu.launch_tiled(
+            _int8_linear,
+            lambda constants: (
+                triton.cdiv(rows, constants["BLOCK_T"])
+                * triton.cdiv(outputs, constants["BLOCK_O"]),
+            ),
+            _tiles(rows, q.device),
+            ("size", "outputs"),
+            q,
+            scale.contiguous(),
+            blocks,
+            weight_scale.contiguous(),
+            None if bias is None else bias.contiguous(),
+            y,
+            rows,
+            size,
+            outputs,
+            q.stride(0),
+        )
+    return y

@@ -1,5 +1,7 @@
 """Row quantisation in Triton, alone and as the epilogue of other kernels."""
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -79,7 +81,7 @@ def empty_quantized(like: Tensor, size: int, row_format: str) -> tuple[Tensor, T
     return like.new_empty(rows, size, dtype=dtype), like.new_empty(rows, dtype=torch.float32)
 
 
-def row_constants(size: int, row_format: str) -> dict[str, float]:
+def row_constants(size: int, row_format: str) -> dict[str, Any]:
     """The constants of a kernel that ends in `store_quantized`, for rows of `size`."""
     _, largest = FORMATS[row_format]
     return {"LARGEST": largest, "PARTS": rotated_together(size) if row_format == ROTATED else 1}

@@ -36,7 +36,7 @@ from gen_fast.model.backbone import Backbone
 from gen_fast.model.batch import PackedBatch, on_device
 from gen_fast.model.fingerprint import Fingerprint
 from gen_fast.model.generation import AnswerGenerator
-from gen_fast.model.linear import can_pack, linear, pack
+from gen_fast.model.linear import linear, pack
 from gen_fast.model.sampling import Sampling
 from gen_fast.model.tokenizing import (
     Tokenizer,
@@ -295,8 +295,7 @@ class LLM2VecGen(Method):
         projection = self.adapter.projection()
         if projection is not None:
             weight, bias = (tensor.to(backbone.device, torch.float32) for tensor in projection)
-            # Packed also for its bits: those of a plain product depend on the number of threads.
-            method.projection = pack(weight) if can_pack(weight) else weight, bias
+            method.projection = pack(weight), bias
         return method
 
     def layout(

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from gen_fast.errors import UnsupportedModelError, WeightsError
-from gen_fast.model.linear import can_pack, linear, pack
+from gen_fast.model.linear import linear, pack
 from gen_fast.model.model_files import read_json
 
 POOLING_MODES = ("mean", "lasttoken", "cls", "weightedmean", "max", "mean_sqrt_len_tokens")
@@ -72,13 +72,9 @@ class Dense:
         return x.tanh() if self.activation == "Tanh" else x
 
     def to(self, device: torch.device) -> "Dense":
-        """The same with its weights on `device`, packed where the backbone's are.
-
-        The bits of a plain product depend on the number of threads.
-        """
+        """The same with its weights on `device`, packed there."""
         bias = None if self.bias is None else self.bias.to(device)
-        weight = self.weight.to(device)
-        return replace(self, weight=pack(weight) if can_pack(weight) else weight, bias=bias)
+        return replace(self, weight=pack(self.weight.to(device)), bias=bias)
 
     def identity(self) -> dict[str, Any]:
         """What decides its numbers, as JSON."""

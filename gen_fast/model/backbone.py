@@ -26,7 +26,6 @@ from gen_fast.model.linear import (
     QuantizedRows,
     Rows,
     Weight,
-    can_pack,
     is_packed,
     linear,
     pack,
@@ -64,8 +63,6 @@ class LayerWeights:
 
         Packed weights have no views of parts.
         """
-        if not can_pack(self.qkv):
-            return self
         return replace(self, **{name: pack(getattr(self, name)) for name in MATRICES})
 
 

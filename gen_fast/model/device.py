@@ -9,7 +9,7 @@ import torch
 
 from gen_fast.errors import ConfigError
 from gen_fast.model.choices import DTYPES, SHORT_DTYPES
-from gen_fast.model.linear import can_pack, linear, pack
+from gen_fast.model.linear import linear, pack
 
 
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
@@ -75,7 +75,7 @@ def matmul_peak(dtype: torch.dtype, device: torch.device | str = "cpu") -> float
     """
     size = 8192 if torch.device(device).type == "cuda" else 2048
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    b = pack(b) if can_pack(b) else b
+    b = pack(b)
     best, first = float("inf"), time.perf_counter()
     for _ in range(5):
         if time.perf_counter() - first > 1:

@@ -12,7 +12,7 @@ from torch import Tensor
 from gen_fast.errors import UnsupportedModelError
 from gen_fast.model.backbone import Backbone, PrefixKV, padded_rows
 from gen_fast.model.batch import PackedBatch
-from gen_fast.model.linear import can_pack, linear, pack
+from gen_fast.model.linear import linear, pack
 from gen_fast.model.model_files import read_json
 from gen_fast.model.prefix import PrefixCache
 from gen_fast.model.sampling import (
@@ -48,7 +48,7 @@ class Decoder:
         self.backbone = backbone
         # Training has neither, and shares its head with the embeddings.
         for_inference = backbone.packed or backbone.quantize is not None
-        self._head = pack(head) if for_inference and can_pack(head) else head
+        self._head = pack(head) if for_inference else head
         self._end_ids = np.array(sorted(set(end_ids)), dtype=np.int64)
 
     def decode(

@@ -5,7 +5,7 @@ brings it into them on every call. A frozen weight is brought into them once.
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
@@ -114,8 +114,19 @@ def can_pack(weight: Weight) -> bool:
     return weight.dtype == torch.float32
 
 
-def pack(weight: Tensor) -> Tensor:
-    """`weight` [out, in] in oneDNN's layout: the same numbers and bytes, for `linear` only."""
+@overload
+def pack(weight: Tensor) -> Tensor: ...
+@overload
+def pack(weight: Weight) -> Weight: ...
+def pack(weight: Weight) -> Weight:
+    """A weight [out, in] as `linear` multiplies it fastest: in oneDNN's layout, or as it was.
+
+    The numbers and bytes are the same. What oneDNN multiplies has bits that do not depend on the
+    number of threads, unlike torch's plain product.
+    """
+    if not can_pack(weight):
+        return weight
+    assert isinstance(weight, Tensor)
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _ROWS)
     return packed
 

@@ -1,29 +1,25 @@
 """Backbones whose linears and their inputs are of 8 bits."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
+from quantized_models import BATCH, FAMILIES, dequantized, with_layers
 from safetensors.torch import load_file, save_file
 
 import gen_fast
 from gen_fast.embed.sample_texts import SAMPLE_TEXTS
 from gen_fast.errors import ConfigError, UnsupportedModelError, WeightsError
 from gen_fast.io.vectors import centred_cosine
-from gen_fast.model.backbone import Backbone
 from gen_fast.model.batch import PackedBatch
 from gen_fast.model.int8 import smoothed
 from gen_fast.model.linear import Int8Weight, QuantizedRows, linear, times
-from gen_fast.model.lora import MATRICES, Lora, LoraConfig
+from gen_fast.model.lora import Lora, LoraConfig
 from gen_fast.model.prefix import PrefixCache
 from gen_fast.model.weights import load_backbone
 from gen_fast.testing import WHOLE_BLOCKS, forget_checksums, relative_error, save_tiny_model
 
-BATCH = PackedBatch.pack([np.arange(3, 40), np.arange(60, 65)], needed=[2, 1])
 
-
-@pytest.fixture(scope="module", params=["llama", "mistral-window", "qwen2", "qwen3"])
+@pytest.fixture(scope="module", params=FAMILIES)
 def directory(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("int8")
     save_tiny_model(folder, request.param, **WHOLE_BLOCKS)
@@ -35,27 +31,6 @@ def llama(tmp_path_factory):
     folder = tmp_path_factory.mktemp("int8") / "llama"
     save_tiny_model(folder, "llama-tied", **WHOLE_BLOCKS)
     return folder
-
-
-def with_layers(backbone, layers):
-    return Backbone(
-        backbone.config,
-        backbone.embedding,
-        tuple(layers),
-        backbone.final_norm,
-        backbone.fingerprint,
-    )
-
-
-def dequantized(backbone):
-    """The same weights as matrices of float32."""
-    return with_layers(
-        backbone,
-        [
-            replace(layer, **{m: getattr(layer, m).dequantized(torch.float32) for m in MATRICES})
-            for layer in backbone.layers
-        ],
-    )
 
 
 def test_a_weight_is_near_and_its_product_nearer_than_without_a_rotation():

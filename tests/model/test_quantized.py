@@ -1,15 +1,13 @@
 """Backbones whose linears are kept in 4 bits, against ones of the very same values in float32."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
+from quantized_models import BATCH, FAMILIES, dequantized
 from safetensors.torch import load_file, save_file
 from tiny_gguf import KINDS, write_gguf
 
 from gen_fast.errors import ConfigError, UnsupportedModelError, WeightsError
-from gen_fast.model.backbone import Backbone
 from gen_fast.model.batch import PackedBatch
 from gen_fast.model.linear import Int4Weight
 from gen_fast.model.lora import MATRICES, Lora, LoraConfig
@@ -18,10 +16,8 @@ from gen_fast.model.tokenizing import load_tokenizer
 from gen_fast.model.weights import load_backbone
 from gen_fast.testing import WHOLE_BLOCKS, relative_error, save_tiny_model
 
-BATCH = PackedBatch.pack([np.arange(3, 40), np.arange(60, 65)], needed=[2, 1])
 
-
-@pytest.fixture(scope="module", params=["llama", "mistral-window", "qwen2", "qwen3"])
+@pytest.fixture(scope="module", params=FAMILIES)
 def directory(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("quantized")
     save_tiny_model(folder, request.param, **WHOLE_BLOCKS)
@@ -33,23 +29,6 @@ def llama(tmp_path_factory):
     folder = tmp_path_factory.mktemp("quantized") / "llama"
     save_tiny_model(folder, "llama-tied", **WHOLE_BLOCKS)
     return folder
-
-
-def dequantized(backbone: Backbone) -> Backbone:
-    """The same values as matrices of float32."""
-    layers = []
-    for layer in backbone.layers:
-        matrices = {name: getattr(layer, name) for name in MATRICES}
-        assert all(isinstance(matrix, Int4Weight) for matrix in matrices.values())
-        wide = {name: matrix.dequantized(torch.float32) for name, matrix in matrices.items()}
-        layers.append(replace(layer, **wide))
-    return Backbone(
-        backbone.config,
-        backbone.embedding,
-        tuple(layers),
-        backbone.final_norm,
-        backbone.fingerprint,
-    )
 
 
 @pytest.mark.parametrize("mask", ["causal", "bidirectional"])

@@ -20,6 +20,8 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -64,15 +66,11 @@ def main() -> None:
     if args.peak_memory_of:
         print(_peak_memory(args))
         return
-    rows = [
-        row
-        for dtype in args.dtype
-        for step in args.step
-        for row in _compare(step, args.case, dtype, args)
-    ]
-    if args.json:
-        report = {"machine": machine(), "command": " ".join(sys.argv), "rows": rows}
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    report = {"machine": machine(), "command": " ".join(sys.argv), "rows": []}
+    for dtype, step, case in product(args.dtype, args.step, args.case):
+        report["rows"] += _compare(step, case, dtype, args)
+        if args.json:  # after every case: a peer may take more memory than there is
+            args.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def make_batch(step: str, case: str, args: argparse.Namespace) -> list:
@@ -268,45 +266,56 @@ def _provider(
     return Peer(step, dtype, args.device).step
 
 
-def _compare(step: str, cases: tuple[str, ...], dtype: str, args: argparse.Namespace) -> list[dict]:
-    sides = {name: _provider(name, step, DTYPES[dtype], args) for name in PROVIDERS}
+def _compare(step: str, case: str, dtype: str, args: argparse.Namespace) -> list[dict]:
+    # First: what allocators keep of the timing leaves too little memory beside it.
+    memory = {} if args.no_memory else _measure_memory(step, case, dtype, args)
+    batch = make_batch(step, case, args)
+    seconds, peak = _time(step, batch, dtype, args)
     rows = []
-    for case in cases:
-        batch = make_batch(step, case, args)
-        for run in sides.values():
-            for _ in range(3 if args.device != "cpu" else 1):
-                run(batch)  # warm-up
-        peaks: list[float] = []
-        seconds = interleaved(
-            {name: lambda run=run, b=batch: run(b) for name, run in sides.items()},
-            args.rounds,
-            lambda peaks=peaks: peaks.append(matmul_peak(DTYPES[dtype], args.device)),
+    for name in PROVIDERS:
+        row = {"step": step, "case": case, "dtype": dtype, "provider": name}
+        row |= {"texts": args.texts, "tokens": _tokens(batch), "seconds": seconds[name]}
+        row["tokens_per_second"] = row["tokens"] / statistics.median(seconds[name])
+        row["gen_fast_speedup"] = median_ratio(seconds[name], seconds["gen_fast"])
+        row["matmul_peak_gflops"] = peak / 1e9
+        if name in memory:
+            row["peak_memory_mb"] = memory[name]
+        rows.append(row)
+        print(
+            f"{step:<7} {case:<7} {dtype} {name:<20} {row['tokens_per_second']:7.0f} tokens/s"
+            f" gen_fast is {row['gen_fast_speedup']:.2f}x"
+            f" {row.get('peak_memory_mb', float('nan')):6.0f} MB",
+            flush=True,
         )
-        tokens = _tokens(batch)
-        for name in PROVIDERS:
-            row = {"step": step, "case": case, "dtype": dtype, "provider": name}
-            row |= {"texts": args.texts, "tokens": tokens, "seconds": seconds[name]}
-            row["tokens_per_second"] = tokens / statistics.median(seconds[name])
-            row["gen_fast_speedup"] = median_ratio(seconds[name], seconds["gen_fast"])
-            row["matmul_peak_gflops"] = statistics.median(peaks) / 1e9
-            if not args.no_memory:
-                row["peak_memory_mb"] = _measure_memory(name, step, case, dtype, args)
-            rows.append(row)
-            print(
-                f"{step:<7} {case:<7} {dtype} {name:<20} {row['tokens_per_second']:7.0f} tokens/s"
-                f" gen_fast is {row['gen_fast_speedup']:.2f}x"
-                f" {row.get('peak_memory_mb', float('nan')):6.0f} MB",
-                flush=True,
-            )
     return rows
 
 
-def _measure_memory(name: str, step: str, case: str, dtype: str, args: argparse.Namespace) -> float:
-    command = [sys.executable, __file__, "--peak-memory-of", name, "--step", step]
-    command += ["--case", case, "--dtype", dtype, "--device", args.device]
-    command += ["--texts", str(args.texts), "--tokens", str(args.tokens)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return float(done.stdout.split()[-1])
+def _time(
+    step: str, batch: list, dtype: str, args: argparse.Namespace
+) -> tuple[dict[str, list[float]], float]:
+    """Seconds of both sides, and the matmul peak."""
+    sides = {name: _provider(name, step, DTYPES[dtype], args) for name in PROVIDERS}
+    for run in sides.values():
+        for _ in range(3 if args.device != "cpu" else 1):
+            run(batch)  # warm-up
+    peaks: list[float] = []
+    seconds = interleaved(
+        {name: partial(run, batch) for name, run in sides.items()},
+        args.rounds,
+        lambda: peaks.append(matmul_peak(DTYPES[dtype], args.device)),
+    )
+    return seconds, statistics.median(peaks)
+
+
+def _measure_memory(step: str, case: str, dtype: str, args: argparse.Namespace) -> dict[str, float]:
+    memory = {}
+    for name in PROVIDERS:
+        command = [sys.executable, __file__, "--peak-memory-of", name, "--step", step]
+        command += ["--case", case, "--dtype", dtype, "--device", args.device]
+        command += ["--texts", str(args.texts), "--tokens", str(args.tokens)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        memory[name] = float(done.stdout.split()[-1])
+    return memory
 
 
 def _peak_memory(args: argparse.Namespace) -> float:

@@ -4,7 +4,13 @@ import torch
 from conftest import DEVICE, cases, provided, random, rows_of
 
 from gen_fast.ops.rope import OP, rope
-from gen_fast.ops.rope.reference import rope as plain
+from gen_fast.ops.rope.reference import rope as reference
+
+EPS = 1e-6
+
+
+def plain(x, cos, sin, norm):
+    return reference(x, cos, sin, norm, EPS)
 
 
 def liger(size):
@@ -13,7 +19,7 @@ def liger(size):
     def run(x, cos, sin, norm):
         """As in Liger's own models: the norm of Qwen3 first, then the rotation of q and k."""
         if norm is not None:
-            x = torch.nn.functional.rms_norm(x, (x.shape[-1],), None, 1e-6) * norm
+            x = torch.nn.functional.rms_norm(x, (x.shape[-1],), None, EPS) * norm
         q, k = x.transpose(0, 1).unsqueeze(0).split([size.heads, size.kv_heads], dim=1)
         cos, sin = (torch.cat((t, t), -1).unsqueeze(0).to(x.dtype) for t in (cos, sin))
         return torch.cat(LigerRopeFunction.apply(q, k, cos, sin), 1)[0].transpose(0, 1)
@@ -35,8 +41,8 @@ def bench_rope(measure, size, dtype, mode, provider):
     measure(
         provided(
             provider,
-            lambda *a, impl: rope(*a, inplace=not trained, impl=impl),
-            lambda *a: plain(*a, 1e-6),
+            lambda *a, impl: rope(*a, EPS, inplace=not trained, impl=impl),
+            plain,
             {"liger": liger(size)} if provider == "liger" else None,
         ),
         plain,

@@ -33,24 +33,27 @@ static inline vi splat(int32_t x) { return x - vi{}; }
 
 #if defined(GEN_FAST_BYTE_DOT)
 
-// Bytes, of which the instruction takes the rows' without a sign: 128 is added to them, and 128
-// times the sum of the weights is taken from the result.
+// Bytes, of which the instruction takes the weights' without a sign: 128 is added to them, and 128
+// times the sum of a row is taken from its results.
 struct IntOperand {
-  typedef uint8_t type;
+  typedef int8_t type;
   typedef vi sums;
   static constexpr int pair = 4;
   static constexpr int32_t OFFSET = 128;
-  static inline vi splat_at(const uint8_t* p) {
+  static inline vi splat_at(const int8_t* p) {
     int32_t four;
     std::memcpy(&four, p, 4);
     return splat(four);
   }
-  static inline vi multiply_add(vi c, vi a, const uint8_t* b) {
-    return (vi)_mm512_dpbusd_epi32((__m512i)c, (__m512i)a, _mm512_loadu_si512(b));
+  static inline vi load_at(const int8_t* p) { return load((const int32_t*)p); }
+  static inline vi multiply_add(vi c, vi a, vi b) {
+    return (vi)_mm512_dpbusd_epi32((__m512i)c, (__m512i)b, (__m512i)a);
   }
 };
 
-static inline void put(const int8_t* bytes, uint8_t* to, int64_t) { std::memcpy(to, bytes, 4 * W); }
+static inline void put(const int8_t* bytes, int8_t* to, int64_t) {
+  store((int32_t*)to, load((const int32_t*)bytes) ^ splat((int32_t)0x80808080));
+}
 
 #else
 
@@ -65,15 +68,14 @@ struct IntOperand {
     std::memcpy(&two, p, 4);
     return splat(two);
   }
-  static inline vi multiply_add(vi c, vi a, const int16_t* b) {
-    vi two;
-    std::memcpy(&two, b, sizeof two);
+  static inline vi load_at(const int16_t* p) { return load((const int32_t*)p); }
+  static inline vi multiply_add(vi c, vi a, vi b) {
 #if GEN_FAST_VECTOR_BYTES == 32
-    return c + (vi)_mm256_madd_epi16((__m256i)a, (__m256i)two);
+    return c + (vi)_mm256_madd_epi16((__m256i)a, (__m256i)b);
 #elif defined(__x86_64__)
-    return c + (vi)_mm_madd_epi16((__m128i)a, (__m128i)two);
+    return c + (vi)_mm_madd_epi16((__m128i)a, (__m128i)b);
 #else
-    return c + (a << 16 >> 16) * (two << 16 >> 16) + (a >> 16) * (two >> 16);
+    return c + (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
 #endif
   }
 };
@@ -102,55 +104,62 @@ static void put_weights(const int8_t* blocks, IntOperand::type* to, int64_t in, 
   }
 }
 
-// What is to be taken from the sums of each output.
-static void offsets_of(const IntOperand::type* weights, int32_t* offsets, int64_t in) {
-  if constexpr (IntOperand::OFFSET != 0) {
-    IntOperand::type ones[IntOperand::pair];
-    for (auto& one : ones) one = 1;
-    const vi left = IntOperand::splat_at(ones);
-    for (int64_t i = 0; i < TASK_OUTPUTS; i += W) {
-      vi total = {};
-      for (int64_t k = 0; k < in; k += IntOperand::pair) {
-        total = IntOperand::multiply_add(total, left,
-                                         weights + k * TASK_OUTPUTS + i * IntOperand::pair);
-      }
-      store(offsets + i, total * IntOperand::OFFSET);
+// The rows as the product takes them, and what is to be taken from the results of each.
+struct Rows {
+  explicit Rows(const Int8Arguments& a) : at(nullptr), offsets(new int32_t[a.rows]) {
+    typedef IntOperand::type Value;
+    constexpr bool same = std::is_same_v<Value, int8_t>;
+    if constexpr (same) {
+      at = reinterpret_cast<const Value*>(a.q);
+    } else {
+      wide.reset(new Value[a.rows * a.in]);
+      at = wide.get();
     }
+    parallel_for(a.rows, rows_worth_a_thread(a.in), [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        const int8_t* q = a.q + row * a.in;
+        int32_t total = 0;
+        for (int64_t k = 0; k < a.in; ++k) {
+          if constexpr (same) {
+            total += q[k];
+          } else {
+            wide[row * a.in + k] = q[k];
+          }
+        }
+        offsets[row] = IntOperand::OFFSET * total;
+      }
+    });
   }
-}
+  const IntOperand::type* at;
+  std::unique_ptr<int32_t[]> offsets;
+  std::unique_ptr<IntOperand::type[]> wide;
+};
 
 template <class T>
 static void linear(const Int8Arguments& a) {
-  typedef IntOperand::type Byte;
-  const std::unique_ptr<Byte[]> wide(new Byte[a.rows * a.in]);
-  parallel_for(a.rows, rows_worth_a_thread(a.in), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin * a.in; i < end * a.in; ++i) {
-      wide[i] = (Byte)(a.q[i] + IntOperand::OFFSET);
-    }
-  });
+  typedef IntOperand::type Value;
+  const Rows rows(a);
   const int64_t panels = (a.out + TASK_OUTPUTS - 1) / TASK_OUTPUTS;
   const int64_t parts = (a.rows + TASK_ROWS - 1) / TASK_ROWS;
   parallel_tasks(panels * parts, a.in * a.out, [&](int64_t task) {
-    static thread_local std::vector<Byte> weights;
+    static thread_local std::vector<Value> weights;
     weights.resize(a.in * TASK_OUTPUTS);
     const int64_t first = task % panels * TASK_OUTPUTS;
     const int64_t count = a.out - first < TASK_OUTPUTS ? a.out - first : TASK_OUTPUTS;
     put_weights(a.blocks + first * a.in, weights.data(), a.in, count);
-    int32_t offsets[TASK_OUTPUTS] = {};
-    offsets_of(weights.data(), offsets, a.in);
     const int64_t end = (task / panels + 1) * TASK_ROWS < a.rows ? (task / panels + 1) * TASK_ROWS
                                                                  : a.rows;
     for (int64_t row = task / panels * TASK_ROWS; row < end; row += ROWS) {
       const int64_t n = end - row < ROWS ? end - row : ROWS;
       int32_t sums[ROWS * TASK_OUTPUTS];
       with_rows(n, [&](auto n) {
-        product<IntOperand, n, false>(wide.get() + row * a.in, a.in, weights.data(), TASK_OUTPUTS,
+        product<IntOperand, n, false>(rows.at + row * a.in, a.in, weights.data(), TASK_OUTPUTS,
                                       count, a.in, sums, TASK_OUTPUTS);
       });
       for (int64_t r = 0; r < n; ++r) {
         T* y = (T*)a.y + (row + r) * a.out + first;
         for (int64_t i = 0; i < count; i += W) {
-          const vi sum = load(sums + r * TASK_OUTPUTS + i) - load(offsets + i);
+          const vi sum = load(sums + r * TASK_OUTPUTS + i) - splat(rows.offsets[row + r]);
           vf value = __builtin_convertvector(sum, vf) * a.scales[row + r];
           value *= load(a.weight_scales + first + i);
           if (a.bias) value += load((const T*)a.bias + first + i);

@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--quantize", nargs="*", choices=QUANTIZED, default=list(QUANTIZED))
+    parser.add_argument("--quantize", nargs="*", choices=QUANTIZED, default=["int4", "int8"])
     parser.add_argument("--peer", nargs="*", choices=PEERS, default=[])
     parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     args = parser.parse_args()

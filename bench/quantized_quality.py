@@ -34,7 +34,7 @@ def main() -> None:
     """Measure and print; write the rows as JSON if asked."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--texts", type=int, default=1000)
-    parser.add_argument("--quantize", nargs="*", choices=QUANTIZED, default=list(QUANTIZED))
+    parser.add_argument("--quantize", nargs="*", choices=QUANTIZED, default=["int4", "int8"])
     parser.add_argument("--layers", type=int, default=0)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--speed", type=Path)

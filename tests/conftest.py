@@ -97,6 +97,14 @@ def smollm2_encoder(smollm2: Path) -> gen_fast.Encoder:
     return gen_fast.load(smollm2, dtype="float32", device="cpu")
 
 
+@pytest.fixture(scope="module")
+def fp8_by_the_reference() -> Iterator[None]:
+    """fp8 in plain torch, for the tests of a module that uses this: a CPU does not compute it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gen_fast.ops.FORCED", "cpu,reference")
+        yield
+
+
 @pytest.fixture(params=[0, 1, 3], ids=["baseline", "avx2", "avx512"])
 def isa_level(request: pytest.FixtureRequest) -> Iterator[int]:
     """Runs the C++ ops with each instruction set that this processor has."""

@@ -33,7 +33,7 @@ from gen_fast.embed.methods import (
 from gen_fast.errors import AdapterError, ConfigError, UnsupportedModelError
 from gen_fast.formats import gem, llm2vec, llm2vec_gen, peft, sentence_transformers
 from gen_fast.model.backbone import Backbone
-from gen_fast.model.device import resolve_dtype
+from gen_fast.model.device import resolve_device, resolve_dtype
 from gen_fast.model.generation import AnswerGenerator
 from gen_fast.model.lora import LoraWeights
 from gen_fast.model.model_files import read_json
@@ -80,8 +80,8 @@ def load(
     quantize: "int4" keeps the weights of the layers' linears in 4 bits, groups of 32 with a scale
     and a minimum, after adapters of LoRA are merged; what was Q4_1 in a GGUF file keeps its values.
     "int8" keeps weights, and the rows that they meet, in 8 bits, calibrated on texts of our own
-    (docs/quantisation.md). None keeps them in dtype, or as a copy that `gen-fast quantize` has made
-    has them.
+    (docs/quantisation.md). "fp8" keeps both in e4m3, on GPUs of sm_89 and newer. None keeps them in
+    dtype, or as a copy that `gen-fast quantize` has made has them.
     revision: of the Hub repository `model`. max_length: tokens, special tokens included.
     deterministic: a text's embedding has the same bits whatever else is in the call (one text a
     batch: slower). hyde: how method "hyde" answers queries; refused with another.
@@ -92,7 +92,7 @@ def load(
     Raises ConfigError, ModelNotFoundError, UnsupportedModelError, WeightsError, AdapterError or
     BackboneMismatchError.
     """
-    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    target = resolve_device(device)
     resolved_dtype = resolve_dtype(dtype, target)
     location = _locate(model, method, backbone, revision)
     location = replace(location, method=_answering(location.method, hyde, deterministic))
@@ -314,7 +314,7 @@ def load_generator(
     is one or the other. Without sampling=… it draws as the backbone's generation_config.json says.
     Raises UnsupportedModelError for an LLM2Vec model, and as `load` does.
     """
-    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    target = resolve_device(device)
     files = locate_generator(model, revision)
     network = load_backbone(
         files.source,

@@ -19,12 +19,20 @@ from gen_fast.io.checksums import CHECKSUMS, record_all
 from gen_fast.io.durable import check_is_new, new_directory
 from gen_fast.io.vectors import centred_cosine
 from gen_fast.model.calibration_texts import CALIBRATION_TEXTS
-from gen_fast.model.choices import INT4, INT8
+from gen_fast.model.choices import FP8, INT4, INT8
 from gen_fast.model.config import QUANT_METHOD, BackboneConfig, parse_config
+from gen_fast.model.device import resolve_device
 from gen_fast.model.int8 import check_calibration, int8_tensors
 from gen_fast.model.lora import linear_sizes
 from gen_fast.model.model_files import read_json
-from gen_fast.model.quantized import RECIPE, Recipe, check_quantize
+from gen_fast.model.quantized import (
+    RECIPE,
+    Recipe,
+    check_device,
+    check_quantize,
+    fp8_stored_shape,
+    scale_name,
+)
 from gen_fast.model.shards import save_shards
 from gen_fast.model.sources import lasting_name, resolve
 from gen_fast.model.weights import TensorFiles, find_tensors, load_backbone
@@ -39,6 +47,7 @@ _NOT_KEPT = (CHECKSUMS, RECIPE, "model.safetensors.index.json", "config.json")
 _QUANTIZATION_CONFIG = {
     INT4: {"quant_method": QUANT_METHOD, "bits": 4, "group_size": 32, "symmetric": False},
     INT8: {"quant_method": QUANT_METHOD, "bits": 8, "activation_bits": 8, "symmetric": True},
+    FP8: {"quant_method": QUANT_METHOD, "bits": 8, "activation_bits": 8, "format": "e4m3"},
 }
 # Of texts that quality is measured on: the mean that is subtracted is theirs.
 _FEWEST_TEXTS = 20
@@ -58,16 +67,19 @@ def write_quantized(
 
     model: a known name, Hub id, .gguf file or directory of a backbone, also one in
     sentence-transformers' layout or of a whole GEM model, all of which is copied then. out: a new
-    or empty directory. quantize: "int4" or "int8". texts: at least 20, on which both are compared.
-    calibration: at least 20 others, on which int8 measures what its linears read.
+    or empty directory. quantize: "int4", "int8" or "fp8", which is compared where it runs, on a GPU
+    of sm_89 or newer. texts: at least 20, on which both are compared. calibration: at least 20
+    others, on which int8 measures what its linears read.
 
     The copy has the original's fingerprint, so that adapters of the one fit the other. Its recipe's
     quality is the centred cosine of embeddings in float32, by the method that `load` takes.
 
-    Raises ConfigError for an `out` that is not empty, a model that is quantised already or too few
-    texts, UnsupportedModelError for an adapter or sizes that do not fit, and what `load` raises.
+    Raises ConfigError for an `out` that is not empty, a model that is quantised already, too few
+    texts or a device without fp8, UnsupportedModelError for an adapter or sizes that do not fit,
+    and what `load` raises.
     """
     check_quantize(quantize)
+    check_device(quantize, resolve_device(device), torch.float32)
     check_is_new(Path(out))
     if len(texts) < _FEWEST_TEXTS:
         raise ConfigError(
@@ -158,8 +170,19 @@ def _quantized(
         tensors = int8_tensors(load_backbone(source, quantize=INT8, calibration=calibration))
         return {name: tensor.nbytes for name, tensor in tensors.items()}, tensors.__getitem__
     shapes = {f"{linear}.weight": shape for linear, shape in linear_sizes(config).items()}
-    sizes = {name: int(np.prod(blocks_shape(shape))) for name, shape in shapes.items()}
-    return sizes, lambda name: files.int4(name, shapes[name])
+    if quantize == INT4:
+        sizes = {name: int(np.prod(blocks_shape(shape))) for name, shape in shapes.items()}
+        return sizes, lambda name: files.int4(name, shapes[name])
+    sizes = {name: int(np.prod(shape)) for name, shape in shapes.items()}
+    scales = {scale_name(name): name for name in shapes}
+    sizes |= {scale: 4 * shapes[name][0] for scale, name in scales.items()}
+
+    def read(name: str) -> Tensor:
+        weight = scales.get(name, name)
+        q, scale = files.fp8(weight, shapes[weight])
+        return scale if name in scales else q.view(fp8_stored_shape(shapes[weight]))
+
+    return sizes, read
 
 
 def _quality(

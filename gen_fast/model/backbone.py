@@ -22,20 +22,19 @@ from gen_fast.model.dropout import Dropout, RowDropout
 from gen_fast.model.fingerprint import Fingerprint
 from gen_fast.model.kv_cache import KVCache
 from gen_fast.model.linear import (
-    Int8Weight,
     QuantizedRows,
     Rows,
     Weight,
     is_packed,
     linear,
     pack,
+    row_format,
 )
 from gen_fast.model.lora import MATRICES
 from gen_fast.model.update import Update
 from gen_fast.ops.append import append
 from gen_fast.ops.attention import AttentionOptions, attention
 from gen_fast.ops.norm import add_rms_norm, add_rms_norm_quantized, rms_norm
-from gen_fast.ops.qlinear import ROTATED
 from gen_fast.ops.rope import rope
 from gen_fast.ops.swiglu import swiglu, swiglu_quantized
 
@@ -250,8 +249,9 @@ class _Pass:
         self._update = None if update is None else update.cast(backbone.dtype)
         self._kept = keep_kv
         # Norm and activation then quantise what they give in the same pass; they have no gradient.
-        is_int8 = all(isinstance(layer.qkv, Int8Weight) for layer in backbone.layers)
-        self._quantizes = is_int8 and update is None and not torch.is_grad_enabled()
+        formats = {row_format(layer.qkv) for layer in backbone.layers}
+        fused = len(formats) == 1 and update is None and not torch.is_grad_enabled()
+        self._row_format = formats.pop() if fused else None
         ids, positions, needed = batch.ids, batch.positions, batch.needed.indices
         self._n_tokens = len(ids)
         self._n_needed = self._n_tokens if needed is None else len(needed)
@@ -347,15 +347,15 @@ class _Pass:
     ) -> tuple[Rows, Tensor]:
         """The normed sum of x and the stream, and the sum. inplace: of the stream."""
         eps = self._config.norm_eps
-        if not self._quantizes:
+        if self._row_format is None:
             return add_rms_norm(x, stream, weight, eps, inplace=inplace)
-        q, scale, total = add_rms_norm_quantized(x, stream, weight, eps, ROTATED)
+        q, scale, total = add_rms_norm_quantized(x, stream, weight, eps, self._row_format)
         return QuantizedRows(q, scale, x.dtype), total
 
     def _swiglu(self, gate_up: Tensor) -> Rows:
-        if not self._quantizes:
+        if self._row_format is None:
             return swiglu(gate_up)
-        return QuantizedRows(*swiglu_quantized(gate_up, ROTATED), gate_up.dtype)
+        return QuantizedRows(*swiglu_quantized(gate_up, self._row_format), gate_up.dtype)
 
     def _attention(self, i: int, q: Tensor, k: Tensor, v: Tensor, cu_queries: Tensor) -> Tensor:
         """Attention and its output projection [rows of q, h]."""

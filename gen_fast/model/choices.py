@@ -7,4 +7,4 @@ DTYPES = ("float32", "bfloat16", "float16")
 SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 # What the weights of the layers' linears can be quantised to.
-INT4, INT8 = QUANTIZED = ("int4", "int8")
+INT4, INT8, FP8 = QUANTIZED = ("int4", "int8", "fp8")

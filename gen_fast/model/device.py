@@ -12,6 +12,11 @@ from gen_fast.model.choices import DTYPES, SHORT_DTYPES
 from gen_fast.model.linear import linear, pack
 
 
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    """The device of a name; None takes CUDA if there is one."""
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     """Turn a dtype's name into a torch.dtype; "auto" asks the device."""
     if isinstance(dtype, torch.dtype):

@@ -35,7 +35,7 @@ _ALPHA = 0.6
 _MAX_TOKENS = 512  # of a text
 _BATCH_TOKENS = 2048
 # Matrices before which something takes the factors.
-_SMOOTHED = ("qkv", "gate_up", "down")
+SMOOTHED = ("qkv", "gate_up", "down")
 
 
 def check_calibration(texts: Sequence[str]) -> None:
@@ -70,10 +70,10 @@ def int8_layers(
     sequences: token ids to calibrate on. mask: of attention, as the backbone will be used.
     Raises WeightsError for values that are not finite.
     """
-    largest = _largest_inputs(backbone, sequences, mask)
+    largest = largest_inputs(backbone, sequences, mask)
     layers = []
     for i, layer in enumerate(backbone.layers):
-        layer = smoothed(layer, {name: largest[i, name] for name in _SMOOTHED})
+        layer = smoothed(layer, {name: largest[i, name] for name in SMOOTHED})
         matrices: dict[str, Any] = {}
         for name in MATRICES:
             matrices[name] = matrix = Int8Weight.of(_dense(getattr(layer, name)))
@@ -88,7 +88,7 @@ def smoothed(layer: LayerWeights, largest: Mapping[str, Tensor]) -> LayerWeights
 
     largest: of the inputs of each matrix by name, [in] magnitudes.
     """
-    qkv, gate_up, down = (_dense(getattr(layer, name)) for name in _SMOOTHED)
+    qkv, gate_up, down = (_dense(getattr(layer, name)) for name in SMOOTHED)
     for_qkv = _factors(largest["qkv"], qkv)
     for_gate_up = _factors(largest["gate_up"], gate_up)
     for_down = _factors(largest["down"], down)
@@ -138,9 +138,10 @@ def _dense(weight: Weight) -> Tensor:
     return weight
 
 
-def _largest_inputs(
+def largest_inputs(
     backbone: Backbone, sequences: Sequence[np.ndarray], mask: str
 ) -> dict[tuple[int, str], Tensor]:
+    """The largest magnitude of each input [in] of every matrix, by layer and name."""
     seen = _LargestInputs()
     pending = list(sequences)
     with torch.inference_mode():

@@ -11,15 +11,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear as plain_linear
 
-from gen_fast.model.choices import INT4, INT8
+from gen_fast.model.choices import FP8, INT4, INT8
 from gen_fast.ops.qlinear import (
     ROTATED,
     dequantize_weight,
+    dequantize_weight_fp8,
+    fp8_linear,
     int4_linear,
     int4_linear_backward,
     int8_linear,
     quantize_rows,
     quantize_weight,
+    quantize_weight_fp8,
     quantize_weight_int8,
     rotate_rows,
     unpack_int8,
@@ -52,6 +55,20 @@ class Int4Weight:
 
 
 @dataclass(frozen=True)
+class QuantizedRows:
+    """Rows that are ready for an Int8Weight or Fp8Weight: quantised as its `row_format` says."""
+
+    q: Tensor  # [T, in] int8 or float8_e4m3fn
+    scale: Tensor  # [T] float32
+    dtype: torch.dtype  # of what they are multiplied to
+
+    @classmethod
+    def of(cls, x: Tensor, row_format: str) -> "QuantizedRows":
+        """Those of x [T, in]."""
+        return cls(*quantize_rows(x, row_format), x.dtype)
+
+
+@dataclass(frozen=True)
 class Int8Weight:
     """A weight [out, in] of 8 bits, of which each output has a scale: see gen_fast.ops.qlinear.
 
@@ -59,6 +76,7 @@ class Int8Weight:
     """
 
     kind: ClassVar[str] = INT8
+    row_format: ClassVar[str] = ROTATED
     blocks: Tensor  # [out / 16, in / 4, 64] int8
     scale: Tensor  # [out] float32
 
@@ -77,24 +95,47 @@ class Int8Weight:
         weight = unpack_int8(self.blocks).float() * self.scale.unsqueeze(1)
         return rotate_rows(weight).to(dtype)
 
+    def multiply(self, rows: QuantizedRows, bias: Tensor | None) -> Tensor:
+        """rows [T, in] times the weight, transposed, plus bias."""
+        return int8_linear(rows.q, rows.scale, self.blocks, self.scale, bias, dtype=rows.dtype)
+
 
 @dataclass(frozen=True)
-class QuantizedRows:
-    """Rows that are ready for an Int8Weight: rotated, and quantised to 8 bits."""
+class Fp8Weight:
+    """A weight [out, in] in e4m3, of which each output has a scale: see gen_fast.ops.qlinear."""
 
-    q: Tensor  # [T, in] int8
-    scale: Tensor  # [T] float32
-    dtype: torch.dtype  # of what they are multiplied to
+    kind: ClassVar[str] = FP8
+    row_format: ClassVar[str] = "fp8"
+    q: Tensor  # [out, in] float8_e4m3fn
+    scale: Tensor  # [out] float32
 
     @classmethod
-    def of(cls, x: Tensor) -> "QuantizedRows":
-        """Those of x [T, in]."""
-        return cls(*quantize_rows(x, ROTATED), x.dtype)
+    def of(cls, weight: Tensor) -> "Fp8Weight":
+        """The nearest to `weight` [out, in]."""
+        return cls(*quantize_weight_fp8(weight))
+
+    @property
+    def nbytes(self) -> int:
+        """Memory, in bytes."""
+        return self.q.nbytes + self.scale.nbytes
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """The weight [out, in] as a matrix."""
+        return dequantize_weight_fp8(self.q, self.scale).to(dtype)
+
+    def multiply(self, rows: QuantizedRows, bias: Tensor | None) -> Tensor:
+        """rows [T, in] times the weight, transposed, plus bias."""
+        return fp8_linear(rows.q, rows.scale, self.q, self.scale, bias, dtype=rows.dtype)
 
 
 # What `linear` multiplies, and by what.
 Rows = Tensor | QuantizedRows
-Weight = Tensor | Int4Weight | Int8Weight
+Weight = Tensor | Int4Weight | Int8Weight | Fp8Weight
+
+
+def row_format(weight: Weight) -> str | None:
+    """What the rows that a weight meets are quantised to; None if they are not."""
+    return weight.row_format if isinstance(weight, Int8Weight | Fp8Weight) else None
 
 
 def is_packed(weight: Weight) -> bool:
@@ -132,16 +173,16 @@ def pack(weight: Weight) -> Weight:
 
 
 def linear(x: Rows, weight: Weight, bias: Tensor | None = None) -> Tensor:
-    """x [T, in] times weightᵀ [in, out], plus bias [out]. Quantised rows go with an Int8Weight.
+    """x [T, in] times weightᵀ [in, out], plus bias [out]. Quantised rows go with their weights.
 
     Both are frozen: a gradient reaches x alone. Through rows that are quantised here it goes as if
     they had not been rounded.
     """
-    if isinstance(weight, Int8Weight):
+    if isinstance(weight, Int8Weight | Fp8Weight):
         if isinstance(x, Tensor) and torch.is_grad_enabled() and x.requires_grad:
-            through: Tensor = _Int8Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+            through: Tensor = _RoundedLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
             return through
-        return _int8_linear(x, weight, bias)
+        return _rounded_linear(x, weight, bias)
     assert isinstance(x, Tensor)
     if isinstance(weight, Int4Weight):
         return int4_linear(x, weight.blocks, bias)
@@ -157,7 +198,7 @@ def times(grad: Tensor, weight: Weight) -> Tensor:
     """grad [T, out] times weight [out, in]: the gradient of `linear`'s x."""
     if isinstance(weight, Int4Weight):
         return int4_linear_backward(grad, weight.blocks)
-    if isinstance(weight, Int8Weight):
+    if isinstance(weight, Int8Weight | Fp8Weight):
         return grad @ weight.dequantized(grad.dtype)
     # oneDNN's layout is for the other product. To copy a weight out of it costs as much as some
     # hundred rows of the product, and the copy is gone at once.
@@ -169,9 +210,9 @@ def _packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return result
 
 
-def _int8_linear(x: Rows, weight: Int8Weight, bias: Tensor | None) -> Tensor:
-    rows = QuantizedRows.of(x) if isinstance(x, Tensor) else x
-    return int8_linear(rows.q, rows.scale, weight.blocks, weight.scale, bias, dtype=rows.dtype)
+def _rounded_linear(x: Rows, weight: Int8Weight | Fp8Weight, bias: Tensor | None) -> Tensor:
+    rows = QuantizedRows.of(x, weight.row_format) if isinstance(x, Tensor) else x
+    return weight.multiply(rows, bias)
 
 
 class _FrozenLinear(torch.autograd.Function):
@@ -189,8 +230,8 @@ class _PackedLinear(_FrozenLinear):
         return _packed_linear(x, weight, bias)
 
 
-class _Int8Linear(_FrozenLinear):
+class _RoundedLinear(_FrozenLinear):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Int8Weight, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Int8Weight | Fp8Weight, bias: Tensor | None) -> Tensor:
         ctx.weight = weight
-        return _int8_linear(x, weight, bias)
+        return _rounded_linear(x, weight, bias)

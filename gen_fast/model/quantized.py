@@ -1,9 +1,9 @@
 """Copies of a model whose linears are quantised: written once, loaded without the original.
 
-A copy is a directory like its original. The linears' tensors are blocks of gen_fast.ops.qlinear; in
-int8 each has its scales beside it, and the layers' norms have taken over factors (int8.py).
-Everything else is as it was. quantization.json has digests of the original's tensors, so that the
-copy has the original's fingerprint: an adapter of the one fits the other.
+A copy is a directory like its original. The linears' tensors are blocks of gen_fast.ops.qlinear, or
+e4m3; in int8 and fp8 each has its scales beside it, and in int8 the layers' norms have taken over
+factors (int8.py). Everything else is as it was. quantization.json has digests of the original's
+tensors, so that the copy has the original's fingerprint: an adapter of the one fits the other.
 """
 
 import json
@@ -15,10 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gen_fast.errors import ConfigError, UnsupportedModelError, WeightsError
+from gen_fast.errors import (
+    ConfigError,
+    ImplementationError,
+    UnsupportedModelError,
+    WeightsError,
+)
 from gen_fast.io.json_files import check_seal, read_json_object, seal
-from gen_fast.model.choices import QUANTIZED
-from gen_fast.ops.qlinear import fits, quantize_weight
+from gen_fast.model.choices import FP8, QUANTIZED
+from gen_fast.ops import qlinear
+from gen_fast.ops.qlinear import fits, fits_fp8, quantize_weight, quantize_weight_fp8
 
 FORMAT = "gen_fast.quantized/1"
 RECIPE = "quantization.json"
@@ -55,6 +61,20 @@ def check_quantize(quantize: str | None) -> None:
         raise ConfigError(f"quantize {quantize!r} is not one of {', '.join(QUANTIZED)}")
 
 
+def check_device(quantize: str | None, device: torch.device | str, dtype: torch.dtype) -> None:
+    """Raise ConfigError for weights that a device does not multiply by: fp8 needs tensor cores."""
+    if quantize != FP8:
+        return
+    try:
+        qlinear.FP8.choose(torch.device(device).type, torch.float8_e4m3fn, str(dtype))
+    except ImplementationError as error:
+        raise ConfigError(
+            f"fp8 needs a GPU of sm_89 or newer (Ada, Hopper), and {device} is none that computes "
+            f"it: take int8 or int4, or set GEN_FAST_IMPL=cpu,reference to measure what fp8 loses "
+            f"({error})"
+        ) from error
+
+
 def read_recipe(directory: Path) -> Recipe | None:
     """The recipe of a quantised copy; None for a model that is none.
 
@@ -74,6 +94,16 @@ def read_recipe(directory: Path) -> Recipe | None:
         raise WeightsError(f"{path} cannot be read: {error}") from error
 
 
+def scale_name(name: str) -> str:
+    """Of the scales beside a linear's weight."""
+    return f"{name.removesuffix('.weight')}{SCALE}"
+
+
+def fp8_stored_shape(shape: tuple[int, int]) -> tuple[int, int, int]:
+    """As which a copy has a weight [out, in]: no other package takes it for a plain one."""
+    return shape[0] // 16, 16, shape[1]
+
+
 def int4_blocks(name: str, weight: Tensor) -> Tensor:
     """Blocks of a linear's weight [out, in]; `name` is said in errors.
 
@@ -87,3 +117,19 @@ def int4_blocks(name: str, weight: Tensor) -> Tensor:
     if not weight.abs().max() <= _LARGEST:
         raise WeightsError(f"{name} holds NaN, infinity or values beyond {_LARGEST:.0f}")
     return quantize_weight(weight)
+
+
+def fp8_weight(name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A linear's weight [out, in] in e4m3 and its scales [out]; `name` is said in errors.
+
+    Raises UnsupportedModelError for a size that torch does not multiply, WeightsError for values
+    that are not finite.
+    """
+    if not fits_fp8(tuple(weight.shape)):
+        raise UnsupportedModelError(
+            f"{name} is {list(weight.shape)}: fp8 takes multiples of 16 rows and 16 columns"
+        )
+    q, scale = quantize_weight_fp8(weight)
+    if not scale.isfinite().all():
+        raise WeightsError(f"{name} holds NaN or infinity")
+    return q, scale

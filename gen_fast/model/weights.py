@@ -19,14 +19,24 @@ from gen_fast.io.checksums import problem
 from gen_fast.io.durable import signature
 from gen_fast.model.backbone import Backbone, LayerWeights
 from gen_fast.model.calibration_texts import CALIBRATION_TEXTS
-from gen_fast.model.choices import INT4, INT8
+from gen_fast.model.choices import FP8, INT4, INT8
 from gen_fast.model.config import BackboneConfig, parse_config
 from gen_fast.model.fingerprint import Digests, digests_of, fingerprint, samples
 from gen_fast.model.int8 import check_calibration, check_sizes, int8_layers, tokenized
-from gen_fast.model.linear import Int4Weight, Int8Weight, Weight
+from gen_fast.model.linear import Fp8Weight, Int4Weight, Int8Weight, Weight
 from gen_fast.model.lora import LoraWeights
 from gen_fast.model.model_files import read_json
-from gen_fast.model.quantized import SCALE, Recipe, check_quantize, int4_blocks, read_recipe
+from gen_fast.model.quantized import (
+    SCALE,
+    Recipe,
+    check_device,
+    check_quantize,
+    fp8_stored_shape,
+    fp8_weight,
+    int4_blocks,
+    read_recipe,
+    scale_name,
+)
 from gen_fast.ops.qlinear import blocks_shape, int8_blocks_shape
 
 logger = logging.getLogger(__name__)
@@ -92,7 +102,7 @@ class TensorFiles:
     def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """Read a tensor, adapters merged. Raises WeightsError for a missing or damaged one."""
         tensor = self.stored(name)
-        if self.recipe is not None and not tensor.is_floating_point():
+        if self.recipe is not None and tensor.itemsize == 1:  # of 4 or 8 bits
             raise UnsupportedModelError(
                 f"tensor {name!r} is quantised: this takes the original, {self.recipe.source!r}"
             )
@@ -115,8 +125,14 @@ class TensorFiles:
     def int8(self, name: str, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Blocks and scales of a linear's weight [out, in], of a copy that has them."""
         blocks = self._as_written(name, torch.int8, int8_blocks_shape(shape))
-        scale = f"{name.removesuffix('.weight')}{SCALE}"
-        return blocks, self._as_written(scale, torch.float32, shape[:1])
+        return blocks, self._as_written(scale_name(name), torch.float32, shape[:1])
+
+    def fp8(self, name: str, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """e4m3 and scales of a linear's weight [out, in], adapters merged before."""
+        if self.recipe is None:
+            return fp8_weight(name, self.get(name, shape))
+        q = self._as_written(name, torch.float8_e4m3fn, fp8_stored_shape(shape)).flatten(0, 1)
+        return q, self._as_written(scale_name(name), torch.float32, shape[:1])
 
     def _as_written(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
         """A tensor of a quantised copy."""
@@ -198,12 +214,13 @@ def load_backbone(
     `dtype`; the fingerprint is that of the merged weights. bidirectional: see `parse_config`.
     Raises UnsupportedModelError for a config the backbone cannot compute, WeightsError for
     damaged, missing, misshapen or unexpected tensors, BackboneMismatchError for an adapter of
-    another backbone.
+    another backbone, ConfigError for fp8 on a device without it.
     """
     directory = Path(directory)
     config = parse_config(read_json(directory / "config.json"), bidirectional=bidirectional)
     files = _merged(directory, config, adapters)
     quantize = _quantization(directory, files, quantize)
+    check_device(quantize, device, dtype)
     if quantize != INT8 or files.recipe is not None:
         return _build(config, files, dtype, device, packed, quantize)
     check_sizes(config)
@@ -373,8 +390,9 @@ def _load_layer(
         if quantize == INT4:
             blocks = [files.int4(f"{prefix}{name}", shape) for name, shape in named]
             return Int4Weight(torch.cat(blocks).to(device))
-        both = zip(*(files.int8(f"{prefix}{name}", shape) for name, shape in named), strict=True)
-        return Int8Weight(*(torch.cat(tensors).to(device) for tensors in both))
+        read, kind = (files.int8, Int8Weight) if quantize == INT8 else (files.fp8, Fp8Weight)
+        both = zip(*(read(f"{prefix}{name}", shape) for name, shape in named), strict=True)
+        return kind(*(torch.cat(tensors).to(device) for tensors in both))
 
     qkv_bias = qk_norm = None
     if config.qkv_bias:
@@ -405,7 +423,7 @@ def _refuse_unexpected(files: TensorFiles, config: BackboneConfig) -> None:
     layer += ["self_attn.q_norm", "self_attn.k_norm"] if config.qk_norm else []
     names = [f"{module}.weight" for module in layer]
     names += [f"self_attn.{n}_proj.bias" for n in "qkv"] if config.qkv_bias else []
-    if files.recipe is not None and files.recipe.quantize == INT8:
+    if files.recipe is not None and files.recipe.quantize in (INT8, FP8):
         names += [f"{module}{SCALE}" for module in layer if module.endswith("_proj")]
     expected |= {f"layers.{i}.{name}" for i in range(config.num_layers) for name in names}
     unexpected = sorted(

@@ -42,6 +42,7 @@ OP_NAMES = (
 # What runs, and the name users force it by: in `impl=`, in GEN_FAST_IMPL and in `gen-fast info`.
 REFERENCE = "reference"  # plain torch, the oracle of the others
 SDPA = "sdpa"  # torch's own attention kernel
+SCALED_MM = "scaled_mm"  # torch's own product in fp8
 CPP = "cpu"  # gen_fast._C
 TRITON = "triton"
 CUDA = "cuda"  # gen_fast._cuda, CUDA C++

@@ -17,7 +17,7 @@ from gen_fast.ops import Case, unsupported
 
 # The architecture whose pinned tiles are taken where there is no GPU to ask: an A100.
 DEFAULT_ARCHITECTURE = 80
-# The first whose Triton kernels can store fp8 (e4m3).
+# The first that computes with fp8 (e4m3).
 FP8_SINCE = 89
 
 # Arguments of a kernel that change from batch to batch: without this Triton compiles it anew for 1
@@ -57,14 +57,15 @@ def supports(case: Case) -> str | None:
     return (
         unsupported(case, "cuda", (torch.float32, torch.bfloat16, torch.float16))
         or missing()
-        or (_fp8_missing() if case.option == "fp8" else None)
+        or (fp8_missing() if case.option == "fp8" else None)
     )
 
 
-def _fp8_missing() -> str | None:
-    """Why Triton cannot quantise to fp8 on the GPUs of this process, or None.
+def fp8_missing() -> str | None:
+    """Why the GPUs of this process do not compute in fp8 (e4m3), or None.
 
-    Its compiler converts to e4m3 from sm_89 on. The oldest GPU decides for all of them.
+    Tensor cores multiply it, and Triton's compiler converts to it, from sm_89 on. The oldest GPU
+    decides for all of them.
     """
     oldest = min(map(_capability, range(torch.cuda.device_count())), default=FP8_SINCE)
     return None if oldest >= FP8_SINCE else f"needs sm_{FP8_SINCE} for fp8, not sm_{oldest}"

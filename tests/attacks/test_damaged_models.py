@@ -96,7 +96,9 @@ def test_of_a_gem_model_of_weights(tiny_model: Path, tmp_path: Path, file: str, 
     "file", ["model.safetensors", "quantization.json", "config.json", "tokenizer.json", CHECKSUMS]
 )
 @pytest.mark.parametrize("kind", QUANTIZED)
-def test_of_a_quantised_copy(tmp_path: Path, kind: str, file: str, count: int) -> None:
+def test_of_a_quantised_copy(
+    tmp_path: Path, kind: str, file: str, count: int, fp8_by_the_reference: None
+) -> None:
     save_tiny_model(tmp_path / "model", "llama", **WHOLE_BLOCKS)
     copy = tmp_path / "copy"
     gen_fast.write_quantized(tmp_path / "model", copy, quantize=kind, device="cpu")

@@ -27,7 +27,7 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture(scope="module", params=QUANTIZED)
-def kind(request):
+def kind(request, fp8_by_the_reference):
     return request.param
 
 
@@ -91,6 +91,17 @@ def test_transformers_refuses_a_copy(copy):
         AutoModelForCausalLM.from_pretrained(copy)
 
 
+def test_a_copy_in_fp8_is_refused_where_it_cannot_be_compared(model, tmp_path, monkeypatch):
+    monkeypatch.setattr("gen_fast.ops.FORCED", None)
+    with pytest.raises(ConfigError, match="fp8 needs a GPU of sm_89"):
+        gen_fast.write_quantized(model, tmp_path / "copy", quantize="fp8", device="cpu")
+    assert not (tmp_path / "copy").exists()
+    options = ["quantize", str(model), "--to", "fp8", "--device", "cpu"]
+    done = CliRunner().invoke(app, [*options, "--out", str(tmp_path / "copy")])
+    assert done.exit_code != 0
+    assert "fp8 needs a GPU of sm_89" in done.output
+
+
 def test_what_cannot_be_quantised_is_refused(model, copy, kind, tmp_path):
     write = gen_fast.write_quantized
     with pytest.raises(ConfigError, match=f"quantised already, to {kind}"):
@@ -103,7 +114,7 @@ def test_what_cannot_be_quantised_is_refused(model, copy, kind, tmp_path):
         write(model, tmp_path / "few", texts=["a", "b", "c"])
     with pytest.raises(ConfigError, match="calibrated on at least 20 texts, not on 2"):
         write(model, tmp_path / "few", quantize="int8", calibration=["a", "b"])
-    with pytest.raises(ConfigError, match="'int2' is not one of int4, int8"):
+    with pytest.raises(ConfigError, match="'int2' is not one of int4, int8, fp8"):
         write(model, tmp_path / "int2", quantize="int2")
     save_tiny_adapter(tmp_path / "adapter", model)
     with pytest.raises(UnsupportedModelError, match="is an adapter"):

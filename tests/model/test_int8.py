@@ -41,7 +41,7 @@ def test_a_weight_is_near_and_its_product_nearer_than_without_a_rotation():
     own = Int8Weight.of(weight)
     assert relative_error(own.dequantized(torch.float32), weight) < 0.01
     error = (linear(x, own) - exact).norm() / exact.norm()
-    assert torch.equal(linear(QuantizedRows.of(x), own), linear(x, own))
+    assert torch.equal(linear(QuantizedRows.of(x, own.row_format), own), linear(x, own))
     scale = x.abs().amax(1, keepdim=True) / 127
     plain = ((x / scale).round() * scale).double() @ weight.double().T
     assert error < 0.5 * (plain - exact).norm() / exact.norm()

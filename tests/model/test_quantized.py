@@ -110,7 +110,7 @@ def test_adapters_are_merged_before(llama):
 
 
 def test_an_unknown_kind_is_refused(llama):
-    with pytest.raises(ConfigError, match="quantize 'int3' is not one of int4, int8"):
+    with pytest.raises(ConfigError, match="quantize 'int3' is not one of int4, int8, fp8"):
         load_backbone(llama, quantize="int3")
 
 

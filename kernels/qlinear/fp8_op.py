@@ -1,0 +1,133 @@
+"""Schema and choice of implementation for products of rows and weights in fp8."""
+
+import torch
+from torch import Tensor
+
+from gen_fast.errors import OpError
+from gen_fast.ops import REFERENCE, SCALED_MM, Case, Op, gpu
+
+from . import fp8
+
+# Sums of e4m3 products in full float32. On Hopper the tensor cores can keep fewer bits of them,
+# which is faster by how much has not been measured: what an embedding loses to fp8 was measured
+# with exact sums, and is no little.
+FAST_SUMS = False
+
+
+def _check(
+    q: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> None:
+    if weight.dtype != torch.float8_e4m3fn or not fp8.fits_fp8(tuple(weight.shape)):
+        raise OpError(
+            f"a weight in fp8 is float8_e4m3fn [out, in], both multiples of {fp8.MULTIPLE}, not "
+            f"{weight.dtype} {list(weight.shape)}"
+        )
+    out, inputs = weight.shape
+    if q.dtype != torch.float8_e4m3fn or q.dim() != 2 or q.shape[1] != inputs:
+        raise OpError(
+            f"rows for a weight of [{out}, {inputs}] are float8_e4m3fn [T, {inputs}], not "
+            f"{q.dtype} {list(q.shape)}"
+        )
+    for name, tensor, size in (("rows", scale, len(q)), ("outputs", weight_scale, out)):
+        if tensor.dtype != torch.float32 or tuple(tensor.shape) != (size,):
+            raise OpError(
+                f"scales of {size} {name} are float32, not {tensor.dtype} {list(tensor.shape)}"
+            )
+    if bias is not None and (tuple(bias.shape) != (out,) or bias.dtype != dtype):
+        raise OpError(f"a bias for {out} outputs in {dtype} is not {bias.dtype} {list(bias.shape)}")
+
+
+FP8 = Op(
+    "fp8_linear",
+    "(Tensor q, Tensor scale, Tensor weight, Tensor weight_scale, Tensor? bias, ScalarType dtype)"
+    " -> Tensor",
+    lambda q, scale, weight, weight_scale, bias, dtype: scale.new_empty(
+        len(q), len(weight), dtype=dtype
+    ),
+    check=_check,
+    option=lambda q, scale, weight, weight_scale, bias, dtype: str(dtype),
+)
+
+
+def _only_named(case: Case) -> str | None:
+    """Plain torch multiplies fp8 as float32: never what somebody wants who asks for fp8."""
+    return None if case.forced else "is the oracle: it runs where it is named"
+
+
+@FP8.register(REFERENCE, _only_named)
+def _reference(
+    q: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    wide = torch.promote_types(dtype, torch.float32)
+    y = q.to(wide) @ weight.to(wide).T * scale.unsqueeze(1) * weight_scale
+    return (y if bias is None else y + bias).to(dtype)
+
+
+def _scaled_mm_supports(case: Case) -> str | None:
+    # The first argument is fp8, always; the dtype that varies is the result's.
+    if case.option not in (None, *map(str, (torch.float32, torch.bfloat16, torch.float16))):
+        return f"gives no {case.option}"
+    if case.device != "cuda":
+        return f"runs on cuda, not on {case.device}"
+    return gpu.fp8_missing()
+
+
+@FP8.register(SCALED_MM, _scaled_mm_supports)
+def _scaled_mm(
+    q: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    *,
+    fast_sums: bool = FAST_SUMS,
+) -> Tensor:
+    q, columns = q.contiguous(), weight.contiguous().T
+    by_row, by_output = scale.contiguous().unsqueeze(1), weight_scale.contiguous().unsqueeze(0)
+    if not len(q):
+        return scale.new_empty(0, len(weight), dtype=dtype)
+    if dtype == torch.bfloat16:
+        y: Tensor = torch._scaled_mm(
+            q, columns, by_row, by_output, bias, out_dtype=dtype, use_fast_accum=fast_sums
+        )
+        return y
+    # With a scale a row torch gives bfloat16 alone on some GPUs: without any, float32 on all.
+    one = scale.new_ones(())
+    sums = torch._scaled_mm(q, columns, one, one, out_dtype=torch.float32, use_fast_accum=fast_sums)
+    y = sums.mul_(by_row).mul_(by_output)
+    return (y if bias is None else y.add_(bias)).to(dtype)
+
+
+def fp8_linear(
+    q: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    impl: str | None = None,
+) -> Tensor:
+    """Rows in fp8 times a weight in fp8, transposed, plus bias [out]: [T, out] in `dtype`.
+
+    q [T, in] float8_e4m3fn and scale [T] float32 as `quantize_rows(…, "fp8")` gives them; weight
+    [out, in] float8_e4m3fn and weight_scale [out] float32 as `quantize_weight_fp8` does, out and in
+    multiples of 16; bias in `dtype`. Sums are float32. No gradient.
+    Raises OpError for shapes and dtypes that do not fit, ImplementationError where there is no GPU
+    of sm_89 or newer, unless the reference is named.
+
+    Source: Micikevicius et al., arXiv 2209.05433; torch._scaled_mm with a scale a row.
+    """
+    result: Tensor = FP8(q, scale, weight, weight_scale, bias, dtype, impl=impl)
+    return result

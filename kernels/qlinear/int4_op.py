@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gen_fast.errors import OpError
-from gen_fast.ops import CPP, REFERENCE, Op, native
+from gen_fast.ops import CPP, REFERENCE, TRITON, Op, gpu, native
 
 from . import int4
 
@@ -70,6 +70,12 @@ def _int4_reference(x: Tensor, blocks: Tensor, bias: Tensor | None) -> Tensor:
 @INT4_BACKWARD.register(REFERENCE)
 def _int4_backward_reference(grad: Tensor, blocks: Tensor) -> Tensor:
     return grad @ int4.dequantize_weight(blocks, grad.dtype)
+
+
+INT4.register(TRITON, gpu.supports)(gpu.deferred("qlinear.triton_int4", "int4_linear"))
+INT4_BACKWARD.register(TRITON, gpu.supports)(
+    gpu.deferred("qlinear.triton_int4", "int4_linear_backward")
+)
 
 
 @INT4.register(CPP, native.cpp)

@@ -76,6 +76,35 @@ def test_matches_the_reference(dtype, rows, shape, biased, device, impl):
     assert_no_worse(int4_linear(x, blocks, bias, impl=impl), reference, exact)
 
 
+# Of Triton's tiles each has its rows; the last are more than are multiplied by blocks.
+@pytest.mark.parametrize("rows", [17, 64, 65])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rows_of_several_tiles(dtype, rows, device, impl):
+    if impl == "cpu" and dtype == torch.float16:
+        pytest.skip("takes no float16")
+    torch.manual_seed(0)
+    x, bias = torch.randn(rows, 160, device=device).to(dtype), torch.randn(144, device=device)
+    bias = bias.to(dtype)
+    blocks = quantize_weight(torch.randn(144, 160) / 12).to(device)
+    weight = dequantize_weight(blocks, torch.float64)
+    exact = torch.nn.functional.linear(x.double(), weight, bias.double())
+    reference = int4_linear(x, blocks, bias, impl="reference")
+    assert_no_worse(int4_linear(x, blocks, bias, impl=impl), reference, exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_matrix_that_triton_makes_is_the_references(dtype, device, impl):
+    if impl != "triton":
+        pytest.skip("makes it otherwise")
+    from gen_fast.ops.qlinear.triton_int4 import int4_weight
+
+    torch.manual_seed(0)
+    blocks = quantize_weight(torch.randn(80, 1056)).to(device)
+    weight, expected = int4_weight(blocks, dtype), dequantize_weight(blocks, dtype)
+    # A fused multiply-add rounds once where the reference rounds twice.
+    torch.testing.assert_close(weight, expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradient(dtype, shape, device, grad_impl):

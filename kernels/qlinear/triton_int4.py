@@ -1,0 +1,181 @@
+"""Products with weights of 4 bits in Triton: from the blocks, or by a matrix made of them."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gen_fast.ops import gpu
+from gen_fast.ops.gpu import Tile
+from gen_fast.ops.layout import adjacent
+
+from . import int4
+
+_OUTPUTS, _INPUTS = tl.constexpr(int4.OUTPUTS), tl.constexpr(int4.INPUTS)
+# Of a block: its bytes, those of its scales and minima, and those of its steps.
+_BLOCK = tl.constexpr(int4.BLOCK_BYTES)
+_GRID = tl.constexpr(4 * int4.OUTPUTS)
+_STEPS = tl.constexpr(int4.OUTPUTS * int4.INPUTS // 2)
+_INTERPRETED = tl.constexpr(gpu.interpreted())
+# Up to so many rows the weight is read once, at 0.625 bytes each; for more a matrix is made, which
+# writes and reads each weight again, and cuBLAS multiplies. A guess, not measured.
+ROWS_FROM_BLOCKS = 64
+
+
+@triton.jit
+def _tile_of_weight(
+    blocks, halves, panel, group, groups, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    """Weights [BLOCK_O, BLOCK_K] float32 of panels [BLOCK_O / 16] and groups [BLOCK_K / 32].
+
+    What lies beyond the last group is 0. halves: the blocks as float16.
+    """
+    P: tl.constexpr = BLOCK_O // _OUTPUTS
+    G: tl.constexpr = BLOCK_K // _INPUTS
+    inside = (group < groups)[None, :, None]
+    block = panel[:, None, None] * groups + group[None, :, None]  # [P, G, 1]
+    lane, step = tl.arange(0, _OUTPUTS), tl.arange(0, _STEPS)
+    grid = halves + block * (_BLOCK // 2) + lane[None, None, :]
+    scale = tl.load(grid, mask=inside, other=0.0)  # [P, G, 16]
+    minimum = tl.load(grid + _OUTPUTS, mask=inside, other=0.0)
+    packed = tl.load(
+        blocks + block * _BLOCK + _GRID + step[None, None, :], mask=inside, other=0
+    )  # [P, G, 256]
+    q = tl.join(packed & 15, packed >> 4)  # outputs j and j + 8
+    q = tl.reshape(q, (P, G, _INPUTS, _OUTPUTS // 2, 2)).to(tl.float32)
+    weight = q * _by_output(scale, P, G) + _by_output(minimum, P, G)
+    return tl.reshape(tl.permute(weight, (0, 4, 3, 1, 2)), (BLOCK_O, BLOCK_K))
+
+
+@triton.jit
+def _by_output(values, P: tl.constexpr, G: tl.constexpr):
+    """[P, G, 16] as [P, G, 1, 8, 2], in the order of the steps, float32."""
+    pairs = tl.permute(tl.reshape(values, (P, G, 2, _OUTPUTS // 2)), (0, 1, 3, 2))
+    return tl.reshape(pairs, (P, G, 1, _OUTPUTS // 2, 2)).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=gpu.PER_BATCH)
+def _int4_linear(
+    x, blocks, halves, bias, y, n_rows, size, outputs, stride,
+    BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    output_tile = tl.program_id(0)
+    row = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    output = output_tile * BLOCK_O + tl.arange(0, BLOCK_O)
+    panel = output_tile * (BLOCK_O // _OUTPUTS) + tl.arange(0, BLOCK_O // _OUTPUTS)
+    # What lies beyond the last row or output is computed from the last one, and not stored.
+    read_row = tl.minimum(row, n_rows - 1).to(tl.int64)
+    read_panel = tl.minimum(panel, outputs // _OUTPUTS - 1).to(tl.int64)
+    column, group = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_K // _INPUTS)
+    rows = x + read_row[:, None] * stride + column[None, :]
+    acc = tl.zeros([BLOCK_T, BLOCK_O], tl.float32)
+    for start in range(0, size, BLOCK_K):
+        x_tile = tl.load(rows + start, mask=(column < size - start)[None, :], other=0.0)
+        weight = _tile_of_weight(
+            blocks, halves, read_panel, group + start // _INPUTS, size // _INPUTS, BLOCK_O, BLOCK_K
+        )
+        weight = weight.to(x_tile.dtype)
+        if _INTERPRETED:  # it takes the bits of bfloat16 for numbers
+            x_tile, weight = x_tile.to(tl.float32), weight.to(tl.float32)
+        acc = tl.dot(x_tile, tl.trans(weight), acc, input_precision="ieee")
+    inside = output < outputs
+    if bias is not None:
+        acc += tl.load(bias + output, mask=inside, other=0.0).to(tl.float32)[None, :]
+    tl.store(
+        y + row.to(tl.int64)[:, None] * outputs + output[None, :],
+        acc.to(y.dtype.element_ty),
+        mask=(row < n_rows)[:, None] & inside[None, :],
+    )
+
+
+@triton.jit
+def _int4_weight(
+    blocks, halves, weight, size, outputs, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    panel = tl.program_id(0) * (BLOCK_O // _OUTPUTS) + tl.arange(0, BLOCK_O // _OUTPUTS)
+    start = tl.program_id(1) * BLOCK_K
+    group = start // _INPUTS + tl.arange(0, BLOCK_K // _INPUTS)
+    read_panel = tl.minimum(panel, outputs // _OUTPUTS - 1).to(tl.int64)
+    tile = _tile_of_weight(blocks, halves, read_panel, group, size // _INPUTS, BLOCK_O, BLOCK_K)
+    output = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
+    column = start + tl.arange(0, BLOCK_K)
+    tl.store(
+        weight + output.to(tl.int64)[:, None] * size + column[None, :],
+        tile.to(weight.dtype.element_ty),
+        mask=(output < outputs)[:, None] & (column < size)[None, :],
+    )
+
+
+def tile(rows: int, outputs: int, inputs: int, warps: int, stages: int) -> Tile:
+    """Rows, outputs and inputs that a program takes at a time, and how it works on them."""
+    return Tile({"BLOCK_T": rows, "BLOCK_O": outputs, "BLOCK_K": inputs}, warps, stages)
+
+
+# By the most rows that they are for; best first. Of both architectures: few rows wait for memory.
+# A guess, not measured.
+_TILES = {
+    16: (tile(16, 32, 128, 4, 4), tile(16, 64, 64, 4, 4)),
+    ROWS_FROM_BLOCKS: (tile(64, 64, 64, 4, 3), tile(64, 32, 128, 4, 3)),
+}
+_WEIGHT_TILES = (
+    Tile({"BLOCK_O": 16, "BLOCK_K": 128}, 4, 1),
+    Tile({"BLOCK_O": 32, "BLOCK_K": 128}, 4, 1),
+)
+
+
+def int4_linear(x: Tensor, blocks: Tensor, bias: Tensor | None) -> Tensor:
+    """See `int4_op.int4_linear`."""
+    # Float32 has no tensor cores without rounding to tf32: cuBLAS multiplies it best.
+    if x.dtype == torch.float32 or len(x) > ROWS_FROM_BLOCKS:
+        return torch.nn.functional.linear(x, int4_weight(blocks, x.dtype), bias)
+    x, blocks = adjacent(x), blocks.contiguous()
+    (rows, size), outputs = x.shape, len(blocks) * int4.OUTPUTS
+    y = x.new_empty(rows, outputs)
+    if y.numel():
+        gpu.launch_tiled(
+            _int4_linear,
+            lambda constants: (
+                triton.cdiv(outputs, constants["BLOCK_O"]),
+                triton.cdiv(rows, constants["BLOCK_T"]),
+            ),
+            next(tiles for most, tiles in _TILES.items() if rows <= most),
+            ("size", "outputs"),
+            x,
+            blocks,
+            blocks.view(torch.float16),
+            None if bias is None else bias.contiguous(),
+            y,
+            rows,
+            size,
+            outputs,
+            x.stride(0),
+        )
+    return y
+
+
+def int4_linear_backward(grad: Tensor, blocks: Tensor) -> Tensor:
+    """See `int4_op.int4_linear_backward`."""
+    return grad @ int4_weight(blocks, grad.dtype)
+
+
+def int4_weight(blocks: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight [out, in] of `blocks` as a matrix, for the moment."""
+    blocks = blocks.contiguous()
+    outputs, size = len(blocks) * int4.OUTPUTS, blocks.shape[1] * int4.INPUTS
+    weight = torch.empty(outputs, size, dtype=dtype, device=blocks.device)
+    if weight.numel():
+        gpu.launch_tiled(
+            _int4_weight,
+            lambda constants: (
+                triton.cdiv(outputs, constants["BLOCK_O"]),
+                triton.cdiv(size, constants["BLOCK_K"]),
+            ),
+            _WEIGHT_TILES,
+            ("size", "outputs"),
+            blocks,
+            blocks.view(torch.float16),
+            weight,
+            size,
+            outputs,
+        )
+    return weight

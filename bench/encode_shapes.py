@@ -1,7 +1,7 @@
 """Encoding speed at the sizes of larger models, with random weights: what a GPU is checked with.
 
     python bench/encode_shapes.py [--shape qwen3-0.6b qwen3-8b] [--rounds N] [--json FILE]
-                                  [--profile SECONDS]
+                                  [--profile SECONDS] [--quantize int8 fp8 int4]
 
 The peer is transformers' own model (SDPA) in length-sorted, left-padded batches of 32, which is
 what the reference package runs; both embed the same token ids with the same weights in bf16, so
@@ -12,13 +12,15 @@ and values; the rest of the last layer of the compression tokens alone. The peer
 tokens and for padding too, which is not counted: no embedding needs it. Beside it stands what
 cuBLAS reaches for each of a layer's four products at the rows of a full batch. --profile writes
 where gen_fast's time goes, over so many seconds of each shape, to text files beside FILE.
+--quantize runs gen_fast over quantised weights too, in the same rounds; "gen_fast" is bf16.
 """
 
 import argparse
 import json
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -29,8 +31,11 @@ from measure import interleaved, machine, median_ratio, product_tflops, profile
 from gen_fast.io.vectors import centred_cosine
 from gen_fast.model.backbone import Backbone
 from gen_fast.model.batch import PackedBatch, split_by_budget
+from gen_fast.model.choices import QUANTIZED
 from gen_fast.model.config import BackboneConfig
 from gen_fast.model.device import matmul_peak
+from gen_fast.model.linear import Fp8Weight, Int4Weight, Int8Weight
+from gen_fast.model.lora import MATRICES
 from gen_fast.model.token_budget import TokenBudget
 from gen_fast.model.weights import backbone_from_tensors
 from gen_fast.ops.pool import pool
@@ -73,6 +78,22 @@ def make_models(shape: str, device: str) -> tuple[Backbone, torch.nn.Module]:
         device=device,
     )
     return backbone, model
+
+
+def quantized(backbone: Backbone, kind: str) -> Backbone:
+    """The same with the linears' weights in fewer bits; nothing is calibrated."""
+    weights = {weight.kind: weight for weight in (Int4Weight, Int8Weight, Fp8Weight)}
+    layers = [
+        replace(layer, **{name: weights[kind].of(getattr(layer, name)) for name in MATRICES})
+        for layer in backbone.layers
+    ]
+    return Backbone(
+        backbone.config,
+        backbone.embedding,
+        tuple(layers),
+        backbone.final_norm,
+        backbone.fingerprint,
+    )
 
 
 def workloads(shape: str, vocabulary: int) -> dict[str, list[np.ndarray]]:
@@ -160,11 +181,15 @@ def layer_products(config: BackboneConfig, rows: int, device: str) -> dict[str, 
     return product_tflops(shapes, rows, device)
 
 
-def measure_shape(shape: str, rounds: int, device: str, profiled: Profiled) -> Iterator[dict]:
-    """The rows of both sides, workload by workload."""
+def measure_shape(
+    shape: str, rounds: int, device: str, profiled: Profiled, *, quantize: Sequence[str] = ()
+) -> Iterator[dict]:
+    """The rows of all sides, workload by workload."""
     backbone, model = make_models(shape, device)
     special = backbone.embedding[:SPECIAL].clone()
     runs = {"gen_fast": ours(backbone, special), "transformers": theirs(model, special)}
+    for kind in quantize:
+        runs[kind] = ours(quantized(backbone, kind), special)
     peaks: list[float] = []
     made = workloads(shape, backbone.config.vocab_size)
     products = layer_products(backbone.config, 256 if shape == "tiny" else 16384, device)
@@ -172,7 +197,13 @@ def measure_shape(shape: str, rounds: int, device: str, profiled: Profiled) -> I
         run(max(made.values(), key=lambda texts: sum(map(len, texts))))
     for name, texts in made.items():
         few = texts[:BATCH]
-        cosine = centred_cosine(*(run(few).numpy() for run in runs.values()))
+        vectors = {provider: run(few).numpy() for provider, run in runs.items()}
+        # Of gen_fast's own in bfloat16 to each of the others.
+        cosines = {
+            provider: float(centred_cosine(vectors["gen_fast"], other).mean())
+            for provider, other in vectors.items()
+        }
+        cosines["gen_fast"] = cosines["transformers"]
         seconds = interleaved(
             {provider: partial(run, texts) for provider, run in runs.items()},
             rounds,
@@ -194,7 +225,7 @@ def measure_shape(shape: str, rounds: int, device: str, profiled: Profiled) -> I
                 "matmul_peak_tflops": peak / 1e12,
                 "product_tflops": products,
                 "gen_fast_speedup": median_ratio(times, seconds["gen_fast"]),
-                "centred_cosine_between": float(cosine.mean()),
+                "centred_cosine_between": cosines[provider],
                 "texts": len(texts),
                 "tokens": tokens,
             }
@@ -209,15 +240,21 @@ def measure_shape(shape: str, rounds: int, device: str, profiled: Profiled) -> I
         profiled(f"encode {shape} {name}", lambda texts=texts: runs["gen_fast"](texts))
 
 
-def run_shapes(measure: Callable[[str, int, str, Profiled], Iterator[dict]], about: str) -> None:
-    """Read the command line, measure each shape and write the rows as they come."""
+def run_shapes(measure: Callable[..., Iterator[dict]], about: str, *, quantizes: bool) -> None:
+    """Read the command line, measure each shape and write the rows as they come.
+
+    measure(shape, rounds, device, profiled): gives them; quantizes: takes quantize= too.
+    """
     parser = argparse.ArgumentParser(description=about.split("\n", 1)[0])
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["qwen3-0.6b", "qwen3-8b"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--profile", type=float, default=0.0, help="seconds; needs --json")
+    if quantizes:
+        parser.add_argument("--quantize", nargs="+", choices=QUANTIZED, default=[])
     args = parser.parse_args()
+    options = {"quantize": args.quantize} if quantizes else {}
 
     def profiled(name: str, run: Callable[[], object]) -> None:
         if args.profile and args.json:
@@ -226,7 +263,7 @@ def run_shapes(measure: Callable[[str, int, str, Profiled], Iterator[dict]], abo
 
     report = {"machine": machine(), "command": " ".join(sys.argv), "rows": []}
     for shape in args.shape:
-        for row in measure(shape, args.rounds, args.device, profiled):
+        for row in measure(shape, args.rounds, args.device, profiled, **options):
             report["rows"].append(row)
             if args.json:
                 part = args.json.with_suffix(".part")
@@ -237,4 +274,4 @@ def run_shapes(measure: Callable[[str, int, str, Profiled], Iterator[dict]], abo
 
 
 if __name__ == "__main__":
-    run_shapes(measure_shape, __doc__)
+    run_shapes(measure_shape, __doc__, quantizes=True)

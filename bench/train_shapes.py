@@ -166,4 +166,4 @@ def _peak_memory(step: Callable, examples: list[Example], device: str) -> float 
 
 
 if __name__ == "__main__":
-    run_shapes(measure_shape, __doc__)
+    run_shapes(measure_shape, __doc__, quantizes=False)

@@ -1,25 +1,32 @@
-"""Rows to int8, and products with weights of 4 and of 8 bits."""
+"""Rows to int8, and products with weights of 4 and of 8 bits, beside torch's with plain ones."""
 
 from functools import partial
 
 import pytest
 import torch
-from conftest import DTYPES, cases, provided, random, rows_of
+from conftest import DEVICE, DTYPES, cases, provided, random, rows_of
 
 from gen_fast.ops.qlinear import (
+    FP8,
     INT4,
     INT8,
     OP,
     dequantize_weight,
+    fp8_linear,
     int4_linear,
     int8_linear,
     quantize_rows,
     quantize_weight,
+    quantize_weight_fp8,
     quantize_weight_int8,
     unpack_int8,
 )
+from gen_fast.ops.qlinear.fp8_op import scaled_mm
 from gen_fast.ops.qlinear.reference import dequantize_rows
 from gen_fast.ops.qlinear.reference import quantize_rows as plain
+
+# For one query and a few, and for a batch: on a GPU as many rows as the size has.
+ROWS = ["1 row", "16 rows", "64 rows", "batch"] if DEVICE == "cuda" else ["16 rows", "2048 rows"]
 
 
 @cases(OP, modes=("forward",))
@@ -37,15 +44,16 @@ def bench_qlinear(measure, size, dtype, mode, provider):
     )
 
 
-@pytest.mark.parametrize("case", ["16 rows", "2048 rows"])
-@cases(INT4, modes=("forward",))
+@pytest.mark.parametrize("case", ROWS)
+@cases(INT4, modes=("forward",), others=("linear",))
 def bench_int4_linear(measure, size, dtype, mode, provider, case):
-    """Gate and up of one layer: for one short text, and for a batch."""
-    shape, rows = (2 * size.feed_forward, size.hidden), int(case.split()[0])
+    """Gate and up of one layer. "linear": torch's, of the same values as a matrix."""
+    shape, rows = (2 * size.feed_forward, size.hidden), rows_in(case, size)
     blocks = quantize_weight(random(*shape, dtype="fp32", scale=0.05))
     x = random(rows, size.hidden, dtype=dtype)
+    weight = dequantize_weight(blocks, x.dtype) if provider == "linear" else None
     measure(
-        provided(provider, int4_linear, plain_int4),
+        provided(provider, int4_linear, plain_int4, {"linear": lambda x, blocks: x @ weight.T}),
         plain_int4,
         (x, blocks),
         moved_bytes=x.nbytes + blocks.nbytes + rows * shape[0] * x.itemsize,
@@ -53,11 +61,11 @@ def bench_int4_linear(measure, size, dtype, mode, provider, case):
     )
 
 
-@pytest.mark.parametrize("case", ["16 rows", "2048 rows"])
+@pytest.mark.parametrize("case", ROWS)
 @cases(INT8, modes=("forward",))
 def bench_int8_linear(measure, size, dtype, mode, provider, case):
     """The same layer on rows that are of 8 bits already. The peak is that of the result's dtype."""
-    shape, rows = (2 * size.feed_forward, size.hidden), int(case.split()[0])
+    shape, rows = (2 * size.feed_forward, size.hidden), rows_in(case, size)
     q, scale = quantize_rows(random(rows, size.hidden, dtype="fp32"))
     blocks, weight_scale = quantize_weight_int8(random(*shape, dtype="fp32", scale=0.05))
     result = {"dtype": DTYPES[dtype]}
@@ -71,6 +79,30 @@ def bench_int8_linear(measure, size, dtype, mode, provider, case):
     )
 
 
+@pytest.mark.parametrize("case", ROWS)
+@cases(FP8, modes=("forward",), others=("fast sums",) if DEVICE == "cuda" else ())
+def bench_fp8_linear(measure, size, dtype, mode, provider, case):
+    """The same in fp8. "fast sums": what use_fast_accum gains."""
+    shape, rows = (2 * size.feed_forward, size.hidden), rows_in(case, size)
+    q, scale = quantize_rows(random(rows, size.hidden, dtype="fp32"), "fp8")
+    weight, weight_scale = quantize_weight_fp8(random(*shape, dtype="fp32", scale=0.05))
+    result = {"dtype": DTYPES[dtype]}
+    fast = {"fast sums": lambda *inputs: scaled_mm(*inputs, None, **result, fast_sums=True)}
+    measure(
+        provided(provider, partial(fp8_linear, **result), partial(plain_fp8, **result), fast),
+        partial(plain_fp8, **result),
+        (q, scale, weight, weight_scale),
+        moved_bytes=q.nbytes + weight.nbytes + rows * shape[0] * result["dtype"].itemsize,
+        flops=2 * rows * shape[0] * shape[1],
+        exact=partial(plain_fp8, dtype=torch.float64),
+    )
+
+
+def rows_in(case, size):
+    """The number of rows of a case."""
+    return size.rows if case == "batch" else int(case.split()[0])
+
+
 def plain_int8(q, scale, blocks, weight_scale, dtype):
     weight = unpack_int8(blocks).to(scale.dtype)
     return (q.to(scale.dtype) @ weight.T * scale.unsqueeze(1) * weight_scale).to(dtype)
@@ -78,3 +110,9 @@ def plain_int8(q, scale, blocks, weight_scale, dtype):
 
 def plain_int4(x, blocks):
     return x @ dequantize_weight(blocks, x.dtype).T
+
+
+def plain_fp8(q, scale, weight, weight_scale, dtype):
+    return (q.to(scale.dtype) @ weight.to(scale.dtype).T * scale.unsqueeze(1) * weight_scale).to(
+        dtype
+    )

@@ -92,10 +92,18 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     machine_info |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
 
 
-def cases(op: Op, modes: Sequence[str] = MODES, peers: Sequence[str] = ()) -> Any:
-    """Decorate a benchmark of `op` with (size, dtype, mode, provider)."""
+def cases(
+    op: Op, modes: Sequence[str] = MODES, peers: Sequence[str] = (), others: Sequence[str] = ()
+) -> Any:
+    """Decorate a benchmark of `op` with (size, dtype, mode, provider).
+
+    others: providers that are neither implementations nor packages.
+    """
     names = op.implementations(DEVICE)
-    others = [p for p in peers if DEVICE == "cuda" and importlib.util.find_spec(PEERS[p])]
+    others = [
+        *others,
+        *(p for p in peers if DEVICE == "cuda" and importlib.util.find_spec(PEERS[p])),
+    ]
     dtypes = list(DTYPES) if DEVICE == "cpu" else ["bf16"]
     parameters = []
     for size in SIZES:

@@ -83,7 +83,7 @@ def _scaled_mm_supports(case: Case) -> str | None:
 
 
 @FP8.register(SCALED_MM, _scaled_mm_supports)
-def _scaled_mm(
+def scaled_mm(
     q: Tensor,
     scale: Tensor,
     weight: Tensor,
@@ -93,6 +93,7 @@ def _scaled_mm(
     *,
     fast_sums: bool = FAST_SUMS,
 ) -> Tensor:
+    """See `fp8_linear`. fast_sums: of fewer bits, for the benchmark."""
     q, columns = q.contiguous(), weight.contiguous().T
     by_row, by_output = scale.contiguous().unsqueeze(1), weight_scale.contiguous().unsqueeze(0)
     if not len(q):

@@ -7,6 +7,7 @@ tensors, so that the copy has the original's fingerprint: an adapter of the one 
 """
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -22,7 +23,7 @@ from gen_fast.errors import (
     WeightsError,
 )
 from gen_fast.io.json_files import check_seal, read_json_object, seal
-from gen_fast.model.choices import FP8, QUANTIZED
+from gen_fast.model.choices import FP8, INT8, QUANTIZED
 from gen_fast.ops import qlinear
 from gen_fast.ops.qlinear import fits, fits_fp8, quantize_weight, quantize_weight_fp8
 
@@ -30,6 +31,7 @@ FORMAT = "gen_fast.quantized/1"
 RECIPE = "quantization.json"
 # Ends the name of a linear's scales, as ".weight" does that of its blocks.
 SCALE = ".weight_scale"
+logger = logging.getLogger(__name__)
 _LARGEST = torch.finfo(torch.float16).max  # scales and minima are float16
 
 
@@ -62,7 +64,12 @@ def check_quantize(quantize: str | None) -> None:
 
 
 def check_device(quantize: str | None, device: torch.device | str, dtype: torch.dtype) -> None:
-    """Raise ConfigError for weights that a device does not multiply by: fp8 needs tensor cores."""
+    """Raise ConfigError for weights that a device does not multiply by: fp8 needs tensor cores.
+
+    Warns where quantised weights were measured to be slower than plain ones (bench/README.md).
+    """
+    if quantize == INT8 and torch.device(device).type == "cuda":
+        logger.warning("int8 was slower than bfloat16 on the GPU measured: it saves memory alone")
     if quantize != FP8:
         return
     try:

@@ -16,19 +16,19 @@ def _distill_row_loss(logits, targets, losses, vocabulary, stride, BLOCK: tl.con
     target = tl.load(targets + row)
     known = (target >= 0) & (target < vocabulary)
     picked = tl.load(logits + target, mask=known, other=float("nan")).to(tl.float32)
-    # Online: the largest logit so far, and the sum of exponentials relative to it.
-    peak = tl.full([BLOCK], float("-inf"), tl.float32)  # [BLOCK]
-    mass = tl.zeros([BLOCK], tl.float32)
+    # Online: the largest logit so far, and the sum of exponentials relative to it. One for the row,
+    # not one for each lane, so that a block costs one exponential an element.
+    peak = float("-inf")
+    mass = 0.0
     for start in range(0, vocabulary, BLOCK):
         column = start + tl.arange(0, BLOCK)  # [BLOCK]
         inside = column < vocabulary
         values = tl.load(logits + column, mask=inside, other=float("-inf")).to(tl.float32)
-        new_peak = tl.maximum(peak, values)
+        new_peak = tl.maximum(peak, tl.max(values, 0))
         shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        mass = mass * tl.exp(peak - shift) + tl.exp(values - shift)
+        mass = mass * tl.exp(peak - shift) + tl.sum(tl.exp(values - shift), 0)
         peak = new_peak
-    highest = tl.max(peak, 0)
-    lse = highest + tl.log(tl.sum(mass * tl.exp(peak - highest), 0))
+    lse = peak + tl.log(mass)
     tl.store(losses + row, lse - picked)
     for start in range(0, vocabulary, BLOCK):
         column = start + tl.arange(0, BLOCK)  # [BLOCK]

@@ -15,6 +15,7 @@ from gen_fast.model.int8 import smoothed
 from gen_fast.model.linear import Int8Weight, QuantizedRows, linear, times
 from gen_fast.model.lora import Lora, LoraConfig
 from gen_fast.model.prefix import PrefixCache
+from gen_fast.model.quantized import check_device
 from gen_fast.model.weights import load_backbone
 from gen_fast.testing import WHOLE_BLOCKS, forget_checksums, relative_error, save_tiny_model
 
@@ -174,3 +175,11 @@ def test_values_that_are_not_finite_are_refused_by_name(llama, tmp_path):
     forget_checksums(tmp_path)
     with pytest.raises(WeightsError, match="holds NaN or infinity"):
         load_backbone(tmp_path, quantize="int8")
+
+
+def test_a_gpu_on_which_int8_saves_no_time_is_said(caplog):
+    check_device("int8", "cuda", torch.bfloat16)
+    assert "slower than bfloat16" in caplog.text
+    caplog.clear()
+    check_device("int8", "cpu", torch.bfloat16)
+    assert not caplog.text

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from gen_fast.errors import InputError
 from gen_fast.io.text_files import Texts
-from gen_fast.model.generation import AnswerGenerator
+from gen_fast.model.generation import ROUNDS, AnswerGenerator
 from gen_fast.training.records import RecordFile, Rejections, log_stops
 from gen_fast.training.report import hidden
 
@@ -73,8 +73,9 @@ def generate_answers(
 ) -> Path:
     """Write {"id", "query", "answer", "finish_reason"} a line to `out`; return the file's path.
 
-    Batches are fixed by the queries and the batch size, so an interrupted run continues with the
-    batch that it was in and writes what it would have written. Rows come shortest query first.
+    Queries are handed over in lots of eight batches, where an answer that ends makes room for the
+    next; these are fixed by the queries and the batch size, so an interrupted run continues with
+    the lot that it was in and writes what it would have written. Rows come shortest query first.
     How many answers were cut at the generator's limit of tokens is logged.
     Raises InputError if `out` was begun with other queries or settings.
     """
@@ -92,7 +93,7 @@ def generate_answers(
             missing = [i for i in members if ids[i] not in done]
             if not missing:
                 continue
-            # The whole batch again: what a text becomes may depend on its neighbours' rounding.
+            # The whole lot again: what a text becomes may depend on its neighbours' rounding.
             answers = generator.batch([texts[i] for i in members])
             answer_of = dict(zip(members, answers, strict=True))
             file.append(
@@ -122,31 +123,31 @@ def write_own_queries(
     texts = [row["text"] for row in file.rows]
     seen = set(texts)
     # Numbers of batches go on where the file ends, so that a resumed run draws what is missing.
+    size = generator.batch_size
     number = 1 + max((row["batch"] for row in file.rows), default=-1)
     with tqdm(
         total=count, initial=len(texts), unit="query", disable=hidden(show_progress_bar)
     ) as bar:
         while len(texts) < count:
-            if number * generator.batch_size > 4 * count + 10 * generator.batch_size:
+            if number * size > 4 * count + 10 * size:
                 raise InputError(
                     f"{out}: only {len(texts)} of {count} queries after {number} batches; "
                     "a higher temperature or token limit may give more"
                 )
-            fresh = []
-            first = number * generator.batch_size
-            for answer in generator.own_queries(generator.batch_size, first):
+            # As many batches together as are needed if every query is good: the draws are the same.
+            batches = min(ROUNDS, -(-(count - len(texts)) // size))
+            rows = []
+            for i, answer in enumerate(generator.own_queries(batches * size, number * size)):
                 text = " ".join(answer.text.split())
-                if text and answer.finish_reason == "stop" and text not in seen:
+                good = text and answer.finish_reason == "stop" and text not in seen
+                if good and len(texts) < count:
+                    batch = number + i // size
+                    rows.append({"id": f"own-{len(texts)}", "text": text, "batch": batch})
                     seen.add(text)
-                    fresh.append(text)
-            fresh = fresh[: count - len(texts)]
-            file.append(
-                {"id": f"own-{len(texts) + i}", "text": text, "batch": number}
-                for i, text in enumerate(fresh)
-            )
-            texts += fresh
-            bar.update(len(fresh))
-            number += 1
+                    texts.append(text)
+            file.append(rows)
+            bar.update(len(rows))
+            number += batches
     return Texts([f"own-{i}" for i in range(count)], texts[:count])
 
 

@@ -17,7 +17,8 @@ from gen_fast.embed.encoder import Encoder
 from gen_fast.embed.gem import GEMMethod
 from gen_fast.errors import AdapterError, ConfigError
 from gen_fast.model.batch import PackedBatch
-from gen_fast.model.generation import Answer, Decoder, end_token_ids
+from gen_fast.model.decoding import Decoder
+from gen_fast.model.generation import Answer, end_token_ids
 from gen_fast.model.tokenizing import special_tokens_around
 from gen_fast.model.weights import load_head
 from gen_fast.ops.norm import rms_norm
@@ -71,7 +72,7 @@ class Reader:
 
     @torch.inference_mode()
     def read(self, soft_prompts: Tensor, max_new_tokens: int = 128) -> list[Answer]:
-        """Greedy text of soft prompts [n, C, h], a batch of all."""
+        """Greedy text of soft prompts [n, C, h], up to 64 at a time."""
         n, c, _ = soft_prompts.shape
         assert c == self._adapter.n_compression
         vocabulary = self._encoder.backbone.config.vocab_size
@@ -91,7 +92,7 @@ class Reader:
         *,
         starts: Sequence[str] | None = None,
     ) -> list[Answer]:
-        """Embed texts behind `prompt` and read them back greedily, a batch of all.
+        """Embed texts behind `prompt` and read them back greedily, up to 64 at a time.
 
         starts: of GEM, how the reading of each text begins, which is part of the answer. Training
         never asks the special tokens for the first token behind them. Where the tokenizer puts a

@@ -1,33 +1,24 @@
-"""Text written by the backbone itself: token by token, over the same weights, with a KV cache."""
+"""Text written by the backbone itself: answers to questions, and questions of its own."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from gen_fast.errors import UnsupportedModelError
-from gen_fast.model.backbone import Backbone, PrefixKV, padded_rows
-from gen_fast.model.batch import PackedBatch
-from gen_fast.model.linear import linear, pack
+from gen_fast.model.backbone import Backbone
+from gen_fast.model.decoding import BATCH_SIZE, Decoder, FinishReason
 from gen_fast.model.model_files import read_json
 from gen_fast.model.prefix import PrefixCache
-from gen_fast.model.sampling import (
-    GENERATION_CONFIG,
-    GREEDY,
-    Sampling,
-    next_tokens,
-    own_sampling,
-    uniform_draws,
-)
+from gen_fast.model.sampling import GENERATION_CONFIG, Sampling, own_sampling, uniform_draws
 from gen_fast.model.tokenizing import Tokenizer
 from gen_fast.model.weights import load_head
-from gen_fast.ops.norm import rms_norm
 
-FinishReason = Literal["stop", "length"]
+# Batches' worth of questions that are handed over together. So many are lost in a crash.
+ROUNDS = 8
 
 
 @dataclass(frozen=True)
@@ -38,91 +29,10 @@ class Answer:
     finish_reason: FinishReason
 
 
-class Decoder:
-    """Continues token sequences, a batch at a time: prefill, then one pass a token.
-
-    head [V, h]: the language-model head. end_ids: tokens that end a text; they are not returned.
-    """
-
-    def __init__(self, backbone: Backbone, head: Tensor, end_ids: Sequence[int]) -> None:
-        self.backbone = backbone
-        # Training has neither, and shares its head with the embeddings.
-        for_inference = backbone.packed or backbone.quantize is not None
-        self._head = pack(head) if for_inference else head
-        self._end_ids = np.array(sorted(set(end_ids)), dtype=np.int64)
-
-    def decode(
-        self,
-        sequences: Sequence[np.ndarray],
-        max_new_tokens: int,
-        sampling: Sampling = GREEDY,
-        *,
-        special: Tensor | None = None,
-        prefix: PrefixKV | None = None,
-        blocks: np.ndarray | None = None,
-        uniform: Tensor | None = None,
-    ) -> list[tuple[np.ndarray, FinishReason]]:
-        """Continue each sequence of ids [n_i] by at most `max_new_tokens`: new ids, why it ended.
-
-        special [k, h]: embeddings of ids V, V + 1, …, such as the soft prompts of an embedding.
-        prefix: keys and values before each sequence. blocks [n, 2]: special tokens of each sequence
-        under the GEM mask, see PackedBatch; what is written sees these and not what comes before
-        them. uniform [n, max_new_tokens] float64: numbers from [0, 1) that tokens are drawn by, if
-        they are.
-        """
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
-        backbone = self.backbone
-        written: list[list[int]] = [[] for _ in sequences]
-        reasons: list[FinishReason] = ["length"] * len(sequences)
-        shared = 0 if prefix is None else len(prefix)
-        cache = backbone.new_cache([len(ids) + max_new_tokens - 1 for ids in sequences])
-        rows = list(sequences)
-        for step in range(max_new_tokens):
-            batch = PackedBatch.pack(
-                rows,
-                needed=[1] * len(rows),
-                prefix_length=cache.held + shared,
-                blocks=None if blocks is None else blocks[cache.active],
-                device=backbone.device,
-            )
-            hidden = backbone.forward(
-                batch,
-                special=special,
-                prefix=prefix,
-                cache=cache,
-                mask="causal" if blocks is None else "gem",
-            )
-            numbers = None if uniform is None else uniform[cache.active, step]
-            tokens = self._next(hidden, sampling, numbers)
-            ended = np.isin(tokens, self._end_ids)
-            for text in cache.active[ended]:
-                reasons[text] = "stop"
-            cache.keep(np.flatnonzero(~ended))
-            tokens = tokens[~ended]
-            for text, token in zip(cache.active, tokens, strict=True):
-                written[text].append(int(token))
-            if not len(tokens) or step + 1 == max_new_tokens:
-                break
-            rows = list(tokens[:, None])
-        return [
-            (np.array(ids, dtype=np.int64), why) for ids, why in zip(written, reasons, strict=True)
-        ]
-
-    def _next(self, hidden: Tensor, sampling: Sampling, uniform: Tensor | None) -> np.ndarray:
-        """The token after each row of `hidden` [B, h]: [B] int64."""
-        backbone = self.backbone
-        states = rms_norm(hidden, backbone.final_norm, backbone.config.norm_eps)
-        count = len(states)
-        if self._head.is_mkldnn:  # few numbers of rows, see padded_rows
-            states = torch.nn.functional.pad(states, (0, 0, 0, padded_rows(count) - count))
-        logits = linear(states, self._head)[:count]
-        return next_tokens(logits, sampling, uniform).cpu().numpy()
-
-
 class AnswerGenerator:
-    """Answers through the chat template, thinking off, in length-sorted batches.
+    """Answers through the chat template, thinking off, `batch_size` at a time.
 
+    With a batch size of 1 each answer is written alone, with bits that depend on nothing else.
     sampling: None takes that of the model's own generation_config.json (see own_sampling). What is
     drawn for a question does not depend on the others of its batch.
     """
@@ -134,7 +44,7 @@ class AnswerGenerator:
         tokenizer: Tokenizer,
         *,
         max_new_tokens: int = 128,
-        batch_size: int = 64,
+        batch_size: int = BATCH_SIZE,
         sampling: Sampling | None = None,
     ) -> None:
         self.max_new_tokens = max_new_tokens
@@ -171,14 +81,17 @@ class AnswerGenerator:
         return answers
 
     def plan(self, questions: Sequence[str]) -> list[list[int]]:
-        """Positions of the questions in batches, shortest first; the same for the same ones."""
+        """Positions of the questions handed over together, shortest first; the same for the same.
+
+        What stands before all of these is run once.
+        """
         lengths = [len(self.chat_ids(question)) for question in questions]
         order = sorted(range(len(lengths)), key=lengths.__getitem__)
-        size = self.batch_size
+        size = self.batch_size * ROUNDS if self.batch_size > 1 else 1
         return [order[start : start + size] for start in range(0, len(order), size)]
 
     def batch(self, questions: Sequence[str], numbers: Sequence[int] | None = None) -> list[Answer]:
-        """Answer questions in one batch. numbers: of the draws, where a question comes again."""
+        """Answer questions together. numbers: of the draws, where a question comes again."""
         rows = [self.chat_ids(question) for question in questions]
         draws = zip(questions, numbers or [0] * len(questions), strict=True)
         return self._write(rows, draws, self.sampling)
@@ -204,13 +117,14 @@ class AnswerGenerator:
         uniform = None
         if sampling.temperature:
             each = [uniform_draws(sampling.seed, *draw, self.max_new_tokens) for draw in draws]
-            uniform = torch.from_numpy(np.stack(each)).to(self._decoder.backbone.device)
+            uniform = np.stack(each)
         decoded = self._decoder.decode(
             [ids[shared:] for ids in rows],
             self.max_new_tokens,
             sampling,
             prefix=self._prefixes.get(tuple(rows[0][:shared].tolist())),
             uniform=uniform,
+            batch_size=self.batch_size,
         )
         return [Answer(self._tokenizer.decode(ids), reason) for ids, reason in decoded]
 

@@ -37,8 +37,9 @@ class KVCache:
     """Keys (after RoPE) and values of B texts; text i has room for `capacities[i]` tokens.
 
     layers: a [sum of capacities, KV, D] pair a layer. lengths [B]: tokens held. active: the texts
-    that the next batch continues, all at first. Under autograd `extend` makes new buffers, so that
-    gradients reach the keys and values that it was given.
+    that the next batch continues, all at first. A length that is set to 0 gives the text's room to
+    another. Under autograd `extend` makes new buffers, so that gradients reach the keys and values
+    that it was given.
     """
 
     def __init__(
@@ -121,7 +122,3 @@ class KVCache:
             keys.index_copy_(0, rows, k)
             values.index_copy_(0, rows, v)
         return keys, values
-
-    def keep(self, texts: np.ndarray) -> None:
-        """Go on with these of the active texts only; what the others hold is no longer read."""
-        self.active = self.active[texts]

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 import gen_fast
 from gen_fast.embed.reading import Reader
 from gen_fast.formats.gem import read_special
-from gen_fast.model.generation import Decoder
+from gen_fast.model.decoding import Decoder
 from gen_fast.model.tokenizing import special_tokens_around
 from gen_fast.testing import relative_error, save_tiny_adapter, save_tiny_model
 

@@ -6,7 +6,8 @@ import torch
 
 import gen_fast
 from gen_fast.model.batch import PackedBatch
-from gen_fast.model.generation import AnswerGenerator, Decoder, end_token_ids
+from gen_fast.model.decoding import Decoder
+from gen_fast.model.generation import AnswerGenerator, end_token_ids
 from gen_fast.model.sampling import Sampling
 from gen_fast.model.tokenizing import load_tokenizer
 from gen_fast.model.weights import load_backbone, load_head

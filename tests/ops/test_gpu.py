@@ -6,7 +6,7 @@ import torch
 
 import gen_fast
 from gen_fast.model.batch import PackedBatch
-from gen_fast.model.generation import Decoder
+from gen_fast.model.decoding import Decoder
 from gen_fast.model.weights import load_backbone, load_head
 from gen_fast.ops import all_ops
 from gen_fast.ops.append import append

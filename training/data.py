@@ -12,7 +12,7 @@ import numpy as np
 
 from gen_fast.errors import ConfigError, InputError
 from gen_fast.io.embedding_files import read_embeddings
-from gen_fast.model.generation import FinishReason
+from gen_fast.model.decoding import FinishReason
 from gen_fast.model.tokenizing import TextTokenizer, Tokenizer, special_tokens_around
 from gen_fast.training.config import TrainConfig
 from gen_fast.training.records import Rejections, placed_records

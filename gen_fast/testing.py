@@ -1,12 +1,15 @@
 """Devices, tolerances, input makers and tiny models, shared by tests and benchmarks."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gen_fast.io.checksums import CHECKSUMS
 
@@ -152,6 +155,95 @@ def edit_config(directory: Path, **changes: Any) -> None:
     path = directory / "config.json"
     values = {**json.loads(path.read_text()), **changes}
     path.write_text(json.dumps({k: v for k, v in values.items() if v is not None}))
+
+
+class HostSyncError(AssertionError):
+    """An operation that stops the host until the device is done, or a shape made of values."""
+
+
+# Methods that read a tensor's values on the host, which on a CPU torch's dispatcher does not see.
+_READING = frozenset(
+    {
+        "__bool__",
+        "__complex__",
+        "__contains__",
+        "__float__",
+        "__index__",
+        "__int__",
+        "cpu",
+        "item",
+        "numpy",
+        "tolist",
+    }
+)
+# Operations that read values on the host, or make a shape of them.
+_STOPPING = frozenset(
+    {
+        "_local_scalar_dense",
+        "_unique",
+        "_unique2",
+        "allclose",
+        "equal",
+        "is_nonzero",
+        "item",
+        "masked_select",
+        "nonzero",
+        "unique_consecutive",
+        "unique_dim",
+    }
+)
+_INDEXING = frozenset({"index", "index_put", "index_put_", "_index_put_impl_"})
+
+
+@contextmanager
+def no_host_sync() -> Iterator[None]:
+    """What is run inside fails with HostSyncError where it would stop the host on a GPU.
+
+    On any device, so that what is to be recorded as a CUDA graph can be tested without one: values
+    read on the host (item, bool, tolist, numpy), tensors copied between devices without
+    non_blocking, shapes made of values (nonzero, unique, masks as indices, repeat_interleave).
+    What compiled ops do with addresses is not seen; on a GPU torch.cuda.set_sync_debug_mode is.
+    """
+    with _NoReading(), _NoStopping():  # type: ignore[no-untyped-call]
+        yield
+
+
+class _NoReading(TorchFunctionMode):
+    """Refuses methods that read values without torch's dispatcher knowing, on a CPU."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in _READING:
+            raise HostSyncError(f"{name} stops the host")
+        return func(*args, **(kwargs or {}))
+
+
+class _NoStopping(TorchDispatchMode):
+    """Refuses operations that wait for a device, or whose result has a shape made of values."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = func.overloadpacket.__name__
+        if name in _STOPPING:
+            raise HostSyncError(f"{func} stops the host")
+        if name in _INDEXING and any(
+            x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1]
+        ):
+            raise HostSyncError(f"{func} with a mask: its shape depends on values")
+        if name == "repeat_interleave" and kwargs.get("output_size") is None:
+            raise HostSyncError(f"{func} without output_size: its shape depends on values")
+        result = func(*args, **kwargs)
+        # aten.copy_(to, from, non_blocking), aten._to_copy(from, non_blocking=…)
+        blocking = not (kwargs.get("non_blocking") or (name == "copy_" and args[2:3] == (True,)))
+        if name in ("copy_", "_to_copy") and blocking:
+            source = args[1] if name == "copy_" else args[0]
+            if source.device != result.device:
+                raise HostSyncError(f"{func} from {source.device} to {result.device} blocks")
+        return result
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

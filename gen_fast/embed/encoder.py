@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -25,8 +25,10 @@ from gen_fast.errors import ConfigError, NonFiniteError, PromptError
 from gen_fast.io.precision import sign_bits
 from gen_fast.io.texts import check_texts
 from gen_fast.io.vectors import unit
-from gen_fast.model.backbone import Backbone
-from gen_fast.model.batch import PackedBatch
+from gen_fast.model.backbone import Backbone, PrefixKV
+from gen_fast.model.batch import DeviceBatch, PackedBatch, on_device
+from gen_fast.model.buckets import MOST_ROWS, Bucket, padded
+from gen_fast.model.graphs import Graphs
 from gen_fast.model.prefix import PrefixCache
 from gen_fast.model.stream_choice import TEXT_TOKENS, StreamChooser
 from gen_fast.model.token_budget import TokenBudget
@@ -90,6 +92,7 @@ class Encoder(Exportable):
         self.default_prompt_name = method.default_prompt_name
         self.prefixes = PrefixCache(backbone)
         self.budget = TokenBudget(backbone)
+        self._graphs = Graphs(backbone.device) if backbone.use_graphs else None
         if method.writes and streams is None:
             streams = 1
         batch_tokens = TEXT_TOKENS if deterministic else self.budget.tokens
@@ -409,8 +412,13 @@ class Encoder(Exportable):
         """Embeddings [n, d] float32 of a batch, in whichever thread."""
         skip = 0 if texts.prefix is None else len(texts.prefix)
         needed = window.needed[texts.members]
+        sequences = [window.ids[i][skip:] for i in texts.members]
+        if self._graphs is not None:
+            bucket = Bucket.of(texts.lengths, needed)
+            if bucket.rows <= MOST_ROWS:
+                return self._run_in_bucket(self._graphs, bucket, sequences, needed, texts.prefix)
         batch = PackedBatch.pack(
-            [window.ids[i][skip:] for i in texts.members],
+            sequences,
             needed=needed,
             prefix_length=skip,
             blocks=self._method.blocks(needed, texts.lengths),
@@ -419,7 +427,39 @@ class Encoder(Exportable):
         hidden = self.backbone.forward(
             batch, special=self._method.special, prefix=texts.prefix, mask=self._method.mask
         )
-        return self._method.pool(hidden, batch, skip, self.backbone)
+        weights = self._method.row_weights(needed, texts.lengths + skip)
+        on_rows = None if weights is None else on_device(weights, self.device)
+        return self._method.pool(hidden, batch.needed.cu_seqlens, on_rows, self.backbone)
+
+    def _run_in_bucket(
+        self,
+        graphs: Graphs,
+        bucket: Bucket,
+        sequences: list[np.ndarray],
+        needed: np.ndarray,
+        prefix: PrefixKV | None,
+    ) -> Tensor:
+        """`_run` for a batch that is padded to a bucket, whose graph is kept."""
+        count, skip = len(sequences), 0 if prefix is None else len(prefix)
+        sequences, needed = bucket.with_padding_texts(sequences, needed)
+        lengths = np.array([len(ids) for ids in sequences], dtype=np.int64)
+        arrays = bucket.arrays(sequences, needed, skip)
+        blocks = self._method.blocks(needed, lengths)
+        if blocks is not None:
+            arrays["blocks"] = blocks.astype(np.int32)
+        weights = self._method.row_weights(needed, lengths + skip)
+        if weights is not None:
+            arrays["row_weights"] = padded(weights, bucket.needed or bucket.rows)
+        method, backbone = self._method, self.backbone
+
+        def embeddings(tensors: Mapping[str, Tensor]) -> Tensor:
+            batch = DeviceBatch.of(tensors, bucket.rows)
+            hidden = backbone.run(batch, special=method.special, prefix=prefix, mask=method.mask)
+            return method.pool(hidden, batch.cu_needed, tensors.get("row_weights"), backbone)
+
+        # The same prefix may have been computed anew: a graph keeps the one that it reads.
+        key = (bucket, None if prefix is None else prefix.ids)
+        return graphs.run(key, arrays, embeddings)[:count]
 
 
 def _as_list(texts: Iterable[str]) -> list[str]:

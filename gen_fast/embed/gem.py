@@ -21,7 +21,6 @@ from gen_fast.errors import BackboneMismatchError, UnsupportedModelError
 from gen_fast.formats.gem import SpecialTokens
 from gen_fast.formats.sentence_export import SentenceModules
 from gen_fast.model.backbone import Backbone
-from gen_fast.model.batch import PackedBatch
 from gen_fast.model.fingerprint import Fingerprint
 from gen_fast.model.tokenizing import Tokenizer
 from gen_fast.ops.norm import rms_norm
@@ -69,13 +68,17 @@ class GEMMethod(Method):
         return np.stack((lengths - needed, lengths), axis=1)
 
     def pool(
-        self, hidden: Tensor, batch: PackedBatch, prefix_length: int, backbone: Backbone
+        self,
+        hidden: Tensor,
+        cu_seqlens: Tensor,
+        row_weights: Tensor | None,
+        backbone: Backbone,
     ) -> Tensor:
         """See Method."""
         if self._settings.pooling == "mean":
-            return super().pool(hidden, batch, prefix_length, backbone)
+            return super().pool(hidden, cu_seqlens, row_weights, backbone)
         states = rms_norm(hidden.float(), backbone.final_norm.float(), backbone.config.norm_eps)
-        return states.reshape(len(batch.lengths), -1)
+        return states.reshape(len(cu_seqlens) - 1, -1)
 
     def identity(self) -> dict[str, Any]:
         """See Method."""

@@ -60,6 +60,7 @@ def load(
     deterministic: bool = False,
     hyde: HyDESettings | None = None,
     streams: int | None = None,
+    graphs: bool | None = None,
 ) -> Encoder:
     """Load a model and return an Encoder.
 
@@ -88,6 +89,8 @@ def load(
     streams: batches run side by side on a CPU, each by as many of torch's threads as there are for
     it. 1 gives every batch all threads. None measures once which is faster, when enough texts have
     been embedded that it pays; the result is kept in the cache. Embeddings do not depend on it.
+    graphs: pad small batches to few shapes and run these as CUDA graphs (docs/performance.md); None
+    does so on a GPU. True on a CPU pads them all the same, which shows that it changes nothing.
 
     Raises ConfigError, ModelNotFoundError, UnsupportedModelError, WeightsError, AdapterError or
     BackboneMismatchError.
@@ -105,6 +108,8 @@ def load(
         bidirectional=location.bidirectional,
         quantize=quantize,
     )
+    if graphs is not None:
+        network.use_graphs = graphs
     tokenizer = _load_tokenizer(location)
     kept = network.quantize or resolved_dtype
     logger.info(
@@ -306,12 +311,14 @@ def load_generator(
     dtype: str | torch.dtype = "auto",
     quantize: str | None = None,
     revision: str | None = None,
+    graphs: bool | None = None,
     **options: Any,
 ) -> AnswerGenerator:
     """Load a model to write answers with. `options` are those of AnswerGenerator.
 
     model: a backbone, or a directory of a LoRA adapter, which is merged into its own; a GEM model
     is one or the other. Without sampling=… it draws as the backbone's generation_config.json says.
+    graphs: see `load`.
     Raises UnsupportedModelError for an LLM2Vec model, and as `load` does.
     """
     target = resolve_device(device)
@@ -324,6 +331,8 @@ def load_generator(
         adapters=files.adapters,
         quantize=quantize,
     )
+    if graphs is not None:
+        network.use_graphs = graphs
     return AnswerGenerator(network, files.source, load_tokenizer(files.tokenizer), **options)
 
 

@@ -33,7 +33,6 @@ from gen_fast.formats.sentence_export import SentenceModules
 from gen_fast.formats.sentence_modules import Pooling
 from gen_fast.formats.sentence_transformers import SentenceModel
 from gen_fast.model.backbone import Backbone
-from gen_fast.model.batch import PackedBatch, on_device
 from gen_fast.model.fingerprint import Fingerprint
 from gen_fast.model.generation import AnswerGenerator
 from gen_fast.model.linear import linear, pack
@@ -114,17 +113,19 @@ class Method(ABC):
         return None
 
     def pool(
-        self, hidden: Tensor, batch: PackedBatch, prefix_length: int, backbone: Backbone
+        self,
+        hidden: Tensor,
+        cu_seqlens: Tensor,
+        row_weights: Tensor | None,
+        backbone: Backbone,
     ) -> Tensor:
-        """Embeddings [B, d] float32 of what `Backbone.forward` gave for a batch."""
-        needed = batch.needed
-        weights = self.row_weights(needed.counts, batch.lengths + prefix_length)
+        """Embeddings [B, d] float32 of what `Backbone.forward` gave for a batch, [R, h].
+
+        cu_seqlens [B + 1]: of the needed rows; those beyond are padding. row_weights [R]: what the
+        method of that name gave. The host is not stopped, and no shape depends on a value.
+        """
         pooled = pool(
-            hidden,
-            needed.cu_seqlens,
-            backbone.final_norm,
-            backbone.config.norm_eps,
-            None if weights is None else on_device(weights, hidden.device),
+            hidden, cu_seqlens, backbone.final_norm, backbone.config.norm_eps, row_weights
         )
         return pooled if self.projection is None else linear(pooled, *self.projection)
 
@@ -370,15 +371,20 @@ class SentenceTransformers(Method):
         return position_weights(needed, lengths - needed) if mode == "weightedmean" else None
 
     def pool(
-        self, hidden: Tensor, batch: PackedBatch, prefix_length: int, backbone: Backbone
+        self,
+        hidden: Tensor,
+        cu_seqlens: Tensor,
+        row_weights: Tensor | None,
+        backbone: Backbone,
     ) -> Tensor:
         """See Method."""
         if self._model.pooling.mode == "max":
             norm, eps = backbone.final_norm.float(), backbone.config.norm_eps
-            rows = rms_norm(hidden.float(), norm, eps).split(batch.needed.counts.tolist())
-            pooled = torch.stack([states.amax(0) for states in rows])
+            states = rms_norm(hidden.float(), norm, eps)
+            # unsafe: without a look at the values of cu_seqlens, which would stop the host.
+            pooled = torch.segment_reduce(states, "max", offsets=cu_seqlens, unsafe=True)
         else:
-            pooled = super().pool(hidden, batch, prefix_length, backbone)
+            pooled = super().pool(hidden, cu_seqlens, row_weights, backbone)
         for module in self._modules:
             pooled = module(pooled)
         return pooled

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from gen_fast.errors import OpError
-from gen_fast.model.batch import PackedBatch, on_device
+from gen_fast.model.batch import DeviceBatch, PackedBatch, on_device
 from gen_fast.model.config import BackboneConfig, inverse_frequencies
 from gen_fast.model.dropout import Dropout, RowDropout
 from gen_fast.model.fingerprint import Fingerprint
@@ -92,7 +92,8 @@ class Backbone:
     """The decoder stack and its weights. It owns no gradient: weights are frozen.
 
     Built by `gen_fast.model.weights.load_backbone`. `fingerprint` tells one set of weights from
-    another (see weights.py); adapters and caches are checked against it.
+    another (see weights.py); adapters and caches are checked against it. use_graphs: whether an
+    Encoder or Decoder pads small batches to few shapes and records these, see graphs.py.
     """
 
     def __init__(
@@ -108,8 +109,9 @@ class Backbone:
         self.layers = layers
         self.final_norm = final_norm  # [h]
         self.fingerprint = dict(fingerprint)
+        self.use_graphs = embedding.device.type == "cuda"
         self._inverse_frequencies = inverse_frequencies(config)
-        self._rotary: tuple[Tensor, Tensor] | None = None
+        self._rotary: dict[int, tuple[Tensor, Tensor]] = {}
         self._rotary_lock = threading.Lock()
 
     @property
@@ -184,42 +186,68 @@ class Backbone:
             raise OpError("dropout goes with no prefix and no cache, which are computed without it")
         run = _Pass(
             self,
-            batch,
+            batch.device_batch() if cache is None else cache.place(batch),
             special,
             prefix,
             cache,
             mask=mask,
             update=update,
-            dropout=dropout,
             recompute=recompute,
         )
+        if dropout is not None:
+            run.set_dropout(dropout, 0.0 if update is None else update.dropout, batch)
         return run.stream()
 
-    def new_cache(self, capacities: Sequence[int] | np.ndarray) -> KVCache:
+    def run(
+        self,
+        batch: DeviceBatch,
+        *,
+        special: Tensor | None = None,
+        prefix: PrefixKV | None = None,
+        cache: KVCache | None = None,
+        mask: str = "causal",
+    ) -> Tensor:
+        """`forward` for a batch that is on the device, and has its place in the cache if any.
+
+        The host is not stopped, and no shape depends on a value: on a GPU it can be recorded.
+        """
+        return _Pass(self, batch, special, prefix, cache, mask=mask).stream()
+
+    def new_cache(
+        self, capacities: Sequence[int] | np.ndarray, *, padding_rows: int = 0
+    ) -> KVCache:
         """An empty cache for texts of at most `capacities[i]` tokens each."""
-        return KVCache(self.config, capacities, dtype=self.dtype, device=self.device)
+        return KVCache(
+            self.config,
+            capacities,
+            padding_rows=padding_rows,
+            dtype=self.dtype,
+            device=self.device,
+        )
 
     def prefill(self, ids: tuple[int, ...]) -> PrefixKV:
         """Run a prefix once and keep every layer's keys and values."""
         batch = PackedBatch.pack([np.array(ids, dtype=np.int64)], needed=[0], device=self.device)
         kept: list[tuple[Tensor, Tensor]] = []
-        _Pass(self, batch, keep_kv=kept).stream()
+        _Pass(self, batch.device_batch(), keep_kv=kept).stream()
         return PrefixKV(tuple(ids), tuple(kept))
 
     def rotary_rows(self, positions: Tensor, needed: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines [T, D/2] of positions below `needed`, float32, from a growing table."""
-        # Read once: another thread may put a larger one, or a smaller, in its place.
-        table = self._rotary
-        if table is None or len(table[0]) < needed:
+        """Cosines and sines [T, D/2] of positions below `needed`, float32, from a table.
+
+        Tables have sizes of powers of two and stay where they are, for CUDA graphs.
+        """
+        size = 1 << max(needed - 1, 511).bit_length()
+        table = self._rotary.get(size)
+        if table is None:
             with self._rotary_lock:
-                table = self._rotary
-                if table is None or len(table[0]) < needed:
-                    table = self._rotary = self._rotary_table(needed)
+                table = self._rotary.get(size)
+                if table is None:
+                    table = self._rotary[size] = self._rotary_table(size)
         cos, sin = table
         return cos[positions], sin[positions]
 
-    def _rotary_table(self, needed: int) -> tuple[Tensor, Tensor]:
-        size = 1 << max(needed - 1, 511).bit_length()
+    def _rotary_table(self, size: int) -> tuple[Tensor, Tensor]:
         dtype = torch.promote_types(self.dtype, torch.float32)
         angles = torch.arange(size, dtype=dtype).unsqueeze(1) * self._inverse_frequencies
         return angles.cos().to(self.device), angles.sin().to(self.device)
@@ -231,14 +259,13 @@ class _Pass:
     def __init__(
         self,
         backbone: Backbone,
-        batch: PackedBatch,
+        batch: DeviceBatch,
         special: Tensor | None = None,
         prefix: PrefixKV | None = None,
         cache: KVCache | None = None,
         *,
         mask: str = "causal",
         update: Update | None = None,
-        dropout: Dropout | None = None,
         recompute: bool = False,
         keep_kv: list[tuple[Tensor, Tensor]] | None = None,
     ) -> None:
@@ -252,7 +279,7 @@ class _Pass:
         formats = {row_format(layer.qkv) for layer in backbone.layers}
         fused = len(formats) == 1 and update is None and not torch.is_grad_enabled()
         self._row_format = formats.pop() if fused else None
-        ids, positions, needed = batch.ids, batch.positions, batch.needed.indices
+        ids, positions, needed = batch.ids, batch.positions, batch.needed
         self._n_tokens = len(ids)
         self._n_needed = self._n_tokens if needed is None else len(needed)
         if backbone.packed:
@@ -262,30 +289,13 @@ class _Pass:
         self._drop_attention: dict[str, Any] = {}
         # Of all rows, and of the needed ones.
         self._drop_rows: list[RowDropout | None] = [None, None]
-        if dropout is not None:
-            share = 0.0 if update is None else update.dropout
-            self._set_dropout(dropout, share, batch, len(positions))
-        # T bounds the length of every text without asking the device for the maximum.
-        longest = len(positions)
-        self._cu_seqlens, self._cu_needed = batch.cu_seqlens, batch.needed.cu_seqlens
-        self._cu_keys = self._cu_seqlens
-        self._blocks = None
-        if cache is None and batch.blocks is not None:
-            self._blocks = on_device(batch.blocks, batch.ids.device)
-        if cache is not None:
-            place = cache.place(batch)
-            self._rows = place.rows
-            self._cu_seqlens, self._cu_needed = place.cu_seqlens, place.cu_needed
-            self._cu_keys, self._blocks = place.cu_keys, place.blocks
-            longest = int(cache.lengths.max(initial=0))
-        longest += 0 if prefix is None else len(prefix)
+        self._batch = batch
+        longest = batch.longest + (0 if prefix is None else len(prefix))
         self._cos, self._sin = backbone.rotary_rows(positions, longest)
         self._options: AttentionOptions | None = None  # of the layer before
 
-    def _set_dropout(
-        self, dropout: Dropout, of_rows: float, batch: PackedBatch, n_rows: int
-    ) -> None:
-        """of_rows: what the update drops of its inputs."""
+    def set_dropout(self, dropout: Dropout, of_rows: float, batch: PackedBatch) -> None:
+        """of_rows: what the update drops of its inputs. batch: the one that is run."""
         if dropout.attention:
             keys = np.asarray(dropout.text_keys, dtype=np.int64)
             self._drop_attention = {
@@ -294,7 +304,7 @@ class _Pass:
                 "text_keys": on_device(keys, batch.ids.device),
             }
         if of_rows:
-            rows = RowDropout.of_batch(of_rows, dropout, batch).padded(n_rows)
+            rows = RowDropout.of_batch(of_rows, dropout, batch).padded(len(self._ids))
             needed = rows if self._needed is None else rows.at(self._needed)
             self._drop_rows = [rows, needed]
 
@@ -316,7 +326,7 @@ class _Pass:
     def _layer(self, i: int, normed: Rows, stream: Tensor) -> tuple[Rows, Tensor]:
         """The normed stream and the stream [T, h] behind a layer that is not the last."""
         q, k, v = self._qkv(i, normed)
-        mixed = self._attention(i, q, k, v, self._cu_seqlens)
+        mixed = self._attention(i, q, k, v, self._batch.cu_seqlens)
         mixed, stream = self._feed_forward(i, mixed, stream, inplace=not self._recompute)
         following = self._backbone.layers[i + 1].attention_norm
         return self._add_norm(mixed, stream, following, inplace=True)
@@ -329,7 +339,7 @@ class _Pass:
             q, stream = q[self._needed], stream[self._needed]
             if not self._n_needed:
                 return stream
-        mixed = self._attention(i, q, k, v, self._cu_needed)
+        mixed = self._attention(i, q, k, v, self._batch.cu_needed)
         mixed, stream = self._feed_forward(i, mixed, stream, inplace=True)
         return (stream + mixed)[: self._n_needed]
 
@@ -369,10 +379,10 @@ class _Pass:
         if options is None or options.window != window or options.cu_seqlens_q is not cu_queries:
             options = AttentionOptions(
                 cu_queries,
-                self._cu_keys,
+                self._batch.cu_keys,
                 window=window,
                 mask=self._mask,
-                blocks=self._blocks,
+                blocks=self._batch.blocks,
                 **self._drop_attention,
             )
         if self._prefix is not None:
@@ -395,7 +405,8 @@ class _Pass:
         if self._kept is not None:
             self._kept.append((k[:n].contiguous(), v[:n].contiguous()))
         if self._cache is not None:
-            k, v = self._cache.extend(i, self._rows, k[:n], v[:n])
+            assert self._batch.cache_rows is not None
+            k, v = self._cache.extend(i, self._batch.cache_rows, k[:n], v[:n])
         return q, k, v
 
     def _linear(self, i: int, matrix: str, x: Rows, bias: Tensor | None = None) -> Tensor:

@@ -1,6 +1,6 @@
 """Packing texts into batches without padding."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +20,44 @@ class NeededRows:
     counts: np.ndarray
     cu_seqlens: Tensor
     indices: Tensor | None
+
+
+@dataclass(frozen=True)
+class DeviceBatch:
+    """What a pass reads of a batch, all of it on the device: its values may change, not its shapes.
+
+    ids, positions [T]: int64. needed [R]: int64 rows whose states are wanted; None is all.
+    cu_seqlens, cu_needed, cu_keys [N + 1]: int32, as attention takes them: of all rows, of the
+    needed ones and of the keys. blocks [N, 2]: int32; None without a GEM mask. cache_rows [T]:
+    int64, where each row goes in a KV cache; None without one. Rows beyond the last of a cu_seqlens
+    are padding. longest: no position is beyond it, a shared prefix not counted.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    needed: Tensor | None
+    cu_seqlens: Tensor
+    cu_needed: Tensor
+    cu_keys: Tensor
+    blocks: Tensor | None
+    cache_rows: Tensor | None
+    longest: int
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], longest: int) -> "DeviceBatch":
+        """From tensors named like the fields. Without others, all rows are needed, and are keys."""
+        cu_seqlens = tensors["cu_seqlens"]
+        return cls(
+            tensors["ids"],
+            tensors["positions"],
+            tensors.get("needed"),
+            cu_seqlens,
+            tensors.get("cu_needed", cu_seqlens),
+            tensors.get("cu_keys", cu_seqlens),
+            tensors.get("blocks"),
+            tensors.get("cache_rows"),
+            longest,
+        )
 
 
 @dataclass(frozen=True)
@@ -59,32 +97,62 @@ class PackedBatch:
         for each text.
         """
         lengths = np.array([len(s) for s in sequences], dtype=np.int64)
-        starts = cumulative(lengths)
-        positions = np.arange(starts[-1]) - np.repeat(starts[:-1] - prefix_length, lengths)
         counts = lengths if needed is None else np.asarray(needed, dtype=np.int64)
-        if (counts > lengths).any() or (counts < 0).any():
-            raise ValueError("a text cannot have more needed rows than tokens")
+        arrays = packed_arrays(sequences, counts, prefix_length)
         if blocks is not None:
             blocks = np.asarray(blocks, dtype=np.int32).reshape(-1, 2)
             if len(blocks) != len(lengths):
                 raise ValueError(f"{len(blocks)} special blocks for {len(lengths)} texts")
-        ids = np.concatenate(sequences) if len(sequences) else np.empty(0)
-        cu_seqlens = on_device(starts.astype(np.int32), device)
-        rows = NeededRows(counts, cu_seqlens, None)
-        if (counts != lengths).any():
-            ends = cumulative(counts)
-            indices = np.arange(ends[-1]) + np.repeat(starts[1:] - ends[1:], counts)
-            rows = NeededRows(
-                counts, on_device(ends.astype(np.int32), device), on_device(indices, device)
-            )
+        tensors = {name: on_device(values, device) for name, values in arrays.items()}
+        cu_seqlens = tensors["cu_seqlens"]
         return cls(
-            ids=on_device(ids.astype(np.int64), device),
-            positions=on_device(positions, device),
+            ids=tensors["ids"],
+            positions=tensors["positions"],
             cu_seqlens=cu_seqlens,
             lengths=lengths,
-            needed=rows,
+            needed=NeededRows(counts, tensors.get("cu_needed", cu_seqlens), tensors.get("needed")),
             blocks=blocks,
         )
+
+    def device_batch(self) -> DeviceBatch:
+        """What a pass without a cache reads of it."""
+        return DeviceBatch(
+            ids=self.ids,
+            positions=self.positions,
+            needed=self.needed.indices,
+            cu_seqlens=self.cu_seqlens,
+            cu_needed=self.needed.cu_seqlens,
+            cu_keys=self.cu_seqlens,
+            blocks=None if self.blocks is None else on_device(self.blocks, self.ids.device),
+            cache_rows=None,
+            # It bounds the length of every text without asking the device for the maximum.
+            longest=len(self.ids),
+        )
+
+
+def packed_arrays(
+    sequences: Sequence[np.ndarray], counts: np.ndarray, prefix_length: int | np.ndarray
+) -> dict[str, np.ndarray]:
+    """Fields of a DeviceBatch by name; `needed` and `cu_needed` only if not all rows are needed.
+
+    counts [B]: needed rows of each text. prefix_length: see PackedBatch.pack. Raises ValueError if
+    a text needs more rows than it has.
+    """
+    lengths = np.array([len(s) for s in sequences], dtype=np.int64)
+    if (counts > lengths).any() or (counts < 0).any():
+        raise ValueError("a text cannot have more needed rows than tokens")
+    starts = cumulative(lengths)
+    ids = np.concatenate(sequences) if len(sequences) else np.empty(0)
+    arrays = {
+        "ids": ids.astype(np.int64),
+        "positions": np.arange(starts[-1]) - np.repeat(starts[:-1] - prefix_length, lengths),
+        "cu_seqlens": starts.astype(np.int32),
+    }
+    if (counts != lengths).any():
+        ends = cumulative(counts)
+        arrays["needed"] = np.arange(ends[-1]) + np.repeat(starts[1:] - ends[1:], counts)
+        arrays["cu_needed"] = ends.astype(np.int32)
+    return arrays
 
 
 def cumulative(counts: np.ndarray) -> np.ndarray:

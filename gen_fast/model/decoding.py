@@ -1,7 +1,7 @@
 """Decoding: sequences continued token by token, over the same weights, with a KV cache."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from gen_fast.model.backbone import Backbone, PrefixKV, padded_rows
-from gen_fast.model.batch import PackedBatch, on_device
+from gen_fast.model.batch import DeviceBatch, PackedBatch, on_device
+from gen_fast.model.buckets import next_power_of_two, padded
+from gen_fast.model.graphs import Graphs
 from gen_fast.model.kv_cache import KVCache
 from gen_fast.model.linear import linear, pack
 from gen_fast.model.sampling import GREEDY, Sampling, next_tokens
@@ -119,6 +121,8 @@ class _Decoding:
         self._sequences, self._blocks, self._uniform = sequences, blocks, uniform
         self._max_new_tokens, self._sampling = max_new_tokens, sampling
         self._special, self._prefix = special, prefix
+        # They read this call's cache, and end with it.
+        self._graphs = Graphs(self._backbone.device) if self._backbone.use_graphs else None
         self._written: list[list[int]] = [[] for _ in sequences]
         self._reasons: list[FinishReason] = ["length"] * len(sequences)
 
@@ -132,7 +136,7 @@ class _Decoding:
             capacities.cumsum() * kv_bytes_per_token(self._backbone), kv_bytes, side="right"
         )
         places = max(1, min(batch_size, int(fitting)))
-        cache = self._backbone.new_cache(capacities[:places])
+        cache = self._backbone.new_cache(capacities[:places], padding_rows=1)
         waiting = deque(order.tolist())
         # The sequence in each place of the cache, or -1, and what is run of it next.
         held = np.full(len(cache.lengths), -1)
@@ -148,7 +152,11 @@ class _Decoding:
             cache.active = np.flatnonzero(held >= 0)
             if not len(cache.active):
                 break
-            tokens = self._step(cache, [following[i] for i in cache.active], held[cache.active])
+            rows, texts = [following[i] for i in cache.active], held[cache.active]
+            if self._graphs is not None and all(len(ids) == 1 for ids in rows):
+                tokens = self._step_in_bucket(self._graphs, cache, np.concatenate(rows), texts)
+            else:
+                tokens = self._step(cache, rows, texts)
             ended = self._decoder.is_end(tokens)
             for place, token, end in zip(cache.active.tolist(), tokens, ended, strict=True):
                 text = held[place]
@@ -181,11 +189,53 @@ class _Decoding:
             cache=cache,
             mask="causal" if self._blocks is None else "gem",
         )
-        numbers = None
-        if self._uniform is not None:
-            done = [len(self._written[text]) for text in texts]
-            numbers = on_device(self._uniform[texts, done], device)
+        uniform = self._numbers(texts)
+        numbers = None if uniform is None else on_device(uniform, device)
         return self._decoder.next(hidden, self._sampling, numbers).cpu().numpy()
+
+    def _step_in_bucket(
+        self, graphs: Graphs, cache: KVCache, tokens: np.ndarray, texts: np.ndarray
+    ) -> np.ndarray:
+        """`_step` for one token a text, padded to a power of two of rows, whose graph is kept."""
+        count, shared = len(tokens), 0 if self._prefix is None else len(self._prefix)
+        rows = next_power_of_two(count)
+        positions = cache.held + shared
+        placed = cache.place_rows(
+            np.ones(count, dtype=np.int64),
+            np.ones(count, dtype=np.int64),
+            None if self._blocks is None else self._blocks[texts],
+            as_two=True,
+        )
+        del placed["cu_needed"]  # all rows are
+        arrays = {
+            "ids": padded(tokens, rows),
+            "positions": padded(positions, rows),
+            **placed,
+            "cache_rows": np.full(rows, cache.padding_row),
+        }
+        arrays["cache_rows"][:count] = placed["cache_rows"]
+        uniform = self._numbers(texts)
+        if uniform is not None:
+            arrays["uniform"] = padded(uniform, rows)
+        longest = int(np.diff(cache.starts).max())
+
+        def next_tokens(tensors: Mapping[str, Tensor]) -> Tensor:
+            hidden = self._backbone.run(
+                DeviceBatch.of(tensors, longest),
+                special=self._special,
+                prefix=self._prefix,
+                cache=cache,
+                mask="causal" if self._blocks is None else "gem",
+            )
+            return self._decoder.next(hidden, self._sampling, tensors.get("uniform"))
+
+        return graphs.run(rows, arrays, next_tokens)[:count].cpu().numpy()
+
+    def _numbers(self, texts: np.ndarray) -> np.ndarray | None:
+        """The number by which the next token of each text is drawn, if it is."""
+        if self._uniform is None:
+            return None
+        return self._uniform[texts, [len(self._written[text]) for text in texts]]
 
 
 def kv_bytes_per_token(backbone: Backbone) -> int:

@@ -6,31 +6,13 @@ given to attention as one more text, without queries.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gen_fast.model.batch import PackedBatch, cumulative, on_device
+from gen_fast.model.batch import DeviceBatch, PackedBatch, cumulative, on_device
 from gen_fast.model.config import BackboneConfig
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Where the rows of a batch go in a cache, and how attention sees the cache afterwards.
-
-    rows [T]: int64, buffer row of each row of the batch. cu_seqlens, cu_needed, cu_keys: int32, as
-    attention takes them: of all rows of the batch, of its needed rows, and of the keys. Regions
-    with unused rows count as two texts, the second without queries. blocks: int32 [texts, 2], the
-    special blocks of these; None without a GEM mask.
-    """
-
-    rows: Tensor
-    cu_seqlens: Tensor
-    cu_needed: Tensor
-    cu_keys: Tensor
-    blocks: Tensor | None = None
 
 
 class KVCache:
@@ -39,7 +21,7 @@ class KVCache:
     layers: a [sum of capacities, KV, D] pair a layer. lengths [B]: tokens held. active: the texts
     that the next batch continues, all at first. A length that is set to 0 gives the text's room to
     another. Under autograd `extend` makes new buffers, so that gradients reach the keys and values
-    that it was given.
+    that it was given. padding_row: a row of the layers that no text reads, where padding rows go.
     """
 
     def __init__(
@@ -47,6 +29,7 @@ class KVCache:
         config: BackboneConfig,
         capacities: Sequence[int] | np.ndarray,
         *,
+        padding_rows: int = 0,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
     ) -> None:
@@ -54,7 +37,8 @@ class KVCache:
         self.lengths = np.zeros(len(capacities), dtype=np.int64)
         self.active = np.arange(len(capacities))
         self.device = torch.device(device)
-        shape = (int(self.starts[-1]), config.num_kv_heads, config.head_dim)
+        self.padding_row = int(self.starts[-1])
+        shape = (self.padding_row + padding_rows, config.num_kv_heads, config.head_dim)
         self.layers = [
             (
                 torch.empty(shape, dtype=dtype, device=device),
@@ -63,12 +47,36 @@ class KVCache:
             for _ in range(config.num_layers)
         ]
 
-    def place(self, batch: PackedBatch) -> Placement:
+    def place(self, batch: PackedBatch) -> DeviceBatch:
         """Make room for the rows of `batch`, whose texts are the active ones.
 
-        Raises ValueError if a text has no room left.
+        Returns what a pass reads of the batch and of the cache afterwards. Regions with unused rows
+        count as two texts, the second without queries. Raises ValueError if a text has no room.
         """
-        added = batch.lengths
+        arrays = self.place_rows(batch.lengths, batch.needed.counts, batch.blocks)
+        tensors = {name: on_device(values, self.device) for name, values in arrays.items()}
+        return DeviceBatch(
+            ids=batch.ids,
+            positions=batch.positions,
+            needed=batch.needed.indices,
+            longest=int(self.lengths.max(initial=0)),
+            blocks=tensors.pop("blocks", None),
+            **tensors,
+        )
+
+    def place_rows(
+        self,
+        added: np.ndarray,
+        needed: np.ndarray,
+        blocks: np.ndarray | None,
+        *,
+        as_two: bool = False,
+    ) -> dict[str, np.ndarray]:
+        """`place` for texts of `added` rows, of which `needed` are needed, on the host.
+
+        Returns cache_rows, cu_seqlens, cu_needed, cu_keys and, where there are some, blocks.
+        as_two: regions count as two texts even if all of them are full, so that shapes stay.
+        """
         first = self.starts[self.active] + self.lengths[self.active]
         if (first + added > self.starts[self.active + 1]).any():
             raise ValueError("a text has more tokens than its cache has room for")
@@ -76,27 +84,27 @@ class KVCache:
         rows = np.repeat(first, added) + within
         self.lengths[self.active] += added
 
-        queries, needed, keys = (self._of_all(x) for x in (added, batch.needed.counts, self.held))
-        blocks = None
-        if batch.blocks is not None:
-            blocks = np.zeros((len(self.lengths), 2), dtype=np.int32)
-            blocks[self.active] = batch.blocks
+        queries, needed, keys = (self._of_all(x) for x in (added, needed, self.held))
+        all_blocks = None
+        if blocks is not None:
+            all_blocks = np.zeros((len(self.lengths), 2), dtype=np.int32)
+            all_blocks[self.active] = blocks
         unused = np.diff(self.starts) - keys
-        if unused.any():
+        if as_two or unused.any():
             # Each region becomes two texts: what is held, and the rest without queries.
             queries, needed, keys = (
                 np.stack((held, rest), axis=1).ravel()
                 for held, rest in ((queries, 0 * queries), (needed, 0 * needed), (keys, unused))
             )
-            if blocks is not None:
-                blocks = np.stack((blocks, 0 * blocks), axis=1).reshape(-1, 2)
-        return Placement(
-            rows=on_device(rows, self.device),
-            cu_seqlens=self._cu_seqlens(queries),
-            cu_needed=self._cu_seqlens(needed),
-            cu_keys=self._cu_seqlens(keys),
-            blocks=None if blocks is None else on_device(blocks, self.device),
-        )
+            if all_blocks is not None:
+                all_blocks = np.stack((all_blocks, 0 * all_blocks), axis=1).reshape(-1, 2)
+        arrays = {
+            "cache_rows": rows,
+            "cu_seqlens": cumulative(queries).astype(np.int32),
+            "cu_needed": cumulative(needed).astype(np.int32),
+            "cu_keys": cumulative(keys).astype(np.int32),
+        }
+        return arrays if all_blocks is None else {**arrays, "blocks": all_blocks}
 
     @property
     def held(self) -> np.ndarray:
@@ -108,9 +116,6 @@ class KVCache:
         everyone = np.zeros_like(self.lengths)
         everyone[self.active] = counts
         return everyone
-
-    def _cu_seqlens(self, counts: np.ndarray) -> Tensor:
-        return on_device(cumulative(counts).astype(np.int32), self.device)
 
     def extend(self, layer: int, rows: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Put k, v [T, KV, D] at `rows` [T] of a layer; return all of the layer's."""

@@ -66,7 +66,9 @@ def alone(backbone, head, ids, sampling, numbers, special, block):
 @torch.inference_mode()
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("kind", ["plain", "prefix", "special", "gem"])
-def test_refilled_rows_write_what_each_sequence_writes_alone(network, kind, sampling):
+def test_refilled_rows_write_what_each_sequence_writes_alone(
+    network, kind, sampling, stops_nobody, monkeypatch
+):
     backbone, head = network
     own = sequences_of_mixed_length()
     options, before, behind = options_of(kind, backbone, len(own))
@@ -89,9 +91,10 @@ def test_refilled_rows_write_what_each_sequence_writes_alone(network, kind, samp
         for i, (ids, numbers) in enumerate(zip(rows, uniform, strict=True))
     ]
     lengths = [len(ids) for ids, _ in expected]
-    assert min(lengths) < 3
+    assert min(lengths) < NEW_TOKENS // 2
     assert max(lengths) == NEW_TOKENS
-    for batch_size in (1, 4, 64):
+    for batch_size, use_graphs in ((1, False), (4, False), (64, False), (1, True), (5, True)):
+        monkeypatch.setattr(backbone, "use_graphs", use_graphs)
         decoded = decoder.decode(
             rows, NEW_TOKENS, sampling, blocks=blocks, uniform=uniform, batch_size=batch_size,
             **options,
@@ -105,9 +108,9 @@ def test_keys_and_values_stay_within_their_memory(network, monkeypatch):
     decoder = Decoder(backbone, head, list(ENDS))
     made, new_cache = [], backbone.new_cache
 
-    def watched(capacities):
+    def watched(capacities, **options):
         made.append(sum(capacities))
-        return new_cache(capacities)
+        return new_cache(capacities, **options)
 
     monkeypatch.setattr(backbone, "new_cache", watched)
     whole = decoder.decode(rows, NEW_TOKENS)

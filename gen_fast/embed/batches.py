@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -43,10 +44,13 @@ def run_batches(
     run: Callable[[Batch], Tensor],
     budget: TokenBudget,
     chooser: StreamChooser,
+    *,
+    in_flight: bool = False,
 ) -> Generator[tuple[np.ndarray, Tensor], None, None]:
     """Yield (members, embeddings) of the batches in their order; raise the first one's error.
 
     A batch for which memory does not suffice is run again: first alone, then in smaller ones.
+    On a GPU (in_flight) a batch is launched before the one before it is waited for.
     """
     choice = chooser.choose([batch.tokens for batch in batches])
     pending = deque(batches)
@@ -55,9 +59,10 @@ def run_batches(
     with Streams(choice.count) as streams:
         while pending or running:
             # As many again are waiting, so that no stream does. What all threads run comes alone.
-            while pending and len(running) < (2 * choice.count if for_streams else 1):
+            most = 2 * choice.count if for_streams else 2 if in_flight else 1
+            while pending and len(running) < most:
                 batch = pending.popleft()
-                begin = streams.start if for_streams else partial
+                begin = streams.start if for_streams else launched if in_flight else partial
                 running.append((batch, for_streams > 0, begin(run, batch)))
                 for_streams = max(0, for_streams - 1)
             batch, in_stream, result = running.popleft()
@@ -73,6 +78,36 @@ def run_batches(
                     pending = deque(part for whole in pending for part in whole.cut(budget.tokens))
                 continue
             yield batch.members, embeddings
+
+
+def launched(run: Callable[[Batch], Tensor], batch: Batch) -> Callable[[], Tensor]:
+    """Launch a batch, and the copy of its result to the host. What is returned waits for that.
+
+    A RuntimeError of the launch, such as no memory, is raised there too: in the order of the
+    batches.
+    """
+    try:
+        result = run(batch)
+        copied = torch.empty(result.shape, dtype=result.dtype, pin_memory=result.is_cuda)
+        copied.copy_(result, non_blocking=True)
+        event = None
+        if result.is_cuda:
+            with torch.cuda.device(result.device):
+                event = torch.cuda.Event()
+                event.record()
+    except RuntimeError as error:
+        return partial(_raise, error)
+
+    def waited() -> Tensor:
+        if event is not None:
+            event.synchronize()
+        return copied
+
+    return waited
+
+
+def _raise(error: RuntimeError) -> NoReturn:
+    raise error
 
 
 def averaged(

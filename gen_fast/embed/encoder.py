@@ -20,7 +20,7 @@ from gen_fast.embed.encode_options import check_types
 from gen_fast.embed.export import Exportable
 from gen_fast.embed.layouts import Layout, Sequences
 from gen_fast.embed.methods import LLM2VecGen, Method
-from gen_fast.embed.windows import ahead, window_bounds, windows
+from gen_fast.embed.windows import FIRST_WINDOW_TEXTS, ahead, window_bounds, windows
 from gen_fast.errors import ConfigError, NonFiniteError, PromptError
 from gen_fast.io.precision import sign_bits
 from gen_fast.io.texts import check_texts
@@ -255,7 +255,7 @@ class Encoder(Exportable):
         layout = self._layout(prompt, prompt_name)
         output = np.empty((0, dimension), dtype=np.float32)
         truncated = 0
-        windowed = windows(blocks, layout)
+        windowed = windows(blocks, layout, self._first_window)
         # An answer is written by the model, which is not run in two threads.
         for window in windowed if self._method.writes else ahead(windowed):
             if window.start == 0:
@@ -299,7 +299,7 @@ class Encoder(Exportable):
         check_texts(texts)
         layout = self._layout(prompt, prompt_name)
         total = computed = longest_prefix = 0
-        for bound in window_bounds(texts):
+        for bound in window_bounds(texts, self._first_window):
             window = layout(texts[bound], bound.start)
             total += sum(len(ids) for ids in window.ids)
             computed += sum(len(ids) for ids in window.ids) - int(window.shared.sum())
@@ -324,6 +324,11 @@ class Encoder(Exportable):
         return product
 
     # ------------------------------------------------------------------ one call, step by step
+
+    @property
+    def _first_window(self) -> int | None:
+        """Texts of a block's first window, at most: few on a GPU, so that it computes at once."""
+        return FIRST_WINDOW_TEXTS if self.device.type == "cuda" else None
 
     def _with_prompt(self, names: Sequence[str], options: dict[str, Any]) -> dict[str, Any]:
         """`options` of `encode`, with the first of the prompts `names` unless they name one."""
@@ -384,7 +389,9 @@ class Encoder(Exportable):
         """Yield (texts of the window [n], embeddings [n, d] float32) until all are run."""
         batches = self._batches(window, prompt_ids, batch_size)
         run = partial(self._run, window)
-        parts = run_batches(batches, run, self.budget, self._streams)
+        parts = run_batches(
+            batches, run, self.budget, self._streams, in_flight=self.device.type == "cuda"
+        )
         return parts if window.counts is None else averaged(parts, window.counts)
 
     def _batches(

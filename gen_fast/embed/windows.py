@@ -14,6 +14,8 @@ T = TypeVar("T")
 # that the window's ids take a few megabytes.
 WINDOW_TEXTS = 4096
 WINDOW_CHARACTERS = 1 << 23
+# On a GPU: the first texts of a block, which nothing is computed beside while they are tokenised.
+FIRST_WINDOW_TEXTS = 256
 
 
 @dataclass(frozen=True)
@@ -27,11 +29,12 @@ class Window:
     is_last: bool
 
 
-def window_bounds(texts: Sequence[str]) -> Iterator[slice]:
-    """Cut the texts into windows of bounded count and size."""
+def window_bounds(texts: Sequence[str], first: int | None = None) -> Iterator[slice]:
+    """Cut the texts into windows of bounded count and size. first: texts of the first, at most."""
     start = characters = 0
     for i, text in enumerate(texts):
-        full = i - start >= WINDOW_TEXTS or characters + len(text) > WINDOW_CHARACTERS
+        most = WINDOW_TEXTS if start or first is None else first
+        full = i - start >= most or characters + len(text) > WINDOW_CHARACTERS
         if i > start and full:
             yield slice(start, i)
             start, characters = i, 0
@@ -40,11 +43,16 @@ def window_bounds(texts: Sequence[str]) -> Iterator[slice]:
         yield slice(start, len(texts))
 
 
-def windows(blocks: Iterable[Sequence[str]], layout: Layout) -> Iterator[Window]:
-    """Lay out the texts of blocks, window by window; a block without texts has an empty one."""
+def windows(
+    blocks: Iterable[Sequence[str]], layout: Layout, first: int | None = None
+) -> Iterator[Window]:
+    """Lay out the texts of blocks, window by window; a block without texts has an empty one.
+
+    first: texts of a block's first window, at most.
+    """
     for rows in blocks:
         check_texts(rows)
-        bounds = list(window_bounds(rows)) or [slice(0, 0)]
+        bounds = list(window_bounds(rows, first)) or [slice(0, 0)]
         for bound in bounds:
             sequences = layout(rows[bound], bound.start)
             yield Window(sequences, bound.start, len(rows), layout.truncated, bound is bounds[-1])

@@ -64,7 +64,12 @@ class Graphs:
             graph = self._kept.pop((key, shapes), None)
             if graph is None:
                 graph = _Graph(function, arrays, self._device)
-            result = graph.run(arrays, self._recorder)
+            try:
+                result = graph.run(arrays, self._recorder)
+            except RuntimeError:
+                # A recording that breaks off may leave the memory that all share in any state.
+                self._drop_all()
+                raise
             # Kept only now: one that has failed is not.
             self._kept[key, shapes] = graph
             self._drop_oldest()
@@ -76,7 +81,11 @@ class Graphs:
         if self._recorder is not None and self._recorder.nbytes > self._most_bytes:
             # They share their memory, which is free once all are gone.
             logger.info("%d CUDA graphs take %d bytes: dropped", len(self), self._recorder.nbytes)
-            self._kept.clear()
+            self._drop_all()
+
+    def _drop_all(self) -> None:
+        self._kept.clear()
+        if self._recorder is not None:
             self._recorder = _Recorder(self._device)
 
 
@@ -138,9 +147,13 @@ class _Recorder:
         """A graph of `function`, and where its result will be."""
         before = torch.cuda.memory_reserved(self._device)
         graph = torch.cuda.CUDAGraph()
-        # Other threads may use the GPU meanwhile.
-        with torch.cuda.graph(
-            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+        with (
+            # torch.cuda.graph leaves its own stream the current one where recording fails.
+            torch.cuda.stream(torch.cuda.current_stream()),
+            # Other threads may use the GPU meanwhile.
+            torch.cuda.graph(
+                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+            ),
         ):
             result = function(tensors)
         self.nbytes += max(0, torch.cuda.memory_reserved(self._device) - before)

@@ -17,7 +17,14 @@ pytestmark = pytest.mark.gpu
 
 TEXTS = ["a", "two words", "a longer text, of more than one sentence. The other.", "x" * 90]
 # Deep enough to be launch-bound, and quick to make.
-DEEP = {"num_hidden_layers": 28, "hidden_size": 512, "intermediate_size": 1024, "head_dim": 64}
+DEEP = {
+    "num_hidden_layers": 28,
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+}
 
 
 def milliseconds(run, rounds=30):

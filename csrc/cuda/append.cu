@@ -1,6 +1,5 @@
 // Rows of two embedding tables, copied by one warp each, in 16-byte pieces where rows allow it.
-#include "cuda/ops.h"
-#include "cuda/rows.cuh"
+#include "cuda/launch.cuh"
 
 namespace gen_fast::cuda {
 
@@ -21,23 +20,20 @@ __global__ void __launch_bounds__(32 * WARPS)
 }
 
 template <class Piece>
-static void launch(const void* table, const void* special, const int64_t* ids, void* out,
-                   int64_t rows, int64_t vocabulary, int64_t n_special, int64_t row_bytes,
-                   Stream stream) {
-  const dim3 block(32, WARPS);
+static const char* append_pieces(const void* table, const void* special, const int64_t* ids,
+                                 void* out, int64_t rows, int64_t vocabulary, int64_t n_special,
+                                 int64_t row_bytes, Stream stream) {
   const unsigned blocks = (unsigned)((rows + WARPS - 1) / WARPS);
-  append_row<<<blocks, block, 0, (cudaStream_t)stream>>>(
-      (const Piece*)table, (const Piece*)special, ids, (Piece*)out, rows, vocabulary, n_special,
-      row_bytes / (int64_t)sizeof(Piece));
+  return launch(append_row<Piece>, blocks, dim3(32, WARPS), stream, (const Piece*)table,
+                (const Piece*)special, ids, (Piece*)out, rows, vocabulary, n_special,
+                row_bytes / (int64_t)sizeof(Piece));
 }
 
 const char* append(const void* table, const void* special, const int64_t* ids, void* out,
                    int64_t rows, int64_t vocabulary, int64_t n_special, int64_t row_bytes,
                    Stream stream) {
-  const auto run = row_bytes % 16 == 0 ? launch<uint4> : launch<uint16_t>;
-  run(table, special, ids, out, rows, vocabulary, n_special, row_bytes, stream);
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  const auto f = row_bytes % 16 == 0 ? append_pieces<uint4> : append_pieces<uint16_t>;
+  return f(table, special, ids, out, rows, vocabulary, n_special, row_bytes, stream);
 }
 
 }  // namespace gen_fast::cuda

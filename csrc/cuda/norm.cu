@@ -1,6 +1,5 @@
 // Residual add + RMSNorm, one block a row: the row is read once, stays in registers between the
 // sum of squares and the scaling unless it is very long, and is written once, quantised if asked.
-#include "cuda/ops.h"
 #include "cuda/rows.cuh"
 
 namespace gen_fast::cuda {
@@ -67,30 +66,24 @@ __global__ void __launch_bounds__(most_threads(Items))
 }
 
 template <class T, Store S>
-static const char* launch(const void* x, const void* residual, const void* weight, void* total,
-                          void* out, float* scales, int64_t rows, int64_t size, float eps,
-                          Stream stream) {
+static const char* norm_rows(const void* x, const void* residual, const void* weight, void* total,
+                             void* out, float* scales, int64_t rows, int64_t size, float eps,
+                             Stream stream) {
   const Spread s = spread(size, 16 / sizeof(T));
   const auto run = [&]<int Width, int Items>() {
-    norm_row<T, S, Width, Items><<<(unsigned)rows, s.threads, 0, (cudaStream_t)stream>>>(
-        (const T*)x, (const T*)residual, (const T*)weight, (T*)total, out, scales, size, eps);
+    return launch(norm_row<T, S, Width, Items>, (unsigned)rows, s.threads, stream, (const T*)x,
+                  (const T*)residual, (const T*)weight, (T*)total, out, scales, size, eps);
   };
-  if (s.width == 1) {
-    with_items<1>(s.items, run);
-  } else {
-    with_items<16 / sizeof(T)>(s.items, run);
-  }
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return s.width == 1 ? with_items<1>(s.items, run) : with_items<16 / sizeof(T)>(s.items, run);
 }
 
 const char* add_rms_norm(Dtype dtype, Store store, const void* x, const void* residual,
                          const void* weight, void* total, void* out, float* scales, int64_t rows,
                          int64_t size, float eps, Stream stream) {
   const auto by_store = [&]<class T>() {
-    const auto f = store == Store::plain  ? launch<T, Store::plain>
-                   : store == Store::int8 ? launch<T, Store::int8>
-                                          : launch<T, Store::fp8>;
+    const auto f = store == Store::plain  ? norm_rows<T, Store::plain>
+                   : store == Store::int8 ? norm_rows<T, Store::int8>
+                                          : norm_rows<T, Store::fp8>;
     return f(x, residual, weight, total, out, scales, rows, size, eps, stream);
   };
   switch (dtype) {

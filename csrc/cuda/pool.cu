@@ -1,6 +1,5 @@
 // The mean of each text's normed rows, one block a text, the mean in registers unless it is very
 // long.
-#include "cuda/ops.h"
 #include "cuda/rows.cuh"
 
 namespace gen_fast::cuda {
@@ -71,29 +70,23 @@ __global__ void __launch_bounds__(most_threads(Items))
 }
 
 template <class T>
-static const char* launch(const void* hidden, const int32_t* cu_seqlens, const void* norm_weight,
-                          const float* row_weights, float* out, int64_t texts, int64_t size,
-                          float eps, Stream stream) {
+static const char* pool_texts(const void* hidden, const int32_t* cu_seqlens,
+                              const void* norm_weight, const float* row_weights, float* out,
+                              int64_t texts, int64_t size, float eps, Stream stream) {
   const Spread s = spread(size, 16 / sizeof(T));
   const auto run = [&]<int Width, int Items>() {
-    pool_text<T, Width, Items><<<(unsigned)texts, s.threads, 0, (cudaStream_t)stream>>>(
-        (const T*)hidden, cu_seqlens, (const T*)norm_weight, row_weights, out, size, eps);
+    return launch(pool_text<T, Width, Items>, (unsigned)texts, s.threads, stream, (const T*)hidden,
+                  cu_seqlens, (const T*)norm_weight, row_weights, out, size, eps);
   };
-  if (s.width == 1) {
-    with_items<1>(s.items, run);
-  } else {
-    with_items<16 / sizeof(T)>(s.items, run);
-  }
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return s.width == 1 ? with_items<1>(s.items, run) : with_items<16 / sizeof(T)>(s.items, run);
 }
 
 const char* pool(Dtype dtype, const void* hidden, const int32_t* cu_seqlens,
                  const void* norm_weight, const float* row_weights, float* out, int64_t texts,
                  int64_t size, float eps, Stream stream) {
-  const auto f = dtype == Dtype::f32    ? launch<float>
-                 : dtype == Dtype::bf16 ? launch<bf16>
-                                        : launch<f16>;
+  const auto f = dtype == Dtype::f32    ? pool_texts<float>
+                 : dtype == Dtype::bf16 ? pool_texts<bf16>
+                                        : pool_texts<f16>;
   return f(hidden, cu_seqlens, norm_weight, row_weights, out, texts, size, eps, stream);
 }
 

@@ -1,12 +1,9 @@
 // What the row kernels share: 16-byte accesses, conversions, and reductions over a block.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_fp8.h>
-#include <cuda_runtime.h>
-
 #include <cstdint>
+
+#include "cuda/launch.cuh"
 
 namespace gen_fast::cuda {
 
@@ -97,9 +94,9 @@ __device__ inline void each_vector(int64_t size, const F& f) {
   }
 }
 
-// Calls f with <width, items> as compile-time constants.
+// f with <width, items> as compile-time constants.
 template <int Width, class F>
-inline void with_items(int items, const F& f) {
+inline const char* with_items(int items, const F& f) {
   switch (items) {
     case 1: return f.template operator()<Width, 1>();
     case 2: return f.template operator()<Width, 2>();

@@ -25,13 +25,12 @@ void check(const char* error) {
   if (error) host_cuda::fail(error);
 }
 
-// For each width of an access, of 1 element or 16 bytes: 1, 2 and 4 vectors a thread, and more.
+// Of rows that take 1, 2 and 4 accesses a thread, and more: of one element, and of 16 bytes.
 template <class F>
 void each_size(int element, const F& f) {
-  const int width = 16 / element;
-  for (const int vectors : {1, 77, 257, 600, 2049}) {
-    f(vectors == 1 ? 1 : vectors % width ? vectors : vectors + 1);
-    f(vectors * width);
+  for (const int count : {1, 77, 257, 601, 2049}) {
+    f(count);
+    f(count * 16 / element);
   }
 }
 
@@ -40,7 +39,7 @@ void run_norm() {
     const int element = dtype == Dtype::f32 ? 4 : 2;
     each_size(element, [&](int size) {
       for (const Store store : {Store::plain, Store::int8, Store::fp8}) {
-        const int rows = size > 1000 ? 1 : 2;
+        const int rows = size < 2000 ? 2 : 1;
         const Buffer x(rows * size * element, 1), weight(size * element, 1);
         const Buffer residual(rows * size * element), apart(rows * size * element);
         const Buffer out(rows * size * (store == Store::plain ? element : 1)), scales(4 * rows);

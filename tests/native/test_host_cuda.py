@@ -303,7 +303,11 @@ def test_no_rows_are_an_error_of_the_launch(host, memory):
         host.append(*[memory.empty(2, dtype=torch.int64).data_ptr()] * 4, 0, 7, 3, 16, 0)
 
 
-@pytest.fixture(scope="session", params=SANITIZERS)
+# A host thread for each of a block's, watched by ThreadSanitizer, takes half of this file's time.
+RACES = pytest.param("races", marks=pytest.mark.slow)
+
+
+@pytest.fixture(scope="session", params=[RACES, "addresses"])
 def sanitized(request, made_once) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs host_cuda_main.cpp under a sanitizer."""
     flags = [f"-fsanitize={SANITIZERS[request.param]}", "-fno-sanitize-recover=all", "-g1"]
@@ -327,8 +331,10 @@ def test_sanitizers_find_nothing(sanitized):
 @pytest.mark.parametrize(
     ("sanitized", "fault", "message"),
     [
-        ("races", "race", "ThreadSanitizer: data race"),
-        ("races", "race within a warp", "ThreadSanitizer: data race"),
+        pytest.param("races", "race", "ThreadSanitizer: data race", marks=pytest.mark.slow),
+        pytest.param(
+            "races", "race within a warp", "ThreadSanitizer: data race", marks=pytest.mark.slow
+        ),
         ("addresses", "overrun", "heap-buffer-overflow"),
         ("addresses", "overrun of shared memory", "global-buffer-overflow"),
         ("addresses", "misaligned", "misaligned address"),

@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
@@ -16,7 +17,12 @@ from gen_fast.testing import save_tiny_adapter
 
 @pytest.fixture(autouse=True)
 def few_questions(monkeypatch: pytest.MonkeyPatch) -> None:
-    questions = [Trivia(f"topic{i % 2}", f"who is {i}?", (f"person {i}",)) for i in range(30)]
+    # Unlike each other: rounding must not decide which of two answers is the nearer.
+    letters = np.random.default_rng(0).choice(list("abcdefghijklmnopqrstuvwxyz"), (30, 2, 12))
+    questions = [
+        Trivia(f"topic{i % 2}", f"who is {''.join(question)}?", ("".join(answer),))
+        for i, (question, answer) in enumerate(letters)
+    ]
     monkeypatch.setattr(corpora, "trivia", lambda: questions)
     _trivia.cache_clear()
     yield

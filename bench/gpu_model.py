@@ -4,10 +4,10 @@
 
 An op takes the longest of: its bytes at the data sheet's bandwidth, its FLOPs at the data sheet's
 peak, each times the share of it that an H100 reached (SHARES), and its launches. A pass is the sum
-of its ops. Bytes are those that bench/kernels counts: tensors, read and written once. What
-compiling recorded of a kernel (results/compile-triton-3.7.0.json, of an earlier commit; attention
-and the products are left out) gives the warps that a multiprocessor holds. Where the loads in
-flight of so many do not cover the latency of memory, the kernel's bandwidth is lower by as much.
+of its ops, which gpu_ops.py counts. What compiling recorded of a kernel's registers and shared
+memory (results/compile-triton-3.7.0.json, of an earlier commit; attention and the products are left
+out) gives the warps that a multiprocessor holds. Where the loads in flight of so many do not cover
+the latency of memory, the kernel's bandwidth is lower by as much.
 
 Where a GPU has been measured, the model is printed beside the measurement. SHARES are of the H100's
 rows of 8B: rows of 0.6B, of other ops and of encoding test the model, and 8B's norm, attention and
@@ -22,12 +22,33 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from gpu_ops import (
+    ANSWER,
+    COMPRESSION,
+    DISTILLED,
+    QUERY,
+    SHAPES,
+    SPECIAL,
+    TOKENS,
+    Op,
+    Shape,
+    append,
+    case,
+    causal,
+    distill,
+    forward,
+    layer,
+    layer_backward,
+    pool,
+    product,
+    training_step,
+)
+
 RESULTS = Path(__file__).parent / "results"
 MEASURED = {"H100": ("gpu-h100-2026-11-26.json", "gpu-h100-2026-11-27.json")}
 COMPILED = "compile-triton-3.7.0.json"
 
-TOKENS, SPECIAL, COMPRESSION = 65536, 20, 10  # of a full batch; of a text
-TEXT, QUERY, ANSWER = 256, 128, 192  # tokens of an encoded text; of a training example's two
+TEXT, SHORT = 256, 30  # tokens of an encoded text and of a single query
 
 # What an H100 reached of its data sheet (results/gpu-h100-*.json, sizes of Qwen3-8B, bf16).
 SHARES = {
@@ -85,217 +106,6 @@ GPUS = (
 )
 
 
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of a Qwen3, from its published config."""
-
-    name: str
-    hidden: int
-    feed_forward: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int = 128
-    vocabulary: int = 151936
-
-    @property
-    def qkv(self) -> int:
-        """Columns of the fused projection."""
-        return (self.heads + 2 * self.kv_heads) * self.head_dim
-
-
-SHAPES = (
-    Shape("qwen3-0.6b", 1024, 3072, 28, 16, 8),
-    Shape("qwen3-4b", 2560, 9728, 36, 32, 8),
-    Shape("qwen3-8b", 4096, 12288, 36, 32, 8),
-)
-
-
-@dataclass(frozen=True)
-class Op:
-    """What an op moves, computes and launches; activations are bf16, 2 bytes."""
-
-    name: str
-    bytes: float
-    flops: float
-    share: str = "vector"  # of SHARES: what it reaches of the unit's peak
-    unit: str = "fp32"
-    launches: int = 1
-    kernel: str = ""  # "op/kernel" among the compiled ones
-
-
-# ---- Ops, for `rows` tokens. Forward and backward are those of bench/kernels/bench_<op>.py.
-
-
-def append(shape: Shape, rows: int) -> Op:
-    return Op("append", 2 * rows * shape.hidden * 2, 0, kernel="append/forward")
-
-
-def append_backward(shape: Shape, rows: int, special: int) -> Op:
-    """`special` of the rows are special tokens': the others' gradient is not read."""
-    values = special * shape.hidden
-    return Op("append backward", values * 2, values, kernel="append/backward")
-
-
-def norm(shape: Shape, rows: int, *, backward: bool = False) -> Op:
-    values = rows * shape.hidden
-    if backward:
-        return Op("norm backward", 4 * values * 2, 10 * values, kernel="norm/backward")
-    return Op("norm", 4 * values * 2, 5 * values, kernel="norm/forward")
-
-
-def norm_quantized(shape: Shape, rows: int) -> Op:
-    values = rows * shape.hidden
-    moved = 3 * values * 2 + values + 4 * rows
-    return Op("norm, quantised", moved, 8 * values, kernel="norm/quantized")
-
-
-def rope(shape: Shape, rows: int, *, backward: bool = False) -> Op:
-    """With the norm of q and k; cos and sin are fp32."""
-    values = rows * (shape.heads + shape.kv_heads) * shape.head_dim
-    angles = rows * shape.head_dim // 2 * 4
-    name, kernel = ("rope backward", "backward") if backward else ("rope", "forward")
-    return Op(name, 2 * (values * 2 + angles), 8 * values, kernel=f"rope/{kernel}")
-
-
-def swiglu(shape: Shape, rows: int, *, backward: bool = False) -> Op:
-    values = rows * shape.feed_forward
-    if backward:
-        return Op("swiglu backward", 5 * values * 2, 20 * values, kernel="swiglu/backward")
-    return Op("swiglu", 3 * values * 2, 15 * values, kernel="swiglu/forward")
-
-
-def swiglu_quantized(shape: Shape, rows: int) -> Op:
-    values = rows * shape.feed_forward
-    moved = 2 * values * 2 + values + 4 * rows
-    return Op("swiglu, quantised", moved, 18 * values, kernel="swiglu/quantized")
-
-
-def quantize_rows(width: int, rows: int) -> Op:
-    values = rows * width
-    moved = values * 2 + values + 4 * rows
-    return Op("rows to 8 bits", moved, 3 * values, kernel="qlinear/quantize")
-
-
-def pool(shape: Shape, texts: int) -> Op:
-    values = texts * COMPRESSION * shape.hidden
-    moved = values * 2 + texts * shape.hidden * 4
-    return Op("pool", moved, 5 * values, kernel="pool/forward")
-
-
-def product(name: str, rows: int, inner: int, columns: int, unit: str = "bf16") -> Op:
-    """[rows, inner] by a weight [columns, inner], in bf16 or fp8; the result is bf16."""
-    size = 2 if unit == "bf16" else 1
-    moved = (rows + columns) * inner * size + rows * columns * 2
-    share = "product" if unit == "bf16" else "fp8 product"
-    return Op(name, moved, 2.0 * rows * inner * columns, share, unit)
-
-
-def attention(shape: Shape, queries: int, keys: int, pairs: float, *, backward: bool = False) -> Op:
-    """queries, keys: rows. pairs: of a query and a key that it sees."""
-    moved = (2 * queries * shape.heads + 2 * keys * shape.kv_heads) * shape.head_dim * 2
-    work = shape.heads * shape.head_dim * pairs
-    if backward:  # five products against two; a kernel for dq and one for dk and dv
-        return Op(
-            "attention backward", 2 * moved, 10 * work, "attention backward", "bf16", launches=2
-        )
-    return Op("attention", moved, 4 * work, "attention", "bf16")
-
-
-def distill(shape: Shape, rows: int) -> list[Op]:
-    """Logits, the row loss that rewrites them in place, and the gradient of the hidden states."""
-    logits = rows * shape.vocabulary
-    return [
-        product("distill: logits", rows, shape.hidden, shape.vocabulary),
-        Op("distill: row loss", 2 * logits * 2, 8 * logits, kernel="distill/row_loss"),
-        product("distill: gradient", rows, shape.vocabulary, shape.hidden),
-    ]
-
-
-# ---- Passes.
-
-
-def layer(
-    shape: Shape, rows: int, pairs: float, *, unit: str = "bf16", keys: int = 0, needed: int = 0
-) -> list[Op]:
-    """A layer's forward. keys: rows before these that are attended to, without rows of their own.
-
-    needed: rows that leave the layer, if not all: the last one's.
-    """
-    out, hidden, wide = needed or rows, shape.hidden, shape.feed_forward
-    heads = shape.heads * shape.head_dim
-    seen = pairs * out / rows
-    fp8 = unit == "fp8"
-    return [
-        norm_quantized(shape, rows) if fp8 else norm(shape, rows),
-        product("product qkv", rows, hidden, shape.qkv, unit),
-        rope(shape, rows),
-        attention(shape, out, rows + keys, seen),
-        *([quantize_rows(heads, out)] if fp8 else []),
-        product("product out", out, heads, hidden, unit),
-        norm_quantized(shape, out) if fp8 else norm(shape, out),
-        product("product gate, up", out, hidden, 2 * wide, unit),
-        swiglu_quantized(shape, out) if fp8 else swiglu(shape, out),
-        product("product down", out, wide, hidden, unit),
-    ]
-
-
-def layer_backward(shape: Shape, rows: int, pairs: float, *, keys: int = 0) -> list[Op]:
-    """Gradients of a layer's input alone: its weights are frozen."""
-    hidden, wide, heads = shape.hidden, shape.feed_forward, shape.heads * shape.head_dim
-    return [
-        product("product down backward", rows, hidden, wide),
-        swiglu(shape, rows, backward=True),
-        product("product gate, up backward", rows, 2 * wide, hidden),
-        norm(shape, rows, backward=True),
-        product("product out backward", rows, hidden, heads),
-        attention(shape, rows, rows + keys, pairs, backward=True),
-        rope(shape, rows, backward=True),
-        product("product qkv backward", rows, shape.qkv, hidden),
-        norm(shape, rows, backward=True),
-    ]
-
-
-def causal(length: float) -> float:
-    """Pairs of a text."""
-    return length * (length + 1) / 2
-
-
-def forward(shape: Shape, texts: int, length: float, unit: str = "bf16") -> list[Op]:
-    """Embedding `texts` of `length` tokens, special ones among them (a mean, if ragged)."""
-    rows, pairs = round(texts * length), texts * causal(length)
-    whole = layer(shape, rows, pairs, unit=unit)
-    last = layer(shape, rows, pairs, unit=unit, needed=texts * COMPRESSION)
-    return [append(shape, rows), *whole * (shape.layers - 1), *last, pool(shape, texts)]
-
-
-def training_step(shape: Shape, texts: int) -> list[Op]:
-    """LLM2Vec-Gen's: queries forward; special tokens and answers forward and back; distillation.
-
-    An answer stands behind COMPRESSION soft tokens. The optimizer, the two small projections and
-    the rows that the last layers leave out are not counted.
-    """
-    special, answer = texts * SPECIAL, texts * (COMPRESSION + ANSWER)
-    behind = texts * (SPECIAL * QUERY + causal(SPECIAL))
-    within = texts * causal(COMPRESSION + ANSWER)
-    queries = texts * QUERY
-    one = [
-        *layer(shape, queries + special, texts * causal(QUERY + SPECIAL)),
-        *layer(shape, answer, within),
-        *layer_backward(shape, special, behind, keys=queries),
-        *layer_backward(shape, answer, within),
-    ]
-    return [
-        append(shape, queries + special),
-        append(shape, answer),
-        *one * shape.layers,
-        pool(shape, texts),
-        *distill(shape, texts * ANSWER),
-        append_backward(shape, answer, texts * COMPRESSION),
-        append_backward(shape, queries + special, special),
-    ]
-
-
 # ---- Time.
 
 
@@ -320,8 +130,8 @@ class Compiled:
 
     def covered(self, gpu: Gpu) -> float:
         """The share of bandwidth that the loads in flight allow (Little's law), at most 1."""
-        flying = self.resident(gpu) * 32 * LOAD_BYTES * gpu.multiprocessors
-        return min(1.0, flying / (gpu.gb_per_second * 1e9 * LATENCY_S))
+        in_flight = self.resident(gpu) * 32 * LOAD_BYTES * gpu.multiprocessors
+        return min(1.0, in_flight / (gpu.gb_per_second * 1e9 * LATENCY_S))
 
 
 def compiled() -> list[Compiled]:
@@ -331,13 +141,13 @@ def compiled() -> list[Compiled]:
         case, _, size = row["case"].partition(", hidden ")
         if not size:
             continue  # attention's tiles: it is calibrated as a whole
-        found = Compiled(
+        kernel = Compiled(
             f"{row['op']}/{row['kernel']}", row["sm"], int(size), row.get("num_warps", 4),
             row["registers"], row["spilled_bytes"], row["shared_bytes"],
         )  # fmt: skip
         # The last of a name: rope with its norm behind the one without.
         if case != "fp8":
-            kernels[found.kernel, found.sm, found.hidden] = found
+            kernels[kernel.kernel, kernel.sm, kernel.hidden] = kernel
     return list(kernels.values())
 
 
@@ -370,162 +180,169 @@ def total(ops: Sequence[Op], gpu: Gpu, hidden: int) -> tuple[float, str]:
 # ---- Against measurements.
 
 
-def case(op: str, shape: Shape, rows: int, *, backward: bool) -> list[Op] | None:
-    """The ops of a case of bench/kernels; None for one that the model leaves out."""
-    both = (False, True) if backward else (False,)
-    match op:
-        case "append":
-            special = rows * SPECIAL // 64
-            return [append(shape, rows), append_backward(shape, rows, special)][: 1 + backward]
-        case "norm":
-            return [norm(shape, rows, backward=b) for b in both]
-        case "norm_quantized":
-            return [norm_quantized(shape, rows)]
-        case "rope":
-            return [rope(shape, rows, backward=b) for b in both]
-        case "swiglu":
-            return [swiglu(shape, rows, backward=b) for b in both]
-        case "swiglu_quantized":
-            return [swiglu_quantized(shape, rows)]
-        case "pool":
-            return [pool(shape, rows // COMPRESSION)]
-        case "attention":
-            lengths = [256 + i % 21 for i in range(240)]
-            pairs = sum(map(causal, lengths))
-            total = sum(lengths)
-            return [attention(shape, total, total, pairs, backward=b) for b in both]
-        case "distill":
-            return distill(shape, 4096)
-    return None
-
-
 def measurements(name: str) -> Iterator[tuple[str, str, str, float, float]]:
     """Of a GPU: (kind, shape, case, seconds by the model, seconds measured), gen_fast's rows."""
     gpu = next(gpu for gpu in GPUS if gpu.name == name)
-    shapes = {shape.name: shape for shape in SHAPES}
-    found: dict[tuple[str, str, str], tuple[float, float]] = {}  # a later row replaces its earlier
+    times: dict[tuple[str, str, str], tuple[float, float]] = {}  # of a case's latest row
     for file in MEASURED[name]:
-        report = json.loads((RESULTS / file).read_text())
-        for row in report["kernels"]:
-            shape = shapes[row["size"]]
-            ops = None
-            if row["provider"] == "triton" and "behind" not in row["case"]:
-                ops = case(
-                    row["op"], shape, KERNEL_ROWS[shape.name], backward="backward" in row["mode"]
-                )
-            elif (row["op"], row["provider"]) in PRODUCTS:
-                unit = PRODUCTS[row["op"], row["provider"]]
-                rows = row["case"].split()[0]
-                count = KERNEL_ROWS[shape.name] if rows == "batch" else int(rows)
-                ops = [product("", count, shape.hidden, 2 * shape.feed_forward, unit)]
-                row["op"], row["mode"] = f"{unit} product gate, up", row["case"]
+        results = json.loads((RESULTS / file).read_text())
+        for row in results["kernels"]:
+            shape = _shape(row["size"])
+            ops, label = _measured_case(row, shape)
             if ops:
-                label = f"{row['op']}, {row['mode']}"
-                found["op", shape.name, label] = total(ops, gpu, shape.hidden)[0], row["p50"]
-        for row in report["encode"]:
+                times["op", shape.name, label] = total(ops, gpu, shape.hidden)[0], row["p50"]
+        for row in results["encode"]:
             unit = {"gen_fast": "bf16", "fp8": "fp8"}.get(row["provider"])
-            if unit:
-                shape = shapes[row["shape"]]
-                # Whole batches, of the mean length.
-                length = row["tokens"] / row["texts"]
-                texts = round(TOKENS / length)
-                time = total(forward(shape, texts, length, unit), gpu, shape.hidden)[0]
-                label = f"{unit}, {row['workload']}"
-                measured = row["tokens"] / row["tokens_per_second"]
-                found["encode", shape.name, label] = time * row["texts"] / texts, measured
-    for (kind, name_of_shape, label), times in sorted(found.items()):
-        yield kind, name_of_shape, label, *times
+            if unit is None:
+                continue
+            shape, length = _shape(row["shape"]), row["tokens"] / row["texts"]
+            texts = round(TOKENS / length)  # whole batches, of the mean length
+            batch = total(forward(shape, texts, length, unit), gpu, shape.hidden)[0]
+            times["encode", shape.name, f"{unit}, {row['workload']}"] = (
+                batch * row["texts"] / texts,
+                row["tokens"] / row["tokens_per_second"],
+            )
+    for (kind, size, label), (predicted, measured) in sorted(times.items()):
+        yield kind, size, label, predicted, measured
+
+
+def _shape(name: str) -> Shape:
+    return next(shape for shape in SHAPES if shape.name == name)
+
+
+def _measured_case(row: dict, shape: Shape) -> tuple[list[Op] | None, str]:
+    """The ops of a row of bench/kernels, None for one that is not modelled, and its name."""
+    unit = PRODUCTS.get((row["op"], row["provider"]))
+    if unit:
+        count = row["case"].split()[0]
+        rows = KERNEL_ROWS[shape.name] if count == "batch" else int(count)
+        ops = [product("", rows, shape.hidden, 2 * shape.feed_forward, unit)]
+        return ops, f"{unit} product gate, up, {row['case']}"
+    if row["provider"] != "triton" or "behind" in row["case"]:
+        return None, ""
+    backward = "backward" in row["mode"]
+    ops = case(row["op"], shape, KERNEL_ROWS[shape.name], backward=backward)
+    return ops, f"{row['op']}, {row['mode']}"
+
+
+# ---- Tables. A GPU's cell is a time and its bound.
+
+Cell = tuple[float, str]
+
+
+def cells(ops: Sequence[Op], hidden: int, scale: float) -> dict[str, Cell]:
+    """Time of `ops` and its bound, for each GPU that has their units."""
+    return {
+        gpu.name: (time * scale, bound)
+        for gpu in GPUS
+        if gpu.fp8_tflops or all(op.unit != "fp8" for op in ops)
+        for time, bound in [total(ops, gpu, hidden)]
+    }
+
+
+def kernel_rows() -> list[dict]:
+    """Resident warps of a multiprocessor, and the share of bandwidth that their loads allow."""
+    return [
+        asdict(kernel)
+        | {
+            gpu.name: (kernel.resident(gpu), f"({kernel.covered(gpu):.0%})")
+            for gpu in GPUS
+            if gpu.compiled_for == kernel.sm
+        }
+        for kernel in KERNELS.values()
+    ]
+
+
+def op_rows(shape: Shape, texts: int) -> list[dict]:
+    """Every op of a layer, forward and backward, and those around the layers; microseconds."""
+    rows, pairs = texts * (TEXT + SPECIAL), texts * causal(TEXT + SPECIAL)
+    ops = [
+        append(shape, rows),
+        *layer(shape, rows, pairs),
+        pool(shape, texts),
+        *layer(shape, rows, pairs, unit="fp8"),
+        *layer_backward(shape, rows, pairs),
+        *distill(shape, DISTILLED),
+    ]
+    return [
+        {
+            "op": op.name,
+            "unit": op.unit,
+            "MB": op.bytes / 1e6,
+            "GFLOP": op.flops / 1e9,
+            **cells([op], shape.hidden, 1e6),
+        }
+        for op in {(op.name, op.unit): op for op in ops}.values()  # a layer has two norms
+    ]
+
+
+def pass_rows(shape: Shape, texts: int, examples: int) -> list[dict]:
+    """Milliseconds of a full batch."""
+    length = TEXT + SPECIAL
+    passes = {
+        "layer, bf16": layer(shape, texts * length, texts * causal(length)),
+        "forward, bf16": forward(shape, texts, length),
+        "forward, fp8": forward(shape, texts, length, "fp8"),
+        "training step, bf16": training_step(shape, examples),
+    }
+    return [
+        {
+            "shape": shape.name,
+            "pass": name,
+            "launches": sum(op.launches for op in ops),
+            **cells(ops, shape.hidden, 1e3),
+        }
+        for name, ops in passes.items()
+    ]
+
+
+def query_rows(shape: Shape) -> list[dict]:
+    """Milliseconds of one query. Python launches ahead of the GPU: the slower of them counts."""
+    ops = forward(shape, 1, SHORT + SPECIAL)
+    launches = sum(op.launches for op in ops)
+    graph = cells(ops, shape.hidden, 1e3)
+    python = (launches * PYTHON_LAUNCH_US * 1e-3, "launch")
+    row = {"shape": shape.name, "launches": launches}
+    return [
+        row | {"query": "CUDA graph"} | graph,
+        row | {"query": "from Python"} | {name: max(cell, python) for name, cell in graph.items()},
+    ]
 
 
 def report() -> dict[str, list[dict]]:
     """Every table of the model, as rows."""
-    texts, examples = TOKENS // (TEXT + SPECIAL), TOKENS // (QUERY + SPECIAL + COMPRESSION + ANSWER)
+    texts = TOKENS // (TEXT + SPECIAL)
+    examples = TOKENS // (QUERY + SPECIAL + COMPRESSION + ANSWER)
     tables: dict[str, list[dict]] = {
-        "data sheets (assumed: launch_us)": [asdict(gpu) for gpu in GPUS],
-        "kernels as compiled; resident warps, and the bandwidth that their loads allow": [
-            {
-                **asdict(kernel),
-                **{
-                    gpu.name: f"{kernel.resident(gpu)} ({kernel.covered(gpu):.0%})"
-                    for gpu in GPUS
-                    if gpu.compiled_for == kernel.sm
-                },
-            }
-            for kernel in KERNELS.values()
-        ],
+        "data sheets (launch_us: assumed)": [asdict(gpu) for gpu in GPUS],
+        "kernels as compiled; resident warps, and the bandwidth that their loads allow": (
+            kernel_rows()
+        ),
     }
     for shape in SHAPES:
-        pairs = texts * causal(TEXT + SPECIAL)
-        rows = texts * (TEXT + SPECIAL)
-        ops = [append(shape, rows), *layer(shape, rows, pairs), *layer_backward(shape, rows, pairs)]
-        ops += [pool(shape, texts), *layer(shape, rows, pairs, unit="fp8"), *distill(shape, 4096)]
-        unique = {(op.name, op.unit): op for op in ops}.values()
-        tables[f"ops, {shape.name}, {rows:,} tokens (distill: 4,096 rows); µs and bound"] = [
-            {
-                "op": f"{op.name} ({op.unit})" if "product" in op.name else op.name,
-                "MB": op.bytes / 1e6,
-                "GFLOP": op.flops / 1e9,
-                **{gpu.name: _cell(*seconds(op, gpu, shape.hidden), 1e6) for gpu in _able(op)},
-            }
-            for op in unique
-        ]
-    passes = []
-    for shape in SHAPES:
-        length = TEXT + SPECIAL
-        whole = {
-            "layer, bf16": layer(shape, texts * length, texts * causal(length)),
-            "forward, bf16": forward(shape, texts, length),
-            "forward, fp8": forward(shape, texts, length, "fp8"),
-            "training step, bf16": training_step(shape, examples),
-        }
-        passes += [
-            {
-                "shape": shape.name,
-                "pass": name,
-                "launches": sum(op.launches for op in ops),
-                **{
-                    gpu.name: _cell(*total(ops, gpu, shape.hidden), 1e3)
-                    for gpu in GPUS
-                    if gpu.fp8_tflops or all(op.unit != "fp8" for op in ops)
-                },
-            }
-            for name, ops in whole.items()
-        ]
-    tables[f"passes of {TOKENS:,} tokens; ms and the bound of the largest part"] = passes
-    queries = []
-    for shape in SHAPES:
-        ops = forward(shape, 1, 30 + SPECIAL)
-        launches = sum(op.launches for op in ops)
-        python = launches * PYTHON_LAUNCH_US * 1e-6
-        for name, least in (("CUDA graph", 0.0), ("launched from Python", python)):
-            row: dict = {"shape": shape.name, "query": name, "launches": launches}
-            for gpu in GPUS:
-                time, bound = total(ops, gpu, shape.hidden)
-                # The host launches ahead of the GPU: the slower of the two counts.
-                row[gpu.name] = _cell(max(time, least), "launch" if least > time else bound, 1e3)
-            queries.append(row)
-    tables[f"one query of 30 tokens and {SPECIAL} special ones, bf16; ms and bound"] = queries
+        title = f"ops, {shape.name}, {texts} texts of {TEXT + SPECIAL} tokens; µs and bound"
+        tables[f"{title} (distill: {DISTILLED:,} rows)"] = op_rows(shape, texts)
+    tables[
+        f"passes of at most {TOKENS:,} tokens, {texts} texts or {examples} training examples; ms and the"
+        " bound of the largest part"
+    ] = [row for shape in SHAPES for row in pass_rows(shape, texts, examples)]
+    tables[
+        f"one query of {SHORT} tokens and {SPECIAL} special ones, bf16; ms and the bound of the"
+        " largest part"
+    ] = [row for shape in SHAPES for row in query_rows(shape)]
     for name in MEASURED:
         tables[f"prediction against measurement, {name}; ms"] = [
             {
                 "kind": kind,
-                "shape": shape,
+                "shape": size,
                 "case": label,
                 "model": predicted * 1e3,
                 "measured": measured * 1e3,
                 "model / measured": predicted / measured,
             }
-            for kind, shape, label, predicted, measured in measurements(name)
+            for kind, size, label, predicted, measured in measurements(name)
         ]
     return {f"Model, not a measurement: {title}": rows for title, rows in tables.items()}
-
-
-def _able(op: Op) -> list[Gpu]:
-    return [gpu for gpu in GPUS if op.unit != "fp8" or gpu.fp8_tflops]
-
-
-def _cell(time: float, bound: str, scale: float) -> str:
-    return f"{time * scale:,.3g} {bound}" if time * scale < 1000 else f"{time * scale:,.0f} {bound}"
 
 
 def show(tables: dict[str, list[dict]]) -> None:
@@ -534,18 +351,28 @@ def show(tables: dict[str, list[dict]]) -> None:
         columns = list(dict.fromkeys(column for row in rows for column in row))
         print(f"### {title}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
         for row in rows:
-            cells = [row.get(column) for column in columns]
-            texts = [f"{c:.3g}" if isinstance(c, float) and c < 1000 else c for c in cells]
-            texts = [f"{c:,.0f}" if isinstance(c, float) else c for c in texts]
-            print(f"| {' | '.join('-' if c is None else str(c) for c in texts)} |")
+            print(f"| {' | '.join(_text(row.get(column)) for column in columns)} |")
         print()
+
+
+def _text(value: object) -> str:
+    match value:
+        case None:
+            return "-"
+        case tuple():
+            return " ".join(map(_text, value))
+        case float() if value < 1000:
+            return f"{value:.3g}"
+        case int() | float():
+            return f"{value:,.0f}"
+    return str(value)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    made = report()
-    show(made)
+    tables = report()
+    show(tables)
     if args.json:
-        args.json.write_text(json.dumps(made, indent=1) + "\n")
+        args.json.write_text(json.dumps(tables, indent=1) + "\n")

@@ -17,8 +17,9 @@ from gen_fast.ops.swiglu.reference import swiglu, swiglu_quantized
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "bench"))
 import gpu_model  # noqa: E402
+import gpu_ops  # noqa: E402
 
-SHAPES = {shape.name: shape for shape in gpu_model.SHAPES}
+SHAPES = {shape.name: shape for shape in gpu_ops.SHAPES}
 MEMORY_BOUND = (
     "append", "norm", "norm_quantized", "rope", "swiglu", "swiglu_quantized", "pool",
 )  # fmt: skip
@@ -39,7 +40,7 @@ def recorded():
 @pytest.mark.parametrize(("op", "size", "mode", "counted"), recorded())
 def test_bytes_are_those_that_the_benchmarks_counted(op, size, mode, counted):
     rows = gpu_model.KERNEL_ROWS[size]
-    ops = gpu_model.case(op, SHAPES[size], rows, backward="backward" in mode)
+    ops = gpu_ops.case(op, SHAPES[size], rows, backward="backward" in mode)
     assert sum(op.bytes for op in ops) == pytest.approx(counted, rel=0.05)
 
 
@@ -58,7 +59,7 @@ def reference_call(op, shape):
     x, residual, weight = normal(ROWS, hidden), normal(ROWS, hidden), normal(hidden)
     heads = shape.heads + shape.kv_heads
     angles = torch.rand(ROWS, shape.head_dim // 2)
-    offsets = torch.arange(0, ROWS + 1, gpu_model.COMPRESSION, dtype=torch.int32)
+    offsets = torch.arange(0, ROWS + 1, gpu_ops.COMPRESSION, dtype=torch.int32)
     return {
         "append": (append, (normal(ROWS, hidden), None, torch.arange(ROWS))),
         "norm": (add_rms_norm, (x, residual, weight, 1e-6)),
@@ -85,18 +86,18 @@ def test_bytes_are_those_of_the_references_inputs_and_results(op, size):
     if op == "rope":
         activations = activations[:3]  # without the weight of its norm
     counted = sum(tensor.nbytes for tensor in [*activations, *results])
-    ops = gpu_model.case(op, shape, ROWS, backward=False)
+    ops = gpu_ops.case(op, shape, ROWS, backward=False)
     assert sum(op.bytes for op in ops) == pytest.approx(counted, rel=0.05)
 
 
 def test_more_bandwidth_or_fewer_bytes_take_no_longer():
     shape = SHAPES["qwen3-8b"]
     h200, h100 = gpu_model.GPUS[:2]
-    for op in gpu_model.layer(shape, 65536, 65536 * 128):
+    for op in gpu_ops.layer(shape, 65536, 65536 * 128):
         assert gpu_model.seconds(op, h200, 4096)[0] <= gpu_model.seconds(op, h100, 4096)[0]
-    assert gpu_model.seconds(gpu_model.norm(shape, 1), h100, 4096)[1] == "launch"
-    assert gpu_model.seconds(gpu_model.norm(shape, 65536), h100, 4096)[1] == "memory"
-    assert gpu_model.seconds(gpu_model.product("", 65536, 4096, 4096), h100, 4096)[1] == "compute"
+    assert gpu_model.seconds(gpu_ops.norm(shape, 1), h100, 4096)[1] == "launch"
+    assert gpu_model.seconds(gpu_ops.norm(shape, 65536), h100, 4096)[1] == "memory"
+    assert gpu_model.seconds(gpu_ops.product("", 65536, 4096, 4096), h100, 4096)[1] == "compute"
 
 
 def test_an_encoded_token_costs_the_flops_that_the_measured_rows_carry():
@@ -104,7 +105,7 @@ def test_an_encoded_token_costs_the_flops_that_the_measured_rows_carry():
     file = gpu_model.RESULTS / gpu_model.MEASURED["H100"][-1]
     row = next(r for r in json.loads(file.read_text())["encode"] if r["shape"] == "qwen3-8b")
     length = row["tokens"] / row["texts"]
-    ops = gpu_model.forward(SHAPES["qwen3-8b"], row["texts"], length)
+    ops = gpu_ops.forward(SHAPES["qwen3-8b"], row["texts"], length)
     flops = sum(op.flops for op in ops if "product" in op.name)
     assert flops == pytest.approx(row["flops"], rel=1e-3)
 

@@ -134,31 +134,34 @@ class Compiled:
         return min(1.0, in_flight / (gpu.gb_per_second * 1e9 * LATENCY_S))
 
 
-def compiled() -> list[Compiled]:
-    """The kernels of rows, at the two sizes of hidden states that were compiled."""
+def compiled() -> dict[tuple[str, int, int], Compiled]:
+    """The kernels of rows by name, architecture and hidden size: two sizes were compiled."""
     kernels = {}
     for row in json.loads((RESULTS / COMPILED).read_text())["rows"]:
-        case, _, size = row["case"].partition(", hidden ")
-        if not size:
-            continue  # attention's tiles: it is calibrated as a whole
+        name, _, size = row["case"].partition(", hidden ")
+        if not size or name == "fp8":
+            continue  # attention's tiles; and int8 stands for both kinds of 8 bits
         kernel = Compiled(
-            f"{row['op']}/{row['kernel']}", row["sm"], int(size), row.get("num_warps", 4),
-            row["registers"], row["spilled_bytes"], row["shared_bytes"],
-        )  # fmt: skip
-        # The last of a name: rope with its norm behind the one without.
-        if case != "fp8":
-            kernels[kernel.kernel, kernel.sm, kernel.hidden] = kernel
-    return list(kernels.values())
+            kernel=f"{row['op']}/{row['kernel']}",
+            sm=row["sm"],
+            hidden=int(size),
+            warps=row.get("num_warps", 4),  # Triton's default
+            registers=row["registers"],
+            spilled_bytes=row["spilled_bytes"],
+            shared_bytes=row["shared_bytes"],
+        )
+        # Of rope the row with its norm, which stands behind the one without.
+        kernels[kernel.kernel, kernel.sm, kernel.hidden] = kernel
+    return kernels
 
 
-KERNELS = {(k.kernel, k.sm, k.hidden): k for k in compiled()}
+KERNELS = compiled()
 
 
 def seconds(op: Op, gpu: Gpu, hidden: int) -> tuple[float, str]:
     """Time of an op, and what bounds it: "memory", "compute" or "launch"."""
     size = 1024 if hidden < 2560 else 4096  # the nearer one that was compiled
-    kernel = KERNELS.get((op.kernel, gpu.compiled_for, size))
-    covered = kernel.covered(gpu) if kernel else 1.0
+    covered = KERNELS[op.kernel, gpu.compiled_for, size].covered(gpu) if op.kernel else 1.0
     bounds = {
         "memory": op.bytes / (gpu.gb_per_second * 1e9 * SHARES["memory"] * covered),
         "compute": op.flops / (gpu.tflops(op.unit) * 1e12 * SHARES[op.share]),
@@ -323,8 +326,8 @@ def report() -> dict[str, list[dict]]:
         title = f"ops, {shape.name}, {texts} texts of {TEXT + SPECIAL} tokens; µs and bound"
         tables[f"{title} (distill: {DISTILLED:,} rows)"] = op_rows(shape, texts)
     tables[
-        f"passes of at most {TOKENS:,} tokens, {texts} texts or {examples} training examples; ms and the"
-        " bound of the largest part"
+        f"passes of at most {TOKENS:,} tokens, {texts} texts or {examples} training examples; ms"
+        " and the bound of the largest part"
     ] = [row for shape in SHAPES for row in pass_rows(shape, texts, examples)]
     tables[
         f"one query of {SHORT} tokens and {SPECIAL} special ones, bf16; ms and the bound of the"

@@ -8,14 +8,13 @@ constexpr int ROWS = 6;  // rows of a register tile
 constexpr int VECTORS = W == 16 ? 4 : 2;
 
 // How the operands of a product are stored, and what their sums are: float, pairs of bfloat16 for
-// the dot instruction, or integers.
+// the dot instruction, or pairs of integers.
 struct FloatOperand {
   typedef float type;
   typedef vf sums;
   static constexpr int pair = 1;
   static inline vf splat_at(const float* p) { return splat(*p); }
-  static inline vf load_at(const float* p) { return load(p); }
-  static inline vf multiply_add(vf c, vf a, vf b) { return c + a * b; }
+  static inline vf multiply_add(vf c, vf a, const float* b) { return c + a * load(b); }
 };
 
 #if defined(GEN_FAST_BF16_DOT)
@@ -28,9 +27,8 @@ struct PairOperand {
     std::memcpy(&two, p, 4);
     return (vf)_mm512_set1_epi32(two);
   }
-  static inline vf load_at(const bf16* p) { return load((const float*)p); }
-  static inline vf multiply_add(vf c, vf a, vf b) {
-    return (vf)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
+  static inline vf multiply_add(vf c, vf a, const bf16* b) {
+    return (vf)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)_mm512_loadu_si512(b));
   }
 };
 #endif
@@ -54,12 +52,10 @@ static inline void tile(const typename Op::type* a, int64_t lda, const typename 
   });
   for (int64_t k = 0; k < depth; k += Op::pair) {
     const typename Op::type* row = b + k * columns;
-    sums right[N];
-    unrolled<N>([&](auto j) INLINE { right[j] = Op::load_at(row + j * W * Op::pair); });
     unrolled<M>([&](auto i) INLINE {
       const sums left = Op::splat_at(a + i * lda + k * step);
       unrolled<N>([&](auto j) INLINE {
-        acc[i][j] = Op::multiply_add(acc[i][j], left, right[j]);
+        acc[i][j] = Op::multiply_add(acc[i][j], left, row + j * W * Op::pair);
       });
     });
   }

@@ -45,9 +45,8 @@ struct IntOperand {
     std::memcpy(&four, p, 4);
     return splat(four);
   }
-  static inline vi load_at(const int8_t* p) { return load((const int32_t*)p); }
-  static inline vi multiply_add(vi c, vi a, vi b) {
-    return (vi)_mm512_dpbusd_epi32((__m512i)c, (__m512i)b, (__m512i)a);
+  static inline vi multiply_add(vi c, vi a, const int8_t* b) {
+    return (vi)_mm512_dpbusd_epi32((__m512i)c, _mm512_loadu_si512(b), (__m512i)a);
   }
 };
 
@@ -68,14 +67,15 @@ struct IntOperand {
     std::memcpy(&two, p, 4);
     return splat(two);
   }
-  static inline vi load_at(const int16_t* p) { return load((const int32_t*)p); }
-  static inline vi multiply_add(vi c, vi a, vi b) {
+  static inline vi multiply_add(vi c, vi a, const int16_t* b) {
+    vi two;
+    std::memcpy(&two, b, sizeof two);
 #if GEN_FAST_VECTOR_BYTES == 32
-    return c + (vi)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+    return c + (vi)_mm256_madd_epi16((__m256i)a, (__m256i)two);
 #elif defined(__x86_64__)
-    return c + (vi)_mm_madd_epi16((__m128i)a, (__m128i)b);
+    return c + (vi)_mm_madd_epi16((__m128i)a, (__m128i)two);
 #else
-    return c + (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
+    return c + (a << 16 >> 16) * (two << 16 >> 16) + (a >> 16) * (two >> 16);
 #endif
   }
 };

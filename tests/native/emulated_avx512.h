@@ -94,7 +94,15 @@ static inline float reduced(float a, int control) {
                          : rounding == _MM_FROUND_TO_NEG_INF   ? std::floor(scaled)
                          : rounding == _MM_FROUND_TO_POS_INF   ? std::ceil(scaled)
                                                                : std::trunc(scaled);
-  const float result = (float)(a - rounded / scale);
+  // The difference too is rounded the way that control says. To nearest and to zero it is exact.
+  const double whole = rounded / scale, exact = a - whole, part = exact - a;
+  const double error = (a - (exact - part)) + (-whole - part);
+  float result = (float)exact;
+  const int way = rounding == _MM_FROUND_TO_POS_INF ? 1 : rounding == _MM_FROUND_TO_NEG_INF ? -1 : 0;
+  const double beyond = way * (exact - result);
+  if (way != 0 && (beyond > 0 || (beyond == 0 && way * error > 0))) {
+    result = std::nextafter(result, way * INFINITY);
+  }
   return result == 0 ? (rounding == _MM_FROUND_TO_NEG_INF ? -0.0f : 0.0f) : result;
 }
 

@@ -118,13 +118,28 @@ def to_bf16(mask: int, x: np.ndarray) -> np.ndarray:
     return out.astype(np.uint16)
 
 
+def two_sum(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The rounded sum, and what was rounded off (Knuth)."""
+    total = a + b
+    part = total - a
+    return total, (a - (total - part)) + (b - part)
+
+
 def remainders(control: int) -> Oracle:
     rounding = {0: np.rint, 1: np.floor, 2: np.ceil, 3: np.trunc}[control & 3]
 
     def oracle(mask: int, x: np.ndarray) -> np.ndarray:
         wide = x.view(np.float32).astype(np.float64)
         scale = 2.0 ** (control >> 4)
-        out = (wide - rounding(wide * scale) / scale).astype(np.float32)
+        whole = rounding(wide * scale) / scale
+        exact, error = two_sum(wide, -whole)
+        out = exact.astype(np.float32)
+        # The difference too is rounded the way that control says (seen on a Zen 5).
+        if control & 3 in (1, 2):
+            sign = -1 if control & 3 == 1 else 1
+            beyond = sign * (exact - out)
+            again = (beyond > 0) | ((beyond == 0) & (sign * error > 0))
+            out[again] = np.nextafter(out[again], np.float32(sign * np.inf))
         out[np.isinf(wide)] = 0
         out[out == 0] = -0.0 if control & 3 == 1 else 0.0
         out[np.isinf(wide)] = 0

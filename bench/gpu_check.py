@@ -14,9 +14,9 @@ report holds what all of them left. The steps of a call share --seconds (nine mi
 time is up is interrupted, and what it had measured counts. Each op has a process of its own: an
 illegal memory access spoils all that follows in its process.
 
-It needs no network: torch, Triton, transformers, pytest-benchmark, pytest-xdist, pybind11 and a
-C++ compiler must be there. pytest-timeout is used if it is. --dry-run does the same on the CPU with
-tiny sizes and without compiled ops, to check this script.
+It needs no network: torch, Triton, transformers, gguf, pytest-benchmark, pytest-xdist, pybind11
+and a C++ compiler must be there. pytest-timeout is used if it is. --dry-run does the same on the
+CPU with tiny sizes and without compiled ops, to check this script.
 """
 
 import argparse

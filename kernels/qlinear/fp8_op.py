@@ -6,11 +6,11 @@ from torch import Tensor
 from gen_fast.errors import OpError
 from gen_fast.ops import REFERENCE, SCALED_MM, Case, Op, gpu
 
-from . import fp8
+from . import fp8, int8_op
 
 # Sums of e4m3 products in full float32. On Hopper the tensor cores can keep fewer bits of them,
-# which is faster by how much has not been measured: what an embedding loses to fp8 was measured
-# with exact sums, and is no little.
+# which is faster (kernels/qlinear/README.md): what an embedding loses to fp8 was measured with
+# exact sums, and is no little.
 FAST_SUMS = False
 
 
@@ -33,13 +33,7 @@ def _check(
             f"rows for a weight of [{out}, {inputs}] are float8_e4m3fn [T, {inputs}], not "
             f"{q.dtype} {list(q.shape)}"
         )
-    for name, tensor, size in (("rows", scale, len(q)), ("outputs", weight_scale, out)):
-        if tensor.dtype != torch.float32 or tuple(tensor.shape) != (size,):
-            raise OpError(
-                f"scales of {size} {name} are float32, not {tensor.dtype} {list(tensor.shape)}"
-            )
-    if bias is not None and (tuple(bias.shape) != (out,) or bias.dtype != dtype):
-        raise OpError(f"a bias for {out} outputs in {dtype} is not {bias.dtype} {list(bias.shape)}")
+    int8_op.check_scales_and_bias(len(q), scale, out, weight_scale, bias, dtype)
 
 
 FP8 = Op(

@@ -36,7 +36,19 @@ def _check(
             f"rows for a weight of [{out}, {inputs}] are int8 [T, {inputs}], not {q.dtype} "
             f"{list(q.shape)}"
         )
-    for name, tensor, size in (("rows", scale, len(q)), ("outputs", weight_scale, out)):
+    check_scales_and_bias(len(q), scale, out, weight_scale, bias, dtype)
+
+
+def check_scales_and_bias(
+    rows: int,
+    scale: Tensor,
+    out: int,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> None:
+    """Raise OpError for what does not fit beside `rows` rows and a weight of `out` outputs."""
+    for name, tensor, size in (("rows", scale, rows), ("outputs", weight_scale, out)):
         if tensor.dtype != torch.float32 or tuple(tensor.shape) != (size,):
             raise OpError(
                 f"scales of {size} {name} are float32, not {tensor.dtype} {list(tensor.shape)}"

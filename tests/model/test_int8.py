@@ -1,16 +1,14 @@
 """Backbones whose linears and their inputs are of 8 bits."""
 
-import numpy as np
 import pytest
 import torch
-from quantized_models import BATCH, FAMILIES, dequantized, with_layers
+from quantized_models import BATCH, FAMILIES, dequantized, gradient_at_special_tokens, with_layers
 from safetensors.torch import load_file, save_file
 
 import gen_fast
 from gen_fast.embed.sample_texts import SAMPLE_TEXTS
 from gen_fast.errors import ConfigError, UnsupportedModelError, WeightsError
 from gen_fast.io.vectors import centred_cosine
-from gen_fast.model.batch import PackedBatch
 from gen_fast.model.int8 import smoothed
 from gen_fast.model.linear import Int8Weight, QuantizedRows, linear, times
 from gen_fast.model.lora import Lora, LoraConfig
@@ -106,14 +104,7 @@ def test_it_computes_in_other_dtypes(llama, dtype):
 
 
 def test_gradients_at_special_tokens_point_the_same_way(directory):
-    gradients = []
-    for quantize in (None, "int8"):
-        backbone = load_backbone(directory, quantize=quantize)
-        special = torch.linspace(-1, 1, 64).expand(2, 64).clone().requires_grad_()
-        vocabulary = backbone.config.vocab_size
-        batch = PackedBatch.pack([np.array([5, vocabulary, 9]), np.array([vocabulary + 1, 4])])
-        backbone.forward(batch, special=special).square().sum().backward()
-        gradients.append(special.grad.flatten())
+    gradients = [gradient_at_special_tokens(directory, quantize) for quantize in (None, "int8")]
     assert torch.cosine_similarity(*gradients, dim=0) > 0.95
 
 

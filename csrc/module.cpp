@@ -113,6 +113,12 @@ PYBIND11_MODULE(_C, m) {
                                         at<float>(weight_scales), at<void>(bias), at<void>(y),
                                         rows, in, out});
   });
+  m.def("int8_weight", [](bool bf16, Address blocks, Address scales, Address weight, int64_t in,
+                          int64_t out) {
+    py::gil_scoped_release release;
+    gen_fast::int8_weight(dtype(bf16), at<int8_t>(blocks), at<float>(scales), at<void>(weight), in,
+                          out);
+  });
   m.def("int4_linear", [](bool bf16, Address x, Address blocks, Address bias, Address y,
                           int64_t rows, int64_t in, int64_t out) {
     py::gil_scoped_release release;

@@ -139,6 +139,11 @@ def row_cases(hidden: int, wide: int, heads: int) -> Iterator[Case]:
             f"int8 product, {rows} rows, hidden {hidden}",
             lambda q=q: triton_int8.int8_linear(*q, *weight, torch.bfloat16),
         )
+    yield Case(
+        "qlinear",
+        f"int8 matrix, hidden {hidden}",
+        lambda: triton_int8.int8_weight(weight[0], scales, torch.bfloat16),
+    )
     packed, bias = empty(*blocks_shape((2 * wide, hidden)), dtype=torch.uint8), empty(2 * wide)
     for rows in (16, 64, 4096):
         yield Case(

@@ -58,6 +58,10 @@ struct Int8Arguments {
 // y = q times the weight's transpose, times both scales, plus bias. dtype: of bias and y.
 void int8_linear(Dtype dtype, const Int8Arguments& arguments);
 
+// weight [out, in]: what blocks and scales [out] hold, its rows rotated back as rotate_rows does.
+void int8_weight(Dtype dtype, const int8_t* blocks, const float* scales, void* weight, int64_t in,
+                 int64_t out);
+
 struct RopeArguments {
   const void *grad, *x;                       // [rows, heads, size]; grad backward only
   void* out;                                  // may be x

@@ -1,6 +1,6 @@
-// Products of rows and weights of 8 bits; kernels/qlinear/int8.py has the layout of the weights. A
-// task takes some outputs for some rows: it brings the weights to the second-level cache as the
-// product reads them, and multiplies in register tiles. Sums are exact, in 32 bits.
+// Products of rows and weights of 8 bits, and those weights as a matrix; kernels/qlinear/int8.py has
+// their layout. A task takes some outputs for some rows: it brings the weights to the second-level
+// cache as the product reads them, and multiplies in register tiles. Sums are exact, in 32 bits.
 #if !defined(GEN_FAST_ISA)
 #define GEN_FAST_SOURCE "cpu/qlinear_int8.cpp"
 #define GEN_FAST_WITH_VNNI
@@ -17,11 +17,17 @@ void int8_linear(Dtype dtype, const Int8Arguments& arguments) {
   GEN_FAST_DISPATCH(int8_linear)(dtype == Dtype::bf16, arguments);
 }
 
+void int8_weight(Dtype dtype, const int8_t* blocks, const float* scales, void* weight, int64_t in,
+                 int64_t out) {
+  GEN_FAST_DISPATCH(int8_weight)(dtype == Dtype::bf16, blocks, scales, weight, in, out);
+}
+
 }  // namespace gen_fast
 
 #else
 #include "common/vector.h"
 #include "common/product.h"
+#include "common/quantize.h"
 
 namespace gen_fast::GEN_FAST_ISA {
 
@@ -172,6 +178,38 @@ static void linear(const Int8Arguments& a) {
 
 static void int8_linear(bool is_bf16, const Int8Arguments& arguments) {
   is_bf16 ? linear<bf16>(arguments) : linear<float>(arguments);
+}
+
+// One output of a panel of blocks, as a row [in].
+template <class T>
+static void put_row(const int8_t* panel, int64_t output, float scale, float* row, T* to,
+                    int64_t in) {
+  for (int64_t k = 0; k < in; k += INPUTS) {
+    const int8_t* bytes = panel + k * OUTPUTS + output * INPUTS;
+    for (int64_t i = 0; i < INPUTS; ++i) row[k + i] = bytes[i];
+  }
+  scale *= rotate(row, in);
+  int64_t k = 0;
+  for (; k + W <= in; k += W) store(to + k, load(row + k) * scale);
+  for (; k < in; ++k) assign(to + k, row[k] * scale);
+}
+
+template <class T>
+static void weight_of(const int8_t* blocks, const float* scales, T* weight, int64_t in,
+                      int64_t out) {
+  parallel_for(out, rows_worth_a_thread(in), [&](int64_t begin, int64_t end) {
+    std::vector<float> row(in);
+    for (int64_t i = begin; i < end; ++i) {
+      put_row(blocks + i / OUTPUTS * OUTPUTS * in, i % OUTPUTS, scales[i], row.data(),
+              weight + i * in, in);
+    }
+  });
+}
+
+static void int8_weight(bool is_bf16, const int8_t* blocks, const float* scales, void* weight,
+                        int64_t in, int64_t out) {
+  is_bf16 ? weight_of(blocks, scales, (bf16*)weight, in, out)
+          : weight_of(blocks, scales, (float*)weight, in, out);
 }
 
 }  // namespace gen_fast::GEN_FAST_ISA

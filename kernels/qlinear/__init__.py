@@ -5,7 +5,7 @@ from .fp8_op import FP8, fp8_linear
 from .int4 import blocks_shape, dequantize_weight, fits, quantize_weight
 from .int4_op import INT4, int4_linear, int4_linear_backward
 from .int8 import fits_int8, int8_blocks_shape, quantize_weight_int8, unpack_int8
-from .int8_op import INT8, int8_linear
+from .int8_op import INT8, WEIGHT, int8_linear, int8_weight
 from .op import OP, check_format, cpp_supports, fake_quantized, quantize_rows
 from .reference import ROTATED, rotate_rows
 
@@ -15,6 +15,7 @@ __all__ = [
     "INT8",
     "OP",
     "ROTATED",
+    "WEIGHT",
     "blocks_shape",
     "check_format",
     "cpp_supports",
@@ -29,6 +30,7 @@ __all__ = [
     "int4_linear_backward",
     "int8_blocks_shape",
     "int8_linear",
+    "int8_weight",
     "quantize_rows",
     "quantize_weight",
     "quantize_weight_fp8",

@@ -6,7 +6,7 @@ outputs by 4 inputs, output by output: what instructions that add four products 
 
 from torch import Tensor
 
-from .reference import quantize_rows
+from .op import quantize_rows
 
 OUTPUTS, INPUTS = 16, 4  # of a block
 # So many products of a byte with a sign and one without fit a sum of 32 bits.
@@ -24,12 +24,13 @@ def int8_blocks_shape(shape: tuple[int, int]) -> tuple[int, int, int]:
     return shape[0] // OUTPUTS, shape[1] // INPUTS, OUTPUTS * INPUTS
 
 
-def quantize_weight_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_weight_int8(weight: Tensor, row_format: str = "int8") -> tuple[Tensor, Tensor]:
     """Blocks [out / 16, in / 4, 64] and scales [out] float32 of a weight [out, in].
 
-    Each output is quantised as `quantize_rows` does it.
+    Each output is quantised as `quantize_rows` does it. row_format: "int8" or "int8-rotated", that
+    of the rows which the weight will meet.
     """
-    q, scale = quantize_rows(weight, "int8")
+    q, scale = quantize_rows(weight, row_format)
     tiles = q.unflatten(1, (-1, INPUTS)).unflatten(0, (-1, OUTPUTS))
     return tiles.transpose(1, 2).flatten(2).contiguous(), scale
 

@@ -1,4 +1,4 @@
-"""Schema and choice of implementation for products of rows and weights of 8 bits."""
+"""Products of rows and weights of 8 bits, such weights as a matrix: schemas and implementations."""
 
 from dataclasses import replace
 
@@ -9,6 +9,7 @@ from gen_fast.errors import OpError
 from gen_fast.ops import CPP, REFERENCE, TRITON, Case, Op, gpu, native, unsupported
 
 from . import int8
+from .reference import rotate_rows
 
 
 def _shape(blocks: Tensor) -> tuple[int, int]:
@@ -24,12 +25,7 @@ def _check(
     bias: Tensor | None,
     dtype: torch.dtype,
 ) -> None:
-    width = int8.OUTPUTS * int8.INPUTS
-    if blocks.dtype != torch.int8 or blocks.dim() != 3 or blocks.shape[2] != width:
-        raise OpError(
-            f"a weight of 8 bits is int8 [out / 16, in / 4, {width}], not {blocks.dtype} "
-            f"{list(blocks.shape)}"
-        )
+    _check_blocks(blocks)
     out, inputs = _shape(blocks)
     if q.dtype != torch.int8 or q.dim() != 2 or q.shape[1] != inputs:
         raise OpError(
@@ -37,6 +33,25 @@ def _check(
             f"{list(q.shape)}"
         )
     check_scales_and_bias(len(q), scale, out, weight_scale, bias, dtype)
+
+
+def _check_blocks(blocks: Tensor) -> None:
+    width = int8.OUTPUTS * int8.INPUTS
+    if blocks.dtype != torch.int8 or blocks.dim() != 3 or blocks.shape[2] != width:
+        raise OpError(
+            f"a weight of 8 bits is int8 [out / 16, in / 4, {width}], not {blocks.dtype} "
+            f"{list(blocks.shape)}"
+        )
+
+
+def _check_weight(blocks: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> None:
+    _check_blocks(blocks)
+    _check_scales("outputs", weight_scale, _shape(blocks)[0])
+
+
+def _check_scales(name: str, scale: Tensor, size: int) -> None:
+    if scale.dtype != torch.float32 or tuple(scale.shape) != (size,):
+        raise OpError(f"scales of {size} {name} are float32, not {scale.dtype} {list(scale.shape)}")
 
 
 def check_scales_and_bias(
@@ -48,11 +63,8 @@ def check_scales_and_bias(
     dtype: torch.dtype,
 ) -> None:
     """Raise OpError for what does not fit beside `rows` rows and a weight of `out` outputs."""
-    for name, tensor, size in (("rows", scale, rows), ("outputs", weight_scale, out)):
-        if tensor.dtype != torch.float32 or tuple(tensor.shape) != (size,):
-            raise OpError(
-                f"scales of {size} {name} are float32, not {tensor.dtype} {list(tensor.shape)}"
-            )
+    _check_scales("rows", scale, rows)
+    _check_scales("outputs", weight_scale, out)
     if bias is not None and (tuple(bias.shape) != (out,) or bias.dtype != dtype):
         raise OpError(f"a bias for {out} outputs in {dtype} is not {bias.dtype} {list(bias.shape)}")
 
@@ -66,6 +78,13 @@ INT8 = Op(
     ),
     check=_check,
     option=lambda q, scale, blocks, weight_scale, bias, dtype: str(dtype),
+)
+WEIGHT = Op(
+    "int8_weight",
+    "(Tensor blocks, Tensor weight_scale, ScalarType dtype) -> Tensor",
+    lambda blocks, weight_scale, dtype: weight_scale.new_empty(_shape(blocks), dtype=dtype),
+    check=_check_weight,
+    option=lambda blocks, weight_scale, dtype: str(dtype),
 )
 
 
@@ -84,14 +103,21 @@ def _reference(
     return (y if bias is None else y + bias).to(dtype)
 
 
+@WEIGHT.register(REFERENCE)
+def _weight_reference(blocks: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    wide = torch.promote_types(dtype, torch.float32)
+    return rotate_rows(int8.unpack_int8(blocks).to(wide) * weight_scale.unsqueeze(1)).to(dtype)
+
+
 def _triton_supports(case: Case) -> str | None:
     if case.option not in (None, *map(str, (torch.float32, torch.bfloat16, torch.float16))):
         return f"gives no {case.option}"
-    # The first argument is int8, always; the dtype that varies is the result's.
+    # Rows and blocks are int8, always; the dtype that varies is the result's.
     return gpu.supports(replace(case, dtype=torch.float32))
 
 
 INT8.register(TRITON, _triton_supports)(gpu.deferred("qlinear.triton_int8", "int8_linear"))
+WEIGHT.register(TRITON, _triton_supports)(gpu.deferred("qlinear.triton_int8", "int8_weight"))
 
 
 def _cpp_supports(case: Case) -> str | None:
@@ -129,6 +155,22 @@ def _cpu(
     return y
 
 
+@WEIGHT.register(CPP, _cpp_supports)
+def _weight_cpu(blocks: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    blocks, weight_scale = blocks.contiguous(), weight_scale.contiguous()
+    out, inputs = _shape(blocks)
+    weight = torch.empty(out, inputs, dtype=dtype)
+    native.module().int8_weight(
+        dtype == torch.bfloat16,
+        blocks.data_ptr(),
+        weight_scale.data_ptr(),
+        weight.data_ptr(),
+        inputs,
+        out,
+    )
+    return weight
+
+
 def int8_linear(
     q: Tensor,
     scale: Tensor,
@@ -149,4 +191,16 @@ def int8_linear(
     Source: Dettmers et al., arXiv 2208.07339, §2 (vector-wise quantisation).
     """
     result: Tensor = INT8(q, scale, blocks, weight_scale, bias, dtype, impl=impl)
+    return result
+
+
+def int8_weight(
+    blocks: Tensor, weight_scale: Tensor, *, dtype: torch.dtype, impl: str | None = None
+) -> Tensor:
+    """The weight [out, in] in `dtype` of which "int8-rotated" made blocks and weight_scale.
+
+    As `quantize_weight_int8` gives them; the rotation is taken back, so that the weight is for
+    rows as they are. No gradient. Raises OpError for shapes and dtypes that do not fit.
+    """
+    result: Tensor = WEIGHT(blocks, weight_scale, dtype, impl=impl)
     return result

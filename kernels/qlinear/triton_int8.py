@@ -1,4 +1,4 @@
-"""Products of rows and weights of 8 bits in Triton, from the blocks as they lie."""
+"""Products of rows and weights of 8 bits in Triton, from the blocks as they lie; the weights."""
 
 import torch
 import triton
@@ -10,6 +10,8 @@ from gen_fast.ops.gpu import Tile
 from gen_fast.ops.layout import adjacent
 
 from . import int8
+from .reference import ROTATED
+from .triton_kernel import rotated, row_columns, row_constants
 
 _OUTPUTS, _INPUTS = tl.constexpr(int8.OUTPUTS), tl.constexpr(int8.INPUTS)
 # Tiles of rows that go through all outputs before the next ones do: these rows stay in the L2 cache
@@ -55,6 +57,21 @@ def _int8_linear(
         result.to(y.dtype.element_ty),
         mask=(row < n_rows)[:, None] & inside[None, :],
     )
+
+
+@triton.jit
+def _int8_weight(
+    blocks, weight_scale, weight, size,
+    LARGEST: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    output = tl.program_id(0).to(tl.int64)
+    columns, inside = row_columns(size, PARTS, BLOCK)
+    panel = blocks + output // _OUTPUTS * (size * _OUTPUTS) + output % _OUTPUTS * _INPUTS
+    at = columns // _INPUTS * (_OUTPUTS * _INPUTS) + columns % _INPUTS
+    row = tl.load(panel + at, mask=inside, other=0).to(tl.float32) * tl.load(weight_scale + output)
+    if PARTS > 1:
+        row = rotated(row, PARTS, BLOCK)
+    tl.store(weight + output * size + columns, row.to(weight.dtype.element_ty), mask=inside)
 
 
 def tile(rows: int, outputs: int, inputs: int, warps: int, stages: int) -> Tile:
@@ -116,3 +133,12 @@ def int8_linear(
             q.stride(0),
         )
     return y
+
+
+def int8_weight(blocks: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """See `int8_op.int8_weight`."""
+    shape = len(weight_scale), blocks.shape[1] * int8.INPUTS
+    weight = weight_scale.new_empty(shape, dtype=dtype)
+    inputs = blocks.contiguous(), weight_scale.contiguous(), weight, shape[1]
+    gpu.launch_rows(_int8_weight, shape, *inputs, **row_constants(shape[1], ROTATED))
+    return weight

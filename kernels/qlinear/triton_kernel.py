@@ -27,7 +27,7 @@ def row_columns(size, PARTS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _rotated(row, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+def rotated(row, PARTS: tl.constexpr, BLOCK: tl.constexpr):
     """`rotate_rows` of a row [PARTS, BLOCK], PARTS a power of two up to 64.
 
     A step takes sums and differences of neighbours, and puts the sums before the differences: so
@@ -52,7 +52,7 @@ def store_quantized(
     among which those of NaN are above those of infinity.
     """
     if PARTS > 1:
-        row = _rotated(row, PARTS, BLOCK)
+        row = rotated(row, PARTS, BLOCK)
     bits = row.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     scale = tl.max(bits).to(tl.float32, bitcast=True) / LARGEST
     scaled = row / tl.where(scale > 0, scale, 1.0)

@@ -7,14 +7,18 @@ from torch.library import opcheck
 import gen_fast
 from gen_fast.ops.qlinear import INT8 as OP
 from gen_fast.ops.qlinear import (
+    ROTATED,
+    WEIGHT,
     fits_int8,
     int8_blocks_shape,
     int8_linear,
+    int8_weight,
     quantize_rows,
     quantize_weight_int8,
+    rotate_rows,
     unpack_int8,
 )
-from gen_fast.testing import assert_no_worse
+from gen_fast.testing import assert_no_worse, relative_error
 
 DTYPES = [torch.float32, torch.bfloat16]
 # (out, in): a block, odd numbers of blocks both ways, several tasks.
@@ -47,6 +51,30 @@ def test_a_weight_is_quantised_by_output(shape):
     assert tuple(blocks.shape) == int8_blocks_shape(shape)
     assert q.abs().amax(1).tolist() == [0 if i == 3 else 127 for i in range(shape[0])]
     assert ((q * scale.unsqueeze(1) - weight).abs() <= 0.501 * scale.unsqueeze(1)).all()
+
+
+# Of (112, 576) 64 values are rotated together, of the others 4 and 32; the first is one block.
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
+def test_the_weight_as_a_matrix(dtype, shape, device, impl):
+    if impl == "cpu" and dtype == torch.float16:
+        pytest.skip("gives no float16")
+    torch.manual_seed(0)
+    weight = torch.randn(shape)
+    blocks, scale = quantize_weight_int8(weight, ROTATED)
+    exact = rotate_rows(unpack_int8(blocks).double() * scale.double().unsqueeze(1))
+    assert relative_error(exact, weight) < 0.01
+    inputs = blocks.to(device), scale.to(device)
+    reference = int8_weight(*inputs, dtype=dtype, impl="reference")
+    assert_no_worse(int8_weight(*inputs, dtype=dtype, impl=impl), reference, exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_matrix_in_every_instruction_set(isa_level_or_vnni, dtype):
+    blocks, scale = quantize_weight_int8(torch.randn(112, 576), ROTATED)
+    exact = int8_weight(blocks, scale, dtype=torch.float64)
+    reference = int8_weight(blocks, scale, dtype=dtype, impl="reference")
+    assert_no_worse(int8_weight(blocks, scale, dtype=dtype, impl="cpu"), reference, exact)
 
 
 def test_which_sizes_fit():
@@ -157,5 +185,15 @@ def test_results_in_float64_are_the_references(forced):
         int8_linear(*example(2, (16, 4)), dtype=torch.float64, impl=forced)
 
 
+def test_scales_of_a_matrix_that_do_not_fit_are_refused():
+    blocks, scale = quantize_weight_int8(torch.randn(32, 64), ROTATED)
+    with pytest.raises(gen_fast.OpError, match="32 outputs"):
+        int8_weight(blocks, scale[1:], dtype=torch.float32)
+    with pytest.raises(gen_fast.OpError, match="uint8"):
+        int8_weight(blocks.view(torch.uint8), scale, dtype=torch.float32)
+
+
 def test_opcheck():
-    opcheck(OP.torch_op, (*example(3, (32, 64), biased=True), torch.float32))
+    inputs = example(3, (32, 64), biased=True)
+    opcheck(OP.torch_op, (*inputs, torch.float32))
+    opcheck(WEIGHT.torch_op, (*inputs[2:4], torch.float32))

@@ -1,9 +1,12 @@
 """Compile every Triton kernel to machine code, without a GPU, and report what it needs.
 
-    python bench/kernels/compile.py [--arch 80 90] [--json FILE] [--op NAME ...] [--quick]
+    python bench/kernels/compile.py [--arch 80 86 90] [--json FILE] [--op NAME ...] [--quick]
+    python bench/kernels/compile.py --table BEFORE.json AFTER.json
 
 Each op is called as the backbone calls it, on tensors without memory, and its launches are
-recorded instead of made. A row is a kernel with its registers, spilled bytes and shared memory.
+recorded instead of made. A row is a kernel with its registers, spilled bytes, shared memory and
+the programs that a multiprocessor holds of it. --table prints what two such reports say of
+attention, compiling nothing.
 """
 
 import argparse
@@ -24,9 +27,10 @@ from recording import Launch, recorded
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-# Shared memory of a thread block in bytes. An A100 has 163 KiB, but sm_80's tiles also serve sm_86,
-# 89 and 120, which have 99 (see gpu.tile_architecture).
-LIMITS = {80: 101_376, 90: 232_448}
+# Shared memory of a thread block in bytes, by architecture of the tiles (gpu.tile_architecture).
+LIMITS = {80: 166_912, 86: 101_376, 90: 232_448}
+# Warps of a multiprocessor.
+WARPS = {80: 64, 86: 48, 90: 64}
 
 TYPES = {
     torch.float32: "fp32",
@@ -40,6 +44,12 @@ TYPES = {
 }
 
 
+# Texts of attention's 4,096 rows: for the long tiles, for the short ones, and so many that a long
+# prefix goes first (attention/triton_prefix.py).
+LONG, SHORT, VERY_SHORT = 8, 64, 1024
+TEXTS = {LONG: "", SHORT: ", short", VERY_SHORT: " first, short"}
+
+
 @dataclass(frozen=True)
 class Case:
     """An op called once: every kernel that it launches is compiled."""
@@ -48,6 +58,14 @@ class Case:
     name: str
     call: Callable[[], object]
     since: int = 80  # the oldest architecture that has what it needs
+
+    def compiles_for(self, architecture: int, quick: bool) -> bool:
+        """Whether it can, and is not what another architecture's machine code shows.
+
+        Only attention has tiles of sm_86's own.
+        """
+        own = architecture != 86 or (self.op == "attention" and not quick)
+        return own and architecture >= self.since
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -61,20 +79,26 @@ def cases(quick: bool) -> Iterator[Case]:
     """
     yield from row_cases(1024, 3072, 24)
     if quick:
-        for size in (80, 256):
-            yield from attention_cases(size, torch.bfloat16, "causal", prefix=False)
-        yield from attention_cases(128, torch.bfloat16, "gem", prefix=True)
+        yield from attention_cases(80, torch.bfloat16, "causal", prefix=False)
+        yield from attention_cases(256, torch.bfloat16, "causal", prefix=False, texts=SHORT)
+        yield from attention_cases(128, torch.bfloat16, "gem", prefix=True, texts=SHORT)
+        yield from attention_cases(128, torch.bfloat16, "causal", prefix=True, texts=VERY_SHORT)
         yield from attention_cases(128, torch.bfloat16, "bidirectional", False, dropout=0.3)
         yield from attention_cases(64, torch.float32, "causal", prefix=True)
         return
     yield from row_cases(4096, 12288, 40)
-    for size in (64, 80, 96, 128, 256):
-        yield from attention_cases(size, torch.bfloat16, "causal", prefix=size in (64, 128))
-    for mask in ("bidirectional", "gem"):
-        yield from attention_cases(128, torch.bfloat16, mask, prefix=True)
+    for texts in (LONG, SHORT):
+        for size in (64, 80, 96, 128, 256):
+            yield from attention_cases(size, torch.bfloat16, "causal", size in (64, 128), texts)
+        for mask in ("bidirectional", "gem"):
+            yield from attention_cases(128, torch.bfloat16, mask, True, texts)
+        for size in (64, 128, 256):
+            yield from attention_cases(
+                size, torch.bfloat16, "bidirectional", False, texts, dropout=0.3
+            )
+        yield from attention_cases(128, torch.bfloat16, "causal", True, texts, window=4096)
     for size in (64, 128, 256):
-        yield from attention_cases(size, torch.bfloat16, "bidirectional", False, dropout=0.3)
-    yield from attention_cases(128, torch.bfloat16, "causal", prefix=True, window=4096)
+        yield from attention_cases(size, torch.bfloat16, "causal", True, texts=VERY_SHORT)
     # One text, one head and a prefix of one token: what Triton would make constants.
     yield from attention_cases(128, torch.bfloat16, "causal", prefix=True, ones=True)
     for size in (64, 128, 256):
@@ -158,13 +182,15 @@ def attention_cases(
     dtype: torch.dtype,
     mask: str,
     prefix: bool,
+    texts: int = LONG,
     window: int | None = None,
     ones: bool = False,
     dropout: float = 0.0,
 ) -> Iterator[Case]:
     from gen_fast.ops.attention import AttentionOptions, triton_backward, triton_kernel
 
-    texts, heads, kv_heads, n_prefix = (1, 1, 1, 1) if ones else (64, 16, 8, 100)
+    n_prefix = 1000 if texts == VERY_SHORT else 100
+    texts, heads, kv_heads, n_prefix = (1, 1, 1, 1) if ones else (texts, 16, 8, n_prefix)
     q, k = empty(4096, heads, size, dtype=dtype), empty(4096, kv_heads, size, dtype=dtype)
     lse = empty(4096, heads, dtype=torch.float32)
     offsets = empty(texts + 1, dtype=torch.int32)
@@ -172,7 +198,7 @@ def attention_cases(
     shared = (empty(n_prefix, kv_heads, size, dtype=dtype),) * 2 if prefix else (None, None)
     options = AttentionOptions(offsets, offsets, *shared, window, mask, blocks, dropout)
     suffix = f"{' with prefix' * prefix}{' and window' * bool(window)}{' of one' * ones}"
-    suffix += " with dropout" * (dropout > 0)
+    suffix += " with dropout" * (dropout > 0) + TEXTS[texts] * (not ones)
     name = f"{mask}{suffix}, {size}, {TYPES[dtype]}"
     yield Case("attention", f"forward, {name}", lambda: triton_kernel.attention(q, k, k, options))
     yield Case(
@@ -192,7 +218,6 @@ def compile_case(quick: bool, case: int, architecture: int) -> list[dict]:
             "op": chosen.op,
             "case": chosen.name,
             "kernel": launch.kernel.__name__.strip("_"),
-            "sm": architecture,
             **compile_launch(launch, architecture),
         }
         for launch in launches
@@ -220,8 +245,28 @@ def compile_launch(launch: Launch, architecture: int) -> dict:
                 attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(launch.kernel, signature, constexprs, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
-    return {**options, **constants_of(constants), **resources(compiled.asm["cubin"]),
-            "shared_bytes": compiled.metadata.shared}  # fmt: skip
+    return with_programs(
+        {
+            "sm": architecture,
+            **options,
+            **constants_of(constants),
+            **resources(compiled.asm["cubin"]),
+            "shared_bytes": compiled.metadata.shared,
+        }
+    )
+
+
+def with_programs(row: dict) -> dict:
+    """`row` with the programs that a multiprocessor holds at a time.
+
+    By registers, of which a warp takes 256 at a time, shared memory, of which CUDA takes 1 KiB a
+    program, and warps (CUDA C++ Programming Guide, table of technical specifications).
+    """
+    warps, sm = row.get("num_warps", 4), row["sm"]
+    registers = -(-row["registers"] // 8) * 8 * 32 * warps
+    shared = row["shared_bytes"] + 1024
+    programs = min(65536 // registers, (LIMITS[sm] + 1024) // shared, WARPS[sm] // warps)
+    return {**row, "programs": programs}
 
 
 def constants_of(constants: dict) -> dict:
@@ -241,6 +286,35 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {"registers": int(found[1]), "spilled_bytes": int(found[2]) + int(found[3])}
 
 
+def print_table(before: list[dict], after: list[dict]) -> None:
+    """Attention in bf16 under a causal mask, of each case the tile in use, as Markdown."""
+    print("| sm | kernel | head size | texts | | tile | registers | spilled | shared | programs |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    lines = {}
+    for report, rows in (("before", before), ("after", after)):
+        for row in map(with_programs, rows):
+            _, mask, *texts, size, dtype = row["case"].split(", ")
+            if not mask.startswith("causal") or dtype != "bf16" or "BLOCK_K" not in row:
+                continue
+            if mask not in ("causal", "causal with prefix", "causal with prefix first"):
+                continue
+            kernel = row["kernel"].removeprefix("attention_")
+            length = "short, prefix first" if "first" in mask else ", ".join(texts) or "long"
+            tile = f"{row['BLOCK_Q']} x {row['BLOCK_K']}, {row['num_warps']} warps"
+            # The first of a case is the one in use; of a pass of the prefix, which comes before
+            # that of the texts' own keys, the second.
+            key = (row["sm"], kernel, int(size), length, report)
+            if key not in lines or "first" in mask:
+                lines[key] = (
+                    f"| {' | '.join(map(str, key))} | {tile}, {row['num_stages']} stages |"
+                    f" {row['registers']} | {row['spilled_bytes']} |"
+                    f" {row['shared_bytes'] / 1024:.0f} KiB | {row['programs']} |"
+                )
+    order = {"queries": 1, "keys": 2}
+    for key in sorted(lines, key=lambda key: (key[0], order.get(key[1], 0), *key[2:4])):
+        print(lines[key])
+
+
 def main() -> None:
     """Compile, print a row a kernel, fail if one needs more than its architecture has."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
@@ -250,12 +324,16 @@ def main() -> None:
     parser.add_argument(
         "--quick", action="store_true", help="fewer sizes, and one tile of each kernel"
     )
+    parser.add_argument("--table", type=Path, nargs=2, metavar=("BEFORE", "AFTER"))
     args = parser.parse_args()
+    if args.table:
+        print_table(*(json.loads(path.read_text())["rows"] for path in args.table))
+        return
     jobs = [
         (i, architecture)
         for architecture in args.arch
         for i, case in enumerate(cases(args.quick))
-        if architecture >= case.since and (not args.op or case.op in args.op)
+        if case.compiles_for(architecture, args.quick) and (not args.op or case.op in args.op)
     ]
     rows = []
     with ProcessPoolExecutor() as pool:
@@ -264,7 +342,7 @@ def main() -> None:
                 print(
                     f"{row['op']:<10} {row['case']:<50} {row['kernel']:<10} sm_{row['sm']}"
                     f" {row['registers']:4d} registers {row['spilled_bytes']:5d} B spilled"
-                    f" {row['shared_bytes']:7d} B shared",
+                    f" {row['shared_bytes']:7d} B shared {row['programs']:2d} a multiprocessor",
                     flush=True,
                 )
             rows += found

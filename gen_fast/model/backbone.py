@@ -292,7 +292,8 @@ class _Pass:
         self._batch = batch
         longest = batch.longest + (0 if prefix is None else len(prefix))
         self._cos, self._sin = backbone.rotary_rows(positions, longest)
-        self._options: AttentionOptions | None = None  # of the layer before
+        # By window, and whether the queries are those of all rows.
+        self._options: dict[tuple[int | None, bool], AttentionOptions] = {}
 
     def set_dropout(self, dropout: Dropout, of_rows: float, batch: PackedBatch) -> None:
         """of_rows: what the update drops of its inputs. batch: the one that is run."""
@@ -373,11 +374,12 @@ class _Pass:
         return self._linear(i, "out", mixed.flatten(1))
 
     def _options_of(self, i: int, cu_queries: Tensor) -> AttentionOptions:
-        """Layers that can share their options do."""
+        """Layers that can share their options do, and what is made of them once a batch."""
         window = None if self._mask == "bidirectional" else self._config.windows[i]
-        options = self._options
-        if options is None or options.window != window or options.cu_seqlens_q is not cu_queries:
-            options = AttentionOptions(
+        kind = window, cu_queries is self._batch.cu_seqlens
+        options = self._options.get(kind)
+        if options is None:
+            options = self._options[kind] = AttentionOptions(
                 cu_queries,
                 self._batch.cu_keys,
                 window=window,
@@ -387,7 +389,6 @@ class _Pass:
             )
         if self._prefix is not None:
             options = options.with_prefix(*self._prefix.layers[i])
-        self._options = options
         return options.with_layer(i)
 
     def _qkv(self, i: int, normed: Rows) -> tuple[Tensor, Tensor, Tensor]:

@@ -155,12 +155,15 @@ def _autotuned(kernel: Any, key: tuple[str, ...], configs: tuple[Any, ...]) -> A
 
 
 def tile_architecture(device: torch.device) -> int:
-    """Whose pinned tiles fit `device`: 90's where a block has 227 KiB of shared memory, else 80's.
+    """Whose pinned tiles fit `device`, by the shared memory that a block can have.
 
-    Those need less than 99 KiB, which all others since sm_80 have (CUDA C++ Programming Guide,
-    table of technical specifications by compute capability).
+    90's need up to 227 KiB, 80's up to 163 KiB, 86's up to 99 KiB, which all others since sm_80
+    have (CUDA C++ Programming Guide, table of technical specifications by compute capability).
     """
-    return 90 if architecture(device) in (90, 100, 103) else 80
+    own = architecture(device)
+    if own in (90, 100, 103):
+        return 90
+    return 80 if own in (80, 87) else 86
 
 
 def architecture(device: torch.device) -> int:

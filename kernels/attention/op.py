@@ -153,6 +153,7 @@ def _cpp_backward(dout: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, options = inputs
+    ctx.batch = options.batch
     ctx.window, ctx.mask = options.window, options.mask
     # What is dropped is chosen anew from these.
     ctx.dropout, ctx.seed, ctx.layer = options.dropout, options.seed, options.layer
@@ -185,7 +186,7 @@ def _gradient(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         ctx.seed,
         ctx.layer,
         text_keys,
-    )
+    ).with_batch(ctx.batch)
     dq, dk, dv = BACKWARD.in_backward(ctx, dout.contiguous(), *tensors, options)
     return dq, dk, dv, None
 

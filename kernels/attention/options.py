@@ -1,5 +1,6 @@
 """What attention is computed over, beside q, k and v."""
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +58,7 @@ class AttentionOptions:
     the same is to be dropped; by default its place in the batch."""
 
     def __post_init__(self) -> None:
+        self.__dict__["_batch"] = {}
         _check_cu_seqlens(self.cu_seqlens_q, self.cu_seqlens_q.numel())
         if self.cu_seqlens_k is not self.cu_seqlens_q:
             _check_cu_seqlens(self.cu_seqlens_k, self.cu_seqlens_q.numel())
@@ -111,11 +113,14 @@ class AttentionOptions:
         other._check_prefix()
         return other
 
+    def without_prefix(self) -> "AttentionOptions":
+        """The same of the texts' own keys alone."""
+        return self._with(prefix_k=None, prefix_v=None)
+
     def with_layer(self, layer: int) -> "AttentionOptions":
         """The same for another layer, whose dropout is its own. Without dropout, `self`."""
         if not self.dropout:
             return self
-        _ = self.text_words  # made once for all layers
         other = self._with(layer=layer)
         other._check_layer()
         return other
@@ -125,6 +130,26 @@ class AttentionOptions:
         other.__dict__.update(self.__dict__, **fields)
         other.__dict__.pop("_cpp", None)
         return other
+
+    @property
+    def batch(self) -> dict[Hashable, Any]:
+        """What is made once for all layers of a batch, by name, see `once_a_batch`."""
+        batch: dict[Hashable, Any] = self.__dict__["_batch"]
+        return batch
+
+    def once_a_batch(self, name: Hashable, make: Callable[[], Any]) -> Any:
+        """What `make()` gives, the first time; it may read nothing but lengths and text keys.
+
+        Options that `with_prefix` and `with_layer` give keep it together.
+        """
+        batch = self.batch
+        if name not in batch:
+            batch[name] = make()
+        return batch[name]
+
+    def with_batch(self, batch: dict[Hashable, Any]) -> "AttentionOptions":
+        """The same, keeping together with `batch`, of other options of the same texts."""
+        return self._with(_batch=batch)
 
     @property
     def texts(self) -> int:
@@ -143,11 +168,12 @@ class AttentionOptions:
         """The text keys as the kernels read them, [B] int32; None without dropout."""
         if not self.dropout:
             return None
-        words: Tensor | None = self.__dict__.get("_text_words")
-        if words is None:
+
+        def make() -> Tensor:
             device, keys = self.cu_seqlens_q.device, self.text_keys
-            words = torch.arange(self.texts, device=device) if keys is None else keys
-            words = self.__dict__["_text_words"] = words_of(words)
+            return words_of(torch.arange(self.texts, device=device) if keys is None else keys)
+
+        words: Tensor = self.once_a_batch("text words", make)
         return words
 
     @property

@@ -5,6 +5,8 @@ gradient of q, and stores delta = sum(out · dout) on the way; the other goes ov
 text's own keys for those of k and v, reading delta. The prefix is frozen: it gets no gradient.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -22,13 +24,11 @@ from .triton_kernel import (
     dropout_arguments,
     kept_keys,
     load_rows,
-    padded,
-    pinned,
     rows_to_store,
     seen_keys,
-    text_of_tile,
-    tile,
 )
+from .triton_prefix import Pass, passes
+from .triton_tiles import Tiles, first_tile, padded, pinned, tile, tile_count, tile_texts
 
 
 @triton.jit
@@ -62,16 +62,18 @@ def _query_gradient(
 
 @triton.jit(do_not_specialize=gpu.PER_BATCH)
 def _attention_queries(
-    dout, q, k, v, prefix_k, prefix_v, blocks, out, lse, delta, dq, cu_seqlens_q, cu_seqlens_k,
-    n_rows, n_texts, n_prefix, q_stride, k_stride, v_stride, prefix_k_stride, prefix_v_stride,
-    heads, scale, window, text_keys, seed, layer, first_kept, kept_scale,
+    dout, q, k, v, prefix_k, prefix_v, blocks, out, lse, delta, dq, tile_texts, cu_seqlens_q,
+    cu_seqlens_k, n_rows, n_texts, n_prefix, q_stride, k_stride, v_stride, prefix_k_stride,
+    prefix_v_stride, heads, scale, window, text_keys, seed, layer, first_kept, kept_scale,
     MASK: tl.constexpr, HAS_PREFIX: tl.constexpr, HAS_WINDOW: tl.constexpr, DROPOUT: tl.constexpr,
-    GROUP: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    RESUMED: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    """RESUMED: dq holds the share of other keys, to which this is added."""
     kv_head = tl.program_id(1)
-    text, tile = text_of_tile(tl.program_id(0), cu_seqlens_q, n_texts, GROUP, BLOCK_Q)
+    text = tl.load(tile_texts + tl.program_id(0))
     q_start = tl.load(cu_seqlens_q + text)
+    tile = tl.program_id(0) - first_tile(text, q_start, GROUP, BLOCK_Q)
     n_query = tl.load(cu_seqlens_q + text + 1) - q_start
     k_start = tl.load(cu_seqlens_k + text).to(tl.int64)
     n_key = tl.load(cu_seqlens_k + text + 1) - k_start.to(tl.int32)
@@ -103,7 +105,11 @@ def _attention_queries(
     mass = tl.load(lse + at, mask=inside, other=0.0) * 1.4426950408889634
     shift = tl.sum(dout_tile.to(tl.float32) * out_tile.to(tl.float32), 1)  # [BLOCK_Q]
     tl.store(delta + at, shift, mask=inside)
+    # Scores are in powers of two: scale · ln 2 is 1/√D.
+    root = scale * 0.6931471805599453
     dq_sum = tl.zeros([BLOCK_Q, D_PADDED], tl.float32)
+    if RESUMED:
+        dq_sum += load_rows(dq, q_rows, heads * D, head, q_end, D, D_PADDED).to(tl.float32) / root
 
     earliest = n_key - n_query + tile * BLOCK_Q // GROUP
     latest = n_key - n_query + (tile * BLOCK_Q + BLOCK_Q - 1) // GROUP
@@ -126,25 +132,25 @@ def _attention_queries(
         kv_head, scale, window, first, after, seed, layer_head, text_key, first_kept, kept_scale,
         MASK, HAS_WINDOW, DROPOUT, D, D_PADDED, BLOCK_Q, BLOCK_K,
     )  # fmt: skip
-    # Scores were in powers of two: scale · ln 2 is 1/√D.
-    dq_sum = tl.where(inside[:, None], dq_sum * (scale * 0.6931471805599453), 0.0)
+    dq_sum = tl.where(inside[:, None], dq_sum * root, 0.0)
     tl.store(dq + at[:, None] * D + column[None, :], dq_sum.to(dq.dtype.element_ty), mask=within)
 
 
 @triton.jit(do_not_specialize=gpu.PER_BATCH)
 def _attention_keys(
-    dout, q, k, v, blocks, lse, delta, dk, dv, cu_seqlens_q, cu_seqlens_k, n_rows, n_texts,
-    q_stride, k_stride, v_stride, heads, scale, window, text_keys, seed, layer, first_kept,
+    dout, q, k, v, blocks, lse, delta, dk, dv, tile_texts, cu_seqlens_q, cu_seqlens_k, n_rows,
+    n_texts, q_stride, k_stride, v_stride, heads, scale, window, text_keys, seed, layer, first_kept,
     kept_scale,
     MASK: tl.constexpr, HAS_WINDOW: tl.constexpr, DROPOUT: tl.constexpr, GROUP: tl.constexpr,
     D: tl.constexpr, D_PADDED: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     kv_head = tl.program_id(1)
-    text, tile = text_of_tile(tl.program_id(0), cu_seqlens_k, n_texts, 1, BLOCK_K)
+    text = tl.load(tile_texts + tl.program_id(0))
     q_start = tl.load(cu_seqlens_q + text)
     n_query = tl.load(cu_seqlens_q + text + 1) - q_start
     k_start = tl.load(cu_seqlens_k + text)
     n_key = tl.load(cu_seqlens_k + text + 1) - k_start
+    tile = tl.program_id(0) - first_tile(text, k_start, 1, BLOCK_K)
     key = tile * BLOCK_K + tl.arange(0, BLOCK_K)  # [BLOCK_K]
     k_rows = k_start + key
     column = tl.arange(0, D_PADDED)
@@ -220,34 +226,77 @@ def _attention_keys(
     tl.store(dv + at, dv_tile, mask=within)
 
 
-# Best first; keys: padded head size. The accumulators take the registers: tiles are half those
-# of the forward pass.
-_TILES = {
+# As in triton_kernel.py, and half as large: the accumulators take the registers.
+_QUERY_TILES = {
     80: {
-        64: (tile(32, 64, 4, 2), tile(64, 32, 4, 2)),
-        128: (tile(64, 64, 8, 1), tile(64, 32, 8, 2)),
-        256: (tile(32, 32, 8, 1), tile(16, 32, 4, 1)),
+        64: Tiles.of_any_length(tile(64, 32, 4, 2)),
+        128: Tiles(short=(tile(64, 32, 4, 2),), long=(tile(64, 64, 8, 1), tile(64, 64, 8, 2))),
+        256: Tiles(short=(tile(32, 32, 4, 1),), long=(tile(32, 32, 8, 1),)),
+    },
+    86: {
+        64: Tiles.of_any_length(tile(64, 32, 4, 2)),
+        128: Tiles(short=(tile(32, 32, 4, 2),), long=(tile(64, 64, 8, 1), tile(64, 64, 8, 2))),
+        256: Tiles(short=(tile(16, 32, 4, 1),), long=(tile(32, 32, 8, 1),)),
     },
     90: {
-        64: (tile(64, 64, 4, 3), tile(64, 64, 8, 2)),
-        128: (tile(64, 64, 8, 2), tile(32, 64, 8, 2)),
-        256: (tile(32, 32, 8, 2), tile(32, 32, 8, 1)),
+        64: Tiles(short=(tile(64, 64, 4, 2),), long=(tile(64, 64, 4, 3), tile(64, 64, 8, 2))),
+        128: Tiles(
+            short=(tile(64, 64, 4, 2), tile(64, 32, 4, 2)),
+            long=(tile(64, 64, 8, 2), tile(64, 64, 4, 2)),
+        ),
+        256: Tiles(short=(tile(32, 32, 4, 2),), long=(tile(32, 32, 8, 2),)),
     },
 }
-# Words of the generator take registers: of the tiles above, those that do not spill beside them.
-_TILES_DROPOUT = {
-    80: {**_TILES[80], 64: (tile(64, 32, 4, 2),), 256: (tile(32, 32, 8, 1),)},
-    90: {**_TILES[90], 128: (tile(64, 64, 8, 2),), 256: (tile(32, 32, 8, 1),)},
+_QUERY_TILES_DROPOUT = _QUERY_TILES
+_KEY_TILES = {
+    80: {
+        64: Tiles(short=(tile(64, 32, 4, 2),), long=(tile(32, 64, 4, 2),)),
+        128: Tiles(short=(tile(32, 32, 4, 1),), long=(tile(64, 64, 8, 1), tile(64, 64, 8, 2))),
+        256: Tiles(short=(tile(16, 32, 4, 1),), long=(tile(32, 32, 8, 1),)),
+    },
+    86: {
+        64: Tiles(short=(tile(64, 32, 4, 2),), long=(tile(32, 64, 4, 2),)),
+        128: Tiles(short=(tile(32, 32, 4, 1),), long=(tile(64, 64, 8, 1), tile(64, 64, 8, 2))),
+        256: Tiles(short=(tile(16, 16, 4, 1),), long=(tile(32, 32, 8, 1),)),
+    },
+    90: {
+        64: Tiles(short=(tile(32, 64, 4, 3),), long=(tile(64, 64, 4, 3), tile(64, 64, 8, 2))),
+        128: Tiles(short=(tile(32, 64, 4, 2),), long=(tile(64, 64, 8, 2), tile(32, 64, 8, 2))),
+        256: Tiles(short=(tile(16, 32, 4, 1),), long=(tile(32, 32, 8, 2), tile(32, 32, 8, 1))),
+    },
+}
+_KEY_TILES_DROPOUT = {
+    80: {
+        64: Tiles.of_any_length(tile(64, 32, 4, 2)),
+        128: Tiles(short=(tile(32, 32, 4, 1),), long=(tile(64, 64, 8, 1),)),
+        256: Tiles(short=(tile(16, 16, 4, 1),), long=(tile(32, 32, 8, 1),)),
+    },
+    86: {
+        64: Tiles.of_any_length(tile(64, 32, 4, 2)),
+        128: Tiles(short=(tile(32, 32, 4, 1),), long=(tile(64, 64, 8, 1),)),
+        256: Tiles(short=(tile(16, 16, 4, 1),), long=(tile(32, 32, 8, 1),)),
+    },
+    90: {
+        64: Tiles(short=(tile(32, 64, 4, 3),), long=(tile(64, 64, 4, 3),)),
+        128: Tiles(short=(tile(16, 64, 4, 2),), long=(tile(64, 64, 8, 2),)),
+        256: Tiles(short=(tile(16, 16, 4, 1),), long=(tile(32, 32, 8, 1),)),
+    },
 }
 _TILES_FLOAT32 = {
-    64: (tile(32, 32, 4, 1),),
-    128: (tile(16, 32, 4, 1),),
-    256: (tile(16, 16, 4, 1),),
+    64: Tiles.of_any_length(tile(32, 32, 4, 1)),
+    128: Tiles.of_any_length(tile(16, 32, 4, 1)),
+    256: Tiles.of_any_length(tile(16, 16, 4, 1)),
 }
 
 
-def _tiles(q: Tensor, options: AttentionOptions) -> tuple[Tile, ...]:
-    return pinned(q, _TILES_DROPOUT if options.dropout else _TILES, _TILES_FLOAT32)
+def _query_tiles(q: Tensor, options: AttentionOptions, rows: int) -> tuple[Tile, ...]:
+    half = _QUERY_TILES_DROPOUT if options.dropout else _QUERY_TILES
+    return pinned(q, half, _TILES_FLOAT32, rows, options.texts)
+
+
+def _key_tiles(k: Tensor, options: AttentionOptions) -> tuple[Tile, ...]:
+    half = _KEY_TILES_DROPOUT if options.dropout else _KEY_TILES
+    return pinned(k, half, _TILES_FLOAT32, len(k), options.texts)
 
 
 def attention_backward(
@@ -261,27 +310,38 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v; `out` and `lse` are the results of the forward pass."""
     dout, q, k, v = dout.contiguous(), dense_rows(q), dense_rows(k), dense_rows(v)
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    if not len(q) or not options.texts:
+        return dq.zero_(), dk.zero_(), dv.zero_()
+    delta = torch.empty_like(lse)
+    tiles = _query_tiles(q, options, q.shape[0] * q.shape[1] // k.shape[1])
+    for keys in passes(q, k, v, options, tiles[0].blocks["BLOCK_Q"]):
+        _run_queries(dout, q, keys, out, lse, delta, dq)
+    _run_keys(dout, q, k, v, options, lse, delta, dk, dv)
+    return dq, dk, dv
+
+
+def _run_queries(
+    dout: Tensor,
+    q: Tensor,
+    keys: Pass,
+    out: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    dq: Tensor,
+) -> None:
+    """Fill delta, and dq or add to it."""
+    k, v, options, resumed = keys
     rows, heads, size = q.shape
     texts, kv_heads = options.texts, k.shape[1]
-    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-    if not rows or not texts:
-        return dq.zero_(), dk.zero_(), dv.zero_()
-    delta, blocks = torch.empty_like(lse), dense_blocks(options.blocks)
     prefix_k, prefix_v = options.prefix or (k, v)
-    group, dropout = heads // kv_heads, dropout_arguments(options)
-    shared = {
-        "MASK": options.mask,
-        "HAS_WINDOW": options.window is not None,
-        "DROPOUT": options.dropout > 0,
-        "GROUP": group,
-        "D": size,
-        "D_PADDED": padded(size),
-    }
-    scale = LOG2_E * size**-0.5
+    group = heads // kv_heads
+    tiles = _query_tiles(q, options, rows * group)
+    block = tiles[0].blocks["BLOCK_Q"]
     gpu.launch_tiled(
         _attention_queries,
-        lambda constants: (rows * group // constants["BLOCK_Q"] + texts, kv_heads),
-        _tiles(q, options),
+        lambda constants: (tile_count(rows, texts, group, block), kv_heads),
+        tiles,
         ("GROUP", "D"),
         dout,
         q,
@@ -289,11 +349,12 @@ def attention_backward(
         v,
         prefix_k,
         prefix_v,
-        blocks,
+        dense_blocks(options.blocks),
         out,
         lse,
         delta,
         dq,
+        tile_texts(options, options.cu_seqlens_q, rows, group, block),
         options.cu_seqlens_q,
         options.cu_seqlens_k,
         rows,
@@ -305,37 +366,69 @@ def attention_backward(
         prefix_k.stride(0),
         prefix_v.stride(0),
         heads,
-        scale,
+        LOG2_E * size**-0.5,
         options.window or 0,
-        *dropout,
+        *dropout_arguments(options),
         HAS_PREFIX=options.prefix_k is not None,
-        **shared,
+        RESUMED=resumed,
+        **_constants(q, options, group),
     )
+
+
+def _run_keys(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    options: AttentionOptions,
+    lse: Tensor,
+    delta: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+) -> None:
+    """Fill dk and dv."""
+    rows, kv_heads, size = k.shape
+    heads, texts = q.shape[1], options.texts
+    group = heads // kv_heads
+    tiles = _key_tiles(k, options)
+    block = tiles[0].blocks["BLOCK_K"]
     gpu.launch_tiled(
         _attention_keys,
-        lambda constants: (len(k) // constants["BLOCK_K"] + texts, kv_heads),
-        _tiles(q, options),
+        lambda constants: (tile_count(rows, texts, 1, block), kv_heads),
+        tiles,
         ("GROUP", "D"),
         dout,
         q,
         k,
         v,
-        blocks,
+        dense_blocks(options.blocks),
         lse,
         delta,
         dk,
         dv,
+        tile_texts(options, options.cu_seqlens_k, rows, 1, block),
         options.cu_seqlens_q,
         options.cu_seqlens_k,
-        len(k),
+        rows,
         texts,
         q.stride(0),
         k.stride(0),
         v.stride(0),
         heads,
-        scale,
+        LOG2_E * size**-0.5,
         options.window or 0,
-        *dropout,
-        **shared,
+        *dropout_arguments(options),
+        **_constants(q, options, group),
     )
-    return dq, dk, dv
+
+
+def _constants(q: Tensor, options: AttentionOptions, group: int) -> dict[str, Any]:
+    """What both kernels are compiled for."""
+    return {
+        "MASK": options.mask,
+        "HAS_WINDOW": options.window is not None,
+        "DROPOUT": options.dropout > 0,
+        "GROUP": group,
+        "D": q.shape[2],
+        "D_PADDED": padded(q.shape[2]),
+    }

@@ -2,25 +2,24 @@
 
 A tile holds BLOCK_Q rows of one text and one key/value head. A row is a (position, query head)
 pair, the heads of the group side by side, so that short texts and few queries still fill a tile
-and keys are read once a group. Text i owns the tiles from rows(i)//BLOCK_Q + i on, where rows(i)
-counts the rows before it: enough for its own, increasing in i, and known without a host sync.
+and keys are read once a group. Which text a tile is of says a table: triton_tiles.py.
 """
 
 import math
-from collections.abc import Mapping
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from gen_fast.errors import OpError
 from gen_fast.ops import gpu
 from gen_fast.ops.dropout.triton_kernel import kept
 from gen_fast.ops.gpu import Tile
 from gen_fast.ops.layout import dense_rows
 
 from .options import AttentionOptions
+from .triton_prefix import Pass, passes
+from .triton_tiles import Tiles, first_tile, padded, pinned, tile, tile_count, tile_texts
 
 LOG2_E = math.log2(math.e)
 
@@ -35,21 +34,6 @@ def dot(a, b):
     if _INTERPRETED:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, input_precision="ieee")
-
-
-@triton.jit
-def text_of_tile(tile, cu_seqlens, n_texts, GROUP: tl.constexpr, BLOCK: tl.constexpr):
-    """The text that owns a tile, by bisection, and the tile's number within it."""
-    low = 0
-    high = n_texts
-    while high - low > 1:
-        middle = (low + high) // 2
-        first = tl.load(cu_seqlens + middle) * GROUP // BLOCK + middle
-        if first <= tile:
-            low = middle
-        else:
-            high = middle
-    return low, tile - (tl.load(cu_seqlens + low) * GROUP // BLOCK + low)
 
 
 @triton.jit
@@ -151,16 +135,18 @@ def _attend(
 
 @triton.jit(do_not_specialize=gpu.PER_BATCH)
 def _attention_forward(
-    q, k, v, prefix_k, prefix_v, blocks, out, lse, cu_seqlens_q, cu_seqlens_k,
+    q, k, v, prefix_k, prefix_v, blocks, out, lse, tile_texts, cu_seqlens_q, cu_seqlens_k,
     n_rows, n_texts, n_prefix, q_stride, k_stride, v_stride, prefix_k_stride, prefix_v_stride,
     heads, scale, window, text_keys, seed, layer, first_kept, kept_scale,
     MASK: tl.constexpr, HAS_PREFIX: tl.constexpr, HAS_WINDOW: tl.constexpr, DROPOUT: tl.constexpr,
-    GROUP: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    RESUMED: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    """RESUMED: out and lse hold the results of other keys, which are to be counted as well."""
     kv_head = tl.program_id(1)
-    text, tile = text_of_tile(tl.program_id(0), cu_seqlens_q, n_texts, GROUP, BLOCK_Q)
+    text = tl.load(tile_texts + tl.program_id(0))
     q_start = tl.load(cu_seqlens_q + text)
+    tile = tl.program_id(0) - first_tile(text, q_start, GROUP, BLOCK_Q)
     n_query = tl.load(cu_seqlens_q + text + 1) - q_start
     k_start = tl.load(cu_seqlens_k + text).to(tl.int64)
     n_key = tl.load(cu_seqlens_k + text + 1) - k_start.to(tl.int32)
@@ -186,9 +172,15 @@ def _attention_forward(
 
     position = n_key - n_query + query
     q_tile = load_rows(q, q_rows, q_stride, head, q_start + n_query, D, D_PADDED)
+    inside = query < n_query
     acc = tl.zeros([BLOCK_Q, D_PADDED], tl.float32)
     mass = tl.zeros([BLOCK_Q], tl.float32)
     peak = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    if RESUMED:
+        # All other keys together are as one whose score is their lse and whose value is their out.
+        acc = load_rows(out, q_rows, heads * D, head, q_start + n_query, D, D_PADDED).to(tl.float32)
+        mass += 1.0
+        peak = tl.load(lse + at, mask=inside, other=0.0) / (scale * 0.6931471805599453)
 
     earliest = n_key - n_query + tile * BLOCK_Q // GROUP
     latest = n_key - n_query + (tile * BLOCK_Q + BLOCK_Q - 1) // GROUP
@@ -233,7 +225,6 @@ def _attention_forward(
         MASK, HAS_WINDOW, DROPOUT, D, D_PADDED, BLOCK_Q, BLOCK_K,
     )  # fmt: skip
 
-    inside = query < n_query
     mass = tl.where(inside, mass, 1.0)  # rows beyond the text may have seen nothing
     if DROPOUT:
         acc *= kept_scale
@@ -246,34 +237,50 @@ def _attention_forward(
     tl.store(lse + at, tl.where(inside, total, 0.0), mask=stored)
 
 
-def tile(block_q: int, block_k: int, warps: int, stages: int) -> Tile:
-    """Rows of queries and keys that a program holds at a time, and how they are worked on."""
-    return Tile({"BLOCK_Q": block_q, "BLOCK_K": block_k}, warps, stages)
-
-
-# Best first. Keys: padded head size; sm_90 has shared memory for deeper pipelines.
+# By architecture and padded head size. Of the short tiles two programs fit a multiprocessor, and
+# none spills. The short ones are a guess, not measured.
 _TILES = {
     80: {
-        64: (tile(128, 64, 8, 3), tile(64, 64, 4, 3)),
-        128: (tile(128, 32, 8, 3), tile(64, 32, 4, 2)),
-        256: (tile(64, 32, 8, 2), tile(64, 64, 8, 1)),
+        64: Tiles(short=(tile(64, 64, 4, 3),), long=(tile(128, 64, 8, 3),)),
+        128: Tiles(short=(tile(64, 32, 4, 2),), long=(tile(128, 32, 8, 3),)),
+        256: Tiles(short=(tile(32, 32, 4, 2),), long=(tile(64, 32, 8, 2), tile(64, 64, 8, 1))),
+    },
+    86: {
+        64: Tiles(short=(tile(64, 64, 4, 3),), long=(tile(128, 64, 8, 3),)),
+        128: Tiles(short=(tile(64, 32, 4, 2),), long=(tile(128, 32, 8, 3),)),
+        256: Tiles(short=(tile(32, 32, 4, 1),), long=(tile(64, 32, 8, 2), tile(64, 64, 8, 1))),
     },
     90: {
-        64: (tile(128, 128, 8, 3), tile(64, 64, 4, 3)),
-        128: (tile(128, 64, 8, 3), tile(64, 64, 4, 2)),
-        256: (tile(64, 64, 8, 2), tile(128, 32, 8, 2)),
+        64: Tiles(short=(tile(64, 64, 4, 3),), long=(tile(128, 128, 8, 3), tile(128, 64, 8, 3))),
+        128: Tiles(
+            short=(tile(64, 64, 4, 2), tile(64, 32, 4, 3)),
+            long=(tile(128, 64, 8, 3), tile(128, 64, 8, 2)),
+        ),
+        256: Tiles(short=(tile(32, 32, 4, 2),), long=(tile(64, 64, 8, 2), tile(64, 32, 8, 2))),
     },
 }
-# Words of the generator take registers: of the tiles above, those that do not spill beside them.
+# Words of the generator take registers: tiles that do not spill beside them.
 _TILES_DROPOUT = {
-    80: {**_TILES[80], 128: (tile(128, 32, 8, 3),), 256: (tile(64, 32, 8, 2),)},
-    90: {**_TILES[90], 256: (tile(64, 32, 8, 2),)},
+    80: {
+        **_TILES[80],
+        128: Tiles(short=(tile(64, 32, 4, 3),), long=(tile(128, 32, 8, 3),)),
+        256: Tiles(short=(tile(32, 32, 4, 2),), long=(tile(64, 32, 8, 2),)),
+    },
+    86: {
+        **_TILES[86],
+        128: Tiles(short=(tile(32, 32, 4, 2),), long=(tile(128, 32, 8, 3),)),
+        256: Tiles(short=(tile(32, 32, 4, 1),), long=(tile(64, 32, 8, 2),)),
+    },
+    90: {
+        **_TILES[90],
+        256: Tiles(short=(tile(32, 32, 4, 2),), long=(tile(64, 32, 8, 2),)),
+    },
 }
 # Four bytes an element leave room for small tiles only, and there are no float32 tensor cores.
 _TILES_FLOAT32 = {
-    64: (tile(64, 32, 4, 2),),
-    128: (tile(32, 16, 4, 2),),
-    256: (tile(16, 16, 4, 2),),
+    64: Tiles.of_any_length(tile(64, 32, 4, 2)),
+    128: Tiles.of_any_length(tile(32, 16, 4, 2)),
+    256: Tiles.of_any_length(tile(16, 16, 4, 2)),
 }
 
 
@@ -290,41 +297,38 @@ def dropout_arguments(options: AttentionOptions) -> tuple[Tensor | int | float |
     return words, options.seed, options.layer, options.first_kept, options.kept_scale
 
 
-def padded(size: int) -> int:
-    """The head size in the tiles: 64, 128 or 256, so that few shapes are compiled and tuned."""
-    return max(64, gpu.power_of_two(size))
-
-
-Tiles = Mapping[int, tuple[Tile, ...]]  # by padded head size
-
-
-def pinned(q: Tensor, half: Mapping[int, Tiles], float32: Tiles) -> tuple[Tile, ...]:
-    """The tiles for q's dtype, head size and GPU, best first. OpError for a head size too large."""
-    size = padded(q.shape[2])
-    if size not in float32:
-        raise OpError(f"the Triton kernels take heads of up to {max(float32)}, not {q.shape[2]}")
-    return (float32 if q.dtype == torch.float32 else half[gpu.tile_architecture(q.device)])[size]
-
-
-def _tiles(q: Tensor, options: AttentionOptions) -> tuple[Tile, ...]:
-    return pinned(q, _TILES_DROPOUT if options.dropout else _TILES, _TILES_FLOAT32)
+def _tiles(q: Tensor, options: AttentionOptions, rows: int) -> tuple[Tile, ...]:
+    half = _TILES_DROPOUT if options.dropout else _TILES
+    return pinned(q, half, _TILES_FLOAT32, rows, options.texts)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> tuple[Tensor, Tensor]:
     """See `op.attention`; also returns the log-sum-exp [Tq, H] of the scores, float32."""
     q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
     rows, heads, size = q.shape
-    texts, kv_heads = options.texts, k.shape[1]
     out = q.new_empty(rows, heads, size)
     lse = q.new_empty(rows, heads, dtype=torch.float32)
-    if not rows or not texts:
+    if not rows or not options.texts:
         return out.zero_(), lse.zero_()
+    block_q = _tiles(q, options, rows * heads // k.shape[1])[0].blocks["BLOCK_Q"]
+    for keys in passes(q, k, v, options, block_q):
+        _run(q, keys, out, lse)
+    return out, lse
+
+
+def _run(q: Tensor, keys: Pass, out: Tensor, lse: Tensor) -> None:
+    """Fill out and lse, or add to them."""
+    k, v, options, resumed = keys
+    rows, heads, size = q.shape
+    texts, kv_heads = options.texts, k.shape[1]
     prefix_k, prefix_v = options.prefix or (k, v)
     group = heads // kv_heads
+    tiles = _tiles(q, options, rows * group)
+    block = tiles[0].blocks["BLOCK_Q"]
     gpu.launch_tiled(
         _attention_forward,
-        lambda constants: (rows * group // constants["BLOCK_Q"] + texts, kv_heads),
-        _tiles(q, options),
+        lambda constants: (tile_count(rows, texts, group, block), kv_heads),
+        tiles,
         ("GROUP", "D"),
         q,
         k,
@@ -334,6 +338,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> tup
         dense_blocks(options.blocks),
         out,
         lse,
+        tile_texts(options, options.cu_seqlens_q, rows, group, block),
         options.cu_seqlens_q,
         options.cu_seqlens_k,
         rows,
@@ -352,8 +357,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> tup
         HAS_PREFIX=options.prefix_k is not None,
         HAS_WINDOW=options.window is not None,
         DROPOUT=options.dropout > 0,
+        RESUMED=resumed,
         GROUP=group,
         D=size,
         D_PADDED=padded(size),
     )
-    return out, lse

@@ -81,12 +81,14 @@ def tile(rows: int, outputs: int, inputs: int, warps: int, stages: int) -> Tile:
 
 # By architecture and by the most rows that they are for; best first. Sums are exact, so that no
 # result depends on the tile. A guess, not measured.
+_TILES_86 = {
+    16: (tile(16, 32, 256, 4, 4), tile(16, 64, 128, 4, 4)),
+    64: (tile(64, 64, 128, 4, 4), tile(64, 64, 64, 4, 4)),
+    None: (tile(128, 128, 64, 8, 4), tile(128, 64, 64, 4, 4)),
+}
 _TILES = {
-    80: {
-        16: (tile(16, 32, 256, 4, 4), tile(16, 64, 128, 4, 4)),
-        64: (tile(64, 64, 128, 4, 4), tile(64, 64, 64, 4, 4)),
-        None: (tile(128, 128, 64, 8, 4), tile(128, 64, 64, 4, 4)),
-    },
+    80: _TILES_86,
+    86: _TILES_86,
     90: {
         16: (tile(16, 32, 256, 4, 5), tile(16, 64, 256, 4, 4)),
         64: (tile(64, 64, 128, 4, 4), tile(64, 128, 128, 4, 4)),

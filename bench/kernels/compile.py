@@ -189,7 +189,7 @@ def attention_cases(
 ) -> Iterator[Case]:
     from gen_fast.ops.attention import AttentionOptions, triton_backward, triton_kernel
 
-    n_prefix = 1000 if texts == VERY_SHORT else 100
+    n_prefix, length = (1000 if texts == VERY_SHORT else 100), TEXTS[texts]
     texts, heads, kv_heads, n_prefix = (1, 1, 1, 1) if ones else (texts, 16, 8, n_prefix)
     q, k = empty(4096, heads, size, dtype=dtype), empty(4096, kv_heads, size, dtype=dtype)
     lse = empty(4096, heads, dtype=torch.float32)
@@ -198,7 +198,7 @@ def attention_cases(
     shared = (empty(n_prefix, kv_heads, size, dtype=dtype),) * 2 if prefix else (None, None)
     options = AttentionOptions(offsets, offsets, *shared, window, mask, blocks, dropout)
     suffix = f"{' with prefix' * prefix}{' and window' * bool(window)}{' of one' * ones}"
-    suffix += " with dropout" * (dropout > 0) + TEXTS[texts] * (not ones)
+    suffix += " with dropout" * (dropout > 0) + length * (not ones)
     name = f"{mask}{suffix}, {size}, {TYPES[dtype]}"
     yield Case("attention", f"forward, {name}", lambda: triton_kernel.attention(q, k, k, options))
     yield Case(

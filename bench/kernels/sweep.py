@@ -1,10 +1,12 @@
-"""Times tiles of attention's three Triton kernels on this GPU: what `_tiles` should take first.
+"""Times tiles of attention's three Triton kernels on this GPU: which should be pinned first.
 
     python bench/kernels/sweep.py [--kernel NAME ...] [--size D ...] [--json FILE] [--dry-run]
 
 A tile is BLOCK_Q x BLOCK_K, warps, stages; its score is the mean over the cases of its time over
-the fastest tile's. Printed best first; `error` is against the results of the tile in use. --dry-run
-runs two tiles on tiny texts in Triton's interpreter, to check this script.
+the fastest tile's. Short texts take other tiles than long ones: `in use` names the cases, of which
+"medium" is at the bound between them (SHORT in triton_tiles.py). Printed best first; `error` is
+against the results of the tile in use. --dry-run runs two tiles on tiny texts in Triton's
+interpreter, to check this script.
 """
 
 import argparse
@@ -14,6 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from unittest import mock
 
@@ -26,14 +29,19 @@ if DRY:
 from triton.errors import TritonError  # noqa: E402
 
 from gen_fast.ops import gpu  # noqa: E402
-from gen_fast.ops.attention import AttentionOptions, triton_backward, triton_kernel  # noqa: E402
+from gen_fast.ops.attention import (  # noqa: E402
+    AttentionOptions,
+    triton_backward,
+    triton_kernel,
+    triton_tiles,
+)
 from gen_fast.ops.gpu import Tile  # noqa: E402
 from gen_fast.testing import relative_error  # noqa: E402
 
 DEVICE = "cpu" if DRY else "cuda"
 HEADS = {64: (9, 3), 128: (16, 8)}  # of SmolLM2-135M and Qwen3-0.6B: queries, keys
 RAGGED = [20, 33, 60, 75, 90, 120, 150, 200, 240, 300, 340, 420]
-CASES = {"short": [32] * 512, "ragged": RAGGED * 8, "long": [2048] * 8}
+CASES = {"short": [32] * 512, "medium": [128] * 128, "ragged": RAGGED * 8, "long": [2048] * 8}
 if DRY:
     CASES = {"tiny": [3, 20]}
 TILES = {
@@ -43,7 +51,7 @@ TILES = {
     ],
     ("forward", 128): [
         *((128, 64, 8, 3), (128, 64, 8, 2), (128, 128, 8, 2), (128, 32, 8, 3)),
-        *((128, 32, 4, 3), (64, 128, 4, 2), (64, 64, 4, 3), (64, 64, 4, 2)),
+        *((128, 32, 4, 3), (64, 128, 4, 2), (64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 3)),
     ],
     ("queries", 64): [
         *((64, 64, 4, 3), (64, 64, 4, 2), (64, 128, 8, 2), (128, 64, 8, 2)),
@@ -64,28 +72,41 @@ TILES = {
 }
 
 
-def launches(size: int, lengths: list[int]) -> dict[str, tuple[Callable, Tile, tuple]]:
-    """Each kernel's launch by tile, the tile in use, and the tensors that the launch fills."""
+# Where each kernel's tile is chosen.
+CHOICES = {
+    "forward": (triton_kernel, "_tiles"),
+    "queries": (triton_backward, "_query_tiles"),
+    "keys": (triton_backward, "_key_tiles"),
+}
+
+
+def launch_of(
+    kernel: str, size: int, lengths: list[int], tile: Tile | None = None
+) -> tuple[Callable[[], None], Tile, tuple]:
+    """A kernel's launch with `tile`, or else the pinned one; that tile, and what it fills."""
     launched = {}
 
-    def record(kernel, grid, tiles, key, *arguments, **constants):
-        def run(tile: Tile) -> None:
-            kernel[grid](*arguments, **constants, **tile.constants())
+    def record(launched_kernel, grid, tiles, key, *arguments, **constants):
+        def run() -> None:
+            launched_kernel[grid](*arguments, **constants, **tiles[0].constants())
 
-        run(tiles[0])
-        launched[kernel.fn.__name__.removeprefix("_attention_")] = run, tiles[0]
+        run()
+        launched[launched_kernel.fn.__name__.removeprefix("_attention_")] = run, tiles[0]
 
     torch.manual_seed(0)
     heads, kv_heads = HEADS[size]
     fused = torch.randn(sum(lengths), 2 * heads + 2 * kv_heads, size, device=DEVICE).bfloat16()
     q, grad, k, v = fused.split([heads, heads, kv_heads, kv_heads], dim=1)
-    offsets = torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int()
-    options = AttentionOptions(offsets, offsets)
-    with mock.patch.object(gpu, "launch_tiled", record):
+    cu_seqlens = torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int()
+    options = AttentionOptions(cu_seqlens, cu_seqlens)
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(gpu, "launch_tiled", record))
+        if tile is not None:
+            stack.enter_context(mock.patch.object(*CHOICES[kernel], lambda *arguments: (tile,)))
         out, lse = triton_kernel.attention(q, k, v, options)
         dq, dk, dv = triton_backward.attention_backward(grad, q, k, v, out, lse, options)
     filled = {"forward": (out, lse), "queries": (dq,), "keys": (dk, dv)}
-    return {name: (*launched[name], filled[name]) for name in launched}
+    return *launched[kernel], filled[kernel]
 
 
 def microseconds(run: Callable[[], object]) -> float:
@@ -101,26 +122,24 @@ def microseconds(run: Callable[[], object]) -> float:
 
 def sweep(kernel: str, size: int) -> list[dict]:
     """A row a tile that fits, best first."""
+    pinned = {case: launch_of(kernel, size, lengths)[1:] for case, lengths in CASES.items()}
+    used = {
+        case: (*tile.blocks.values(), tile.warps, tile.stages) for case, (tile, _) in pinned.items()
+    }
     rows: dict[tuple[int, ...], dict] = {}
     skipped = set()
     for case, lengths in CASES.items():
-        run, current, filled = launches(size, lengths)[kernel]
-        expected = [x.clone() for x in filled]
-        used = (*current.blocks.values(), current.warps, current.stages)
-        for values in dict.fromkeys((used, *TILES[kernel, size][: 2 if DRY else None])):
-            tile = triton_kernel.tile(*values)
-            for x in filled:
-                x.zero_()
+        for values in dict.fromkeys((*used.values(), *TILES[kernel, size][: 2 if DRY else None])):
             try:
-                run(tile)
-                error = max(map(relative_error, filled, expected))
-                taken = microseconds(lambda run=run, tile=tile: run(tile))
+                run, _, filled = launch_of(kernel, size, lengths, triton_tiles.tile(*values))
+                error = max(map(relative_error, filled, pinned[case][1]))
+                taken = microseconds(run)
             except (TritonError, RuntimeError) as failure:
                 print(f"{kernel} {size} {values}: {type(failure).__name__}: {failure}"[:200])
                 skipped.add(values)
                 continue
-            new = {"kernel": kernel, "size": size, "tile": values, "used": values == used, "us": {}}
-            row = rows.setdefault(values, {**new, "error": 0.0})
+            new = {"kernel": kernel, "size": size, "tile": values, "us": {}, "error": 0.0}
+            row = rows.setdefault(values, {**new, "used": [c for c in used if used[c] == values]})
             row["us"][case] = taken
             row["error"] = max(row["error"], error)
     fitting = [row for values, row in rows.items() if values not in skipped]
@@ -149,7 +168,8 @@ def main() -> None:
                 times = ", ".join(f"{case} {us:.0f} us" for case, us in row["us"].items())
                 print(
                     f"{kernel:<8}{size:4} {row['tile']!s:<20} {row['score']:.3f}: {times},"
-                    f" error {row['error']:.1e}{', in use' * row['used']}",
+                    f" error {row['error']:.1e}"
+                    f"{', in use for ' * bool(row['used'])}{', '.join(row['used'])}",
                     flush=True,
                 )
                 report["rows"].append(row)

@@ -63,6 +63,16 @@ def test_no_triton_kernel_spills_in_half_precision(triton_report):
     assert not spilling, "\n".join(spilling)
 
 
+def test_two_programs_of_a_short_tile_fit_a_multiprocessor(triton_report):
+    short = [
+        r
+        for r in triton_report
+        if "short" in r["case"] and "prefix first" not in r["case"] and "BLOCK_K" in r
+    ]
+    assert short
+    assert not [r for r in short if r["programs"] < 2]
+
+
 def nvidia_tool(name):
     """A tool of the CUDA toolkit, which Triton's wheel also carries."""
     bundled = Path(triton.__file__).parent / "backends/nvidia/bin" / name

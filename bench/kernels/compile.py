@@ -288,31 +288,27 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 def print_table(before: list[dict], after: list[dict]) -> None:
     """Attention in bf16 under a causal mask, of each case the tile in use, as Markdown."""
-    print("| sm | kernel | head size | texts | | tile | registers | spilled | shared | programs |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
-    lines = {}
-    for report, rows in (("before", before), ("after", after)):
+    cells: dict[tuple[int, str, int], dict[str, str]] = {}
+    for report, rows in (("before", before), ("", after)):
         for row in map(with_programs, rows):
             _, mask, *texts, size, dtype = row["case"].split(", ")
-            if not mask.startswith("causal") or dtype != "bf16" or "BLOCK_K" not in row:
-                continue
-            if mask not in ("causal", "causal with prefix", "causal with prefix first"):
+            plain = mask in ("causal", "causal with prefix") and dtype == "bf16"
+            if not plain or "BLOCK_K" not in row or int(size) not in (64, 128, 256):
                 continue
             kernel = row["kernel"].removeprefix("attention_")
-            length = "short, prefix first" if "first" in mask else ", ".join(texts) or "long"
-            tile = f"{row['BLOCK_Q']} x {row['BLOCK_K']}, {row['num_warps']} warps"
-            # The first of a case is the one in use; of a pass of the prefix, which comes before
-            # that of the texts' own keys, the second.
-            key = (row["sm"], kernel, int(size), length, report)
-            if key not in lines or "first" in mask:
-                lines[key] = (
-                    f"| {' | '.join(map(str, key))} | {tile}, {row['num_stages']} stages |"
-                    f" {row['registers']} | {row['spilled_bytes']} |"
-                    f" {row['shared_bytes'] / 1024:.0f} KiB | {row['programs']} |"
-                )
-    order = {"queries": 1, "keys": 2}
-    for key in sorted(lines, key=lambda key: (key[0], order.get(key[1], 0), *key[2:4])):
-        print(lines[key])
+            columns = cells.setdefault((row["sm"], kernel, int(size)), {})
+            columns.setdefault(
+                report or "".join(texts) or "long",
+                f"{row['BLOCK_Q']} x {row['BLOCK_K']}, {row['num_warps']} warps:"
+                f" {row['registers']}, {row['spilled_bytes']},"
+                f" {row['shared_bytes'] / 1024:.0f} KiB, {row['programs']}",
+            )
+    kinds = ("before", "long", "short")
+    print("| sm | kernel, head size | before | after, long texts | after, short texts |")
+    print("|---|---|---|---|---|")
+    for (sm, kernel, size), columns in sorted(cells.items()):
+        described = " | ".join(columns.get(kind, "") for kind in kinds)
+        print(f"| {sm} | {kernel}, {size} | {described} |")
 
 
 def main() -> None:

@@ -235,7 +235,7 @@ _QUERY_TILES = {
     },
     86: {
         64: Tiles.of_any_length(tile(64, 32, 4, 2)),
-        128: Tiles(short=(tile(32, 32, 4, 2),), long=(tile(64, 64, 8, 1), tile(64, 64, 8, 2))),
+        128: Tiles(short=(tile(32, 32, 4, 2),), long=(tile(64, 64, 8, 2),)),
         256: Tiles(short=(tile(16, 32, 4, 1),), long=(tile(32, 32, 8, 1),)),
     },
     90: {
@@ -261,7 +261,10 @@ _KEY_TILES = {
     },
     90: {
         64: Tiles(short=(tile(32, 64, 4, 3),), long=(tile(64, 64, 4, 3), tile(64, 64, 8, 2))),
-        128: Tiles(short=(tile(32, 64, 4, 2),), long=(tile(64, 64, 8, 2), tile(32, 64, 8, 2))),
+        128: Tiles(
+            short=(tile(32, 64, 4, 1), tile(16, 64, 4, 2)),
+            long=(tile(64, 64, 8, 2), tile(32, 64, 8, 2)),
+        ),
         256: Tiles(short=(tile(16, 32, 4, 1),), long=(tile(32, 32, 8, 2), tile(32, 32, 8, 1))),
     },
 }
@@ -279,7 +282,7 @@ _KEY_TILES_DROPOUT = {
     90: {
         64: Tiles(short=(tile(32, 64, 4, 3),), long=(tile(64, 64, 4, 3),)),
         128: Tiles(short=(tile(16, 64, 4, 2),), long=(tile(64, 64, 8, 2),)),
-        256: Tiles(short=(tile(16, 16, 4, 1),), long=(tile(32, 32, 8, 1),)),
+        256: Tiles(short=(tile(16, 16, 4, 2),), long=(tile(32, 32, 8, 1),)),
     },
 }
 _TILES_FLOAT32 = {

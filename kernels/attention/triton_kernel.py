@@ -247,7 +247,7 @@ _TILES = {
     },
     86: {
         64: Tiles(short=(tile(64, 64, 4, 3),), long=(tile(128, 64, 8, 3),)),
-        128: Tiles(short=(tile(64, 32, 4, 2),), long=(tile(128, 32, 8, 3),)),
+        128: Tiles(short=(tile(64, 32, 4, 1),), long=(tile(128, 32, 8, 3),)),
         256: Tiles(short=(tile(32, 32, 4, 1),), long=(tile(64, 32, 8, 2), tile(64, 64, 8, 1))),
     },
     90: {

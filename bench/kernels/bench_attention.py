@@ -25,6 +25,7 @@ CASES = {
         "ragged": ([20, 33, 60, 75, 90, 120, 150, 200, 240, 300, 340, 420] * 8, 0),
         "long": ([2048] * 8, 0),
         "short behind 1,000": ([32] * 512, 1000),
+        "8 tokens behind 1,000": ([8] * 2048, 1000),  # the prefix goes first
     },
 }[DEVICE]
 # The reference loops over texts, whose lengths it asks for: on a GPU it would time the host. Nor is

@@ -99,7 +99,7 @@ GPUS = (
     Gpu("H100", 989.4, 1978.9, 66.9, 3350, 132, 64, 233_472, 90),
     # NVIDIA A100 Tensor Core GPU data sheet, SXM 80 GB.
     Gpu("A100", 312.0, None, 19.5, 2039, 108, 64, 167_936, 80),
-    # NVIDIA L4 Tensor Core GPU data sheet (with sparsity: halved). sm_89 runs the tiles of sm_80.
+    # NVIDIA L4 Tensor Core GPU data sheet (with sparsity: halved). Its kernels of rows are sm_80's.
     Gpu("L4", 121.0, 242.5, 30.3, 300, 58, 48, 102_400, 80),
     # NVIDIA Ada GPU architecture white paper, GeForce RTX 4090, FP16 and FP8 with FP32 accumulate.
     Gpu("4090", 165.2, 330.3, 82.6, 1008, 128, 48, 102_400, 80),

@@ -38,15 +38,15 @@ def passes(
 
     def one_text() -> AttentionOptions:
         """All rows, those of padding too, as one text that sees every key of the prefix."""
-        ends = (
+        queries, keys = (
             torch.arange(0, 2 * count, count, dtype=torch.int32, device=q.device)
             for count in (rows, n_prefix)
         )
-        return AttentionOptions(*ends, mask="bidirectional")
+        return AttentionOptions(queries, keys, mask="bidirectional")
 
-    together = options.once_a_batch(("all rows", rows, n_prefix), one_text)
+    together: AttentionOptions = options.once_a_batch(("all rows", rows, n_prefix), one_text)
     return (
-        Pass(*prefix, together, resumed=False),
+        Pass(prefix[0], prefix[1], together, resumed=False),
         Pass(k, v, options.without_prefix(), resumed=True),
     )
 

@@ -78,7 +78,9 @@ def tile_texts(
         return texts
 
     side = "q" if cu_seqlens is options.cu_seqlens_q else "k"
-    return options.once_a_batch(("tile texts", side, rows, group, block), make)
+    name = ("tile texts", side, rows, group, block)
+    result: Tensor = options.once_a_batch(name, make)
+    return result
 
 
 @dataclass(frozen=True)

@@ -33,8 +33,8 @@ constexpr int BLOCK_BYTES = 4 * OUTPUTS + OUTPUTS * INPUTS / 2;
 constexpr int PARTS = OUTPUTS / W;  // vectors of a block's outputs
 // Outputs of a task: a register tile of AVX-512 or two of the others.
 constexpr int64_t TASK = W == 16 ? 64 : 32;
-// Inputs at a time: 64 KB of weights.
-constexpr int64_t DEPTH = 16384 / TASK;
+// Inputs at a time: weights for half of a second-level cache, at most.
+constexpr int64_t DEPTH = 2048;
 
 // Without the processor's own conversion, which AVX2 need not have: the bits of the half moved to
 // where a float has them are 2^112 times too small.
@@ -66,56 +66,70 @@ static inline void unpack(const uint8_t* bytes, vf* q) {
 #endif
 }
 
-// A block as [32 / pair][columns][pair], 16 columns of it.
-template <class Op>
-static inline void put_block(const uint8_t* block, typename Op::type* to, int64_t columns) {
+// A block as [32][columns], 16 columns of it.
+static inline void put_block(const uint8_t* block, float* to, int64_t columns) {
   vf scale[PARTS], minimum[PARTS];
   for (int i = 0; i < PARTS; ++i) {
     scale[i] = from_half(block + i * W * 2);
     minimum[i] = from_half(block + 2 * OUTPUTS + i * W * 2);
   }
   const uint8_t* bytes = block + 4 * OUTPUTS;
-  for (int k = 0; k < INPUTS; k += Op::pair) {
-    vf q[Op::pair][PARTS];
-    for (int j = 0; j < Op::pair; ++j) unpack(bytes + (k + j) * OUTPUTS / 2, q[j]);
-    for (int i = 0; i < PARTS; ++i) {
-      const vf first = q[0][i] * scale[i] + minimum[i];
-      if constexpr (Op::pair == 1) {
-        store(to + k * columns + i * W, first);
-      } else {
-        const vf second = q[1][i] * scale[i] + minimum[i];
-        const vu both = widen(to_bf16(first)) | widen(to_bf16(second)) << 16;
-        std::memcpy(to + k * columns + i * W * 2, &both, sizeof both);
-      }
-    }
+  for (int k = 0; k < INPUTS; ++k, bytes += OUTPUTS / 2) {
+    vf q[PARTS];
+    unpack(bytes, q);
+    for (int i = 0; i < PARTS; ++i) store(to + k * columns + i * W, q[i] * scale[i] + minimum[i]);
   }
 }
+
+#if defined(GEN_FAST_BF16_DOT)
+// A half for each of 16 outputs: those of the first 8 twice, and those of the others.
+static inline void from_halves(const uint8_t* p, vf* first, vf* second) {
+  const __m512i all = (__m512i)from_half(p);
+  *first = (vf)_mm512_maskz_shuffle_i32x4(0xffff, all, all, 0x44);
+  *second = (vf)_mm512_maskz_shuffle_i32x4(0xffff, all, all, 0xee);
+}
+
+// The same as [16][columns][2]. The 16 bytes of two inputs are 16 lanes: of their low halves eight
+// outputs of the one and of the other, of their high halves the other eight.
+static inline void put_block(const uint8_t* block, bf16* to, int64_t columns) {
+  const vf numbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  alignas(64) static constexpr int16_t PAIRS[] = {0,  8,  1,  9,  2,  10, 3,  11, 4,  12, 5,
+                                                  13, 6,  14, 7,  15, 16, 24, 17, 25, 18, 26,
+                                                  19, 27, 20, 28, 21, 29, 22, 30, 23, 31};
+  const __m512i pairs = _mm512_loadu_si512(PAIRS);
+  vf low_scale, high_scale, low_minimum, high_minimum;
+  from_halves(block, &low_scale, &high_scale);
+  from_halves(block + 2 * OUTPUTS, &low_minimum, &high_minimum);
+  const uint8_t* bytes = block + 4 * OUTPUTS;
+  for (int k = 0; k < INPUTS; k += 2, bytes += OUTPUTS) {
+    const vu q = (vu)_mm512_maskz_cvtepu8_epi32(0xffff, _mm_loadu_si128((const __m128i*)bytes));
+    // Of an index the last four bits count.
+    const vf low = (vf)_mm512_maskz_permutexvar_ps(0xffff, (__m512i)q, (__m512)numbers);
+    const vf high = (vf)_mm512_maskz_permutexvar_ps(0xffff, (__m512i)(q >> 4), (__m512)numbers);
+    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)(high * high_scale + high_minimum),
+                                                      (__m512)(low * low_scale + low_minimum));
+    _mm512_storeu_si512(to + k * columns,
+                        _mm512_maskz_permutexvar_epi16(0xffffffff, pairs, both));
+  }
+}
+#endif
 
 // What a thread works in.
 template <class Op>
 struct Workspace {
   std::vector<typename Op::type> weights;  // [DEPTH / pair][TASK][pair]
-  std::vector<float> sums;                 // [rows][TASK], where they are not the result
+  std::vector<float> sums;                 // [rows][TASK], between one piece of inputs and the next
 };
 
-// Adds the products of x [rows, in] with `count` outputs to sums, rows of which are `stride` apart.
-template <class Op>
-static void multiply(const typename Op::type* x, const uint8_t* blocks, typename Op::type* weights,
-                     float* sums, int64_t stride, int64_t rows, int64_t in, int64_t count) {
-  const int64_t groups = in / INPUTS;
-  for (int64_t from = 0; from < in; from += DEPTH) {
-    const int64_t depth = in - from < DEPTH ? in - from : DEPTH;
-    for (int64_t panel = 0; panel < count / OUTPUTS; ++panel) {
-      const uint8_t* block = blocks + (panel * groups + from / INPUTS) * BLOCK_BYTES;
-      for (int64_t k = 0; k < depth; k += INPUTS, block += BLOCK_BYTES) {
-        put_block<Op>(block, weights + k * TASK + panel * OUTPUTS * Op::pair, TASK);
-      }
-    }
-    for (int64_t row = 0; row < rows; row += ROWS) {
-      with_rows(rows - row < ROWS ? rows - row : ROWS, [&](auto n) {
-        product<Op, n, true>(x + row * in + from, in, weights, TASK, count, depth,
-                             sums + row * stride, stride);
-      });
+// Inputs [from, from + depth) of `count` outputs as [depth / pair][TASK][pair].
+template <class Value>
+static void put_weights(const uint8_t* blocks, Value* weights, int64_t in, int64_t from,
+                        int64_t depth, int64_t count) {
+  const int64_t panel_outputs = OUTPUTS * sizeof(float) / sizeof(Value);  // a pair an output
+  for (int64_t first = 0; first < count; first += OUTPUTS) {
+    const uint8_t* block = blocks + (first * in / OUTPUTS + from) / INPUTS * BLOCK_BYTES;
+    for (int64_t k = 0; k < depth; k += INPUTS, block += BLOCK_BYTES) {
+      put_block(block, weights + k * TASK + first / OUTPUTS * panel_outputs, TASK);
     }
   }
 }
@@ -126,28 +140,30 @@ static void linear(const typename Op::type* x, const uint8_t* blocks, const T* b
   parallel_tasks((out + TASK - 1) / TASK, in * out, [&](int64_t task) {
     static thread_local Workspace<Op> work;
     const int64_t first = task * TASK, count = out - first < TASK ? out - first : TASK;
-    float* sums;
-    int64_t stride;
-    if constexpr (std::is_same_v<T, float>) {
-      sums = y + first;
-      stride = out;
-    } else {
-      work.sums.resize(rows * TASK);
-      sums = work.sums.data();
-      stride = TASK;
-    }
-    work.weights.resize(DEPTH * TASK);
-    for (int64_t row = 0; row < rows; ++row) {
-      for (int64_t i = 0; i < count; i += W) {
-        store(sums + row * stride + i, bias ? load(bias + first + i) : vf{});
-      }
-    }
-    multiply<Op>(x, blocks + first / OUTPUTS * (in / INPUTS) * BLOCK_BYTES, work.weights.data(),
-                 sums, stride, rows, in, count);
-    if constexpr (!std::is_same_v<T, float>) {
-      for (int64_t row = 0; row < rows; ++row) {
-        for (int64_t i = 0; i < count; i += W) {
-          store(y + row * out + first + i, load(sums + row * TASK + i));
+    const int64_t depth = in < DEPTH ? in : DEPTH;
+    work.weights.resize(depth * TASK);
+    if (in > DEPTH) work.sums.resize(rows * TASK);
+    for (int64_t from = 0; from < in; from += depth) {
+      const int64_t piece = in - from < depth ? in - from : depth;
+      put_weights(blocks + first / OUTPUTS * (in / INPUTS) * BLOCK_BYTES, work.weights.data(), in,
+                  from, piece, count);
+      for (int64_t row = 0; row < rows; row += ROWS) {
+        const int64_t n = rows - row < ROWS ? rows - row : ROWS;
+        float tile[ROWS * TASK];
+        float* sums = in > DEPTH ? work.sums.data() + row * TASK : tile;
+        const typename Op::type* left = x + row * in + from;
+        with_rows(n, [&](auto n) {
+          from == 0 ? product<Op, n, false>(left, in, work.weights.data(), TASK, count, piece, sums,
+                                            TASK)
+                    : product<Op, n, true>(left, in, work.weights.data(), TASK, count, piece, sums,
+                                           TASK);
+        });
+        if (from + piece < in) continue;
+        for (int64_t r = 0; r < n; ++r) {
+          for (int64_t i = 0; i < count; i += W) {
+            const vf sum = load(sums + r * TASK + i);
+            store(y + (row + r) * out + first + i, bias ? sum + load(bias + first + i) : sum);
+          }
         }
       }
     }
@@ -176,10 +192,10 @@ template <class T>
 static void put_columns_of(const uint8_t* blocks, T* weight, int64_t in, int64_t out) {
   for (int64_t k = 0; k < in; k += INPUTS, blocks += BLOCK_BYTES) {
     if constexpr (std::is_same_v<T, float>) {
-      put_block<FloatOperand>(blocks, weight + k * out, out);
+      put_block(blocks, weight + k * out, out);
     } else {
       float block[INPUTS * OUTPUTS];
-      put_block<FloatOperand>(blocks, block, OUTPUTS);
+      put_block(blocks, block, OUTPUTS);
       for (int i = 0; i < INPUTS; ++i) {
         for (int j = 0; j < OUTPUTS; j += W) {
           store(weight + (k + i) * out + j, load(block + i * OUTPUTS + j));

@@ -279,6 +279,32 @@ static inline __m256bh _mm512_cvtneps_pbh(__m512 a) {
   return bits_of<__m256bh>(out);
 }
 
+static inline __m512bh _mm512_cvtne2ps_pbh(__m512 high, __m512 low) {
+  using namespace emulated;
+  const F32 from[2] = {bits_of<F32>(low), bits_of<F32>(high)};
+  Lanes<uint16_t, 32> out;
+  for (int i = 0; i < 32; ++i) out.at[i] = rounded_to_bf16(from[i / 16].at[i % 16]);
+  return bits_of<__m512bh>(out);
+}
+
+static inline __m512 _mm512_maskz_permutexvar_ps(__mmask16 mask, __m512i index, __m512 a) {
+  using namespace emulated;
+  const U32 at = bits_of<U32>(index);
+  const F32 from = bits_of<F32>(a);
+  F32 out;
+  for (int i = 0; i < 16; ++i) out.at[i] = from.at[at.at[i] % 16];
+  return masked<__m512>(mask, out);
+}
+
+static inline __m512i _mm512_maskz_permutexvar_epi16(__mmask32 mask, __m512i index, __m512i a) {
+  using namespace emulated;
+  typedef Lanes<uint16_t, 32> Halves;
+  const Halves at = bits_of<Halves>(index), from = bits_of<Halves>(a);
+  Halves out;
+  for (int i = 0; i < 32; ++i) out.at[i] = from.at[at.at[i] % 32];
+  return masked<__m512i>(mask, out);
+}
+
 static inline __m512 _mm512_dpbf16_ps(__m512 sum, __m512bh a, __m512bh b) {
   using namespace emulated;
   const U32 first = bits_of<U32>(a), second = bits_of<U32>(b);

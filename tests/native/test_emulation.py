@@ -185,6 +185,14 @@ INTEGERS: dict[str, tuple[Oracle, tuple[int, ...]]] = {  # by the bytes of the i
     "maskz_shuffle_i32x4 88": (shuffled(0, 2, 0, 2), (64, 64)),
     "maskz_shuffle_i32x4 dd": (shuffled(1, 3, 1, 3), (64, 64)),
     "maskz_shuffle_i32x4 1b": (shuffled(3, 2, 1, 0), (64, 64)),
+    "maskz_permutexvar_ps": (
+        lambda mask, index, a: masked(mask, a.view("<u4")[index.view("<u4") % 16]),
+        (64, 64),
+    ),
+    "maskz_permutexvar_epi16": (
+        lambda mask, index, a: masked(mask, a.view("<u2")[index.view("<u2") % 32]),
+        (64, 64),
+    ),
     "maskz_mul_epu32": (multiplied, (64, 64)),
     "dpbusd_epi32": (byte_products, (64, 64, 64)),
     "256 dpbusd_epi32": (byte_products, (32, 32, 32)),
@@ -195,6 +203,10 @@ INTEGERS: dict[str, tuple[Oracle, tuple[int, ...]]] = {  # by the bytes of the i
 }
 FLOATS: dict[str, tuple[Oracle, int]] = {  # by the number of inputs
     "cvtneps_pbh": (to_bf16, 1),
+    "cvtne2ps_pbh": (
+        lambda mask, high, low: np.concatenate((to_bf16(mask, low), to_bf16(mask, high))),
+        2,
+    ),
     "dpbf16_ps": (pair_products, 3),
     "maskz_reduce_ps nearest": (remainders(0x00), 1),
     "maskz_reduce_ps down": (remainders(0x21), 1),
@@ -222,7 +234,7 @@ def test_every_intrinsic_has_a_test() -> None:
 def test_integers(name: str, in_hardware: bool) -> None:
     oracle, sizes = INTEGERS[name]
     rng = np.random.default_rng(0)
-    for mask in (0xFFFF, 0, 0xFF, 0x5A3C, *rng.integers(0, 2**16, 100).tolist()):
+    for mask in (2**32 - 1, 0, 0xFF, 0x5A3C, *rng.integers(0, 2**32, 100).tolist()):
         inputs = [integers(rng)[:size] for size in sizes]
         out = run(name, *inputs, mask=mask, in_hardware=in_hardware)
         assert out == oracle(mask, *inputs).tobytes(), (mask, inputs)
@@ -233,7 +245,7 @@ def test_integers(name: str, in_hardware: bool) -> None:
 def test_floats(name: str, in_hardware: bool) -> None:
     oracle, count = FLOATS[name]
     rng = np.random.default_rng(0)
-    for mask in (0xFFFF, 0, 0x5A3C, *rng.integers(0, 2**16, 500).tolist()):
+    for mask in (2**32 - 1, 0, 0x5A3C, *rng.integers(0, 2**32, 500).tolist()):
         inputs = [floats(rng) for _ in range(count)]
         expected = oracle(mask, *inputs)
         out = np.frombuffer(run(name, *inputs, mask=mask, in_hardware=in_hardware), expected.dtype)

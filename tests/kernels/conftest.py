@@ -7,16 +7,18 @@ tests. On a GPU and in C++ all of them run.
 
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import combinations
 from typing import Any
 
 import pytest
 import torch
 from _pytest.mark import ParameterSet
+from interpreted_memory import checked_memory
 from torch import Tensor
 
 from gen_fast.errors import ImplementationError
-from gen_fast.ops import Op
+from gen_fast.ops import Op, gpu
 from gen_fast.ops.qlinear.reference import FORMATS
 
 
@@ -97,6 +99,13 @@ def with_format(op: Op, case: ParameterSet, row_format: str) -> ParameterSet:
 @pytest.fixture(autouse=True)
 def _nan_in_fresh_memory(nan_in_fresh_memory):
     """In every test of an op."""
+
+
+@pytest.fixture(autouse=True)
+def _checked_memory():
+    """In every test of an op that runs in Triton's interpreter."""
+    with checked_memory() if gpu.interpreted() else nullcontext():
+        yield
 
 
 @pytest.fixture

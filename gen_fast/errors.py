@@ -49,6 +49,10 @@ class WeightsError(GenFastError, ValueError):
     """A weight file is damaged, or a tensor is missing, misshapen or unexpected."""
 
 
+class DeviceMemoryError(GenFastError, MemoryError):
+    """A GPU has less free memory than a model's weights take."""
+
+
 class AdapterError(GenFastError, ValueError):
     """An adapter directory is damaged, incomplete, or not an adapter."""
 

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gen_fast.model.device import device_of_rank, make_current
+
 Item = TypeVar("Item")
 
 # Of gradients that are summed at once: few messages for LoRA, a small copy beside full weights.
@@ -18,12 +20,17 @@ _MESSAGE = 256 << 20
 
 @contextmanager
 def distributed() -> Iterator[None]:
-    """Join the process group that torchrun describes in the environment, if it does."""
+    """Join the process group that torchrun describes in the environment, if it does.
+
+    Each process has a GPU of its own where there are GPUs. Raises ConfigError where there are fewer
+    than processes.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+        make_current(device_of_rank(int(os.environ["LOCAL_RANK"]), gpus))
         dist.init_process_group("nccl")
     else:
         dist.init_process_group("gloo")

@@ -10,6 +10,7 @@ from gen_fast.cli.output import discard_stdout, named_stdout
 from gen_fast.errors import (
     AdapterError,
     ConfigError,
+    DeviceMemoryError,
     GenFastError,
     ImplementationError,
     InputError,
@@ -34,6 +35,7 @@ _EXIT_CODES: tuple[tuple[type[GenFastError], int], ...] = (
     (ModelNotFoundError, BAD_MODEL),
     (UnsupportedModelError, BAD_MODEL),
     (WeightsError, BAD_MODEL),
+    (DeviceMemoryError, BAD_MODEL),
     (AdapterError, BAD_MODEL),
     (PrefixCacheError, BAD_MODEL),
 )

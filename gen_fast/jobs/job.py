@@ -22,7 +22,7 @@ from gen_fast.jobs.settings import PlanSettings, Settings
 from gen_fast.jobs.sources import PLAN
 from gen_fast.jobs.watchdog import Watchdog
 from gen_fast.jobs.worker import Worker
-from gen_fast.model.device import make_current
+from gen_fast.model.device import device_of_rank, make_current
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +84,7 @@ def embed_corpus(
     plan_settings = chosen.resolved(engine_choice.devices[0])
     shown = sys.stderr.isatty() if show_progress_bar is None else show_progress_bar
     if ranks:
+        device = device_of_rank(int(os.environ["LOCAL_RANK"]), engine_choice.devices)
         rank, count, first_ahead = torchrun_ranks()
         stall_timeout = stall_timeout or DEFAULT_STALL_TIMEOUT
         with ExitStack() as planned:
@@ -96,8 +97,6 @@ def embed_corpus(
                 return None
             shown = shown and rank == 0
             run = Run(folder, Plan.load(folder), engine_choice, strict, stall_timeout, shown)
-            places = engine_choice.devices
-            device = places[int(os.environ["LOCAL_RANK"]) % len(places)]
             make_current(device)
             _work(run, device, rank, count)
             return _published(run) if rank == 0 else None

@@ -14,8 +14,8 @@ from gen_fast.model.buckets import next_power_of_two, padded
 from gen_fast.model.graphs import Graphs
 from gen_fast.model.kv_cache import KVCache
 from gen_fast.model.linear import linear, pack
+from gen_fast.model.memory import free_memory
 from gen_fast.model.sampling import GREEDY, Sampling, next_tokens
-from gen_fast.model.token_budget import free_memory
 from gen_fast.ops.norm import rms_norm
 
 FinishReason = Literal["stop", "length"]

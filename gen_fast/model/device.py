@@ -3,6 +3,7 @@
 import os
 import platform
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -41,6 +42,22 @@ def make_current(device: str | torch.device) -> None:
     device = torch.device(device)
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
+
+
+def device_of_rank(rank: int, devices: Sequence[str]) -> str:
+    """The device of the process that torchrun has started as `rank` of this machine.
+
+    A GPU each; a CPU is shared. Raises ConfigError for more processes than GPUs: two on one GPU
+    would take the memory from each other.
+    """
+    if torch.device(devices[0]).type != "cuda":
+        return devices[rank % len(devices)]
+    if rank >= len(devices):
+        raise ConfigError(
+            f"torchrun has started process {rank + 1} of this machine, which has {len(devices)} "
+            f"GPUs for it: start one a GPU, --nproc-per-node {len(devices)}"
+        )
+    return devices[rank]
 
 
 def has_native_bfloat16(device: torch.device) -> bool:

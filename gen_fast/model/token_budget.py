@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from gen_fast.model.backbone import Backbone
+from gen_fast.model.memory import free_memory
 
 logger = logging.getLogger(__name__)
 
@@ -70,13 +71,6 @@ def activation_bytes_per_token(backbone: Backbone) -> int:
     width = 4 * config.hidden_size + 3 * config.intermediate_size
     width += 2 * (config.q_size + 2 * config.kv_size)
     return width * backbone.embedding.element_size()
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that torch can still allocate on a GPU: what is free, and what it keeps for reuse."""
-    free, _ = torch.cuda.mem_get_info(device)
-    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(free) + int(kept)
 
 
 def saved_bytes_per_token(backbone: Backbone) -> int:

@@ -4,6 +4,7 @@ A missing tensor, a misshapen one or one nobody reads is an error that names it.
 """
 
 import logging
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from gen_fast.model.fingerprint import Digests, digests_of, fingerprint, samples
 from gen_fast.model.int8 import check_calibration, check_sizes, int8_layers, tokenized
 from gen_fast.model.linear import Fp8Weight, Int4Weight, Int8Weight, Weight
 from gen_fast.model.lora import LoraWeights
+from gen_fast.model.memory import check_memory, weight_bytes
 from gen_fast.model.model_files import read_json
 from gen_fast.model.quantized import (
     SCALE,
@@ -214,7 +216,8 @@ def load_backbone(
     `dtype`; the fingerprint is that of the merged weights. bidirectional: see `parse_config`.
     Raises UnsupportedModelError for a config the backbone cannot compute, WeightsError for
     damaged, missing, misshapen or unexpected tensors, BackboneMismatchError for an adapter of
-    another backbone, ConfigError for fp8 on a device without it.
+    another backbone, ConfigError for fp8 on a device without it, DeviceMemoryError where the
+    weights take more than a GPU has free.
     """
     directory = Path(directory)
     config = parse_config(read_json(directory / "config.json"), bidirectional=bidirectional)
@@ -222,10 +225,13 @@ def load_backbone(
     quantize = _quantization(directory, files, quantize)
     check_device(quantize, device, dtype)
     if quantize != INT8 or files.recipe is not None:
+        check_memory(weight_bytes(config, dtype, quantize), device, str(directory))
         return _build(config, files, dtype, device, packed, quantize)
     check_sizes(config)
     check_calibration(calibration)
     sequences = tokenized(directory, calibration)
+    name = f"{directory}, which is measured in float32 before it becomes int8,"
+    check_memory(weight_bytes(config, torch.float32), device, name)
     wide = _build(config, files, torch.float32, device, packed=False)
     layers = int8_layers(wide, sequences, "bidirectional" if bidirectional else "causal")
     return Backbone(
@@ -448,9 +454,14 @@ def _fingerprint(config: BackboneConfig, files: TensorFiles) -> dict[str, str | 
 
 
 def load_head(directory: str | Path, backbone: Backbone) -> Tensor:
-    """Return the language-model head [V, h]: the embedding itself where it is tied."""
+    """Return the language-model head [V, h]: the embedding itself where it is tied.
+
+    Raises WeightsError and DeviceMemoryError as `load_backbone` does.
+    """
     if backbone.config.tied_head:
         return backbone.embedding
     shape = tuple(backbone.embedding.shape)
     files = find_tensors(Path(directory))
+    size = {str(backbone.dtype).removeprefix("torch."): math.prod(shape) * backbone.dtype.itemsize}
+    check_memory(size, backbone.device, f"the head of {directory}")
     return files.load("lm_head.weight", shape, backbone.dtype, backbone.device)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from tiny_corpus import (
 )
 
 from gen_fast.errors import ConfigError, JobError
-from gen_fast.jobs.engines import _wait_for_cluster
+from gen_fast.jobs.engines import Engine, Run, _wait_for_cluster, run_ray, worker_environment
 from gen_fast.jobs.job import embed_corpus
 from gen_fast.jobs.parts import PartStore
 from gen_fast.jobs.plan import Plan
@@ -209,3 +210,92 @@ def test_a_part_of_a_stopped_process_is_made_here_in_the_end(
         assert files_of(out) == expected
     finally:
         stopped.kill()
+
+
+@pytest.fixture
+def four_gpus(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
+    """As torch would see them; the list is of those that this process makes its current one."""
+    current: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    return current
+
+
+@pytest.mark.parametrize(
+    ("visible", "seen"),
+    [(None, ["0", "1", "2", "3"]), ("7,GPU-8f6b,5,1", ["7", "GPU-8f6b", "5", "1"])],
+)
+def test_all_devices_are_workers_that_see_one_gpu_each(
+    visible: str | None,
+    seen: list[str],
+    four_gpus: list[torch.device],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    devices = Engine.choose("all", "local").devices
+    environments = [worker_environment(devices, index) for index in range(len(devices))]
+    assert [environment["CUDA_VISIBLE_DEVICES"] for environment in environments] == seen
+    assert Engine.choose(None, "local").devices == ("cuda",)
+    assert Engine.choose("3", "local").devices == ("cuda:0", "cuda:1", "cuda:2")
+    with pytest.raises(ConfigError, match="5 devices are asked for, and there are 4"):
+        Engine.choose(5, "local")
+
+
+def test_each_process_of_torchrun_works_on_its_own_gpu(
+    corpus: Path,
+    tiny_model: Path,
+    tmp_path: Path,
+    four_gpus: list[torch.device],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    worked = []
+    monkeypatch.setattr("gen_fast.jobs.job._work", lambda run, device, *rank: worked.append(device))
+    arguments = {**options(tiny_model), "out": tmp_path / "out", "stall_timeout": 60.0}
+    embed_corpus(corpus, plan_only=True, **arguments)
+    for name, value in {"WORLD_SIZE": "8", "MASTER_ADDR": "localhost"}.items():
+        monkeypatch.setenv(name, value)
+    for rank in range(1, 8):  # of two machines; the first, which plans, is not needed here
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("LOCAL_RANK", str(rank % 4))
+        monkeypatch.setattr(
+            "gen_fast.jobs.job.torchrun_ranks", lambda rank=rank: (rank, 8, nullcontext())
+        )
+        embed_corpus(corpus, **arguments)
+    assert worked == [f"cuda:{rank % 4}" for rank in range(1, 8)]
+    assert [device.index for device in four_gpus] == [rank % 4 for rank in range(1, 8)]
+    monkeypatch.setenv("LOCAL_RANK", "4")
+    with pytest.raises(ConfigError, match="process 5 of this machine, which has 4 GPUs"):
+        embed_corpus(corpus, **arguments)
+
+
+def test_each_actor_of_ray_sees_one_gpu(corpus: Path, tiny_model: Path, tmp_path: Path) -> None:
+    """On a cluster that is told of GPUs: Ray hides all but one from an actor."""
+    import ray
+
+    out, seen = tmp_path / "out", tmp_path / "seen"
+    seen.mkdir()
+    embed_corpus(corpus, out, **options(tiny_model), plan_only=True)
+
+    class Recorded:
+        def __init__(self, device: str, **rest: Any) -> None:
+            self._seen = f"{device} {os.environ['CUDA_VISIBLE_DEVICES']}"
+
+        def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+            (seen / self._seen).touch()
+            deadline = time.monotonic() + 60
+            while len(list(seen.iterdir())) < 2 and time.monotonic() < deadline:
+                time.sleep(0.05)  # until the other one has a part too
+            return batch
+
+    run = Run(out, Plan.load(out), Engine("ray", ("cuda:0", "cuda:1")), False, 60.0, False)
+    ray.init(num_cpus=2, num_gpus=2, log_to_driver=False, include_dashboard=False)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("gen_fast.jobs.engines._RayWorker", Recorded)
+            with pytest.raises(JobError, match="25 of 25 parts are missing"):
+                run_ray(run)
+    finally:
+        ray.shutdown()
+    assert sorted(path.name for path in seen.iterdir()) == ["cuda 0", "cuda 1"]

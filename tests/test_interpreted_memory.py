@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from interpreted_memory import checked_memory
 
 from gen_fast.ops import gpu
 
@@ -10,6 +11,12 @@ tl = triton.language
 pytestmark = pytest.mark.skipif(not gpu.interpreted(), reason="needs Triton's interpreter")
 
 ROWS, SIZE = 5, 24
+
+
+@pytest.fixture(autouse=True)
+def _watched(nan_in_fresh_memory):
+    with checked_memory():
+        yield
 
 
 @triton.jit

@@ -111,16 +111,23 @@ def tile(rows: int, outputs: int, inputs: int, warps: int, stages: int) -> Tile:
     return Tile({"BLOCK_T": rows, "BLOCK_O": outputs, "BLOCK_K": inputs}, warps, stages)
 
 
-# By the most rows that they are for; best first. Of both architectures: few rows wait for memory.
-# A guess, not measured.
-_TILES = {
-    16: (tile(16, 32, 128, 4, 4), tile(16, 64, 64, 4, 4)),
-    ROWS_FROM_BLOCKS: (tile(64, 64, 64, 4, 3), tile(64, 32, 128, 4, 3)),
-}
+# Best first, of both architectures. On an H100 and a weight of 24,576 outputs and 4,096 inputs
+# _TILES took 93 µs for 64 rows, _TILES_NARROW 144 µs for 1 row and 119 for 16; with 6,144
+# outputs and 1,024 inputs they took 21, 18 and 15 (bench/results/gpu-h100-2026-11-27.json). So for
+# every number of rows _TILES, but where its programs are fewer than an H100's 132 multiprocessors.
+_TILES = (tile(64, 64, 64, 4, 3), tile(64, 32, 128, 4, 3))
+_TILES_NARROW = (tile(16, 32, 128, 4, 4), tile(16, 64, 64, 4, 4))
+_NARROW_ROWS, _NARROW_OUTPUTS = 16, 132 * 64
 _WEIGHT_TILES = (
     Tile({"BLOCK_O": 16, "BLOCK_K": 128}, 4, 1),
     Tile({"BLOCK_O": 32, "BLOCK_K": 128}, 4, 1),
 )
+
+
+def tiles(rows: int, outputs: int) -> tuple[Tile, ...]:
+    """Those of a product, best first."""
+    narrow = rows <= _NARROW_ROWS and outputs < _NARROW_OUTPUTS
+    return _TILES_NARROW if narrow else _TILES
 
 
 def int4_linear(x: Tensor, blocks: Tensor, bias: Tensor | None) -> Tensor:
@@ -138,7 +145,7 @@ def int4_linear(x: Tensor, blocks: Tensor, bias: Tensor | None) -> Tensor:
                 triton.cdiv(outputs, constants["BLOCK_O"]),
                 triton.cdiv(rows, constants["BLOCK_T"]),
             ),
-            next(tiles for most, tiles in _TILES.items() if rows <= most),
+            tiles(rows, outputs),
             ("size", "outputs"),
             x,
             blocks,

@@ -76,12 +76,23 @@ def test_matches_the_reference(dtype, rows, shape, biased, device, impl):
     assert_no_worse(int4_linear(x, blocks, bias, impl=impl), reference, exact)
 
 
-# Of Triton's tiles each has its rows; the last are more than are multiplied by blocks.
-@pytest.mark.parametrize("rows", [17, 64, 65])
+def test_many_outputs_take_one_tile_for_every_number_of_rows():
+    pytest.importorskip("triton")
+    from gen_fast.ops.qlinear.triton_int4 import tiles
+
+    assert {tiles(rows, 24576)[0].blocks["BLOCK_T"] for rows in (1, 16, 17, 64)} == {64}
+    assert [tiles(rows, 6144)[0].blocks["BLOCK_T"] for rows in (1, 16, 17, 64)] == [16, 16, 64, 64]
+
+
+# Both of Triton's tiles; the last rows are more than are multiplied by blocks.
+@pytest.mark.parametrize("rows", [1, 17, 64, 65])
+@pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_rows_of_several_tiles(dtype, rows, device, impl):
+def test_rows_of_several_tiles(dtype, wide, rows, device, impl, monkeypatch):
     if impl == "cpu" and dtype == torch.float16:
         pytest.skip("takes no float16")
+    if impl == "triton" and wide:
+        monkeypatch.setattr("gen_fast.ops.qlinear.triton_int4._NARROW_OUTPUTS", 0)
     torch.manual_seed(0)
     x, bias = torch.randn(rows, 160, device=device).to(dtype), torch.randn(144, device=device)
     bias = bias.to(dtype)

@@ -76,14 +76,13 @@ def norm_quantized(shape: Shape, rows: int) -> Op:
 
 
 def rope(shape: Shape, rows: int, *, backward: bool = False) -> Op:
-    """With the norm of q and k; cos and sin are fp32.
-
-    Backward is counted as the benchmark counts it, without x, which the norm reads once more.
-    """
+    """With the norm of q and k, whose gradient reads x once more; cos and sin are fp32."""
     values = rows * (shape.heads + shape.kv_heads) * shape.head_dim
     angles = rows * shape.head_dim // 2 * 4
-    name, kernel = ("rope backward", "backward") if backward else ("rope", "forward")
-    return Op(name, 2 * (values * 2 + angles), 8 * values, kernel=f"rope/{kernel}")
+    moved = 2 * (values * 2 + angles)
+    if backward:
+        return Op("rope backward", moved + values * 2, 8 * values, kernel="rope/backward")
+    return Op("rope", moved, 8 * values, kernel="rope/forward")
 
 
 def swiglu(shape: Shape, rows: int, *, backward: bool = False) -> Op:

@@ -47,6 +47,8 @@ def bench_rope(measure, size, dtype, mode, provider):
         ),
         plain,
         (x, angles.cos(), angles.sin(), norm),
-        moved_bytes=2 * (2 if trained else 1) * (x.numel() * x.element_size() + angles.nbytes),
+        # Read and written, also of the gradient, and the norm's gradient reads x once more.
+        moved_bytes=2 * (2 if trained else 1) * (x.numel() * x.element_size() + angles.nbytes)
+        + (trained and size.qk_norm) * x.numel() * x.element_size(),
         flops=x.numel() * (3 + 5 * size.qk_norm) * (2 if trained else 1),
     )

@@ -39,6 +39,7 @@ from gen_fast.model.lora import MATRICES
 from gen_fast.model.token_budget import TokenBudget
 from gen_fast.model.weights import backbone_from_tensors
 from gen_fast.ops.pool import pool
+from gen_fast.testing import with_layers
 
 SPECIAL, COMPRESSION, BATCH = 20, 10, 32
 # Profiles a function under a name, if profiles are asked for.
@@ -87,13 +88,7 @@ def quantized(backbone: Backbone, kind: str) -> Backbone:
         replace(layer, **{name: weights[kind].of(getattr(layer, name)) for name in MATRICES})
         for layer in backbone.layers
     ]
-    return Backbone(
-        backbone.config,
-        backbone.embedding,
-        tuple(layers),
-        backbone.final_norm,
-        backbone.fingerprint,
-    )
+    return with_layers(backbone, layers)
 
 
 def workloads(shape: str, vocabulary: int) -> dict[str, list[np.ndarray]]:

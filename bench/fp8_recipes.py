@@ -31,6 +31,7 @@ from gen_fast.model.sources import resolve
 from gen_fast.model.weights import load_backbone
 from gen_fast.ops.qlinear import quantize_rows, rotate_rows
 from gen_fast.ops.qlinear.reference import dequantize_rows
+from gen_fast.testing import with_layers
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,7 @@ class Recipe:
                 layer = smoothed(layer, {name: largest[i, name] for name in SMOOTHED})
             matrices = {n: self.rounded(getattr(layer, n), self.weights) for n in MATRICES}
             layers.append(replace(layer, **matrices))
-        return Backbone(
-            plain.config, plain.embedding, tuple(layers), plain.final_norm, plain.fingerprint
-        )
+        return with_layers(plain, layers)
 
     @contextmanager
     def products(self) -> Iterator[None]:

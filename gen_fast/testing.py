@@ -1,10 +1,10 @@
 """Devices, tolerances, input makers and tiny models, shared by tests and benchmarks."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gen_fast.io.checksums import CHECKSUMS
+
+if TYPE_CHECKING:
+    from gen_fast.model.backbone import Backbone, LayerWeights
 
 # An implementation may err twice as much as the reference in its own dtype, plus this.
 TOLERANCE = {torch.float32: 5e-4, torch.float16: 1e-3, torch.bfloat16: 1e-2}
@@ -124,6 +127,17 @@ def save_tiny_adapter(directory: Path, model: Path, **options: Any) -> None:
         alignment=(torch.randn(20, size), torch.randn(20)),
         **options,
     ).save(directory)
+
+
+def with_layers(backbone: "Backbone", layers: Iterable["LayerWeights"]) -> "Backbone":
+    """The same backbone with other layers."""
+    return type(backbone)(
+        backbone.config,
+        backbone.embedding,
+        tuple(layers),
+        backbone.final_norm,
+        backbone.fingerprint,
+    )
 
 
 def byte_tokenizer() -> Any:

@@ -1,6 +1,5 @@
-"""Backbones with other layers, and a batch for them: for the tests of quantised weights."""
+"""Values of quantised backbones, and a batch for them."""
 
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,24 +7,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gen_fast.model.backbone import Backbone, LayerWeights
+from gen_fast.model.backbone import Backbone
 from gen_fast.model.batch import PackedBatch
 from gen_fast.model.lora import MATRICES
 from gen_fast.model.weights import load_backbone
+from gen_fast.testing import with_layers
 
-FAMILIES = ("llama", "mistral-window", "qwen2", "qwen3")
 BATCH = PackedBatch.pack([np.arange(3, 40), np.arange(60, 65)], needed=[2, 1])
-
-
-def with_layers(backbone: Backbone, layers: Iterable[LayerWeights]) -> Backbone:
-    """The same backbone with other layers."""
-    return Backbone(
-        backbone.config,
-        backbone.embedding,
-        tuple(layers),
-        backbone.final_norm,
-        backbone.fingerprint,
-    )
 
 
 def dequantized(backbone: Backbone) -> Backbone:

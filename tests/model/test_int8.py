@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from quantized_models import BATCH, FAMILIES, dequantized, gradient_at_special_tokens, with_layers
+from quantized_models import BATCH, dequantized, gradient_at_special_tokens
 from safetensors.torch import load_file, save_file
 
 import gen_fast
@@ -15,21 +15,12 @@ from gen_fast.model.lora import Lora, LoraConfig
 from gen_fast.model.prefix import PrefixCache
 from gen_fast.model.quantized import check_device
 from gen_fast.model.weights import load_backbone
-from gen_fast.testing import WHOLE_BLOCKS, forget_checksums, relative_error, save_tiny_model
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
-def directory(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("int8")
-    save_tiny_model(folder, request.param, **WHOLE_BLOCKS)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("int8") / "llama"
-    save_tiny_model(folder, "llama-tied", **WHOLE_BLOCKS)
-    return folder
+from gen_fast.testing import (
+    forget_checksums,
+    relative_error,
+    save_tiny_model,
+    with_layers,
+)
 
 
 def test_a_weight_is_near_and_its_product_nearer_than_without_a_rotation():
@@ -61,8 +52,8 @@ def test_rows_that_have_a_gradient_are_not_rounded():
     assert torch.equal(times(grad, weight), x.grad)
 
 
-def test_factors_change_nothing_of_what_a_layer_computes(directory):
-    plain = load_backbone(directory)
+def test_factors_change_nothing_of_what_a_layer_computes(quantizable):
+    plain = load_backbone(quantizable)
     torch.manual_seed(0)
     config = plain.config
     sizes = {
@@ -79,11 +70,11 @@ def test_factors_change_nothing_of_what_a_layer_computes(directory):
 
 
 @pytest.mark.parametrize("mask", ["causal", "bidirectional"])
-def test_states_are_near_those_of_the_plain_model(directory, mask):
+def test_states_are_near_those_of_the_plain_model(quantizable, mask):
     backbone = load_backbone(
-        directory, quantize="int8", packed=True, bidirectional=mask != "causal"
+        quantizable, quantize="int8", packed=True, bidirectional=mask != "causal"
     )
-    plain = load_backbone(directory)
+    plain = load_backbone(quantizable)
     assert backbone.quantize == "int8"
     assert backbone.fingerprint == plain.fingerprint
     expected = plain.forward(BATCH, mask=mask)
@@ -97,16 +88,16 @@ def test_states_are_near_those_of_the_plain_model(directory, mask):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_it_computes_in_other_dtypes(llama, dtype):
-    backbone = load_backbone(llama, quantize="int8", dtype=dtype)
+def test_it_computes_in_other_dtypes(quantizable_llama, dtype):
+    backbone = load_backbone(quantizable_llama, quantize="int8", dtype=dtype)
     assert backbone.dtype == dtype
     with torch.inference_mode():
-        expected = load_backbone(llama, quantize="int8").forward(BATCH)
+        expected = load_backbone(quantizable_llama, quantize="int8").forward(BATCH)
         assert relative_error(backbone.forward(BATCH).float(), expected) <= 0.05
 
 
-def test_gradients_at_special_tokens_point_the_same_way(directory):
-    gradients = [gradient_at_special_tokens(directory, quantize) for quantize in (None, "int8")]
+def test_gradients_at_special_tokens_point_the_same_way(quantizable):
+    gradients = [gradient_at_special_tokens(quantizable, quantize) for quantize in (None, "int8")]
     assert torch.cosine_similarity(*gradients, dim=0) > 0.95
 
 
@@ -121,25 +112,25 @@ def test_the_shipped_adapter_is_served_nearly_as_before(smollm2):
     assert centred_cosine(vectors[1], vectors[0]).mean() > 0.985
 
 
-def test_adapters_are_merged_before(llama):
-    lora = Lora(LoraConfig(rank=4, alpha=8), load_backbone(llama).config, seed=1)
+def test_adapters_are_merged_before(quantizable_llama):
+    lora = Lora(LoraConfig(rank=4, alpha=8), load_backbone(quantizable_llama).config, seed=1)
     with torch.no_grad():
         for b in lora.b:
             b.normal_(std=0.1)
     adapters = [lora.weights()]
-    merged = load_backbone(llama, adapters=adapters)
-    backbone = load_backbone(llama, adapters=adapters, quantize="int8")
+    merged = load_backbone(quantizable_llama, adapters=adapters)
+    backbone = load_backbone(quantizable_llama, adapters=adapters, quantize="int8")
     assert backbone.fingerprint == merged.fingerprint
     with torch.inference_mode():
         difference = relative_error(backbone.forward(BATCH), merged.forward(BATCH))
         assert difference < 0.2 * relative_error(
-            merged.forward(BATCH), load_backbone(llama).forward(BATCH)
+            merged.forward(BATCH), load_backbone(quantizable_llama).forward(BATCH)
         )
 
 
-def test_a_prefix_of_other_weights_is_not_taken(llama, tmp_path):
+def test_a_prefix_of_other_weights_is_not_taken(quantizable_llama, tmp_path):
     for quantize in (None, "int8"):
-        cache = PrefixCache(load_backbone(llama, quantize=quantize))
+        cache = PrefixCache(load_backbone(quantizable_llama, quantize=quantize))
         cache.get((3, 4, 5))
         cache.save(tmp_path / str(quantize))
     assert cache.load(tmp_path / "int8") == 1
@@ -147,9 +138,9 @@ def test_a_prefix_of_other_weights_is_not_taken(llama, tmp_path):
         cache.load(tmp_path / "None")
 
 
-def test_few_texts_are_refused(llama):
+def test_few_texts_are_refused(quantizable_llama):
     with pytest.raises(ConfigError, match="at least 20 texts, not on 3"):
-        load_backbone(llama, quantize="int8", calibration=["a", "b", "c"])
+        load_backbone(quantizable_llama, quantize="int8", calibration=["a", "b", "c"])
 
 
 def test_a_size_without_whole_blocks_is_refused_by_name(tmp_path):
@@ -159,12 +150,12 @@ def test_a_size_without_whole_blocks_is_refused_by_name(tmp_path):
         load_backbone(tmp_path, quantize="int8")
 
 
-def test_values_that_are_not_finite_are_refused_by_name(llama, tmp_path):
-    tensors = load_file(llama / "model.safetensors")
+def test_values_that_are_not_finite_are_refused_by_name(quantizable_llama, tmp_path):
+    tensors = load_file(quantizable_llama / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][5, 7] = float("nan")
     save_file(tensors, tmp_path / "model.safetensors")
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
-        (tmp_path / name).write_text((llama / name).read_text())
+        (tmp_path / name).write_text((quantizable_llama / name).read_text())
     forget_checksums(tmp_path)
     with pytest.raises(WeightsError, match="holds NaN or infinity"):
         load_backbone(tmp_path, quantize="int8")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from quantized_models import BATCH, FAMILIES, dequantized
+from quantized_models import BATCH, dequantized
 from safetensors.torch import load_file, save_file
 from tiny_gguf import KINDS, write_gguf
 
@@ -17,34 +17,20 @@ from gen_fast.model.weights import load_backbone
 from gen_fast.testing import WHOLE_BLOCKS, relative_error, save_tiny_model
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def directory(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("quantized")
-    save_tiny_model(folder, request.param, **WHOLE_BLOCKS)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("quantized") / "llama"
-    save_tiny_model(folder, "llama-tied", **WHOLE_BLOCKS)
-    return folder
-
-
 @pytest.mark.parametrize("mask", ["causal", "bidirectional"])
-def test_states_are_those_of_the_dequantised_model(directory, mask):
-    backbone = load_backbone(directory, quantize="int4", packed=True)
+def test_states_are_those_of_the_dequantised_model(quantizable, mask):
+    backbone = load_backbone(quantizable, quantize="int4", packed=True)
     assert backbone.quantize == "int4"
     expected = dequantized(backbone).forward(BATCH, mask=mask)
     assert relative_error(backbone.forward(BATCH, mask=mask), expected) <= 1e-5
-    plain = load_backbone(directory)
+    plain = load_backbone(quantizable)
     assert plain.quantize is None
     assert 0.001 < relative_error(expected, plain.forward(BATCH, mask=mask)) < 0.5
     assert backbone.fingerprint == plain.fingerprint
 
 
-def test_gradients_are_those_of_the_dequantised_model(directory):
-    quantized = load_backbone(directory, quantize="int4")
+def test_gradients_are_those_of_the_dequantised_model(quantizable):
+    quantized = load_backbone(quantizable, quantize="int4")
     gradients = []
     for backbone in (quantized, dequantized(quantized)):
         lora = Lora(LoraConfig(rank=4, alpha=8), backbone.config, seed=3)
@@ -62,10 +48,10 @@ def test_gradients_are_those_of_the_dequantised_model(directory):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_it_computes_in_other_dtypes(llama, dtype):
-    backbone = load_backbone(llama, quantize="int4", dtype=dtype)
+def test_it_computes_in_other_dtypes(quantizable_llama, dtype):
+    backbone = load_backbone(quantizable_llama, quantize="int4", dtype=dtype)
     assert backbone.dtype == dtype
-    expected = load_backbone(llama, quantize="int4").forward(BATCH)
+    expected = load_backbone(quantizable_llama, quantize="int4").forward(BATCH)
     assert relative_error(backbone.forward(BATCH).float(), expected) <= 0.05
 
 
@@ -96,22 +82,22 @@ def test_the_shipped_model_keeps_its_values_in_a_third_of_bfloat16s_memory(smoll
     assert relative_error(backbone.forward(batch), expected.forward(batch)) <= 1e-5
 
 
-def test_adapters_are_merged_before(llama):
-    lora = Lora(LoraConfig(rank=4, alpha=8), load_backbone(llama).config, seed=1)
+def test_adapters_are_merged_before(quantizable_llama):
+    lora = Lora(LoraConfig(rank=4, alpha=8), load_backbone(quantizable_llama).config, seed=1)
     with torch.no_grad():
         for b in lora.b:
             b.normal_(std=0.1)
     adapters = [lora.weights()]
-    merged = load_backbone(llama, adapters=adapters)
-    backbone = load_backbone(llama, adapters=adapters, quantize="int4")
+    merged = load_backbone(quantizable_llama, adapters=adapters)
+    backbone = load_backbone(quantizable_llama, adapters=adapters, quantize="int4")
     for own, other in zip(backbone.layers, merged.layers, strict=True):
         assert torch.equal(own.down.blocks, Int4Weight.of(other.down).blocks)
     assert backbone.fingerprint == merged.fingerprint
 
 
-def test_an_unknown_kind_is_refused(llama):
+def test_an_unknown_kind_is_refused(quantizable_llama):
     with pytest.raises(ConfigError, match="quantize 'int3' is not one of int4, int8, fp8"):
-        load_backbone(llama, quantize="int3")
+        load_backbone(quantizable_llama, quantize="int3")
 
 
 def test_a_size_without_whole_blocks_is_refused_by_name(tiny_model):
@@ -120,10 +106,10 @@ def test_a_size_without_whole_blocks_is_refused_by_name(tiny_model):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 70000.0])
-def test_values_that_float16_does_not_hold_are_refused_by_name(llama, tmp_path, bad):
-    tensors = load_file(llama / "model.safetensors")
+def test_values_that_float16_does_not_hold_are_refused_by_name(quantizable_llama, tmp_path, bad):
+    tensors = load_file(quantizable_llama / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][5, 7] = bad
     save_file(tensors, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text((llama / "config.json").read_text())
+    (tmp_path / "config.json").write_text((quantizable_llama / "config.json").read_text())
     with pytest.raises(WeightsError, match=r"layers\.1\.mlp\.up_proj\.weight holds NaN"):
         load_backbone(tmp_path, quantize="int4")

@@ -1,8 +1,6 @@
-"""Per-head RMSNorm and rotation in Triton: eight heads of a row in one program.
+"""Per-head RMSNorm and rotation in Triton: all heads of a row in one program.
 
-A row's cosines and sines come from the caches for all but its first program, its neighbour. All
-heads in one program would read them once, and leave lanes idle (24 heads of 32, 40 of 64) and half
-of a multiprocessor's warps unused. Eight numbers a thread take 32 registers: it holds all 64 warps.
+A row's cosines and sines are read once and serve every head.
 """
 
 import triton
@@ -11,8 +9,6 @@ from torch import Tensor
 
 from gen_fast.ops import gpu
 from gen_fast.ops.layout import dense_rows
-
-_HEADS = 8  # of a program
 
 
 @triton.jit
@@ -25,15 +21,9 @@ def _halves(x, at, inside, HALF: tl.constexpr):
 
 @triton.jit
 def _places(heads, HALF: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr):
-    """This program's row; where the first halves of its heads lie in it, and which are real.
-
-    The places are [HEADS, BLOCK].
-    """
-    parts = tl.cdiv(heads, HEADS)
-    row = (tl.program_id(0) // parts).to(tl.int64)
-    head = tl.program_id(0) % parts * HEADS + tl.arange(0, HEADS)[:, None]
-    column = tl.arange(0, BLOCK)[None, :]
-    return row, head * (2 * HALF) + column, (head < heads) & (column < HALF)
+    """Where the first halves of a row's heads lie, and which places are real: [HEADS, BLOCK]."""
+    head, column = tl.arange(0, HEADS)[:, None], tl.arange(0, BLOCK)[None, :]
+    return head * (2 * HALF) + column, (head < heads) & (column < HALF)
 
 
 @triton.jit
@@ -48,7 +38,8 @@ def _rope_forward(
     x, out, cos, sin, norm, stride, out_stride, heads, eps,
     HALF: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, HAS_NORM: tl.constexpr,
 ):  # fmt: skip
-    row, at, inside = _places(heads, HALF, HEADS, BLOCK)
+    row = tl.program_id(0).to(tl.int64)
+    at, inside = _places(heads, HALF, HEADS, BLOCK)
     first, second = _halves(x + row * stride, at, inside, HALF)
     if HAS_NORM:
         squares = tl.sum(first * first + second * second, 1)  # [HEADS]
@@ -66,7 +57,8 @@ def _rope_backward(
     grad, x, out, cos, sin, norm, grad_stride, stride, heads, eps,
     HALF: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, HAS_NORM: tl.constexpr,
 ):  # fmt: skip
-    row, at, inside = _places(heads, HALF, HEADS, BLOCK)
+    row = tl.program_id(0).to(tl.int64)
+    at, inside = _places(heads, HALF, HEADS, BLOCK)
     first, second = _halves(grad + row * grad_stride, at, inside, HALF)
     c, s = _angle(cos, row, HALF, BLOCK), _angle(sin, row, HALF, BLOCK)
     # The transpose of a rotation is the rotation back.
@@ -84,14 +76,14 @@ def _rope_backward(
     tl.store(target + HALF, dsecond.to(out.dtype.element_ty), mask=inside)
 
 
-def _constants(size: int, has_norm: bool) -> dict[str, int | bool]:
-    block = gpu.power_of_two(size // 2)
+def _constants(heads: int, size: int, has_norm: bool) -> dict[str, int | bool]:
+    padded, block = gpu.power_of_two(heads), gpu.power_of_two(size // 2)
     return {
         "HALF": size // 2,
-        "HEADS": _HEADS,
+        "HEADS": padded,
         "BLOCK": block,
         "HAS_NORM": has_norm,
-        "num_warps": max(1, _HEADS * block // 128),  # eight numbers a thread
+        "num_warps": gpu.row_warps(2 * padded * block),
     }
 
 
@@ -105,7 +97,7 @@ def rope(
     if x.numel():
         gpu.launch(
             _rope_forward,
-            (rows * triton.cdiv(heads, _HEADS),),
+            (rows,),
             x,
             out,
             cos.float().contiguous(),
@@ -115,7 +107,7 @@ def rope(
             out.stride(0),
             heads,
             eps,
-            **_constants(size, norm is not None),
+            **_constants(heads, size, norm is not None),
         )
     return out
 
@@ -131,7 +123,7 @@ def rope_backward(
     if grad.numel():
         gpu.launch(
             _rope_backward,
-            (rows * triton.cdiv(heads, _HEADS),),
+            (rows,),
             grad,
             x,
             out,
@@ -142,6 +134,6 @@ def rope_backward(
             0 if x is None else x.stride(0),
             heads,
             eps,
-            **_constants(size, norm is not None),
+            **_constants(heads, size, norm is not None),
         )
     return out

@@ -6,7 +6,8 @@ from gen_fast.formats.causal_lm import write_causal_lm
 from gen_fast.formats.gem import Settings, SpecialTokens, write_special
 from gen_fast.formats.peft import write_adapter
 from gen_fast.model.lora import Lora, LoraConfig
-from gen_fast.model.weights import find_tensors, load_backbone
+from gen_fast.model.tensor_files import find_tensors
+from gen_fast.model.weights import load_backbone
 
 
 def save_gem(directory, model, *, full=False, **settings):

@@ -64,6 +64,7 @@ def test_no_triton_kernel_spills_in_half_precision(triton_report):
 
 
 def test_two_programs_of_a_short_tile_fit_a_multiprocessor(triton_report):
+    # A prefix that goes first meets all rows as one text, which is long.
     short = [
         r
         for r in triton_report

@@ -13,7 +13,7 @@ from gen_fast.model.backbone import Backbone
 from gen_fast.model.full import FullWeights
 from gen_fast.model.lora import Lora, LoraWeights
 from gen_fast.model.sources import resolve
-from gen_fast.model.weights import find_tensors
+from gen_fast.model.tensor_files import find_tensors
 from gen_fast.training.adapted_config import AdaptedConfig
 
 

@@ -35,6 +35,8 @@ constexpr int PARTS = OUTPUTS / W;  // vectors of a block's outputs
 constexpr int64_t TASK = W == 16 ? 64 : 32;
 // Inputs at a time: weights for half of a second-level cache, at most.
 constexpr int64_t DEPTH = 2048;
+// Bytes of blocks asked for before they are needed.
+constexpr int64_t AHEAD = 8 * BLOCK_BYTES;
 
 // Without the processor's own conversion, which AVX2 need not have: the bits of the half moved to
 // where a float has them are 2^112 times too small.
@@ -129,6 +131,8 @@ static void put_weights(const uint8_t* blocks, Value* weights, int64_t in, int64
   for (int64_t first = 0; first < count; first += OUTPUTS) {
     const uint8_t* block = blocks + (first * in / OUTPUTS + from) / INPUTS * BLOCK_BYTES;
     for (int64_t k = 0; k < depth; k += INPUTS, block += BLOCK_BYTES) {
+      // The blocks of other outputs follow.
+      for (int i = 0; i < BLOCK_BYTES; i += 64) __builtin_prefetch(block + AHEAD + i);
       put_block(block, weights + k * TASK + first / OUTPUTS * panel_outputs, TASK);
     }
   }

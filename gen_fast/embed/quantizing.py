@@ -35,7 +35,8 @@ from gen_fast.model.quantized import (
 )
 from gen_fast.model.shards import save_shards
 from gen_fast.model.sources import lasting_name, resolve
-from gen_fast.model.weights import TensorFiles, find_tensors, load_backbone
+from gen_fast.model.tensor_files import TensorFiles, find_tensors
+from gen_fast.model.weights import load_backbone
 from gen_fast.ops.qlinear import blocks_shape
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from gen_fast.io.checksums import files_below, record
 from gen_fast.io.durable import file_sha256
 from gen_fast.model.model_files import read_json
 from gen_fast.model.shards import save_shards
-from gen_fast.model.weights import TensorFiles, find_tensors
+from gen_fast.model.tensor_files import TensorFiles, find_tensors
 
 # What config.json says of the source's own files or code.
 _NOT_KEPT = ("auto_map", "torch_dtype", "transformers_version", "_name_or_path")

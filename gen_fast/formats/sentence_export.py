@@ -23,13 +23,13 @@ from gen_fast.formats.sentence_modules import POOLING_FLAGS, Pooling
 from gen_fast.io.durable import as_readable_as_others, check_is_new, new_directory
 from gen_fast.model.model_files import read_json
 from gen_fast.model.shards import save_shards
+from gen_fast.model.tensor_files import find_tensors
 from gen_fast.model.tokenizing import (
     NAMED_TOKENS,
     special_tokens,
     special_tokens_around,
     token_names,
 )
-from gen_fast.model.weights import find_tensors
 
 # Read by the written tokenizer and by its source, besides every special token.
 _PROBE = "A café,  12 cats;\n日本語"

@@ -247,7 +247,6 @@ _QUERY_TILES = {
         256: Tiles(short=(tile(32, 32, 4, 2),), long=(tile(32, 32, 8, 2),)),
     },
 }
-_QUERY_TILES_DROPOUT = _QUERY_TILES
 _KEY_TILES = {
     80: {
         64: Tiles(short=(tile(64, 32, 4, 2),), long=(tile(32, 64, 4, 2),)),
@@ -293,8 +292,7 @@ _TILES_FLOAT32 = {
 
 
 def _query_tiles(q: Tensor, options: AttentionOptions, rows: int) -> tuple[Tile, ...]:
-    half = _QUERY_TILES_DROPOUT if options.dropout else _QUERY_TILES
-    return pinned(q, half, _TILES_FLOAT32, rows, options.texts)
+    return pinned(q, _QUERY_TILES, _TILES_FLOAT32, rows, options.texts)
 
 
 def _key_tiles(k: Tensor, options: AttentionOptions) -> tuple[Tile, ...]:

@@ -10,8 +10,8 @@ from gen_fast.ops.gpu import Tile
 from gen_fast.ops.layout import adjacent
 
 from . import int8
-from .reference import ROTATED
-from .triton_kernel import rotated, row_columns, row_constants
+from .reference import rotated_together
+from .triton_kernel import rotated, row_columns
 
 _OUTPUTS, _INPUTS = tl.constexpr(int8.OUTPUTS), tl.constexpr(int8.INPUTS)
 # Tiles of rows that go through all outputs before the next ones do: these rows stay in the L2 cache
@@ -61,8 +61,7 @@ def _int8_linear(
 
 @triton.jit
 def _int8_weight(
-    blocks, weight_scale, weight, size,
-    LARGEST: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+    blocks, weight_scale, weight, size, PARTS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     output = tl.program_id(0).to(tl.int64)
     columns, inside = row_columns(size, PARTS, BLOCK)
@@ -142,5 +141,5 @@ def int8_weight(blocks: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Ten
     shape = len(weight_scale), blocks.shape[1] * int8.INPUTS
     weight = weight_scale.new_empty(shape, dtype=dtype)
     inputs = blocks.contiguous(), weight_scale.contiguous(), weight, shape[1]
-    gpu.launch_rows(_int8_weight, shape, *inputs, **row_constants(shape[1], ROTATED))
+    gpu.launch_rows(_int8_weight, shape, *inputs, PARTS=rotated_together(shape[1]))
     return weight

@@ -8,7 +8,8 @@ from torch.nn.functional import cosine_similarity
 from gen_fast.model.batch import PackedBatch
 from gen_fast.model.full import FullWeights
 from gen_fast.model.lora import linear_sizes
-from gen_fast.model.weights import find_tensors, load_backbone
+from gen_fast.model.tensor_files import find_tensors
+from gen_fast.model.weights import load_backbone
 from gen_fast.testing import relative_error, save_tiny_model
 
 LENGTHS = (5, 1, 17, 8)

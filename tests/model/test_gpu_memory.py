@@ -11,7 +11,8 @@ from gen_fast.errors import DeviceMemoryError
 from gen_fast.model.config import parse_config
 from gen_fast.model.memory import weight_bytes
 from gen_fast.model.model_files import read_json
-from gen_fast.model.weights import TensorFiles, load_backbone, load_head
+from gen_fast.model.tensor_files import TensorFiles
+from gen_fast.model.weights import load_backbone, load_head
 from gen_fast.testing import WHOLE_BLOCKS, save_tiny_model
 
 

@@ -14,7 +14,8 @@ import gen_fast
 from gen_fast.model.config import parse_config
 from gen_fast.model.fingerprint import differences
 from gen_fast.model.sources import resolve
-from gen_fast.model.weights import backbone_from_tensors, find_tensors, load_backbone
+from gen_fast.model.tensor_files import find_tensors
+from gen_fast.model.weights import backbone_from_tensors, load_backbone
 from gen_fast.testing import edit_config, save_tiny_model
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"

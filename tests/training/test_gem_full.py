@@ -23,7 +23,8 @@ from gen_fast.model import shards
 from gen_fast.model.fingerprint import differences
 from gen_fast.model.lora import MODULES
 from gen_fast.model.sampling import GREEDY
-from gen_fast.model.weights import find_tensors, read_fingerprint
+from gen_fast.model.tensor_files import find_tensors
+from gen_fast.model.weights import read_fingerprint
 from gen_fast.testing import relative_error, save_tiny_model
 from gen_fast.training.checkpoint import latest_checkpoint
 from gen_fast.training.contrastive import embed

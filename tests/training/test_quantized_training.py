@@ -39,7 +39,7 @@ def test_llm2vec_gen_trains_as_over_the_same_values(model, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
-def test_llm2vec_gen_trains_over_rounded_rows(kind, model, tmp_path, fp8_by_the_reference):
+def test_llm2vec_gen_trains_over_8_bits(kind, model, tmp_path, fp8_by_the_reference):
     write_answers(tmp_path / "answers.jsonl")
     write_teacher(tmp_path / "teacher.parquet", tmp_path / "answers.jsonl")
     curves = []

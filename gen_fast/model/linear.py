@@ -173,14 +173,13 @@ def pack(weight: Weight) -> Weight:
 def linear(x: Rows, weight: Weight, bias: Tensor | None = None) -> Tensor:
     """x [T, in] times weightᵀ [in, out], plus bias [out]. Quantised rows go with their weights.
 
-    Both are frozen: a gradient reaches x alone. For it rows stay as they are before an Int8Weight;
-    an Fp8Weight rounds them, and it goes as if it did not.
+    Both are frozen: a gradient reaches x alone. Where one is needed, rows stay as they are before
+    weights that round them otherwise.
     """
     if isinstance(weight, Int8Weight | Fp8Weight):
         if isinstance(x, Tensor) and torch.is_grad_enabled() and x.requires_grad:
-            kind = _DequantizedLinear if isinstance(weight, Int8Weight) else _RoundedLinear
-            through: Tensor = kind.apply(x, weight, bias)  # type: ignore[no-untyped-call]
-            return through
+            exact: Tensor = _DequantizedLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+            return exact
         return _rounded_linear(x, weight, bias)
     assert isinstance(x, Tensor)
     if isinstance(weight, Int4Weight):
@@ -229,22 +228,14 @@ class _PackedLinear(_FrozenLinear):
         return _packed_linear(x, weight, bias)
 
 
-class _RoundedLinear(_FrozenLinear):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Fp8Weight, bias: Tensor | None) -> Tensor:
-        ctx.weight = weight
-        return _rounded_linear(x, weight, bias)
-
-
 class _DequantizedLinear(_FrozenLinear):
-    """The exact function of an int8 weight and its exact gradient.
+    """The exact function of a weight of 8 bits and its exact gradient: rows are not rounded.
 
-    Where LLM2Vec-Gen's training starts the loss is so steep that rounded rows, off by less than a
-    hundredth, turn its gradient elsewhere: 200 steps later it is 24% higher than over bfloat16
-    (bench/README.md, "Training step"). Rounded weights cost nothing there.
+    Where LLM2Vec-Gen's training starts the loss is so steep that rounded rows turn its gradient
+    elsewhere: 200 steps later it is 24% higher over int8 (bench/README.md, "Training step").
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Int8Weight, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Int8Weight | Fp8Weight, bias: Tensor | None) -> Tensor:
         ctx.weight = weight
         return plain_linear(x, weight.dequantized(x.dtype), bias)

@@ -7,10 +7,10 @@ from gen_fast import ops
 from gen_fast.model import backbone as backbone_module
 from gen_fast.model.backbone import Backbone, padded_rows
 from gen_fast.model.batch import PackedBatch
-from gen_fast.model.linear import can_pack, linear, pack
+from gen_fast.model.linear import Fp8Weight, Int8Weight, can_pack, linear, pack, times
 from gen_fast.model.prefix import PrefixCache
 from gen_fast.model.weights import load_backbone
-from gen_fast.testing import assert_no_worse
+from gen_fast.testing import assert_no_worse, relative_error
 
 packing = pytest.mark.skipif(not can_pack(torch.zeros(1, 1)), reason="this torch has no oneDNN")
 PACKED_DTYPES = [
@@ -111,3 +111,19 @@ def test_padding_rows_hold_numbers_and_embeddings_owe_nothing_to_fresh_memory(
         batch = PackedBatch.pack(sequences, needed=needed)
         with torch.no_grad():
             assert encoder.backbone.forward(batch).isfinite().all()
+
+
+@pytest.mark.parametrize(("kind", "loss"), [(Int8Weight, 0.02), (Fp8Weight, 0.06)])
+def test_rows_that_have_a_gradient_are_not_rounded(kind, loss, fp8_by_the_reference):
+    torch.manual_seed(0)
+    weight = kind.of(torch.randn(48, 96))
+    x, bias = torch.randn(7, 96, requires_grad=True), torch.randn(48)
+    y = linear(x, weight, bias)
+    exact = x.double() @ weight.dequantized(torch.float64).T + bias
+    assert relative_error(y, exact) < 1e-6
+    assert 1e-3 < relative_error(linear(x.detach(), weight, bias), exact) < loss
+    grad = torch.randn(7, 48)
+    y.backward(grad)
+    expected = grad.double() @ weight.dequantized(torch.float64)
+    assert relative_error(x.grad, expected) < 1e-6
+    assert torch.equal(times(grad, weight), x.grad)

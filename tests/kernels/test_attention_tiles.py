@@ -152,7 +152,7 @@ def test_tiles_follow_the_mean_length(monkeypatch):
     ("tables", "owned"),
     [
         ((triton_kernel._TILES, triton_kernel._TILES_DROPOUT), "BLOCK_Q"),
-        ((triton_backward._QUERY_TILES, triton_backward._QUERY_TILES_DROPOUT), "BLOCK_Q"),
+        ((triton_backward._QUERY_TILES,), "BLOCK_Q"),
         ((triton_backward._KEY_TILES, triton_backward._KEY_TILES_DROPOUT), "BLOCK_K"),
     ],
 )

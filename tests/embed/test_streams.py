@@ -1,5 +1,6 @@
 """Batches side by side: the same results, order and errors, and nothing left behind."""
 
+import itertools
 import json
 import logging
 import threading
@@ -158,21 +159,24 @@ def test_batches_are_run_by_two_threads_and_counted_in_their_order(tiny_model, m
 @needs_module
 def test_the_first_error_in_order_is_raised_and_the_others_stop(tiny_model, monkeypatch):
     encoder = load(tiny_model)
-    forward, begun = encoder.backbone.forward, []
+    start, handed, begun = Streams.start, itertools.count(1), []
     second = threading.Event()
 
-    def run(batch, **options):
-        begun.append(batch)
-        number = len(begun)
+    def numbered(streams, function, *arguments):
+        # Numbered as they are handed over: either thread may begin before the other.
+        return start(streams, fails, next(handed), function, *arguments)
+
+    def fails(number, function, *arguments):
+        begun.append(number)
         if number == 2:
             second.set()
             raise RuntimeError("the second")
         if number == 1:
             second.wait(10)
             raise RuntimeError("the first")
-        return forward(batch, **options)
+        return function(*arguments)
 
-    monkeypatch.setattr(encoder.backbone, "forward", run)
+    monkeypatch.setattr(Streams, "start", numbered)
     with pytest.raises(RuntimeError, match="the first"):
         encoder.encode(ragged_texts(200))
     assert len(begun) <= 6  # not the other hundred batches

@@ -4,11 +4,14 @@
 
 OTHER_PYTHON: the interpreter of an environment in which the other one is installed. How memory lies
 makes a process some percent faster or slower for as long as it lives, so a side is several
-processes; they take turns, and a ratio is of the means over all of them.
+processes, in pairs, of which one or the other starts first. Those of a pair take turns, a pair's
+ratio is of its medians, and what is printed is the pairs' geometric mean with its standard error.
+An environment with the same commit shows what differs without a reason.
 """
 
 import argparse
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -57,11 +60,9 @@ for line in sys.stdin:
 RUNS = ("encode", "query", "train")
 
 
-def start(python: str) -> subprocess.Popen:
-    """A worker of one side, when it is ready."""
-    worker = subprocess.Popen(
-        [python, "-P", "-c", WORKER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+def start(command: list[str]) -> subprocess.Popen:
+    """A worker, when it is ready."""
+    worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert worker.stdout.readline().strip() == "ready"
     return worker
 
@@ -73,6 +74,38 @@ def seconds(worker: subprocess.Popen, run: str) -> float:
     return float(worker.stdout.readline())
 
 
+def compare(
+    this: list[str], other: list[str], processes: int, rounds: int, runs: tuple[str, ...] = RUNS
+) -> list[dict]:
+    """Rows of `runs`, printed: two commands that start workers, in `processes` pairs."""
+    sides = {"this": this, "other": other}
+    pairs: dict[str, list[dict[str, float]]] = {run: [] for run in runs}
+    for number in range(processes):
+        names = sorted(sides, reverse=number % 2 == 1)
+        workers = {side: start(sides[side]) for side in names}
+        times = {(side, run): [] for side in sides for run in runs}
+        for _ in range(rounds):
+            names.reverse()
+            for run in runs:
+                for side in names:
+                    times[side, run].append(seconds(workers[side], run))
+        for worker in workers.values():
+            worker.kill()
+            worker.wait()
+        for run in runs:
+            pairs[run].append({side: statistics.median(times[side, run]) for side in sides})
+    return [_row(run, of_run) for run, of_run in pairs.items()]
+
+
+def _row(run: str, pairs: list[dict[str, float]]) -> dict:
+    logs = [math.log(pair["other"] / pair["this"]) for pair in pairs]
+    ratio = math.exp(statistics.mean(logs))
+    error = ratio * statistics.stdev(logs) / math.sqrt(len(logs)) if len(logs) > 1 else math.nan
+    this, other = (statistics.median(pair[side] for pair in pairs) for side in ("this", "other"))
+    print(f"{run:<7} {this:.3f} s, the other {other:.3f} s: {ratio:.3f} ± {error:.3f} times")
+    return {"run": run, "ratio": ratio, "standard_error": error, "pairs": pairs}
+
+
 def main() -> None:
     """Print a line a run."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
@@ -81,22 +114,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    sides = {"this": sys.executable, "other": args.other}
-    times = {(side, run): [] for side in sides for run in RUNS}
-    for _ in range(args.processes):
-        workers = {side: start(python) for side, python in sides.items()}
-        for number in range(args.rounds):
-            for run in RUNS:
-                order = sides if number % 2 else reversed(sides)
-                for side in order:
-                    times[side, run].append(seconds(workers[side], run))
-        for worker in workers.values():
-            worker.kill()
-    rows = []
-    for run in RUNS:
-        this, other = (statistics.mean(times[side, run]) for side in ("this", "other"))
-        print(f"{run:<7} {this:.3f} s, the other {other:.3f} s: {other / this:.3f} times as fast")
-        rows.append({"run": run, "this_s": this, "other_s": other, "ratio": other / this})
+    commands = ([python, "-P", "-c", WORKER] for python in (sys.executable, args.other))
+    rows = compare(*commands, args.processes, args.rounds)
     if args.json:
         args.json.write_text(json.dumps({**machine(), "rows": rows}, indent=1) + "\n")
 

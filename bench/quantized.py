@@ -1,8 +1,8 @@
 """Encoding with quantised weights: speed, memory and quality against plain ones and other engines.
 
     python bench/quantized.py [--quick] [--rounds 5] [--json FILE] [--dtype fp32 bf16]
-                              [--quantize int4 int8] [--peer openvino openvino-int8 llama.cpp]
-                              [--workload ...]
+                              [--quantize int4 int8] [--workload ...]
+                              [--peer openvino openvino-streams openvino-int8 llama.cpp]
 
 Method `mean` on SmolLM2, whose file is Q4_1; all run the prompt with every text. Providers take
 turns within a round; ratios are medians over the rounds. "one text" encodes queries one by one.
@@ -33,7 +33,7 @@ from gen_fast.model.sources import packaged_file, resolve
 
 MODEL = "smollm2-135m"
 WORKLOADS = ("documents", "queries", "one text")
-PEERS = ("openvino", "openvino-int8", "llama.cpp")
+PEERS = ("openvino", "openvino-streams", "openvino-int8", "llama.cpp")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TRUTH_TEXTS = 32
 MAX_LENGTH = 1024  # more than any text here has
@@ -72,6 +72,10 @@ def main() -> None:
         whole = workloads.Workload("", "", [], MAX_LENGTH)  # texts come with their prompt
         if "openvino" in args.peer:
             runs["openvino"] = peers.openvino_mean(resolve(MODEL), DTYPES[dtype], whole)
+        if "openvino-streams" in args.peer:
+            runs["openvino-streams"] = peers.openvino_mean(
+                resolve(MODEL), DTYPES[dtype], whole, hint="THROUGHPUT"
+            )
         if "openvino-int8" in args.peer:
             runs["openvino-int8"] = peers.openvino_mean(
                 resolve(MODEL), DTYPES[dtype], whole, int8=CALIBRATION_TEXTS

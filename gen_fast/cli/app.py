@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from gen_fast.cli import encode, evaluation, export, info, jobs, quantize, training
+from gen_fast.cli.allocator import keep_freed_memory
 from gen_fast.cli.errors import EPILOG, Commands
 from gen_fast.cli.output import open_missing_streams
 from gen_fast.version import __version__
@@ -69,4 +70,5 @@ app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options"
 def main() -> None:
     """Run the command line: the entry point `gen-fast`."""
     open_missing_streams()
+    keep_freed_memory()
     app(prog_name="gen-fast")

@@ -58,24 +58,6 @@ def test_two_processes_of_torchrun(
     assert "prompt was 'say: ', now it is 'tell: '" in wrong.stderr
 
 
-def test_two_actors_of_ray(
-    corpus: Path, tiny_model: Path, tmp_path: Path, expected: dict[str, bytes]
-) -> None:
-    import ray
-
-    settings: dict[str, Any] = {**options(tiny_model), "engine": "ray"}
-    try:
-        embed_corpus(corpus, tmp_path / "out", **settings, devices=2)
-        with pytest.raises(JobError, match="has had no GPU for 1 seconds"):
-            _wait_for_cluster("GPU", 1, 1)
-        # More than the cluster has: it begins with those there are.
-        embed_corpus(corpus, tmp_path / "many", **settings, devices=25)
-    finally:
-        ray.shutdown()
-    assert files_of(tmp_path / "out") == expected
-    assert files_of(tmp_path / "many") == expected
-
-
 def test_a_worker_that_dies_leaves_its_parts_to_the_others(
     corpus: Path, tiny_model: Path, tmp_path: Path, expected: dict[str, bytes]
 ) -> None:
@@ -270,11 +252,28 @@ def test_each_process_of_torchrun_works_on_its_own_gpu(
         embed_corpus(corpus, **arguments)
 
 
-def test_each_actor_of_ray_sees_one_gpu(corpus: Path, tiny_model: Path, tmp_path: Path) -> None:
-    """On a cluster that is told of GPUs: Ray hides all but one from an actor."""
+def test_actors_of_ray(
+    corpus: Path, tiny_model: Path, tmp_path: Path, expected: dict[str, bytes]
+) -> None:
+    """On one cluster, which takes seconds to start, and is told of GPUs."""
     import ray
 
-    out, seen = tmp_path / "out", tmp_path / "seen"
+    ray.init(num_cpus=2, num_gpus=2, log_to_driver=False, include_dashboard=False)
+    try:
+        with pytest.raises(JobError, match="has had no NPU for 1 seconds"):
+            _wait_for_cluster("NPU", 1, 1)
+        # More than the cluster has: it begins with the two that there are.
+        out = tmp_path / "out"
+        embed_corpus(corpus, out, **options(tiny_model), engine="ray", devices=25)
+        assert files_of(out) == expected
+        check_that_each_actor_sees_one_gpu(corpus, tiny_model, tmp_path)
+    finally:
+        ray.shutdown()
+
+
+def check_that_each_actor_sees_one_gpu(corpus: Path, tiny_model: Path, tmp_path: Path) -> None:
+    """Ray hides all but one from an actor."""
+    out, seen = tmp_path / "gpus", tmp_path / "seen"
     seen.mkdir()
     embed_corpus(corpus, out, **options(tiny_model), plan_only=True)
 
@@ -290,12 +289,8 @@ def test_each_actor_of_ray_sees_one_gpu(corpus: Path, tiny_model: Path, tmp_path
             return batch
 
     run = Run(out, Plan.load(out), Engine("ray", ("cuda:0", "cuda:1")), False, 60.0, False)
-    ray.init(num_cpus=2, num_gpus=2, log_to_driver=False, include_dashboard=False)
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("gen_fast.jobs.engines._RayWorker", Recorded)
-            with pytest.raises(JobError, match="25 of 25 parts are missing"):
-                run_ray(run)
-    finally:
-        ray.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gen_fast.jobs.engines._RayWorker", Recorded)
+        with pytest.raises(JobError, match="25 of 25 parts are missing"):
+            run_ray(run)
     assert sorted(path.name for path in seen.iterdir()) == ["cuda 0", "cuda 1"]

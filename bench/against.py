@@ -2,11 +2,11 @@
 
     python bench/against.py OTHER_PYTHON [--processes N] [--rounds N] [--json FILE]
 
-OTHER_PYTHON: the interpreter of an environment in which the other one is installed. How memory lies
-makes a process some percent faster or slower for as long as it lives, so a side is several
-processes, in pairs, of which one or the other starts first. Those of a pair take turns, a pair's
-ratio is of its medians, and what is printed is the pairs' geometric mean with its standard error.
-An environment with the same commit shows what differs without a reason.
+OTHER_PYTHON: the interpreter of an environment in which the other one is installed. A process may
+be a fifth slower for minutes while another one of the same code is not. So each counts by its
+fastest round; a side is several processes, in pairs, which take turns, and of which one or the
+other starts first; and what is printed is the pairs' geometric mean with its standard error. An
+environment with the same commit shows what differs without a reason.
 """
 
 import argparse
@@ -93,7 +93,7 @@ def compare(
             worker.kill()
             worker.wait()
         for run in runs:
-            pairs[run].append({side: statistics.median(times[side, run]) for side in sides})
+            pairs[run].append({side: min(times[side, run]) for side in sides})
     return [_row(run, of_run) for run, of_run in pairs.items()]
 
 
@@ -111,7 +111,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("other")
     parser.add_argument("--processes", type=int, default=6)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     commands = ([python, "-P", "-c", WORKER] for python in (sys.executable, args.other))

@@ -20,7 +20,7 @@ def main() -> None:
     """Print a line a run."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--processes", type=int, default=6)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     commands = ([sys.executable, "-P", "-c", code] for code in (KEEPING + WORKER, WORKER))

@@ -1,7 +1,7 @@
 """Tokens a second of decoding with refilled rows against fixed batches, over the same answers.
 
     python bench/generation.py [--rounds N] [--questions N] [--batch-size N] [--max-new-tokens N]
-                               [--device ...] [--dtype ...] [--json FILE]
+                               [--lengths ...] [--device ...] [--dtype ...] [--json FILE]
 
 Questions of a trivia game in the model's chat template, answered greedily. `mixed`: an answer ends
 where the model ends it. `equal`: no token ends an answer, so all reach the limit and there is
@@ -27,6 +27,7 @@ from gen_fast.model.sources import resolve
 from gen_fast.model.weights import load_head
 
 MODEL = "smollm2-135m"
+LENGTHS = ("mixed", "equal")
 
 
 def main() -> None:
@@ -37,6 +38,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--lengths", nargs="+", choices=LENGTHS, default=list(LENGTHS))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="fp32")
     parser.add_argument("--json", type=Path)
@@ -50,8 +52,9 @@ def main() -> None:
     head = load_head(source, backbone)
     ends = end_token_ids(source, writer._tokenizer.eos_token_id)
     rows = []
-    for lengths, end_ids in (("mixed", ends), ("equal", [])):
-        rows += compare(args, lengths, Decoder(backbone, head, end_ids), questions)
+    for lengths in args.lengths:
+        decoder = Decoder(backbone, head, ends if lengths == "mixed" else [])
+        rows += compare(args, lengths, decoder, questions)
     if args.json:
         report = {"machine": machine(), "command": " ".join(sys.argv), "rows": rows}
         args.json.write_text(json.dumps(report, indent=1) + "\n")

@@ -119,15 +119,16 @@ PYBIND11_MODULE(_C, m) {
     gen_fast::int8_weight(dtype(bf16), at<int8_t>(blocks), at<float>(scales), at<void>(weight), in,
                           out);
   });
-  m.def("int4_linear", [](bool bf16, Address x, Address blocks, Address bias, Address y,
-                          int64_t rows, int64_t in, int64_t out) {
+  m.def("group_linear", [](int bits, bool bf16, Address x, Address blocks, Address bias,
+                           Address y, int64_t rows, int64_t in, int64_t out) {
     py::gil_scoped_release release;
-    gen_fast::int4_linear(dtype(bf16), at<void>(x), at<uint8_t>(blocks), at<void>(bias),
-                          at<void>(y), rows, in, out);
+    gen_fast::group_linear(dtype(bf16), {bits, at<void>(x), at<uint8_t>(blocks), at<void>(bias),
+                                         at<void>(y), rows, in, out});
   });
-  m.def("int4_weight", [](bool bf16, Address blocks, Address weight, int64_t in, int64_t out) {
+  m.def("group_weight", [](int bits, bool bf16, Address blocks, Address weight, int64_t in,
+                           int64_t out) {
     py::gil_scoped_release release;
-    gen_fast::int4_weight(dtype(bf16), at<uint8_t>(blocks), at<void>(weight), in, out);
+    gen_fast::group_weight(dtype(bf16), bits, at<uint8_t>(blocks), at<void>(weight), in, out);
   });
   m.def("swiglu", [](bool bf16, Address gate_up, Address out, int64_t rows, int64_t size) {
     py::gil_scoped_release release;

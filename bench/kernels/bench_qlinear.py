@@ -11,12 +11,12 @@ from gen_fast.ops.qlinear import (
     INT4,
     INT8,
     OP,
-    dequantize_weight,
+    dequantize_groups,
     fp8_linear,
-    int4_linear,
+    group_linear,
     int8_linear,
+    quantize_groups,
     quantize_rows,
-    quantize_weight,
     quantize_weight_fp8,
     quantize_weight_int8,
     unpack_int8,
@@ -49,11 +49,11 @@ def bench_qlinear(measure, size, dtype, mode, provider):
 def bench_int4_linear(measure, size, dtype, mode, provider, case):
     """Gate and up of one layer. "linear": torch's, of the same values as a matrix."""
     shape, rows = (2 * size.feed_forward, size.hidden), rows_in(case, size)
-    blocks = quantize_weight(random(*shape, dtype="fp32", scale=0.05))
+    blocks = quantize_groups(random(*shape, dtype="fp32", scale=0.05), 4)
     x = random(rows, size.hidden, dtype=dtype)
-    weight = dequantize_weight(blocks, x.dtype) if provider == "linear" else None
+    weight = dequantize_groups(blocks, x.dtype) if provider == "linear" else None
     measure(
-        provided(provider, int4_linear, plain_int4, {"linear": lambda x, blocks: x @ weight.T}),
+        provided(provider, group_linear, plain_int4, {"linear": lambda x, blocks: x @ weight.T}),
         plain_int4,
         (x, blocks),
         moved_bytes=x.nbytes + blocks.nbytes + rows * shape[0] * x.itemsize,
@@ -109,7 +109,7 @@ def plain_int8(q, scale, blocks, weight_scale, dtype):
 
 
 def plain_int4(x, blocks):
-    return x @ dequantize_weight(blocks, x.dtype).T
+    return x @ dequantize_groups(blocks, x.dtype).T
 
 
 def plain_fp8(q, scale, weight, weight_scale, dtype):

@@ -113,7 +113,12 @@ def row_cases(hidden: int, wide: int, heads: int) -> Iterator[Case]:
     from gen_fast.ops.lora_down import triton_kernel as lora
     from gen_fast.ops.norm import triton_kernel as norm
     from gen_fast.ops.pool import triton_kernel as pool
-    from gen_fast.ops.qlinear import blocks_shape, int8_blocks_shape, triton_int4, triton_int8
+    from gen_fast.ops.qlinear import (
+        group_blocks_shape,
+        int8_blocks_shape,
+        triton_groups,
+        triton_int8,
+    )
     from gen_fast.ops.qlinear import triton_kernel as qlinear
     from gen_fast.ops.rope import triton_kernel as rope
     from gen_fast.ops.swiglu import triton_kernel as swiglu
@@ -168,12 +173,15 @@ def row_cases(hidden: int, wide: int, heads: int) -> Iterator[Case]:
         f"int8 matrix, hidden {hidden}",
         lambda: triton_int8.int8_weight(weight[0], scales, torch.bfloat16),
     )
-    packed, bias = empty(*blocks_shape((2 * wide, hidden)), dtype=torch.uint8), empty(2 * wide)
+    packed, bias = (
+        empty(*group_blocks_shape((2 * wide, hidden), 4), dtype=torch.uint8),
+        empty(2 * wide),
+    )
     for rows in (16, 64, 4096):
         yield Case(
             "qlinear",
             f"int4 product, {rows} rows, hidden {hidden}",
-            lambda rows=rows: triton_int4.int4_linear(empty(rows, hidden), packed, bias),
+            lambda rows=rows: triton_groups.group_linear(empty(rows, hidden), packed, bias),
         )
 
 

@@ -37,13 +37,21 @@ void swiglu_backward(Dtype dtype, const void* grad, const void* gate_up, void* o
 void quantize_rows(Dtype dtype, const void* x, int8_t* out, float* scales, int64_t rows,
                    int64_t size, bool rotated);
 
-// y [rows, out] = x [rows, in] times the weight's transpose, plus bias [out]; null for none. blocks
-// [out / 16, in / 32, 320] are the weight: see kernels/qlinear/int4.py.
-void int4_linear(Dtype dtype, const void* x, const uint8_t* blocks, const void* bias, void* y,
-                 int64_t rows, int64_t in, int64_t out);
+struct GroupArguments {
+  int bits;                             // of a weight
+  const void* x;                        // [rows, in]
+  const uint8_t* blocks;                // [out / 16, in / 32, n]: see kernels/qlinear/groups.py
+  const void* bias;                     // [out]; null for none
+  void* y;                              // [rows, out]
+  int64_t rows, in, out;
+};
+
+// y = x times the weight's transpose, plus bias. dtype: of x, bias and y.
+void group_linear(Dtype dtype, const GroupArguments& arguments);
 
 // weight [in, out]: the transpose of what blocks hold.
-void int4_weight(Dtype dtype, const uint8_t* blocks, void* weight, int64_t in, int64_t out);
+void group_weight(Dtype dtype, int bits, const uint8_t* blocks, void* weight, int64_t in,
+                  int64_t out);
 
 struct Int8Arguments {
   const int8_t* q;                      // [rows, in]

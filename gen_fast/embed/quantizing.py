@@ -37,7 +37,7 @@ from gen_fast.model.shards import save_shards
 from gen_fast.model.sources import lasting_name, resolve
 from gen_fast.model.tensor_files import TensorFiles, find_tensors
 from gen_fast.model.weights import load_backbone
-from gen_fast.ops.qlinear import blocks_shape
+from gen_fast.ops.qlinear import group_blocks_shape
 
 logger = logging.getLogger(__name__)
 
@@ -172,7 +172,7 @@ def _quantized(
         return {name: tensor.nbytes for name, tensor in tensors.items()}, tensors.__getitem__
     shapes = {f"{linear}.weight": shape for linear, shape in linear_sizes(config).items()}
     if quantize == INT4:
-        sizes = {name: int(np.prod(blocks_shape(shape))) for name, shape in shapes.items()}
+        sizes = {name: int(np.prod(group_blocks_shape(shape, 4))) for name, shape in shapes.items()}
         return sizes, lambda name: files.int4(name, shapes[name])
     sizes = {name: int(np.prod(shape)) for name, shape in shapes.items()}
     scales = {scale_name(name): name for name in shapes}

@@ -14,15 +14,15 @@ from torch.nn.functional import linear as plain_linear
 from gen_fast.model.choices import FP8, INT4, INT8
 from gen_fast.ops.qlinear import (
     ROTATED,
-    dequantize_weight,
+    dequantize_groups,
     dequantize_weight_fp8,
     fp8_linear,
-    int4_linear,
-    int4_linear_backward,
+    group_linear,
+    group_linear_backward,
     int8_linear,
     int8_weight,
+    quantize_groups,
     quantize_rows,
-    quantize_weight,
     quantize_weight_fp8,
     quantize_weight_int8,
 )
@@ -41,7 +41,7 @@ class Int4Weight:
     @classmethod
     def of(cls, weight: Tensor) -> "Int4Weight":
         """The nearest to `weight` [out, in]."""
-        return cls(quantize_weight(weight))
+        return cls(quantize_groups(weight, 4))
 
     @property
     def nbytes(self) -> int:
@@ -50,7 +50,7 @@ class Int4Weight:
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """The weight [out, in] as a matrix."""
-        return dequantize_weight(self.blocks, dtype)
+        return dequantize_groups(self.blocks, dtype)
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ def linear(x: Rows, weight: Weight, bias: Tensor | None = None) -> Tensor:
         return _rounded_linear(x, weight, bias)
     assert isinstance(x, Tensor)
     if isinstance(weight, Int4Weight):
-        return int4_linear(x, weight.blocks, bias)
+        return group_linear(x, weight.blocks, bias)
     if not weight.is_mkldnn:
         return plain_linear(x, weight, bias)
     if torch.is_grad_enabled() and x.requires_grad:
@@ -195,7 +195,7 @@ def linear(x: Rows, weight: Weight, bias: Tensor | None = None) -> Tensor:
 def times(grad: Tensor, weight: Weight) -> Tensor:
     """grad [T, out] times weight [out, in]: the gradient of `linear`'s x."""
     if isinstance(weight, Int4Weight):
-        return int4_linear_backward(grad, weight.blocks)
+        return group_linear_backward(grad, weight.blocks)
     if isinstance(weight, Int8Weight | Fp8Weight):
         return grad @ weight.dequantized(grad.dtype)
     # oneDNN's layout is for the other product. To copy a weight out of it costs as much as some

@@ -7,7 +7,7 @@ import torch
 from gen_fast.errors import DeviceMemoryError
 from gen_fast.model.choices import FP8, INT4, INT8
 from gen_fast.model.config import BackboneConfig
-from gen_fast.ops.qlinear import blocks_shape
+from gen_fast.ops.qlinear import group_blocks_shape
 
 _SCALES = "float32 scales"
 
@@ -38,7 +38,7 @@ def weight_bytes(
     if quantize is None:
         found[plain] += config.num_layers * sum(map(math.prod, matrices)) * dtype.itemsize
     elif quantize == INT4:
-        found[INT4] = config.num_layers * sum(math.prod(blocks_shape(x)) for x in matrices)
+        found[INT4] = config.num_layers * sum(math.prod(group_blocks_shape(x, 4)) for x in matrices)
     elif quantize in (INT8, FP8):
         found[quantize] = config.num_layers * sum(map(math.prod, matrices))
         found[_SCALES] = config.num_layers * sum(4 * outputs for outputs, _ in matrices)

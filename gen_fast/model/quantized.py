@@ -25,7 +25,7 @@ from gen_fast.errors import (
 from gen_fast.io.json_files import check_seal, read_json_object, seal
 from gen_fast.model.choices import FP8, INT8, QUANTIZED
 from gen_fast.ops import qlinear
-from gen_fast.ops.qlinear import fits, fits_fp8, quantize_weight, quantize_weight_fp8
+from gen_fast.ops.qlinear import fits_fp8, fits_groups, quantize_groups, quantize_weight_fp8
 
 FORMAT = "gen_fast.quantized/1"
 RECIPE = "quantization.json"
@@ -117,13 +117,13 @@ def int4_blocks(name: str, weight: Tensor) -> Tensor:
     Raises UnsupportedModelError for a size that has no whole blocks, WeightsError for values that
     float16 does not hold.
     """
-    if not fits(tuple(weight.shape)):
+    if not fits_groups(tuple(weight.shape)):
         raise UnsupportedModelError(
             f"{name} is {list(weight.shape)}: int4 takes multiples of 16 rows and 32 columns"
         )
     if not weight.abs().max() <= _LARGEST:
         raise WeightsError(f"{name} holds NaN, infinity or values beyond {_LARGEST:.0f}")
-    return quantize_weight(weight)
+    return quantize_groups(weight, 4)
 
 
 def fp8_weight(name: str, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,7 @@ from gen_fast.model.quantized import (
     read_recipe,
     scale_name,
 )
-from gen_fast.ops.qlinear import blocks_shape, int8_blocks_shape
+from gen_fast.ops.qlinear import group_blocks_shape, int8_blocks_shape
 
 # Tensors that a checkpoint may carry and that the backbone does not need.
 UNUSED_SUFFIXES = ("rotary_emb.inv_freq",)
@@ -114,7 +114,7 @@ class TensorFiles:
         """The blocks of a linear's weight [out, in], adapters merged before it is quantised."""
         if self.recipe is None:
             return int4_blocks(name, self.get(name, shape))
-        return self._as_written(name, torch.uint8, blocks_shape(shape))
+        return self._as_written(name, torch.uint8, group_blocks_shape(shape, 4))
 
     def int8(self, name: str, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Blocks and scales of a linear's weight [out, in], of a copy that has them."""

@@ -2,8 +2,8 @@
 
 from .fp8 import dequantize_weight_fp8, fits_fp8, quantize_weight_fp8
 from .fp8_op import FP8, fp8_linear
-from .int4 import blocks_shape, dequantize_weight, fits, quantize_weight
-from .int4_op import INT4, int4_linear, int4_linear_backward
+from .groups import dequantize_groups, fits_groups, group_blocks_shape, quantize_groups
+from .groups_op import INT4, group_linear, group_linear_backward
 from .int8 import fits_int8, int8_blocks_shape, quantize_weight_int8, unpack_int8
 from .int8_op import INT8, WEIGHT, int8_linear, int8_weight
 from .op import OP, check_format, cpp_supports, fake_quantized, quantize_rows
@@ -16,23 +16,23 @@ __all__ = [
     "OP",
     "ROTATED",
     "WEIGHT",
-    "blocks_shape",
     "check_format",
     "cpp_supports",
-    "dequantize_weight",
+    "dequantize_groups",
     "dequantize_weight_fp8",
     "fake_quantized",
-    "fits",
     "fits_fp8",
+    "fits_groups",
     "fits_int8",
     "fp8_linear",
-    "int4_linear",
-    "int4_linear_backward",
+    "group_blocks_shape",
+    "group_linear",
+    "group_linear_backward",
     "int8_blocks_shape",
     "int8_linear",
     "int8_weight",
+    "quantize_groups",
     "quantize_rows",
-    "quantize_weight",
     "quantize_weight_fp8",
     "quantize_weight_int8",
     "rotate_rows",

@@ -1,8 +1,8 @@
-// Products with weights of 4 bits, and those weights as a matrix; kernels/qlinear/int4.py has their
-// layout. A task takes some outputs for all rows: it brings the weights of a piece of the inputs to
-// the second-level cache as numbers, and multiplies all rows by them in register tiles.
+// Products with weights in groups, and those weights as a matrix; kernels/qlinear/groups.py has
+// their layout. A task takes some outputs for all rows: it brings the weights of a piece of the
+// inputs to the second-level cache as numbers, and multiplies all rows by them in register tiles.
 #if !defined(GEN_FAST_ISA)
-#define GEN_FAST_SOURCE "cpu/qlinear_int4.cpp"
+#define GEN_FAST_SOURCE "cpu/qlinear_groups.cpp"
 #include <type_traits>
 #include <vector>
 
@@ -11,13 +11,13 @@
 
 namespace gen_fast {
 
-void int4_linear(Dtype dtype, const void* x, const uint8_t* blocks, const void* bias, void* y,
-                 int64_t rows, int64_t in, int64_t out) {
-  GEN_FAST_DISPATCH(int4_linear)(dtype == Dtype::bf16, x, blocks, bias, y, rows, in, out);
+void group_linear(Dtype dtype, const GroupArguments& arguments) {
+  GEN_FAST_DISPATCH(group_linear)(dtype == Dtype::bf16, arguments);
 }
 
-void int4_weight(Dtype dtype, const uint8_t* blocks, void* weight, int64_t in, int64_t out) {
-  GEN_FAST_DISPATCH(int4_weight)(dtype == Dtype::bf16, blocks, weight, in, out);
+void group_weight(Dtype dtype, int bits, const uint8_t* blocks, void* weight, int64_t in,
+                  int64_t out) {
+  GEN_FAST_DISPATCH(group_weight)(dtype == Dtype::bf16, bits, blocks, weight, in, out);
 }
 
 }  // namespace gen_fast
@@ -29,14 +29,12 @@ void int4_weight(Dtype dtype, const uint8_t* blocks, void* weight, int64_t in, i
 namespace gen_fast::GEN_FAST_ISA {
 
 constexpr int OUTPUTS = 16, INPUTS = 32;  // of a block
-constexpr int BLOCK_BYTES = 4 * OUTPUTS + OUTPUTS * INPUTS / 2;
 constexpr int PARTS = OUTPUTS / W;  // vectors of a block's outputs
 // Outputs of a task: a register tile of AVX-512 or two of the others.
 constexpr int64_t TASK = W == 16 ? 64 : 32;
 // Inputs at a time: weights for half of a second-level cache, at most.
 constexpr int64_t DEPTH = 2048;
-// Bytes of blocks asked for before they are needed.
-constexpr int64_t AHEAD = 8 * BLOCK_BYTES;
+constexpr int64_t AHEAD = 8;  // blocks that are asked for before they are needed
 
 // Without the processor's own conversion, which AVX2 need not have: the bits of the half moved to
 // where a float has them are 2^112 times too small.
@@ -48,8 +46,22 @@ static inline vf from_half(const uint8_t* p) {
   return (vf)((vu)magnitude | (bits & 0x8000) << 16);
 }
 
-// What one input of a block has for each output, 0 to 15. GCC 12 converts bytes one by one.
-static inline void unpack(const uint8_t* bytes, vf* q) {
+// How a block holds its weights. unpack: what one input has for each output, as numbers from 0 on.
+// put_block: a block as [16][columns][2], for the dot instruction of bfloat16.
+template <int size>
+struct Format {
+  static constexpr int bits = size;
+  static constexpr int input_bytes = OUTPUTS * bits / 8;
+  static constexpr int block_bytes = 4 * OUTPUTS + INPUTS * input_bytes;
+  static inline void unpack(const uint8_t* bytes, vf* q);
+#if defined(GEN_FAST_BF16_DOT)
+  static inline void put_block(const uint8_t* block, bf16* to, int64_t columns);
+#endif
+};
+
+// GCC 12 converts bytes one by one.
+template <>
+inline void Format<4>::unpack(const uint8_t* bytes, vf* q) {
 #if GEN_FAST_VECTOR_BYTES == 64
   int64_t eight;
   std::memcpy(&eight, bytes, 8);
@@ -68,21 +80,6 @@ static inline void unpack(const uint8_t* bytes, vf* q) {
 #endif
 }
 
-// A block as [32][columns], 16 columns of it.
-static inline void put_block(const uint8_t* block, float* to, int64_t columns) {
-  vf scale[PARTS], minimum[PARTS];
-  for (int i = 0; i < PARTS; ++i) {
-    scale[i] = from_half(block + i * W * 2);
-    minimum[i] = from_half(block + 2 * OUTPUTS + i * W * 2);
-  }
-  const uint8_t* bytes = block + 4 * OUTPUTS;
-  for (int k = 0; k < INPUTS; ++k, bytes += OUTPUTS / 2) {
-    vf q[PARTS];
-    unpack(bytes, q);
-    for (int i = 0; i < PARTS; ++i) store(to + k * columns + i * W, q[i] * scale[i] + minimum[i]);
-  }
-}
-
 #if defined(GEN_FAST_BF16_DOT)
 // A half for each of 16 outputs: those of the first 8 twice, and those of the others.
 static inline void from_halves(const uint8_t* p, vf* first, vf* second) {
@@ -91,9 +88,10 @@ static inline void from_halves(const uint8_t* p, vf* first, vf* second) {
   *second = (vf)_mm512_maskz_shuffle_i32x4(0xffff, all, all, 0xee);
 }
 
-// The same as [16][columns][2]. The 16 bytes of two inputs are 16 lanes: of their low halves eight
-// outputs of the one and of the other, of their high halves the other eight.
-static inline void put_block(const uint8_t* block, bf16* to, int64_t columns) {
+// The 16 bytes of two inputs are 16 lanes: of their low halves eight outputs of the one and of the
+// other, of their high halves the other eight.
+template <>
+inline void Format<4>::put_block(const uint8_t* block, bf16* to, int64_t columns) {
   const vf numbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   alignas(64) static constexpr int16_t PAIRS[] = {0,  8,  1,  9,  2,  10, 3,  11, 4,  12, 5,
                                                   13, 6,  14, 7,  15, 16, 24, 17, 25, 18, 26,
@@ -114,7 +112,28 @@ static inline void put_block(const uint8_t* block, bf16* to, int64_t columns) {
                         _mm512_maskz_permutexvar_epi16(0xffffffff, pairs, both));
   }
 }
+
+template <class Format>
+static inline void put_block(const uint8_t* block, bf16* to, int64_t columns) {
+  Format::put_block(block, to, columns);
+}
 #endif
+
+// A block as [32][columns], 16 columns of it.
+template <class Format>
+static inline void put_block(const uint8_t* block, float* to, int64_t columns) {
+  vf scale[PARTS], minimum[PARTS];
+  for (int i = 0; i < PARTS; ++i) {
+    scale[i] = from_half(block + i * W * 2);
+    minimum[i] = from_half(block + 2 * OUTPUTS + i * W * 2);
+  }
+  const uint8_t* bytes = block + 4 * OUTPUTS;
+  for (int k = 0; k < INPUTS; ++k, bytes += Format::input_bytes) {
+    vf q[PARTS];
+    Format::unpack(bytes, q);
+    for (int i = 0; i < PARTS; ++i) store(to + k * columns + i * W, q[i] * scale[i] + minimum[i]);
+  }
+}
 
 // What a thread works in.
 template <class Op>
@@ -124,21 +143,22 @@ struct Workspace {
 };
 
 // Inputs [from, from + depth) of `count` outputs as [depth / pair][TASK][pair].
-template <class Value>
+template <class Format, class Value>
 static void put_weights(const uint8_t* blocks, Value* weights, int64_t in, int64_t from,
                         int64_t depth, int64_t count) {
+  constexpr int64_t BYTES = Format::block_bytes;
   const int64_t panel_outputs = OUTPUTS * sizeof(float) / sizeof(Value);  // a pair an output
   for (int64_t first = 0; first < count; first += OUTPUTS) {
-    const uint8_t* block = blocks + (first * in / OUTPUTS + from) / INPUTS * BLOCK_BYTES;
-    for (int64_t k = 0; k < depth; k += INPUTS, block += BLOCK_BYTES) {
+    const uint8_t* block = blocks + (first * in / OUTPUTS + from) / INPUTS * BYTES;
+    for (int64_t k = 0; k < depth; k += INPUTS, block += BYTES) {
       // The blocks of other outputs follow.
-      for (int i = 0; i < BLOCK_BYTES; i += 64) __builtin_prefetch(block + AHEAD + i);
-      put_block(block, weights + k * TASK + first / OUTPUTS * panel_outputs, TASK);
+      for (int i = 0; i < BYTES; i += 64) __builtin_prefetch(block + AHEAD * BYTES + i);
+      put_block<Format>(block, weights + k * TASK + first / OUTPUTS * panel_outputs, TASK);
     }
   }
 }
 
-template <class Op, class T>
+template <class Format, class Op, class T>
 static void linear(const typename Op::type* x, const uint8_t* blocks, const T* bias, T* y,
                    int64_t rows, int64_t in, int64_t out) {
   parallel_tasks((out + TASK - 1) / TASK, in * out, [&](int64_t task) {
@@ -149,8 +169,8 @@ static void linear(const typename Op::type* x, const uint8_t* blocks, const T* b
     if (in > DEPTH) work.sums.resize(rows * TASK);
     for (int64_t from = 0; from < in; from += depth) {
       const int64_t piece = in - from < depth ? in - from : depth;
-      put_weights(blocks + first / OUTPUTS * (in / INPUTS) * BLOCK_BYTES, work.weights.data(), in,
-                  from, piece, count);
+      put_weights<Format>(blocks + first / OUTPUTS * (in / INPUTS) * Format::block_bytes,
+                          work.weights.data(), in, from, piece, count);
       for (int64_t row = 0; row < rows; row += ROWS) {
         const int64_t n = rows - row < ROWS ? rows - row : ROWS;
         float tile[ROWS * TASK];
@@ -174,32 +194,47 @@ static void linear(const typename Op::type* x, const uint8_t* blocks, const T* b
   });
 }
 
-static void int4_linear(bool is_bf16, const void* x, const uint8_t* blocks, const void* bias,
-                        void* y, int64_t rows, int64_t in, int64_t out) {
+template <class Format>
+static void linear_of(bool is_bf16, const GroupArguments& a) {
   if (!is_bf16) {
-    return linear<FloatOperand>((const float*)x, blocks, (const float*)bias, (float*)y, rows, in,
-                                out);
+    return linear<Format, FloatOperand>((const float*)a.x, a.blocks, (const float*)a.bias,
+                                        (float*)a.y, a.rows, a.in, a.out);
   }
 #if defined(GEN_FAST_BF16_DOT)
-  linear<PairOperand>((const bf16*)x, blocks, (const bf16*)bias, (bf16*)y, rows, in, out);
+  linear<Format, PairOperand>((const bf16*)a.x, a.blocks, (const bf16*)a.bias, (bf16*)a.y, a.rows,
+                              a.in, a.out);
 #else
-  std::vector<float> wide(rows * in);
-  parallel_for(rows, rows_worth_a_thread(in), [&](int64_t begin, int64_t end) {
-    copy_row(wide.data() + begin * in, (const bf16*)x + begin * in, (end - begin) * in);
+  std::vector<float> wide(a.rows * a.in);
+  parallel_for(a.rows, rows_worth_a_thread(a.in), [&](int64_t begin, int64_t end) {
+    copy_row(wide.data() + begin * a.in, (const bf16*)a.x + begin * a.in, (end - begin) * a.in);
   });
-  linear<FloatOperand>(wide.data(), blocks, (const bf16*)bias, (bf16*)y, rows, in, out);
+  linear<Format, FloatOperand>(wide.data(), a.blocks, (const bf16*)a.bias, (bf16*)a.y, a.rows,
+                               a.in, a.out);
 #endif
 }
 
+// Calls body with the format of so many bits.
+template <class Body>
+static inline void with_format(int bits, const Body& body) {
+  switch (bits) {
+    case 4: return body(Format<4>());
+  }
+}
+
+static void group_linear(bool is_bf16, const GroupArguments& arguments) {
+  with_format(arguments.bits,
+              [&](auto format) { linear_of<decltype(format)>(is_bf16, arguments); });
+}
+
 // The weights of one block's outputs, as columns of weight [in, out].
-template <class T>
+template <class Format, class T>
 static void put_columns_of(const uint8_t* blocks, T* weight, int64_t in, int64_t out) {
-  for (int64_t k = 0; k < in; k += INPUTS, blocks += BLOCK_BYTES) {
+  for (int64_t k = 0; k < in; k += INPUTS, blocks += Format::block_bytes) {
     if constexpr (std::is_same_v<T, float>) {
-      put_block(blocks, weight + k * out, out);
+      put_block<Format>(blocks, weight + k * out, out);
     } else {
       float block[INPUTS * OUTPUTS];
-      put_block(blocks, block, OUTPUTS);
+      put_block<Format>(blocks, block, OUTPUTS);
       for (int i = 0; i < INPUTS; ++i) {
         for (int j = 0; j < OUTPUTS; j += W) {
           store(weight + (k + i) * out + j, load(block + i * OUTPUTS + j));
@@ -209,19 +244,23 @@ static void put_columns_of(const uint8_t* blocks, T* weight, int64_t in, int64_t
   }
 }
 
-template <class T>
+template <class Format, class T>
 static void weight_of(const uint8_t* blocks, T* weight, int64_t in, int64_t out) {
   parallel_for(out / OUTPUTS, rows_worth_a_thread(OUTPUTS * in), [&](int64_t begin, int64_t end) {
     for (int64_t panel = begin; panel < end; ++panel) {
-      put_columns_of(blocks + panel * (in / INPUTS) * BLOCK_BYTES, weight + panel * OUTPUTS, in,
-                     out);
+      put_columns_of<Format>(blocks + panel * (in / INPUTS) * Format::block_bytes,
+                             weight + panel * OUTPUTS, in, out);
     }
   });
 }
 
-static void int4_weight(bool is_bf16, const uint8_t* blocks, void* weight, int64_t in,
-                        int64_t out) {
-  is_bf16 ? weight_of(blocks, (bf16*)weight, in, out) : weight_of(blocks, (float*)weight, in, out);
+static void group_weight(bool is_bf16, int bits, const uint8_t* blocks, void* weight, int64_t in,
+                         int64_t out) {
+  with_format(bits, [&](auto format) {
+    typedef decltype(format) Format;
+    is_bf16 ? weight_of<Format>(blocks, (bf16*)weight, in, out)
+            : weight_of<Format>(blocks, (float*)weight, in, out);
+  });
 }
 
 }  // namespace gen_fast::GEN_FAST_ISA

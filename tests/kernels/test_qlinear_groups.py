@@ -1,4 +1,4 @@
-"""Weights of 4 bits and products with them: of qlinear, beside its rows."""
+"""Weights in groups and products with them: of qlinear, beside its rows."""
 
 import gguf
 import pytest
@@ -6,20 +6,26 @@ import torch
 from torch.library import opcheck
 
 import gen_fast
-from gen_fast.ops.qlinear import INT4 as OP
 from gen_fast.ops.qlinear import (
-    dequantize_weight,
-    fits,
-    int4_linear,
-    int4_linear_backward,
-    quantize_weight,
+    INT4,
+    dequantize_groups,
+    fits_groups,
+    group_linear,
+    group_linear_backward,
+    quantize_groups,
 )
-from gen_fast.ops.qlinear.int4_op import weight_matrix
+from gen_fast.ops.qlinear.groups_op import weight_matrix
 from gen_fast.testing import assert_no_worse
 
+OP = INT4  # whose implementations are those of the others
 DTYPES = [torch.float32, torch.bfloat16]
 # (out, in): a block, odd numbers of blocks both ways, more than one piece of the inputs.
 SHAPES = [(16, 32), (48, 96), (80, 1056), (112, 576)]
+
+
+@pytest.fixture(params=[4])
+def bits(request):
+    return request.param
 
 
 def reference_of(q_type: gguf.GGMLQuantizationType, weight: torch.Tensor) -> torch.Tensor:
@@ -29,56 +35,56 @@ def reference_of(q_type: gguf.GGMLQuantizationType, weight: torch.Tensor) -> tor
 
 @pytest.mark.parametrize("q_type", ["Q4_0", "Q4_1"])
 @pytest.mark.parametrize("shift", [0.0, 3.0])
-def test_what_was_on_a_grid_of_ggufs_keeps_its_values(q_type, shift):
+def test_what_was_on_a_grid_of_ggufs_keeps_its_values(bits, q_type, shift):
     torch.manual_seed(0)
     weight = reference_of(gguf.GGMLQuantizationType[q_type], torch.randn(64, 256) + shift)
     weight[3] = 0  # a group of one value has no step
     weight[5, :32] = 0.25
-    assert torch.equal(dequantize_weight(quantize_weight(weight), torch.float32), weight)
+    assert torch.equal(dequantize_groups(quantize_groups(weight, bits), torch.float32), weight)
 
 
-def test_is_nearer_than_ggufs():
+def test_is_nearer_than_ggufs(bits):
     torch.manual_seed(0)
     weight = torch.randn(64, 256)
-    error = (dequantize_weight(quantize_weight(weight), torch.float32) - weight).norm()
+    error = (dequantize_groups(quantize_groups(weight, bits), torch.float32) - weight).norm()
     for q_type in (gguf.GGMLQuantizationType.Q4_0, gguf.GGMLQuantizationType.Q4_1):
         assert error <= (reference_of(q_type, weight) - weight).norm()
 
 
-def test_takes_five_bits_a_weight():
-    blocks = quantize_weight(torch.randn(96, 64))
+def test_takes_five_bits_a_weight(bits):
+    blocks = quantize_groups(torch.randn(96, 64), bits)
     assert blocks.shape == (6, 2, 320)
     assert blocks.nbytes * 8 == 5 * 96 * 64
 
 
 def test_which_sizes_fit():
-    assert fits((32, 64))
-    assert not fits((24, 64))
-    assert not fits((32, 48))
+    assert fits_groups((32, 64))
+    assert not fits_groups((24, 64))
+    assert not fits_groups((32, 48))
 
 
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("rows", [0, 1, 5, 6, 13])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_matches_the_reference(dtype, rows, shape, biased, device, impl):
+def test_matches_the_reference(bits, dtype, rows, shape, biased, device, impl):
     torch.manual_seed(0)
     out, inputs = shape
     x = torch.randn(rows, inputs, device=device).to(dtype)
-    blocks = quantize_weight(torch.randn(shape) / inputs**0.5).to(device)
+    blocks = quantize_groups(torch.randn(shape) / inputs**0.5, bits).to(device)
     bias = torch.randn(out, device=device).to(dtype) if biased else None
     exact = torch.nn.functional.linear(
         x.double(),
-        dequantize_weight(blocks, torch.float64),
+        dequantize_groups(blocks, torch.float64),
         None if bias is None else bias.double(),
     )
-    reference = int4_linear(x, blocks, bias, impl="reference")
-    assert_no_worse(int4_linear(x, blocks, bias, impl=impl), reference, exact)
+    reference = group_linear(x, blocks, bias, impl="reference")
+    assert_no_worse(group_linear(x, blocks, bias, impl=impl), reference, exact)
 
 
 def test_many_outputs_take_one_tile_for_every_number_of_rows():
     pytest.importorskip("triton")
-    from gen_fast.ops.qlinear.triton_int4 import tiles
+    from gen_fast.ops.qlinear.triton_groups import tiles
 
     assert {tiles(rows, 24576)[0].blocks["BLOCK_T"] for rows in (1, 16, 17, 64)} == {64}
     assert [tiles(rows, 6144)[0].blocks["BLOCK_T"] for rows in (1, 16, 17, 64)] == [16, 16, 64, 64]
@@ -88,87 +94,87 @@ def test_many_outputs_take_one_tile_for_every_number_of_rows():
 @pytest.mark.parametrize("rows", [1, 17, 64, 65])
 @pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_rows_of_several_tiles(dtype, wide, rows, device, impl, monkeypatch):
+def test_rows_of_several_tiles(bits, dtype, wide, rows, device, impl, monkeypatch):
     if impl == "cpu" and dtype == torch.float16:
         pytest.skip("takes no float16")
     if impl == "triton" and wide:
-        monkeypatch.setattr("gen_fast.ops.qlinear.triton_int4._NARROW_OUTPUTS", 0)
+        monkeypatch.setattr("gen_fast.ops.qlinear.triton_groups._NARROW_OUTPUTS", 0)
     torch.manual_seed(0)
     x, bias = torch.randn(rows, 160, device=device).to(dtype), torch.randn(144, device=device)
     bias = bias.to(dtype)
-    blocks = quantize_weight(torch.randn(144, 160) / 12).to(device)
-    weight = dequantize_weight(blocks, torch.float64)
+    blocks = quantize_groups(torch.randn(144, 160) / 12, bits).to(device)
+    weight = dequantize_groups(blocks, torch.float64)
     exact = torch.nn.functional.linear(x.double(), weight, bias.double())
-    reference = int4_linear(x, blocks, bias, impl="reference")
-    assert_no_worse(int4_linear(x, blocks, bias, impl=impl), reference, exact)
+    reference = group_linear(x, blocks, bias, impl="reference")
+    assert_no_worse(group_linear(x, blocks, bias, impl=impl), reference, exact)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_matrix_that_triton_makes_is_the_references(dtype, device, impl):
+def test_the_matrix_that_triton_makes_is_the_references(bits, dtype, device, impl):
     if impl != "triton":
         pytest.skip("makes it otherwise")
-    from gen_fast.ops.qlinear.triton_int4 import int4_weight
+    from gen_fast.ops.qlinear.triton_groups import group_weight
 
     torch.manual_seed(0)
-    blocks = quantize_weight(torch.randn(80, 1056)).to(device)
-    weight, expected = int4_weight(blocks, dtype), dequantize_weight(blocks, dtype)
+    blocks = quantize_groups(torch.randn(80, 1056), bits).to(device)
+    weight, expected = group_weight(blocks, dtype), dequantize_groups(blocks, dtype)
     # A fused multiply-add rounds once where the reference rounds twice.
     torch.testing.assert_close(weight, expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_gradient(dtype, shape, device, grad_impl):
+def test_gradient(bits, dtype, shape, device, grad_impl):
     torch.manual_seed(0)
     out, inputs = shape
     x = torch.randn(7, inputs, device=device).to(dtype).requires_grad_()
-    blocks = quantize_weight(torch.randn(shape) / inputs**0.5).to(device)
+    blocks = quantize_groups(torch.randn(shape) / inputs**0.5, bits).to(device)
     grad = torch.randn(7, out, device=device).to(dtype)
-    int4_linear(x, blocks, impl=grad_impl).backward(grad)
-    exact = grad.double() @ dequantize_weight(blocks, torch.float64)
-    assert_no_worse(x.grad, int4_linear_backward(grad, blocks, impl="reference"), exact)
+    group_linear(x, blocks, impl=grad_impl).backward(grad)
+    exact = grad.double() @ dequantize_groups(blocks, torch.float64)
+    assert_no_worse(x.grad, group_linear_backward(grad, blocks, impl="reference"), exact)
 
 
 @pytest.mark.parametrize("rows", [1, 6, 70])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_instruction_set(isa_level, dtype, rows):
+def test_every_instruction_set(bits, isa_level, dtype, rows):
     torch.manual_seed(0)
     x = torch.randn(rows, 576).to(dtype)
-    blocks = quantize_weight(torch.randn(112, 576) / 24)
-    exact = x.double() @ dequantize_weight(blocks, torch.float64).T
-    reference = int4_linear(x, blocks, impl="reference")
-    assert_no_worse(int4_linear(x, blocks, impl="cpu"), reference, exact)
+    blocks = quantize_groups(torch.randn(112, 576) / 24, bits)
+    exact = x.double() @ dequantize_groups(blocks, torch.float64).T
+    reference = group_linear(x, blocks, impl="reference")
+    assert_no_worse(group_linear(x, blocks, impl="cpu"), reference, exact)
     weight = weight_matrix(blocks, dtype)
-    assert torch.equal(weight.T, dequantize_weight(blocks, dtype))
+    assert torch.equal(weight.T, dequantize_groups(blocks, dtype))
 
 
-def test_many_rows_are_multiplied_by_a_matrix(monkeypatch):
-    from gen_fast.ops.qlinear import int4_op
+def test_many_rows_are_multiplied_by_a_matrix(bits, monkeypatch):
+    from gen_fast.ops.qlinear import groups_op
 
-    monkeypatch.setattr(int4_op, "rows_for_a_matrix", lambda dtype: 3)
-    blocks, bias = quantize_weight(torch.randn(48, 64)), torch.randn(48)
+    monkeypatch.setattr(groups_op, "rows_for_a_matrix", lambda dtype: 3)
+    blocks, bias = quantize_groups(torch.randn(48, 64), bits), torch.randn(48)
     x = torch.randn(4, 64)
     torch.testing.assert_close(
-        int4_linear(x, blocks, bias, impl="cpu"), int4_linear(x, blocks, bias, impl="reference")
+        group_linear(x, blocks, bias, impl="cpu"), group_linear(x, blocks, bias, impl="reference")
     )
     torch.testing.assert_close(
-        int4_linear(x, blocks, impl="cpu"), int4_linear(x, blocks, impl="reference")
+        group_linear(x, blocks, impl="cpu"), group_linear(x, blocks, impl="reference")
     )
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_is_not_finite_stays_in_its_row(bad, device, impl):
+def test_what_is_not_finite_stays_in_its_row(bits, bad, device, impl):
     x = torch.ones(14, 64, device=device)
     x[7, 40] = bad
-    y = int4_linear(x, quantize_weight(torch.randn(48, 64)).to(device), impl=impl)
+    y = group_linear(x, quantize_groups(torch.randn(48, 64), bits).to(device), impl=impl)
     assert y.isfinite().all(1).tolist() == [row != 7 for row in range(14)]
 
 
-def test_rows_need_not_be_adjacent(device, impl):
+def test_rows_need_not_be_adjacent(bits, device, impl):
     x = torch.randn(5, 128, device=device)
-    blocks = quantize_weight(torch.randn(48, 64)).to(device)
-    expected = int4_linear(x[:, :64].contiguous(), blocks, impl=impl)
-    torch.testing.assert_close(int4_linear(x[:, :64], blocks, impl=impl), expected)
+    blocks = quantize_groups(torch.randn(48, 64), bits).to(device)
+    expected = group_linear(x[:, :64].contiguous(), blocks, impl=impl)
+    torch.testing.assert_close(group_linear(x[:, :64], blocks, impl=impl), expected)
 
 
 @pytest.mark.parametrize(
@@ -189,15 +195,16 @@ def test_rows_need_not_be_adjacent(device, impl):
 )
 def test_what_does_not_fit_is_refused(x, blocks, bias, message):
     with pytest.raises(gen_fast.OpError, match=message):
-        int4_linear(x, blocks, bias)
+        group_linear(x, blocks, bias)
 
 
 def test_a_gradient_that_does_not_fit_is_refused():
     with pytest.raises(gen_fast.OpError, match=r"\[16, 32\]"):
-        int4_linear_backward(torch.ones(2, 8), torch.zeros(1, 1, 320, dtype=torch.uint8))
+        group_linear_backward(torch.ones(2, 8), torch.zeros(1, 1, 320, dtype=torch.uint8))
 
 
-def test_opcheck():
-    blocks = quantize_weight(torch.randn(32, 64))
-    opcheck(OP.torch_op, (torch.randn(3, 64, requires_grad=True), blocks, torch.randn(32)))
-    opcheck(OP.backward.torch_op, (torch.randn(3, 32), blocks))
+def test_opcheck(bits):
+    blocks = quantize_groups(torch.randn(32, 64), bits)
+    op = {4: INT4}[bits]
+    opcheck(op.torch_op, (torch.randn(3, 64, requires_grad=True), blocks, torch.randn(32)))
+    opcheck(op.backward.torch_op, (torch.randn(3, 32), blocks))

@@ -1,4 +1,4 @@
-"""Products with weights of 4 bits in Triton: from the blocks, or by a matrix made of them."""
+"""Products with weights in groups in Triton: from the blocks, or by a matrix made of them."""
 
 import torch
 import triton
@@ -9,13 +9,13 @@ from gen_fast.ops import gpu
 from gen_fast.ops.gpu import Tile
 from gen_fast.ops.layout import adjacent
 
-from . import int4
+from . import groups
 
-_OUTPUTS, _INPUTS = tl.constexpr(int4.OUTPUTS), tl.constexpr(int4.INPUTS)
+_OUTPUTS, _INPUTS = tl.constexpr(groups.OUTPUTS), tl.constexpr(groups.INPUTS)
 # Of a block: its bytes, those of its scales and minima, and those of its steps.
-_BLOCK = tl.constexpr(int4.BLOCK_BYTES)
-_GRID = tl.constexpr(4 * int4.OUTPUTS)
-_STEPS = tl.constexpr(int4.OUTPUTS * int4.INPUTS // 2)
+_BLOCK = tl.constexpr(groups.block_bytes(4))
+_GRID = tl.constexpr(4 * groups.OUTPUTS)
+_STEPS = tl.constexpr(groups.OUTPUTS * groups.INPUTS // 2)
 _INTERPRETED = tl.constexpr(gpu.interpreted())
 # Up to so many rows the weight is read once, at 0.625 bytes each; for more a matrix is made, which
 # writes and reads each weight again, and cuBLAS multiplies. A guess, not measured.
@@ -55,7 +55,7 @@ def _by_output(values, P: tl.constexpr, G: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=gpu.PER_BATCH)
-def _int4_linear(
+def _group_linear(
     x, blocks, halves, bias, y, n_rows, size, outputs, stride,
     BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -89,7 +89,7 @@ def _int4_linear(
 
 
 @triton.jit
-def _int4_weight(
+def _group_weight(
     blocks, halves, weight, size, outputs, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr
 ):  # fmt: skip
     panel = tl.program_id(0) * (BLOCK_O // _OUTPUTS) + tl.arange(0, BLOCK_O // _OUTPUTS)
@@ -130,17 +130,17 @@ def tiles(rows: int, outputs: int) -> tuple[Tile, ...]:
     return _TILES_NARROW if narrow else _TILES
 
 
-def int4_linear(x: Tensor, blocks: Tensor, bias: Tensor | None) -> Tensor:
-    """See `int4_op.int4_linear`."""
+def group_linear(x: Tensor, blocks: Tensor, bias: Tensor | None) -> Tensor:
+    """See `groups_op.group_linear`."""
     # Float32 has no tensor cores without rounding to tf32: cuBLAS multiplies it best.
     if x.dtype == torch.float32 or len(x) > ROWS_FROM_BLOCKS:
-        return torch.nn.functional.linear(x, int4_weight(blocks, x.dtype), bias)
+        return torch.nn.functional.linear(x, group_weight(blocks, x.dtype), bias)
     x, blocks = adjacent(x), blocks.contiguous()
-    (rows, size), outputs = x.shape, len(blocks) * int4.OUTPUTS
+    (rows, size), outputs = x.shape, len(blocks) * groups.OUTPUTS
     y = x.new_empty(rows, outputs)
     if y.numel():
         gpu.launch_tiled(
-            _int4_linear,
+            _group_linear,
             lambda constants: (
                 triton.cdiv(outputs, constants["BLOCK_O"]),
                 triton.cdiv(rows, constants["BLOCK_T"]),
@@ -160,19 +160,19 @@ def int4_linear(x: Tensor, blocks: Tensor, bias: Tensor | None) -> Tensor:
     return y
 
 
-def int4_linear_backward(grad: Tensor, blocks: Tensor) -> Tensor:
-    """See `int4_op.int4_linear_backward`."""
-    return grad @ int4_weight(blocks, grad.dtype)
+def group_linear_backward(grad: Tensor, blocks: Tensor) -> Tensor:
+    """See `groups_op.group_linear_backward`."""
+    return grad @ group_weight(blocks, grad.dtype)
 
 
-def int4_weight(blocks: Tensor, dtype: torch.dtype) -> Tensor:
+def group_weight(blocks: Tensor, dtype: torch.dtype) -> Tensor:
     """The weight [out, in] of `blocks` as a matrix, for the moment."""
     blocks = blocks.contiguous()
-    outputs, size = len(blocks) * int4.OUTPUTS, blocks.shape[1] * int4.INPUTS
+    outputs, size = len(blocks) * groups.OUTPUTS, blocks.shape[1] * groups.INPUTS
     weight = torch.empty(outputs, size, dtype=dtype, device=blocks.device)
     if weight.numel():
         gpu.launch_tiled(
-            _int4_weight,
+            _group_weight,
             lambda constants: (
                 triton.cdiv(outputs, constants["BLOCK_O"]),
                 triton.cdiv(size, constants["BLOCK_K"]),

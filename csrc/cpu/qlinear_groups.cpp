@@ -59,7 +59,7 @@ struct Format {
 #endif
 };
 
-// GCC 12 converts bytes one by one.
+// Both without __builtin_convertvector from bytes, which GCC 12 converts one by one.
 template <>
 inline void Format<4>::unpack(const uint8_t* bytes, vf* q) {
 #if GEN_FAST_VECTOR_BYTES == 64
@@ -77,6 +77,21 @@ inline void Format<4>::unpack(const uint8_t* bytes, vf* q) {
     q[i / W][i % W] = (float)(bytes[i] & 15);
     q[PARTS / 2 + i / W][i % W] = (float)(bytes[i] >> 4);
   }
+#endif
+}
+
+template <>
+inline void Format<8>::unpack(const uint8_t* bytes, vf* q) {
+#if GEN_FAST_VECTOR_BYTES == 64
+  const __m128i all = _mm_loadu_si128((const __m128i*)bytes);
+  q[0] = __builtin_convertvector((vi)_mm512_maskz_cvtepu8_epi32(0xffff, all), vf);
+#elif GEN_FAST_VECTOR_BYTES == 32
+  for (int i = 0; i < PARTS; ++i) {
+    const __m128i eight = _mm_loadl_epi64((const __m128i*)(bytes + i * W));
+    q[i] = __builtin_convertvector((vi)_mm256_cvtepu8_epi32(eight), vf);
+  }
+#else
+  for (int i = 0; i < OUTPUTS; ++i) q[i / W][i % W] = (float)bytes[i];
 #endif
 }
 
@@ -108,6 +123,25 @@ inline void Format<4>::put_block(const uint8_t* block, bf16* to, int64_t columns
     const vf high = (vf)_mm512_maskz_permutexvar_ps(0xffff, (__m512i)(q >> 4), (__m512)numbers);
     const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)(high * high_scale + high_minimum),
                                                       (__m512)(low * low_scale + low_minimum));
+    _mm512_storeu_si512(to + k * columns,
+                        _mm512_maskz_permutexvar_epi16(0xffffffff, pairs, both));
+  }
+}
+
+template <>
+inline void Format<8>::put_block(const uint8_t* block, bf16* to, int64_t columns) {
+  alignas(64) static constexpr int16_t PAIRS[] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                  21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                  11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512i pairs = _mm512_loadu_si512(PAIRS);
+  const vf scale = from_half(block), minimum = from_half(block + 2 * OUTPUTS);
+  const uint8_t* bytes = block + 4 * OUTPUTS;
+  for (int k = 0; k < INPUTS; k += 2, bytes += 2 * OUTPUTS) {
+    vf first, second;
+    unpack(bytes, &first);
+    unpack(bytes + OUTPUTS, &second);
+    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)(second * scale + minimum),
+                                                      (__m512)(first * scale + minimum));
     _mm512_storeu_si512(to + k * columns,
                         _mm512_maskz_permutexvar_epi16(0xffffffff, pairs, both));
   }
@@ -218,6 +252,7 @@ template <class Body>
 static inline void with_format(int bits, const Body& body) {
   switch (bits) {
     case 4: return body(Format<4>());
+    case 8: return body(Format<8>());
   }
 }
 

@@ -3,7 +3,7 @@
 from .fp8 import dequantize_weight_fp8, fits_fp8, quantize_weight_fp8
 from .fp8_op import FP8, fp8_linear
 from .groups import dequantize_groups, fits_groups, group_blocks_shape, quantize_groups
-from .groups_op import INT4, group_linear, group_linear_backward
+from .groups_op import INT4, INT8_GROUP, group_linear, group_linear_backward
 from .int8 import fits_int8, int8_blocks_shape, quantize_weight_int8, unpack_int8
 from .int8_op import INT8, WEIGHT, int8_linear, int8_weight
 from .op import OP, check_format, cpp_supports, fake_quantized, quantize_rows
@@ -13,6 +13,7 @@ __all__ = [
     "FP8",
     "INT4",
     "INT8",
+    "INT8_GROUP",
     "OP",
     "ROTATED",
     "WEIGHT",

@@ -1,17 +1,24 @@
 """Weights in groups of 32 inputs with a scale and a minimum, in plain torch.
 
-w ≈ q · scale + minimum, q from 0 to 15, scale and minimum float16: 5 bits a weight. Layout: blocks
-[out / 16, in / 32, 320] of uint8. One block holds 16 outputs by 32 inputs, in the order in which
-their product reads it: 16 scales, 16 minima, then 8 bytes for each input, of which byte j has
-output j in its low half and output j + 8 in its high one.
+w ≈ q · scale + minimum, q from 0 to 15 or to 255, scale and minimum float16: 5 or 9 bits a weight.
+Layout: blocks [out / 16, in / 32, 320 or 576] of uint8. One block holds 16 outputs by 32 inputs, in
+the order in which their product reads it: 16 scales, 16 minima, then for each input its steps. Of 4
+bits these are 8 bytes, of which byte j has output j in its low half and output j + 8 in its high
+one; of 8 bits 16 bytes, output by output.
 
-Source: the type Q4_1 of GGUF, llama.cpp's ggml-quants.c; the order within a block is ours.
+Source: the types Q4_0, Q4_1 and Q8_0 of GGUF, llama.cpp's ggml-quants.c; the order within a block
+is ours.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 OUTPUTS, INPUTS = 16, 32  # of a block
+# By how many steps GGUF puts what is furthest from zero away from it, in Q4_0 and in Q8_0.
+_FURTHEST = {4: 8, 8: 127}
+_SMALLEST_NORMAL = torch.finfo(torch.float16).smallest_normal
 # At once: what quantising a weight takes beside it stays small.
 _OUTPUTS_AT_ONCE = 512
 
@@ -21,7 +28,7 @@ def block_bytes(bits: int) -> int:
     return 2 * 2 * OUTPUTS + OUTPUTS * INPUTS * bits // 8
 
 
-BITS_OF_BLOCKS = {block_bytes(bits): bits for bits in (4,)}
+BITS_OF_BLOCKS = {block_bytes(bits): bits for bits in (4, 8)}
 
 
 def bits_of(blocks: Tensor) -> int | None:
@@ -40,10 +47,12 @@ def group_blocks_shape(shape: tuple[int, int], bits: int) -> tuple[int, int, int
 
 
 def quantize_groups(weight: Tensor, bits: int) -> Tensor:
-    """Blocks [out / 16, in / 32, 320] of a weight [out, in], each group as near as its grid allows.
+    """Blocks [out / 16, in / 32, 320 or 576] of a weight [out, in], each group on a near grid.
 
-    Of two grids the nearer one is taken: from the group's least to its largest value, and the
-    symmetric one of GGUF's Q4_0. So what was Q4_1 or Q4_0 before keeps its very values.
+    bits: 4 or 8. Of two grids the nearer one is taken: from the group's least to its largest value,
+    or the symmetric one of GGUF's Q4_0 and Q8_0, whose step is found wherever there is one. So what
+    was Q4_0 (8 bits: Q8_0) before keeps its very values, if float16 holds 8 (128) times its scale,
+    and what was Q4_1 if its groups have both ends of their grid.
     """
     parts = [_quantize(part, bits) for part in weight.split(_OUTPUTS_AT_ONCE)]
     empty = weight.new_empty(0, 0, block_bytes(bits), dtype=torch.uint8)
@@ -54,44 +63,84 @@ def dequantize_groups(blocks: Tensor, dtype: torch.dtype) -> Tensor:
     """The weight [out, in] of `blocks`: float32 arithmetic, rounded to `dtype`."""
     halves = blocks[..., : 4 * OUTPUTS].contiguous().view(torch.float16).float()
     scale, minimum = halves.unsqueeze(-2).chunk(2, -1)  # [out / 16, in / 32, 1, 16]
-    packed = blocks[..., 4 * OUTPUTS :].unflatten(-1, (INPUTS, -1))
-    q = torch.cat((packed & 15, packed >> 4), -1)
+    q = blocks[..., 4 * OUTPUTS :].unflatten(-1, (INPUTS, -1))
+    if bits_of(blocks) == 4:
+        q = torch.cat((q & 15, q >> 4), -1)
     weight = q.float().mul_(scale).add_(minimum)  # [out / 16, in / 32, 32, 16]
     outer, groups = blocks.shape[:2]
     return weight.permute(0, 3, 1, 2).reshape(outer * OUTPUTS, groups * INPUTS).to(dtype)
 
 
+class _Grids(NamedTuple):
+    """What groups [n, 32] become, and by how much that differs from them."""
+
+    q: Tensor  # [n, 32]
+    scale: Tensor  # [n, 1] float16
+    minimum: Tensor  # [n, 1] float16
+    error: Tensor  # [n, 1], the sum of squares
+
+
 def _quantize(weight: Tensor, bits: int) -> Tensor:
-    groups = weight.float().unflatten(1, (-1, INPUTS))  # [out, in / 32, 32]
+    out, inputs = weight.shape
+    groups = weight.float().reshape(-1, INPUTS)
     least, most = groups.aminmax(dim=-1, keepdim=True)
-    largest = 2**bits - 1
-    q, scale, minimum, error = _on_grid(groups, (most - least) / largest, least, largest)
-    # Q4_0: what is furthest from zero is eight steps away from it, and the grid's first value.
     furthest = torch.where(most > -least, most, least)
-    other_q, other_scale, other_minimum, other_error = _on_grid(
-        groups, furthest / -8, furthest, largest
-    )
-    nearer = other_error < error
-    q = torch.where(nearer, other_q, q)
-    scale = torch.where(nearer, other_scale, scale)
-    minimum = torch.where(nearer, other_minimum, minimum)
+    grids = _on_grids(groups, (most - least) / (2**bits - 1), least, bits)
+    other = _on_symmetric_grids(groups, furthest / -_FURTHEST[bits], bits)
+    nearer = other.error < grids.error
+    grids = _Grids(*(torch.where(nearer, b, a) for a, b in zip(grids, other, strict=True)))
+    _find_steps(grids, groups, furthest, bits)
 
     def by_block(values: Tensor) -> Tensor:
-        """[out, in / 32, n] as [out / 16, in / 32, n, 16]."""
-        blocks: Tensor = values.unflatten(0, (-1, OUTPUTS))
+        """[out · in / 32, n] as [out / 16, in / 32, n, 16]."""
+        blocks: Tensor = values.view(out // OUTPUTS, OUTPUTS, inputs // INPUTS, -1)
         return blocks.permute(0, 2, 3, 1)
 
-    grid = torch.cat((by_block(scale), by_block(minimum)), -2).contiguous().view(torch.uint8)
-    low, high = by_block(q.to(torch.uint8)).chunk(2, -1)  # [out / 16, in / 32, 32, 8] each
-    return torch.cat((grid.flatten(2), (low | high << 4).flatten(2)), -1)
+    grid = torch.cat((by_block(grids.scale), by_block(grids.minimum)), -2)
+    steps = by_block(grids.q.to(torch.uint8))  # [out / 16, in / 32, 32, 16]
+    if bits == 4:
+        low, high = steps.chunk(2, -1)
+        steps = low | high << 4
+    return torch.cat((grid.contiguous().view(torch.uint8).flatten(2), steps.flatten(2)), -1)
 
 
-def _on_grid(
-    groups: Tensor, scale: Tensor, minimum: Tensor, largest: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The nearest steps [out, in / 32, 32], the grid in float16, and the squared errors."""
+def _find_steps(grids: _Grids, groups: Tensor, furthest: Tensor, bits: int) -> None:
+    """Put groups that are all whole steps away from zero on their grid, if it is another one.
+
+    furthest: of each group the value [n, 1] that is furthest from zero. It is a whole number of
+    steps away, of which all are tried.
+    """
+    half = 2 ** (bits - 1)
+    # A step has 11 bits in float16, and a number of them less than `bits`: a float32 has 24.
+    unused = 2 ** (24 - 11 - (bits - 1)) - 1
+    left = (
+        ((grids.error > 0) & (furthest.view(torch.int32) & unused == 0)).flatten().nonzero()[:, 0]
+    )
+    for count in range(half, 0, -1):
+        if count == half // 2 - 1:
+            # From here on the half of a step has been tried, unless float16 does not hold it.
+            left = left[furthest[left, 0].abs() < half * _SMALLEST_NORMAL]
+        if not len(left):
+            return
+        far = furthest[left, 0]
+        step = (far / -count).half().float()
+        at = (step * -count == far).nonzero()[:, 0]
+        at = at[groups[left[at], 0].fmod(step[at]) == 0]  # to look at one value first is faster
+        found = _on_symmetric_grids(groups[left[at]], step[at].unsqueeze(1), bits)
+        exact = (found.error == 0)[:, 0]
+        for values, better in zip(grids, found, strict=True):
+            values[left[at[exact]]] = better[exact]
+
+
+def _on_symmetric_grids(groups: Tensor, step: Tensor, bits: int) -> _Grids:
+    """On grids of which zero is a value, with one value more on the side of -step."""
+    return _on_grids(groups, step, step * -(2 ** (bits - 1)), bits)
+
+
+def _on_grids(groups: Tensor, scale: Tensor, minimum: Tensor, bits: int) -> _Grids:
+    """The nearest values on grids of a scale and a minimum [n, 1], which are rounded to float16."""
     scale, minimum = scale.half(), minimum.half()
     step, start = scale.float(), minimum.float()
-    q = ((groups - start) / step.where(step != 0, 1.0)).round_().clamp_(0, largest)
+    q = ((groups - start) / step.where(step != 0, 1.0)).round_().clamp_(0, 2**bits - 1)
     error = (q * step + start - groups).square_().sum(-1, keepdim=True)
-    return q, scale, minimum, error
+    return _Grids(q, scale, minimum, error)

@@ -142,7 +142,8 @@ def weight_matrix(blocks: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 INT4 = _group_op("int4_linear", 4)
-_OPS = {4: INT4}
+INT8_GROUP = _group_op("int8_group_linear", 8)
+_OPS = {4: INT4, 8: INT8_GROUP}
 
 
 def _op_of(blocks: Tensor) -> Op:
@@ -160,12 +161,14 @@ def group_linear(
 ) -> Tensor:
     """x [T, in] times a frozen weight in groups, transposed, plus bias [out]: [T, out].
 
-    blocks: uint8 [out / 16, in / 32, 320], as `quantize_groups` gives them. The product is that
-    with `dequantize_groups(blocks, x.dtype)` to rounding: an implementation that multiplies in
-    float32 does not round the weights to x's dtype. A gradient reaches x alone.
+    blocks: uint8 [out / 16, in / 32, 320] of 4 bits or [out / 16, in / 32, 576] of 8, as
+    `quantize_groups` gives them. The product is that with `dequantize_groups(blocks, x.dtype)` to
+    rounding: an implementation that multiplies in float32 does not round the weights to x's dtype.
+    A gradient reaches x alone.
+
     Raises OpError for shapes and dtypes that do not fit.
 
-    Source: the type Q4_1 of GGUF (llama.cpp).
+    Source: the types Q4_1 and Q8_0 of GGUF (llama.cpp).
     """
     result: Tensor = _op_of(blocks)(x, blocks, bias, impl=impl)
     return result

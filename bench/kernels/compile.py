@@ -173,16 +173,16 @@ def row_cases(hidden: int, wide: int, heads: int) -> Iterator[Case]:
         f"int8 matrix, hidden {hidden}",
         lambda: triton_int8.int8_weight(weight[0], scales, torch.bfloat16),
     )
-    packed, bias = (
-        empty(*group_blocks_shape((2 * wide, hidden), 4), dtype=torch.uint8),
-        empty(2 * wide),
-    )
-    for rows in (16, 64, 4096):
-        yield Case(
-            "qlinear",
-            f"int4 product, {rows} rows, hidden {hidden}",
-            lambda rows=rows: triton_groups.group_linear(empty(rows, hidden), packed, bias),
-        )
+    for bits, kind in ((4, "int4"), (8, "int8-weight-only")):
+        packed = empty(*group_blocks_shape((2 * wide, hidden), bits), dtype=torch.uint8)
+        for rows in (16, 64, 4096):
+            yield Case(
+                "qlinear",
+                f"{kind} product, {rows} rows, hidden {hidden}",
+                lambda rows=rows, packed=packed: triton_groups.group_linear(
+                    empty(rows, hidden), packed, empty(2 * wide)
+                ),
+            )
 
 
 def attention_cases(

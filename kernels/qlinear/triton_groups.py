@@ -12,19 +12,17 @@ from gen_fast.ops.layout import adjacent
 from . import groups
 
 _OUTPUTS, _INPUTS = tl.constexpr(groups.OUTPUTS), tl.constexpr(groups.INPUTS)
-# Of a block: its bytes, those of its scales and minima, and those of its steps.
-_BLOCK = tl.constexpr(groups.block_bytes(4))
-_GRID = tl.constexpr(4 * groups.OUTPUTS)
-_STEPS = tl.constexpr(groups.OUTPUTS * groups.INPUTS // 2)
+_GRID = tl.constexpr(4 * groups.OUTPUTS)  # bytes of a block's scales and minima
 _INTERPRETED = tl.constexpr(gpu.interpreted())
-# Up to so many rows the weight is read once, at 0.625 bytes each; for more a matrix is made, which
-# writes and reads each weight again, and cuBLAS multiplies. A guess, not measured.
+# Up to so many rows the weight is read once, at 0.625 or 1.125 bytes each; for more a matrix is
+# made, which writes and reads each weight again, and cuBLAS multiplies. A guess, not measured.
 ROWS_FROM_BLOCKS = 64
 
 
 @triton.jit
 def _tile_of_weight(
-    blocks, halves, panel, group, groups, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr
+    blocks, halves, panel, group, groups,
+    BITS: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Weights [BLOCK_O, BLOCK_K] float32 of panels [BLOCK_O / 16] and groups [BLOCK_K / 32].
 
@@ -32,31 +30,39 @@ def _tile_of_weight(
     """
     P: tl.constexpr = BLOCK_O // _OUTPUTS
     G: tl.constexpr = BLOCK_K // _INPUTS
+    STEPS: tl.constexpr = _OUTPUTS * _INPUTS * BITS // 8  # bytes of a block's steps
+    BLOCK: tl.constexpr = _GRID + STEPS
     inside = (group < groups)[None, :, None]
     block = panel[:, None, None] * groups + group[None, :, None]  # [P, G, 1]
-    lane, step = tl.arange(0, _OUTPUTS), tl.arange(0, _STEPS)
-    grid = halves + block * (_BLOCK // 2) + lane[None, None, :]
+    lane, step = tl.arange(0, _OUTPUTS), tl.arange(0, STEPS)
+    grid = halves + block * (BLOCK // 2) + lane[None, None, :]
     scale = tl.load(grid, mask=inside, other=0.0)  # [P, G, 16]
     minimum = tl.load(grid + _OUTPUTS, mask=inside, other=0.0)
     packed = tl.load(
-        blocks + block * _BLOCK + _GRID + step[None, None, :], mask=inside, other=0
-    )  # [P, G, 256]
-    q = tl.join(packed & 15, packed >> 4)  # outputs j and j + 8
-    q = tl.reshape(q, (P, G, _INPUTS, _OUTPUTS // 2, 2)).to(tl.float32)
-    weight = q * _by_output(scale, P, G) + _by_output(minimum, P, G)
-    return tl.reshape(tl.permute(weight, (0, 4, 3, 1, 2)), (BLOCK_O, BLOCK_K))
+        blocks + block * BLOCK + _GRID + step[None, None, :], mask=inside, other=0
+    )  # [P, G, STEPS]
+    if BITS == 4:
+        q = tl.join(packed & 15, packed >> 4)  # outputs j and j + 8
+        q = tl.reshape(q, (P, G, _INPUTS, _OUTPUTS // 2, 2)).to(tl.float32)
+        weight = q * _by_output(scale, P, G) + _by_output(minimum, P, G)
+        weight = tl.permute(weight, (0, 4, 3, 1, 2))
+    else:
+        q = tl.reshape(packed, (P, G, _INPUTS, _OUTPUTS)).to(tl.float32)
+        weight = q * scale[:, :, None, :].to(tl.float32) + minimum[:, :, None, :].to(tl.float32)
+        weight = tl.permute(weight, (0, 3, 1, 2))
+    return tl.reshape(weight, (BLOCK_O, BLOCK_K))
 
 
 @triton.jit
 def _by_output(values, P: tl.constexpr, G: tl.constexpr):
-    """[P, G, 16] as [P, G, 1, 8, 2], in the order of the steps, float32."""
+    """[P, G, 16] as [P, G, 1, 8, 2], in the order of steps of 4 bits, float32."""
     pairs = tl.permute(tl.reshape(values, (P, G, 2, _OUTPUTS // 2)), (0, 1, 3, 2))
     return tl.reshape(pairs, (P, G, 1, _OUTPUTS // 2, 2)).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=gpu.PER_BATCH)
 def _group_linear(
-    x, blocks, halves, bias, y, n_rows, size, outputs, stride,
+    x, blocks, halves, bias, y, n_rows, size, outputs, stride, BITS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     output_tile = tl.program_id(0)
@@ -72,8 +78,9 @@ def _group_linear(
     for start in range(0, size, BLOCK_K):
         x_tile = tl.load(rows + start, mask=(column < size - start)[None, :], other=0.0)
         weight = _tile_of_weight(
-            blocks, halves, read_panel, group + start // _INPUTS, size // _INPUTS, BLOCK_O, BLOCK_K
-        )
+            blocks, halves, read_panel, group + start // _INPUTS, size // _INPUTS,
+            BITS, BLOCK_O, BLOCK_K,
+        )  # fmt: skip
         weight = weight.to(x_tile.dtype)
         if _INTERPRETED:  # it takes the bits of bfloat16 for numbers
             x_tile, weight = x_tile.to(tl.float32), weight.to(tl.float32)
@@ -90,13 +97,16 @@ def _group_linear(
 
 @triton.jit
 def _group_weight(
-    blocks, halves, weight, size, outputs, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr
+    blocks, halves, weight, size, outputs,
+    BITS: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     panel = tl.program_id(0) * (BLOCK_O // _OUTPUTS) + tl.arange(0, BLOCK_O // _OUTPUTS)
     start = tl.program_id(1) * BLOCK_K
     group = start // _INPUTS + tl.arange(0, BLOCK_K // _INPUTS)
     read_panel = tl.minimum(panel, outputs // _OUTPUTS - 1).to(tl.int64)
-    tile = _tile_of_weight(blocks, halves, read_panel, group, size // _INPUTS, BLOCK_O, BLOCK_K)
+    tile = _tile_of_weight(
+        blocks, halves, read_panel, group, size // _INPUTS, BITS, BLOCK_O, BLOCK_K
+    )
     output = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
     column = start + tl.arange(0, BLOCK_K)
     tl.store(
@@ -111,10 +121,11 @@ def tile(rows: int, outputs: int, inputs: int, warps: int, stages: int) -> Tile:
     return Tile({"BLOCK_T": rows, "BLOCK_O": outputs, "BLOCK_K": inputs}, warps, stages)
 
 
-# Best first, of both architectures. On an H100 and a weight of 24,576 outputs and 4,096 inputs
-# _TILES took 93 µs for 64 rows, _TILES_NARROW 144 µs for 1 row and 119 for 16; with 6,144
+# Best first, of both architectures. In 4 bits on an H100 and a weight of 24,576 outputs and 4,096
+# inputs _TILES took 93 µs for 64 rows, _TILES_NARROW 144 µs for 1 row and 119 for 16; with 6,144
 # outputs and 1,024 inputs they took 21, 18 and 15 (bench/results/gpu-h100-2026-11-27.json). So for
 # every number of rows _TILES, but where its programs are fewer than an H100's 132 multiprocessors.
+# 8 bits take the same: not measured.
 _TILES = (tile(64, 64, 64, 4, 3), tile(64, 32, 128, 4, 3))
 _TILES_NARROW = (tile(16, 32, 128, 4, 4), tile(16, 64, 64, 4, 4))
 _NARROW_ROWS, _NARROW_OUTPUTS = 16, 132 * 64
@@ -156,6 +167,7 @@ def group_linear(x: Tensor, blocks: Tensor, bias: Tensor | None) -> Tensor:
             size,
             outputs,
             x.stride(0),
+            BITS=groups.bits_of(blocks),
         )
     return y
 
@@ -184,5 +196,6 @@ def group_weight(blocks: Tensor, dtype: torch.dtype) -> Tensor:
             weight,
             size,
             outputs,
+            BITS=groups.bits_of(blocks),
         )
     return weight

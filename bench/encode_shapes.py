@@ -31,10 +31,10 @@ from measure import interleaved, machine, median_ratio, product_tflops, profile
 from gen_fast.io.vectors import centred_cosine
 from gen_fast.model.backbone import Backbone
 from gen_fast.model.batch import PackedBatch, split_by_budget
-from gen_fast.model.choices import QUANTIZED
+from gen_fast.model.choices import GROUP_BITS, QUANTIZED
 from gen_fast.model.config import BackboneConfig
 from gen_fast.model.device import matmul_peak
-from gen_fast.model.linear import Fp8Weight, Int4Weight, Int8Weight
+from gen_fast.model.linear import Fp8Weight, GroupWeight, Int8Weight
 from gen_fast.model.lora import MATRICES
 from gen_fast.model.token_budget import TokenBudget
 from gen_fast.model.weights import backbone_from_tensors
@@ -83,9 +83,10 @@ def make_models(shape: str, device: str) -> tuple[Backbone, torch.nn.Module]:
 
 def quantized(backbone: Backbone, kind: str) -> Backbone:
     """The same with the linears' weights in fewer bits; nothing is calibrated."""
-    weights = {weight.kind: weight for weight in (Int4Weight, Int8Weight, Fp8Weight)}
+    makers = {weight.kind: weight.of for weight in (Int8Weight, Fp8Weight)}
+    makers |= {group: partial(GroupWeight.of, kind=group) for group in GROUP_BITS}
     layers = [
-        replace(layer, **{name: weights[kind].of(getattr(layer, name)) for name in MATRICES})
+        replace(layer, **{name: makers[kind](getattr(layer, name)) for name in MATRICES})
         for layer in backbone.layers
     ]
     return with_layers(backbone, layers)

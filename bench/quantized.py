@@ -127,7 +127,7 @@ def _compare(
         )
         row = rows[-1]
         print(
-            f"{workload:<10} {dtype} {name:<13} {row['texts_per_second']:8.1f} texts/s, "
+            f"{workload:<10} {dtype} {name:<16} {row['texts_per_second']:8.1f} texts/s, "
             f"{row[f'speed_against_{dtype}']:.3f}x {dtype}, centred cosine "
             f"{row['centred_cosine_mean']:.5f} (least {row['centred_cosine_min']:.5f})",
             flush=True,

@@ -156,7 +156,7 @@ class Parts:
         if backbone.quantize == INT8:
             raise ConfigError(
                 "int8 moves factors into the weights, so that LoRA factors trained over it fit no "
-                "other backbone: take int4 or none"
+                "other backbone: take int4, int8-weight-only or none"
             )
         return cls(
             backbone,

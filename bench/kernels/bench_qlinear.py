@@ -10,6 +10,7 @@ from gen_fast.ops.qlinear import (
     FP8,
     INT4,
     INT8,
+    INT8_GROUP,
     OP,
     dequantize_groups,
     fp8_linear,
@@ -48,13 +49,24 @@ def bench_qlinear(measure, size, dtype, mode, provider):
 @cases(INT4, modes=("forward",), others=("linear",))
 def bench_int4_linear(measure, size, dtype, mode, provider, case):
     """Gate and up of one layer. "linear": torch's, of the same values as a matrix."""
+    measure_groups(measure, size, dtype, provider, case, bits=4)
+
+
+@pytest.mark.parametrize("case", ROWS)
+@cases(INT8_GROUP, modes=("forward",), others=("linear",))
+def bench_int8_group_linear(measure, size, dtype, mode, provider, case):
+    """The same in 8 bits."""
+    measure_groups(measure, size, dtype, provider, case, bits=8)
+
+
+def measure_groups(measure, size, dtype, provider, case, bits):
     shape, rows = (2 * size.feed_forward, size.hidden), rows_in(case, size)
-    blocks = quantize_groups(random(*shape, dtype="fp32", scale=0.05), 4)
+    blocks = quantize_groups(random(*shape, dtype="fp32", scale=0.05), bits)
     x = random(rows, size.hidden, dtype=dtype)
     weight = dequantize_groups(blocks, x.dtype) if provider == "linear" else None
     measure(
-        provided(provider, group_linear, plain_int4, {"linear": lambda x, blocks: x @ weight.T}),
-        plain_int4,
+        provided(provider, group_linear, plain_groups, {"linear": lambda x, blocks: x @ weight.T}),
+        plain_groups,
         (x, blocks),
         moved_bytes=x.nbytes + blocks.nbytes + rows * shape[0] * x.itemsize,
         flops=2 * rows * shape[0] * shape[1],
@@ -108,7 +120,7 @@ def plain_int8(q, scale, blocks, weight_scale, dtype):
     return (q.to(scale.dtype) @ weight.T * scale.unsqueeze(1) * weight_scale).to(dtype)
 
 
-def plain_int4(x, blocks):
+def plain_groups(x, blocks):
     return x @ dequantize_groups(blocks, x.dtype).T
 
 

@@ -80,6 +80,7 @@ def load(
     with it natively, else float32; or "float32", "bfloat16", "float16", or a torch.dtype.
     quantize: "int4" keeps the weights of the layers' linears in 4 bits, groups of 32 with a scale
     and a minimum, after adapters of LoRA are merged; what was Q4_1 in a GGUF file keeps its values.
+    "int8-weight-only" does the same in 8 bits, in which what was Q8_0 keeps its values.
     "int8" keeps weights, and the rows that they meet, in 8 bits, calibrated on texts of our own
     (docs/quantisation.md). "fp8" keeps both in e4m3, on GPUs of sm_89 and newer. None keeps them in
     dtype, or as a copy that `gen-fast quantize` has made has them.

@@ -19,7 +19,7 @@ from gen_fast.io.checksums import CHECKSUMS, record_all
 from gen_fast.io.durable import check_is_new, new_directory
 from gen_fast.io.vectors import centred_cosine
 from gen_fast.model.calibration_texts import CALIBRATION_TEXTS
-from gen_fast.model.choices import FP8, INT4, INT8
+from gen_fast.model.choices import FP8, GROUP_BITS, INT8
 from gen_fast.model.config import QUANT_METHOD, BackboneConfig, parse_config
 from gen_fast.model.device import resolve_device
 from gen_fast.model.int8 import check_calibration, int8_tensors
@@ -46,7 +46,10 @@ _KEPT = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 _NOT_KEPT = (CHECKSUMS, RECIPE, "model.safetensors.index.json", "config.json")
 # For other packages: none has such a method. transformers says so, and fails at the sizes.
 _QUANTIZATION_CONFIG = {
-    INT4: {"quant_method": QUANT_METHOD, "bits": 4, "group_size": 32, "symmetric": False},
+    **{
+        kind: {"quant_method": QUANT_METHOD, "bits": bits, "group_size": 32, "symmetric": False}
+        for kind, bits in GROUP_BITS.items()
+    },
     INT8: {"quant_method": QUANT_METHOD, "bits": 8, "activation_bits": 8, "symmetric": True},
     FP8: {"quant_method": QUANT_METHOD, "bits": 8, "activation_bits": 8, "format": "e4m3"},
 }
@@ -68,9 +71,9 @@ def write_quantized(
 
     model: a known name, Hub id, .gguf file or directory of a backbone, also one in
     sentence-transformers' layout or of a whole GEM model, all of which is copied then. out: a new
-    or empty directory. quantize: "int4", "int8" or "fp8", which is compared where it runs, on a GPU
-    of sm_89 or newer. texts: at least 20, on which both are compared. calibration: at least 20
-    others, on which int8 measures what its linears read.
+    or empty directory. quantize: "int4", "int8-weight-only", "int8" or "fp8", which is compared
+    where it runs, on a GPU of sm_89 or newer. texts: at least 20, on which both are compared.
+    calibration: at least 20 others, on which int8 measures what its linears read.
 
     The copy has the original's fingerprint, so that adapters of the one fit the other. Its recipe's
     quality is the centred cosine of embeddings in float32, by the method that `load` takes.
@@ -171,9 +174,12 @@ def _quantized(
         tensors = int8_tensors(load_backbone(source, quantize=INT8, calibration=calibration))
         return {name: tensor.nbytes for name, tensor in tensors.items()}, tensors.__getitem__
     shapes = {f"{linear}.weight": shape for linear, shape in linear_sizes(config).items()}
-    if quantize == INT4:
-        sizes = {name: int(np.prod(group_blocks_shape(shape, 4))) for name, shape in shapes.items()}
-        return sizes, lambda name: files.int4(name, shapes[name])
+    if quantize in GROUP_BITS:
+        blocks = {
+            name: group_blocks_shape(shape, GROUP_BITS[quantize]) for name, shape in shapes.items()
+        }
+        sizes = {name: int(np.prod(shape)) for name, shape in blocks.items()}
+        return sizes, lambda name: files.groups(name, shapes[name], quantize)
     sizes = {name: int(np.prod(shape)) for name, shape in shapes.items()}
     scales = {scale_name(name): name for name in shapes}
     sizes |= {scale: 4 * shapes[name][0] for scale, name in scales.items()}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear as plain_linear
 
-from gen_fast.model.choices import FP8, INT4, INT8
+from gen_fast.model.choices import FP8, GROUP_BITS, INT8
 from gen_fast.ops.qlinear import (
     ROTATED,
     dequantize_groups,
@@ -32,16 +32,16 @@ _ROWS = 2048
 
 
 @dataclass(frozen=True)
-class Int4Weight:
-    """A weight [out, in] of 4 bits in groups of 32: see gen_fast.ops.qlinear."""
+class GroupWeight:
+    """A weight [out, in] of 4 or 8 bits in groups of 32: see gen_fast.ops.qlinear."""
 
-    kind: ClassVar[str] = INT4
-    blocks: Tensor  # [out / 16, in / 32, 320] uint8
+    kind: str  # one of GROUP_BITS
+    blocks: Tensor  # [out / 16, in / 32, 320 or 576] uint8
 
     @classmethod
-    def of(cls, weight: Tensor) -> "Int4Weight":
+    def of(cls, weight: Tensor, kind: str) -> "GroupWeight":
         """The nearest to `weight` [out, in]."""
-        return cls(quantize_groups(weight, 4))
+        return cls(kind, quantize_groups(weight, GROUP_BITS[kind]))
 
     @property
     def nbytes(self) -> int:
@@ -128,7 +128,7 @@ class Fp8Weight:
 
 # What `linear` multiplies, and by what.
 Rows = Tensor | QuantizedRows
-Weight = Tensor | Int4Weight | Int8Weight | Fp8Weight
+Weight = Tensor | GroupWeight | Int8Weight | Fp8Weight
 
 
 def row_format(weight: Weight) -> str | None:
@@ -182,7 +182,7 @@ def linear(x: Rows, weight: Weight, bias: Tensor | None = None) -> Tensor:
             return exact
         return _rounded_linear(x, weight, bias)
     assert isinstance(x, Tensor)
-    if isinstance(weight, Int4Weight):
+    if isinstance(weight, GroupWeight):
         return group_linear(x, weight.blocks, bias)
     if not weight.is_mkldnn:
         return plain_linear(x, weight, bias)
@@ -194,7 +194,7 @@ def linear(x: Rows, weight: Weight, bias: Tensor | None = None) -> Tensor:
 
 def times(grad: Tensor, weight: Weight) -> Tensor:
     """grad [T, out] times weight [out, in]: the gradient of `linear`'s x."""
-    if isinstance(weight, Int4Weight):
+    if isinstance(weight, GroupWeight):
         return group_linear_backward(grad, weight.blocks)
     if isinstance(weight, Int8Weight | Fp8Weight):
         return grad @ weight.dequantized(grad.dtype)
@@ -229,7 +229,7 @@ class _PackedLinear(_FrozenLinear):
 
 
 class _DequantizedLinear(_FrozenLinear):
-    """The exact function of a weight of 8 bits and its exact gradient: rows are not rounded.
+    """The exact function of a weight that rounds rows and its exact gradient: they are not rounded.
 
     Where LLM2Vec-Gen's training starts the loss is so steep that rounded rows turn its gradient
     elsewhere: 200 steps later it is 24% higher over int8 (bench/README.md, "Training step").

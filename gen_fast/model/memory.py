@@ -5,7 +5,7 @@ import math
 import torch
 
 from gen_fast.errors import DeviceMemoryError
-from gen_fast.model.choices import FP8, INT4, INT8
+from gen_fast.model.choices import FP8, GROUP_BITS, INT8
 from gen_fast.model.config import BackboneConfig
 from gen_fast.ops.qlinear import group_blocks_shape
 
@@ -37,8 +37,9 @@ def weight_bytes(
     found = {plain: others * dtype.itemsize}
     if quantize is None:
         found[plain] += config.num_layers * sum(map(math.prod, matrices)) * dtype.itemsize
-    elif quantize == INT4:
-        found[INT4] = config.num_layers * sum(math.prod(group_blocks_shape(x, 4)) for x in matrices)
+    elif quantize in GROUP_BITS:
+        blocks = [group_blocks_shape(x, GROUP_BITS[quantize]) for x in matrices]
+        found[quantize] = config.num_layers * sum(map(math.prod, blocks))
     elif quantize in (INT8, FP8):
         found[quantize] = config.num_layers * sum(map(math.prod, matrices))
         found[_SCALES] = config.num_layers * sum(4 * outputs for outputs, _ in matrices)

@@ -23,7 +23,7 @@ from gen_fast.errors import (
     WeightsError,
 )
 from gen_fast.io.json_files import check_seal, read_json_object, seal
-from gen_fast.model.choices import FP8, INT8, QUANTIZED
+from gen_fast.model.choices import FP8, GROUP_BITS, INT8, QUANTIZED
 from gen_fast.ops import qlinear
 from gen_fast.ops.qlinear import fits_fp8, fits_groups, quantize_groups, quantize_weight_fp8
 
@@ -77,7 +77,7 @@ def check_device(quantize: str | None, device: torch.device | str, dtype: torch.
     except ImplementationError as error:
         raise ConfigError(
             f"fp8 needs a GPU of sm_89 or newer (Ada, Hopper), and {device} is none that computes "
-            f"it: take int8 or int4, or set GEN_FAST_IMPL=cpu,reference to measure what fp8 loses "
+            f"it: take another kind, or set GEN_FAST_IMPL=cpu,reference to measure what fp8 loses "
             f"({error})"
         ) from error
 
@@ -111,19 +111,19 @@ def fp8_stored_shape(shape: tuple[int, int]) -> tuple[int, int, int]:
     return shape[0] // 16, 16, shape[1]
 
 
-def int4_blocks(name: str, weight: Tensor) -> Tensor:
-    """Blocks of a linear's weight [out, in]; `name` is said in errors.
+def group_blocks(name: str, weight: Tensor, quantize: str) -> Tensor:
+    """Blocks of a linear's weight [out, in] in groups; `name` is said in errors.
 
     Raises UnsupportedModelError for a size that has no whole blocks, WeightsError for values that
     float16 does not hold.
     """
     if not fits_groups(tuple(weight.shape)):
         raise UnsupportedModelError(
-            f"{name} is {list(weight.shape)}: int4 takes multiples of 16 rows and 32 columns"
+            f"{name} is {list(weight.shape)}: {quantize} takes multiples of 16 rows and 32 columns"
         )
     if not weight.abs().max() <= _LARGEST:
         raise WeightsError(f"{name} holds NaN, infinity or values beyond {_LARGEST:.0f}")
-    return quantize_groups(weight, 4)
+    return quantize_groups(weight, GROUP_BITS[quantize])
 
 
 def fp8_weight(name: str, weight: Tensor) -> tuple[Tensor, Tensor]:

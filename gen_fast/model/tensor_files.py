@@ -13,6 +13,7 @@ from gen_fast.errors import UnsupportedModelError, WeightsError
 from gen_fast.io.cache import remembered, remembered_sha256
 from gen_fast.io.checksums import problem
 from gen_fast.io.durable import signature
+from gen_fast.model.choices import GROUP_BITS
 from gen_fast.model.config import BackboneConfig
 from gen_fast.model.fingerprint import Digests, digests_of, samples
 from gen_fast.model.lora import LoraWeights
@@ -22,7 +23,7 @@ from gen_fast.model.quantized import (
     Recipe,
     fp8_stored_shape,
     fp8_weight,
-    int4_blocks,
+    group_blocks,
     read_recipe,
     scale_name,
 )
@@ -110,11 +111,14 @@ class TensorFiles:
             tensor = adapter.merged(name.removesuffix(".weight"), tensor)
         return tensor
 
-    def int4(self, name: str, shape: tuple[int, int]) -> Tensor:
-        """The blocks of a linear's weight [out, in], adapters merged before it is quantised."""
+    def groups(self, name: str, shape: tuple[int, int], quantize: str) -> Tensor:
+        """The blocks of a linear's weight [out, in], adapters merged before it is quantised.
+
+        quantize: one of GROUP_BITS.
+        """
         if self.recipe is None:
-            return int4_blocks(name, self.get(name, shape))
-        return self._as_written(name, torch.uint8, group_blocks_shape(shape, 4))
+            return group_blocks(name, self.get(name, shape), quantize)
+        return self._as_written(name, torch.uint8, group_blocks_shape(shape, GROUP_BITS[quantize]))
 
     def int8(self, name: str, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Blocks and scales of a linear's weight [out, in], of a copy that has them."""

@@ -15,11 +15,11 @@ from torch import Tensor
 from gen_fast.errors import ConfigError, UnsupportedModelError, WeightsError
 from gen_fast.model.backbone import Backbone, LayerWeights
 from gen_fast.model.calibration_texts import CALIBRATION_TEXTS
-from gen_fast.model.choices import FP8, INT4, INT8
+from gen_fast.model.choices import FP8, GROUP_BITS, INT8
 from gen_fast.model.config import BackboneConfig, parse_config
 from gen_fast.model.fingerprint import fingerprint
 from gen_fast.model.int8 import check_calibration, check_sizes, int8_layers, tokenized
-from gen_fast.model.linear import Fp8Weight, Int4Weight, Int8Weight, Weight
+from gen_fast.model.linear import Fp8Weight, GroupWeight, Int8Weight, Weight
 from gen_fast.model.lora import LoraWeights
 from gen_fast.model.memory import check_memory, weight_bytes
 from gen_fast.model.model_files import read_json
@@ -172,9 +172,9 @@ def _load_layer(
         named = [(f"{name}_proj.weight", shape) for name, shape in parts.items()]
         if quantize is None:
             return join(named)
-        if quantize == INT4:
-            blocks = [files.int4(f"{prefix}{name}", shape) for name, shape in named]
-            return Int4Weight(torch.cat(blocks).to(device))
+        if quantize in GROUP_BITS:
+            blocks = [files.groups(f"{prefix}{name}", shape, quantize) for name, shape in named]
+            return GroupWeight(quantize, torch.cat(blocks).to(device))
         read, kind = (files.int8, Int8Weight) if quantize == INT8 else (files.fp8, Fp8Weight)
         both = zip(*(read(f"{prefix}{name}", shape) for name, shape in named), strict=True)
         return kind(*(torch.cat(tensors).to(device) for tensors in both))

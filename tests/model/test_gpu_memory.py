@@ -8,6 +8,7 @@ from torch import Tensor
 
 import gen_fast
 from gen_fast.errors import DeviceMemoryError
+from gen_fast.model.choices import GROUP_BITS, QUANTIZED
 from gen_fast.model.config import parse_config
 from gen_fast.model.memory import weight_bytes
 from gen_fast.model.model_files import read_json
@@ -27,7 +28,7 @@ def tensors_of(value: object) -> Iterator[Tensor]:
             yield from tensors_of(getattr(value, name))
 
 
-@pytest.mark.parametrize("quantize", [None, "int4", "int8", "fp8"])
+@pytest.mark.parametrize("quantize", [None, *QUANTIZED])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_bytes_are_those_of_the_loaded_weights(family, quantize, tmp_path, fp8_by_the_reference):
     save_tiny_model(tmp_path, family, **WHOLE_BLOCKS)
@@ -55,7 +56,7 @@ class ReadError(Exception):
     pass
 
 
-@pytest.mark.parametrize("quantize", [None, "int4"])
+@pytest.mark.parametrize("quantize", [None, *GROUP_BITS])
 def test_a_model_larger_than_the_free_memory_is_refused_before_it_is_read(
     quantize, tmp_path, gpu_memory, monkeypatch
 ):

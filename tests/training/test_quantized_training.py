@@ -7,29 +7,31 @@ from tiny_data import train_config, write_answers, write_teacher
 from tiny_runs import gem_configs, losses
 
 import gen_fast
-from gen_fast.model.linear import Int4Weight
+from gen_fast.model.choices import GROUP_BITS
+from gen_fast.model.linear import GroupWeight
 from gen_fast.testing import WHOLE_BLOCKS, save_tiny_model
 from gen_fast.training import gem, llm2vec_gen
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A model of values that 4 bits keep."""
+    """A model of values that 4 bits keep, and 8 bits but for a roundoff of their float16 grids."""
     folder = tmp_path_factory.mktemp("on-grid")
     save_tiny_model(folder, "llama", **WHOLE_BLOCKS)
     tensors = load_file(folder / "model.safetensors")
     for name, tensor in tensors.items():
         if "_proj" in name:
-            tensors[name] = Int4Weight.of(tensor).dequantized(torch.float32)
+            tensors[name] = GroupWeight.of(tensor, "int4").dequantized(torch.float32)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     return folder
 
 
-def test_llm2vec_gen_trains_as_over_the_same_values(model, tmp_path):
+@pytest.mark.parametrize("group", GROUP_BITS)
+def test_llm2vec_gen_trains_as_over_the_same_values(group, model, tmp_path):
     write_answers(tmp_path / "answers.jsonl")
     write_teacher(tmp_path / "teacher.parquet", tmp_path / "answers.jsonl")
     curves = []
-    for quantize in (None, "int4"):
+    for quantize in (None, group):
         out = tmp_path / str(quantize)
         config = train_config(tmp_path, model, out=str(out), quantize=quantize, start="random")
         folder = llm2vec_gen.train(config, show_progress_bar=False)
@@ -67,14 +69,15 @@ def test_lora_over_fp8_fits_the_original(model, tmp_path, fp8_by_the_reference):
     gen_fast.load(folders[1], device="cpu").encode("the cat")
 
 
-def test_lora_trains_as_over_the_same_values(model, tmp_path):
+@pytest.mark.parametrize("group", GROUP_BITS)
+def test_lora_trains_as_over_the_same_values(group, model, tmp_path):
     make = gem_configs(tmp_path, model)
-    configs = [make(str(quantize), quantize=quantize) for quantize in (None, "int4")]
+    configs = [make(str(quantize), quantize=quantize) for quantize in (None, group)]
     for config in configs:
         gem.train(config, show_progress_bar=False)
     assert losses(configs[1]) == pytest.approx(losses(configs[0]), rel=1e-4)
     with pytest.raises(gen_fast.CheckpointError, match="quantize"):
-        gem.train(make("int4", steps=5), show_progress_bar=False)
+        gem.train(make(group, steps=5), show_progress_bar=False)
 
 
 def test_what_has_no_meaning_is_refused(model, tmp_path):

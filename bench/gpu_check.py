@@ -47,7 +47,7 @@ SHARES = {
     "encode": 110,
     "attention": 60,
     **dict.fromkeys(ROW_OPS, 25),
-    "qlinear": 60,  # products too, at four numbers of rows
+    "qlinear": 75,  # products too, at four numbers of rows
     "distill": 30,
     "train": 80,
     "tests": 200,

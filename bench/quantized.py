@@ -1,7 +1,7 @@
 """Encoding with quantised weights: speed, memory and quality against plain ones and other engines.
 
     python bench/quantized.py [--quick] [--rounds 5] [--json FILE] [--dtype fp32 bf16]
-                              [--quantize int4 int8] [--workload ...]
+                              [--quantize int4 int8-weight-only int8] [--workload ...]
                               [--peer openvino openvino-streams openvino-int8 llama.cpp]
 
 Method `mean` on SmolLM2, whose file is Q4_1; all run the prompt with every text. Providers take

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from gem_models import save_gem
+from tiny_gguf import KINDS, write_gguf
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -12,7 +13,7 @@ import gen_fast
 from gen_fast.cli.app import app
 from gen_fast.embed.sample_texts import SAMPLE_TEXTS
 from gen_fast.errors import ConfigError, JobError, UnsupportedModelError, WeightsError
-from gen_fast.model.choices import QUANTIZED
+from gen_fast.model.choices import GROUP_BITS, QUANTIZED
 from gen_fast.testing import WHOLE_BLOCKS, save_tiny_adapter, save_tiny_model
 
 TEXTS = ["the cat", "a hat in the rain", "one word follows the other in the line " * 4]
@@ -128,23 +129,24 @@ def test_a_recipe_of_a_later_version_is_refused(model, copy, tmp_path, monkeypat
         embedded(copy)
 
 
-def test_the_command_writes_a_copy_that_jobs_and_searches_take(model, tmp_path):
+@pytest.mark.parametrize("group", GROUP_BITS)
+def test_the_command_writes_a_copy_that_jobs_and_searches_take(group, model, tmp_path):
     texts = tmp_path / "texts.txt"
     texts.write_text("\n".join(SAMPLE_TEXTS))
     run = CliRunner().invoke
-    options = ["quantize", str(model), "--to", "int4", "--texts", str(texts), "--device", "cpu"]
+    options = ["quantize", str(model), "--to", group, "--texts", str(texts), "--device", "cpu"]
     done = run(app, [*options, "--out", str(tmp_path / "copy")])
     assert done.exit_code == 0, done.output
-    assert "int4, over 40 texts centred cosine" in done.output
+    assert f"{group}, over 40 texts centred cosine" in done.output
     of_copy, of_model = tmp_path / "copy.parquet", tmp_path / "model.parquet"
     encode = ["encode", str(texts), "--device", "cpu", "--dtype", "float32", "--quiet"]
     run(app, [*encode, "--model", str(tmp_path / "copy"), "--out", str(of_copy)])
-    run(app, [*encode, "--model", str(model), "--quantize", "int4", "--out", str(of_model)])
+    run(app, [*encode, "--model", str(model), "--quantize", group, "--out", str(of_model)])
     read = gen_fast.io.embedding_files.read_embeddings
     assert np.array_equal(read(of_copy).vectors, read(of_model).vectors)
     # A search goes on with the weights that the file was made with.
     printed = []
-    for file, recorded in ((of_copy, ""), (of_model, "int4")):
+    for file, recorded in ((of_copy, ""), (of_model, group)):
         assert read(file).metadata.quantize == recorded
         found = run(app, ["search", str(file), "a train ticket", "--dtype", "float32", "--quiet"])
         assert found.exit_code == 0, found.output
@@ -188,3 +190,16 @@ def test_a_job_goes_on_with_the_same_weights_only(model, tmp_path):
     assert json.loads((out / "plan.json").read_text())["settings"]["quantize"] == "int4"
     with pytest.raises(JobError, match="quantize"):
         gen_fast.embed_corpus(texts, out, **shared)
+
+
+def test_a_gguf_file_of_q8_0_loses_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("GEN_FAST_CACHE", str(tmp_path / "cache"))
+    original = save_tiny_model(tmp_path / "original", "llama", **WHOLE_BLOCKS)
+    write_gguf(tmp_path / "model.gguf", original, kind=KINDS.Q8_0)
+    expected = embedded(tmp_path / "model.gguf")
+    actual = embedded(tmp_path / "model.gguf", quantize="int8-weight-only")
+    np.testing.assert_allclose(actual, expected, atol=1e-5 * np.abs(expected).max())
+    gen_fast.write_quantized(
+        tmp_path / "model.gguf", tmp_path / "copy", quantize="int8-weight-only", device="cpu"
+    )
+    assert np.array_equal(embedded(tmp_path / "copy"), actual)

@@ -39,7 +39,9 @@ def on_grid_of(weight: torch.Tensor, bits: int) -> bool:
     return torch.equal(dequantize_groups(quantize_groups(weight, bits), torch.float32), weight)
 
 
-@pytest.mark.parametrize(("q_type", "bits"), [("Q4_0", 4), ("Q4_1", 4), ("Q8_0", 8)])
+@pytest.mark.parametrize(
+    ("q_type", "bits"), [("Q4_0", 4), ("Q4_1", 4), ("Q8_0", 8), ("Q4_0", 8), ("Q5_0", 8)]
+)
 @pytest.mark.parametrize("shift", [0.0, 3.0])
 def test_what_was_on_a_grid_of_ggufs_keeps_its_values(q_type, bits, shift):
     torch.manual_seed(0)

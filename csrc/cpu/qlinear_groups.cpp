@@ -6,6 +6,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "common/aligned.h"
 #include "cpu/ops.h"
 #include "common/each_isa.h"
 
@@ -172,8 +173,8 @@ static inline void put_block(const uint8_t* block, float* to, int64_t columns) {
 // What a thread works in.
 template <class Op>
 struct Workspace {
-  std::vector<typename Op::type> weights;  // [DEPTH / pair][TASK][pair]
-  std::vector<float> sums;                 // [rows][TASK], between one piece of inputs and the next
+  LineVector<typename Op::type> weights;  // [DEPTH / pair][TASK][pair]
+  LineVector<float> sums;                 // [rows][TASK], between one piece of inputs and the next
 };
 
 // Inputs [from, from + depth) of `count` outputs as [depth / pair][TASK][pair].

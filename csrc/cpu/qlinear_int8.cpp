@@ -8,6 +8,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "common/aligned.h"
 #include "cpu/ops.h"
 #include "common/each_isa.h"
 
@@ -148,7 +149,7 @@ static void linear(const Int8Arguments& a) {
   const int64_t panels = (a.out + TASK_OUTPUTS - 1) / TASK_OUTPUTS;
   const int64_t parts = (a.rows + TASK_ROWS - 1) / TASK_ROWS;
   parallel_tasks(panels * parts, a.in * a.out, [&](int64_t task) {
-    static thread_local std::vector<Value> weights;
+    static thread_local LineVector<Value> weights;
     weights.resize(a.in * TASK_OUTPUTS);
     const int64_t first = task % panels * TASK_OUTPUTS;
     const int64_t count = a.out - first < TASK_OUTPUTS ? a.out - first : TASK_OUTPUTS;

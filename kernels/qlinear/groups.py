@@ -66,7 +66,7 @@ def dequantize_groups(blocks: Tensor, dtype: torch.dtype) -> Tensor:
     q = blocks[..., 4 * OUTPUTS :].unflatten(-1, (INPUTS, -1))
     if bits_of(blocks) == 4:
         q = torch.cat((q & 15, q >> 4), -1)
-    weight = q.float().mul_(scale).add_(minimum)  # [out / 16, in / 32, 32, 16]
+    weight: Tensor = q.float().mul_(scale).add_(minimum)  # [out / 16, in / 32, 32, 16]
     outer, groups = blocks.shape[:2]
     return weight.permute(0, 3, 1, 2).reshape(outer * OUTPUTS, groups * INPUTS).to(dtype)
 

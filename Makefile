@@ -29,11 +29,11 @@ test: $(VENV)/.dev ## Run the tests, without the slow ones
 	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 # The tests of the emulated intrinsics, and those of the ops that run them. PATH: ninja is in there.
-emulated: $(VENV)/.dev ## Test the AVX-512 version of the C++ ops on any processor with AVX2
+emulated: $(VENV)/.dev ## Test the AVX-512 and AMX versions of the C++ ops on any processor with AVX2
 	PATH="$(CURDIR)/$(BIN):$$PATH" GEN_FAST_BUILD=emulated \
 	    $(BIN)/python setup.py -q build_ext --build-lib build/emulated
 	GEN_FAST_EMULATED=build/emulated $(BIN)/pytest tests/native tests/kernels \
-	    -k "emulation or cpu-cpu or avx512 or vnni" --numprocesses auto --maxprocesses 4 --dist worksteal
+	    -k "emulation or cpu-cpu or avx512 or vnni or amx" --numprocesses auto --maxprocesses 4 --dist worksteal
 
 lint: $(VENV)/.dev ## Check style and types
 	$(BIN)/ruff check .

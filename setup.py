@@ -7,8 +7,8 @@ GEN_FAST_BUILD=cpu       build the C++ ops, and fail if they cannot be built
 GEN_FAST_BUILD=cuda      build both, and fail if one cannot be built; a GPU is not needed
 GEN_FAST_BUILD=none      pure Python
 
-`make emulated` builds with GEN_FAST_BUILD=emulated: C++ ops whose AVX-512 version runs on AVX2, for
-tests alone. It cannot be installed.
+`make emulated` builds with GEN_FAST_BUILD=emulated: C++ ops whose AVX-512 and AMX versions run on
+AVX2, for tests alone. It cannot be installed.
 """
 
 import os

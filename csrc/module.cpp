@@ -1,6 +1,12 @@
 // gen_fast._C: the C++ ops for Python. Tensors come as addresses; Python has checked them.
 #include <dlfcn.h>
 #include <pybind11/pybind11.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+#include <cstdlib>
 
 #include "common/parallel.h"
 #include "cpu/ops.h"
@@ -9,33 +15,64 @@ namespace py = pybind11;
 
 namespace gen_fast {
 
-// Whether AVX-512 is emulated, as in common/each_isa.h.
+// Whether AVX-512 and AMX are emulated, as in common/each_isa.h.
 #if defined(GEN_FAST_EMULATED)
 static constexpr bool EMULATED = true;
 #else
 static constexpr bool EMULATED = false;
 #endif
 
-static int detect_isa() {
+static int processor_level() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 1 : 0;
-  if (EMULATED) return avx2 ? 3 : 0;
+  if (EMULATED) return avx2 ? 4 : 0;
   if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vnni"))) {
     return avx2;
   }
-  return __builtin_cpu_supports("avx512bf16") ? 3 : 2;
+  if (!__builtin_cpu_supports("avx512bf16")) return 2;
+#if defined(GEN_FAST_AMX)
+  if (__builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16")) return 4;
+#endif
+  return 3;
 #else
   return 0;
 #endif
 }
 
-static int limit = 3;
+// Asks for the registers of tiles, which a system saves only for processes that have asked: without
+// that the first tile ends the process. It counts for all threads.
+static bool ask_for_tiles() {
+#if defined(GEN_FAST_EMULATED)
+  return std::getenv("GEN_FAST_EMULATED_REFUSES_TILES") == nullptr;
+#elif defined(__linux__) && defined(__x86_64__)
+  constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
+  return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+#else
+  return false;
+#endif
+}
+
+struct Detected {
+  int level;
+  bool tiles_refused;  // the processor has tiles, but the system does not let us use them
+};
+
+static const Detected& detected() {
+  static const Detected once = [] {
+    const int level = processor_level();
+    const bool refused = level == 4 && !ask_for_tiles();
+    return Detected{refused ? 3 : level, refused};
+  }();
+  return once;
+}
+
+static int limit = 4;
 
 int isa_level() {
-  static const int level = detect_isa();
+  const int level = detected().level;
   return level < limit ? level : limit;
 }
 
@@ -72,9 +109,13 @@ gen_fast::Dtype dtype(bool bf16) { return bf16 ? gen_fast::Dtype::bf16 : gen_fas
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "C++ ops of gen_fast; see csrc/cpu/ops.h";
-  m.def("isa_level", &gen_fast::isa_level, "0: baseline, 1: AVX2, 2: AVX-512 with dot products of bytes, 3: and of bfloat16");
+  m.def("isa_level", &gen_fast::isa_level,
+        "0: baseline, 1: AVX2, 2: AVX-512 with dot products of bytes, 3: and of bfloat16, 4: and AMX");
+  m.def("tiles_refused", [] { return gen_fast::detected().tiles_refused; },
+        "whether the processor has AMX, but the system does not let this process use it");
   m.attr("emulated") = gen_fast::EMULATED;
-  m.def("limit_isa_level", [](int level) { gen_fast::limit = level; }, "for the tests");
+  m.def("limit_isa_level", [](int level) { gen_fast::limit = level; },
+        "for tests and benchmarks");
   m.def("limit_calling_thread", &gen_fast::limit_calling_thread,
         "threads of what this thread runs from now on; torch must have run in it before");
   m.def("add_rms_norm", [](bool bf16, Address x, Address residual, Address weight, Address total,

@@ -111,6 +111,12 @@ def isa_level(request: pytest.FixtureRequest) -> Iterator[int]:
     yield from _at_level(request.param)
 
 
+@pytest.fixture(params=[0, 1, 3, 4], ids=["baseline", "avx2", "avx512", "amx"])
+def isa_level_or_amx(request: pytest.FixtureRequest) -> Iterator[int]:
+    """The same for an op that has a version of its own for AMX."""
+    yield from _at_level(request.param)
+
+
 @pytest.fixture(params=range(4), ids=["baseline", "avx2", "vnni", "avx512"])
 def isa_level_or_vnni(request: pytest.FixtureRequest) -> Iterator[int]:
     """The same for an op that has a version of its own for AVX-512 without bfloat16."""
@@ -125,4 +131,4 @@ def _at_level(level: int) -> Iterator[int]:
     if compiled.isa_level() != level:
         pytest.skip("not on this processor")
     yield level
-    compiled.limit_isa_level(3)
+    compiled.limit_isa_level(4)

@@ -12,8 +12,14 @@
 
 namespace gen_fast {
 
-// 3: AVX-512 with the dot products of bfloat16 and of bytes, 2: AVX-512 with that of bytes alone,
-// 1: AVX2, 0: baseline. What the processor has, or the lower level that the tests have asked for.
+// Whether the compiler knows AMX: GCC 11, Clang 12 and newer.
+#if defined(__x86_64__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
+#define GEN_FAST_AMX 1
+#endif
+
+// 4: the same with AMX's products of bfloat16, 3: AVX-512 with the dot products of bfloat16 and of
+// bytes, 2: AVX-512 with that of bytes alone, 1: AVX2, 0: baseline. What the processor has and the
+// system lets us use, or the lower level that tests and benchmarks have asked for.
 int isa_level();
 
 // Starting a thread costs about as much as this many elements.

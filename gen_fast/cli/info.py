@@ -21,12 +21,13 @@ def info(
     quantize: options.QuantizeOption = None,
     as_json: options.JsonOption = False,
 ) -> None:
-    """Print versions, device, dtype, implementations and cache directory."""
+    """Print versions, device, dtype, instruction set, implementations and cache directory."""
     import torch
 
     from gen_fast import ops
     from gen_fast.io.cache import cache_directory
     from gen_fast.model.device import resolve_dtype
+    from gen_fast.ops import native
 
     where = options.checked_device(device)
     computed_in = resolve_dtype(dtype, where)
@@ -36,6 +37,7 @@ def info(
         "torch": torch.__version__,
         "device": str(where),
         "dtype": str(computed_in).removeprefix("torch."),
+        "instructions": native.instructions(),
         "implementations": {
             name: op.choose(where.type, computed_in).name for name, op in ops.all_ops().items()
         },

@@ -13,6 +13,15 @@ from torch import Tensor
 
 from gen_fast.ops import Case, unsupported
 
+# By the level of csrc/common/parallel.h.
+INSTRUCTION_SETS = (
+    "baseline",
+    "AVX2",
+    "AVX-512 with VNNI",
+    "AVX-512 with VNNI and bfloat16",
+    "AVX-512 with VNNI, bfloat16 and AMX",
+)
+
 
 @cache
 def module() -> Any:
@@ -38,6 +47,18 @@ def cuda_missing() -> str | None:
     if importlib.util.find_spec("gen_fast._cuda") is None:
         return "is not built; reinstall with GEN_FAST_BUILD=cuda where there is nvcc"
     return None
+
+
+def instructions() -> str:
+    """The instruction set that the C++ ops run here, or why they do not."""
+    problem = missing()
+    if problem is not None:
+        return f"none: the C++ extension {problem}"
+    compiled = module()
+    name = INSTRUCTION_SETS[compiled.isa_level()]
+    if compiled.tiles_refused():
+        return f"{name} (AMX is there, but the system refuses its tiles to this process)"
+    return name
 
 
 def cpp(case: Case) -> str | None:

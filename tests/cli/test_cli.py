@@ -27,6 +27,7 @@ from gen_fast.embed.choices import (
 )
 from gen_fast.embed.methods import TRAINING_FREE
 from gen_fast.io.embedding_files import read_embeddings, write_embeddings
+from gen_fast.ops import native
 from gen_fast.testing import save_tiny_model
 
 TEXTS = ["the cat sat", "naïve café ☕", "日本語の文", "a", "a much longer text " * 5, "the end"]
@@ -310,12 +311,18 @@ def test_info(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     facts = json.loads(done("info", "--device", "cpu", "--json"))
     assert facts["gen_fast"] == gen_fast.__version__
     assert facts["device"] == "cpu"
+    assert facts["instructions"] == native.instructions()
     assert set(facts["implementations"]) == set(gen_fast.ops.OP_NAMES)
     facts = json.loads(done("info", "--device", "cpu", "--model", tiny_model, "--json"))
     assert (facts["method"], facts["dimension"], facts["max_length"]) == ("mean", 48, 512)
     assert set(facts["prompts"]) == {"query", "document"}
     assert facts["fingerprint"]["family"] == "llama"
     assert "  attention: " in done("info", "--device", "cpu")
+    with monkeypatch.context() as patch:
+        patch.setattr(native, "missing", lambda: "is not built")
+        assert "instructions: none: the C++ extension is not built" in done(
+            "info", "--device", "cpu"
+        )
     monkeypatch.setattr(gen_fast.ops, "FORCED", "reference")
     facts = json.loads(done("info", "--device", "cpu", "--json"))
     assert set(facts["implementations"].values()) == {"reference"}

@@ -219,10 +219,40 @@ FLOATS: dict[str, tuple[Oracle, int]] = {  # by the number of inputs
 def test_the_ops_under_test_are_the_emulated_ones() -> None:
     assert native.module().emulated
     assert os.path.realpath(os.environ["GEN_FAST_EMULATED"]) in native.module().__file__
-    native.module().limit_isa_level(3)
     if native.module().isa_level() == 0:
         pytest.skip("this processor has no AVX2")
-    assert native.module().isa_level() == 3
+    assert native.module().isa_level() == 4
+    assert native.instructions() == "AVX-512 with VNNI, bfloat16 and AMX"
+
+
+def test_where_the_system_refuses_tiles_attention_runs_without_and_info_says_so() -> None:
+    if native.module().isa_level() == 0:
+        pytest.skip("this processor has no AVX2")
+    code = (
+        "import os, torch, gen_fast; "
+        "gen_fast.__path__.insert(0, os.environ['GEN_FAST_EMULATED'] + '/gen_fast'); "
+        "from gen_fast.ops.attention import AttentionOptions, attention; "
+        "starts = torch.tensor([0, 3]).int(); "
+        "x = torch.ones(3, 1, 8).bfloat16(); "
+        "assert attention(x, x, x, AttentionOptions(starts, starts), impl='cpu').eq(1).all(); "
+        "from gen_fast.cli.app import main; "
+        "main()"
+    )
+    folder = os.path.realpath(os.environ["GEN_FAST_EMULATED"])
+    refusing = {**os.environ, "GEN_FAST_EMULATED": folder, "GEN_FAST_EMULATED_REFUSES_TILES": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, "info", "--device", "cpu"],
+        env=refusing,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("instructions:")]
+    assert line == (
+        "instructions: AVX-512 with VNNI and bfloat16"
+        " (AMX is there, but the system refuses its tiles to this process)"
+    ), done
 
 
 def test_every_intrinsic_has_a_test() -> None:

@@ -43,7 +43,21 @@
 #undef GEN_FAST_VECTOR_BYTES
 
 #if defined(GEN_FAST_EMULATED)
+// For AVX2 as its callers are: how a vector is returned depends on that.
+#include <cstdio>
+#include <cstdlib>
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
 #include "emulated_avx512.h"
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
 #endif
 
 // AVX-512 with the dot product of bytes alone, for a source that asks for it: Cascade Lake, Ice Lake.

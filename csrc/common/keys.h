@@ -8,6 +8,31 @@ constexpr int KEYS = 64;    // keys in a block
 constexpr int CHUNK = 192;  // query rows (tokens times heads of a group) that a task aims at
 constexpr float HIDDEN = -1e30f;
 
+static inline int64_t rounded_up(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
+
+// Working memory: zeros in the beginning.
+#if defined(GEN_FAST_TILES)
+// Rows of tiles lie in a cache line each, not in two.
+template <class T>
+struct InLines {
+  typedef T value_type;
+  InLines() = default;
+  template <class U>
+  InLines(const InLines<U>&) {}
+  T* allocate(size_t n) { return (T*)::operator new(n * sizeof(T), std::align_val_t(64)); }
+  void deallocate(T* p, size_t) { ::operator delete(p, std::align_val_t(64)); }
+  bool operator==(const InLines&) const { return true; }
+  bool operator!=(const InLines&) const { return false; }
+};
+template <class T>
+using Memory = std::vector<T, InLines<T>>;
+#else
+template <class T>
+using Memory = std::vector<T>;
+#endif
+
 static inline int64_t tokens_of_chunk(int64_t group) {
   return CHUNK / group > 0 ? CHUNK / group : 1;
 }
@@ -126,6 +151,21 @@ static inline void put_rows(typename Op::type* to, int64_t row, int64_t columns,
   }
 }
 
+// `count` rows of `from`, keys or values of a block, as such a matrix of whole steps.
+template <class Op, class In>
+static inline void put_block_of_rows(typename Op::type* to, int64_t columns, const In* from,
+                                     int64_t stride, int64_t count, int64_t n) {
+  for (int64_t j = 0; j < count; j += 2) {
+    // Beside an odd last row itself again: no query gives it weight there.
+    const In *row = from + j * stride, *next = j + 1 < count ? row + stride : row;
+    put_rows<Op>(to, j, columns, row, next, n);
+  }
+  if constexpr (TILES) {  // no weight there either, but 0 · NaN, of a text before, is NaN
+    const int64_t begin = rounded_up(count, 2), end = rounded_up(count, STEP);
+    std::memset((void*)(to + begin * columns), 0, (end - begin) * columns * sizeof *to);
+  }
+}
+
 // `count` rows of `from`, at most KEYS, transposed: [n / pair][KEYS][pair], n rounded up to pairs.
 // Missing columns are zero.
 template <class Op, class In>
@@ -177,7 +217,7 @@ static inline void put_columns_of_units(void* to, const void* from, int64_t stri
   for (int64_t i = 0; i < units; i += 16) {
     const int64_t n = units - i < 16 ? units - i : 16;
     const __mmask16 mask = (__mmask16)(0xffff >> (16 - n));
-    for (int64_t j = 0; j < KEYS; j += 16) {
+    for (int64_t j = 0; j < (TILES ? count : KEYS); j += 16) {  // tiles read no columns beyond
       __m512i rows[16];
       for (int r = 0; r < 16; ++r) {
         const char* row = (const char*)from + (j + r) * stride_bytes + i * 4;
@@ -190,6 +230,35 @@ static inline void put_columns_of_units(void* to, const void* from, int64_t stri
     }
   }
 }
+
+#if defined(GEN_FAST_TILES)
+// `count` rows of `from` [count, n] transposed, [n, stride]: the left side of a product. n is in whole
+// steps, and so are the columns, of which those beyond `count` are zero.
+static inline void put_transposed(bf16* to, int64_t stride, const bf16* from, int64_t count,
+                                  int64_t n) {
+  for (int64_t j = 0; j < count; j += 32) {
+    for (int64_t i = 0; i < n; i += 32) {
+      __m512i pairs[2][16];  // of two columns of `from`, 16 rows each
+      for (int64_t r = 0; r < 32; ++r) {
+        const bf16* row = from + (j + r) * n + i;
+        pairs[r / 16][r % 16] = j + r < count ? _mm512_loadu_si512(row) : __m512i{};
+      }
+      transpose(pairs[0]);
+      transpose(pairs[1]);
+      for (int64_t r = 0; r < 16; ++r) {
+        bf16* row = to + (i + 2 * r) * stride + j;
+        for (int64_t half = 0; half < 2; ++half) {
+          const vu two = (vu)pairs[half][r];
+          const vh low = __builtin_convertvector(two & 0xffff, vh);
+          const vh high = __builtin_convertvector(two >> 16, vh);
+          std::memcpy(row + half * 16, &low, sizeof low);
+          std::memcpy(row + stride + half * 16, &high, sizeof high);
+        }
+      }
+    }
+  }
+}
+#endif
 
 template <>
 inline void put_columns<FloatOperand, float>(float* to, const float* from, int64_t stride,

@@ -3,7 +3,15 @@
 
 namespace gen_fast::GEN_FAST_ISA {
 
+#if defined(GEN_FAST_TILES)
+constexpr bool TILES = true;
+constexpr int ROWS = 16;  // rows of a tile
+constexpr int STEP = 32;  // bfloat16 of a row of one: depths are multiples of this
+#else
+constexpr bool TILES = false;
 constexpr int ROWS = 6;  // rows of a register tile
+constexpr int STEP = 2;
+#endif
 // ROWS × VECTORS accumulators and a few operands fill the 32 registers of AVX-512, 16 otherwise.
 constexpr int VECTORS = W == 16 ? 4 : 2;
 
@@ -78,6 +86,103 @@ static inline void product(const typename Op::type* a, int64_t lda, const typena
   }
 }
 
+#if defined(GEN_FAST_TILES)
+
+// The calling thread's tiles while this lives: 16 rows of 64 bytes each. None stay configured for
+// what runs next on the thread: oneDNN has a configuration of its own.
+struct Tiles {
+  Tiles() {
+    struct alignas(64) Configuration {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    };
+    static_assert(sizeof(Configuration) == 64);
+    static constexpr Configuration configuration{};
+    _tile_loadconfig(&configuration);
+  }
+  ~Tiles() { _tile_release(); }
+};
+
+// c [16, N · 16] (+)= a [16, depth] · b, in whole tiles. Tiles 0 to 3 are sums, 4 is of a and 5 to 7
+// are of b: an instruction names its tiles. A tile of a serves N products, so that loading takes less
+// time (8 cycles a tile) than multiplying (16).
+template <int N, bool accumulate>
+static inline void tile(const bf16* a, int64_t lda, const bf16* b, int64_t columns, int64_t depth,
+                        float* c, int64_t ldc) {
+  // GCC does not know that loads of tiles read memory: what was stored has to be there by now.
+  asm volatile("" ::: "memory");
+  if constexpr (accumulate) {
+    _tile_loadd(0, c, ldc * 4);
+    if constexpr (N > 1) _tile_loadd(1, c + 16, ldc * 4);
+    if constexpr (N > 2) _tile_loadd(2, c + 32, ldc * 4);
+    if constexpr (N > 3) _tile_loadd(3, c + 48, ldc * 4);
+  } else {
+    _tile_zero(0);
+    if constexpr (N > 1) _tile_zero(1);
+    if constexpr (N > 2) _tile_zero(2);
+    if constexpr (N > 3) _tile_zero(3);
+  }
+  for (int64_t k = 0; k < depth; k += STEP) {
+    const bf16* row = b + k * columns;
+    _tile_loadd(4, a + k, lda * 2);
+    _tile_loadd(5, row, columns * 4);
+    _tile_dpbf16ps(0, 4, 5);
+    if constexpr (N > 1) {
+      _tile_loadd(6, row + 32, columns * 4);
+      _tile_dpbf16ps(1, 4, 6);
+    }
+    if constexpr (N > 2) {
+      _tile_loadd(7, row + 64, columns * 4);
+      _tile_dpbf16ps(2, 4, 7);
+    }
+    if constexpr (N > 3) {
+      _tile_loadd(5, row + 96, columns * 4);
+      _tile_dpbf16ps(3, 4, 5);
+    }
+  }
+  _tile_stored(0, c, ldc * 4);
+  if constexpr (N > 1) _tile_stored(1, c + 16, ldc * 4);
+  if constexpr (N > 2) _tile_stored(2, c + 32, ldc * 4);
+  if constexpr (N > 3) _tile_stored(3, c + 48, ldc * 4);
+}
+
+// Always 16 rows of a and c: those beyond the `Count` that matter are any numbers, NaN too, because a
+// row of c depends on no other row of a. `count` rounded up to 16 columns.
+template <class Op, class Count, bool accumulate>
+static inline void product(const bf16* a, int64_t lda, const bf16* b, int64_t columns,
+                           int64_t count, int64_t depth, float* c, int64_t ldc) {
+  static_assert(std::is_same_v<Op, PairOperand>);
+  int64_t j = 0;
+  for (; j + 48 < count; j += 64) {
+    tile<4, accumulate>(a, lda, b + j * 2, columns, depth, c + j, ldc);
+  }
+  if (j + 32 < count) {
+    tile<3, accumulate>(a, lda, b + j * 2, columns, depth, c + j, ldc);
+  } else if (j + 16 < count) {
+    tile<2, accumulate>(a, lda, b + j * 2, columns, depth, c + j, ldc);
+  } else if (j < count) {
+    tile<1, accumulate>(a, lda, b + j * 2, columns, depth, c + j, ldc);
+  }
+}
+
+// Calls body with `n`, from 1 to ROWS: a tile has them all, so that none needs code of its own.
+template <class Body>
+static inline void with_rows(int64_t n, const Body& body) {
+  body((int)n);
+}
+
+#else
+
+struct Tiles {};  // registers need no configuration
+
+template <class Op, class Count, bool accumulate>
+static inline void product(const typename Op::type* a, int64_t lda, const typename Op::type* b,
+                           int64_t columns, int64_t count, int64_t depth, Sum<Op>* c,
+                           int64_t ldc) {
+  product<Op, Count::value, accumulate>(a, lda, b, columns, count, depth, c, ldc);
+}
+
 // Calls body with `n`, from 1 to ROWS, as a constant.
 template <class Body>
 static inline void with_rows(int64_t n, const Body& body) {
@@ -90,6 +195,8 @@ static inline void with_rows(int64_t n, const Body& body) {
     case 1: return body(std::integral_constant<int, 1>());
   }
 }
+
+#endif
 
 template <class Out, class In>
 static inline void copy_row(Out* to, const In* from, int64_t n) {

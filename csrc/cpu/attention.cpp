@@ -4,10 +4,15 @@
 // All query heads of the group are rows of the same small matrix. Keys and values are taken in
 // blocks of 64 and repacked so that the two products run as the same register-tiled kernel:
 //   scores [6, 64] += Q [6, D] · Kᵀ [D, 64]        out [6, D] += P [6, 64] · V [64, D]
+// On AMX it is 16 rows, and depths are multiples of 32: what lies beyond D and beyond the last key is
+// zero on both sides. Rows beyond the last of a text are those of others; they go no further than
+// scores and `part`, where nothing reads them.
 // The shared prefix is visited once for all rows of the chunk, each text's own keys for its rows.
 #if !defined(GEN_FAST_ISA)
 #define GEN_FAST_SOURCE "cpu/attention.cpp"
+#define GEN_FAST_WITH_AMX
 #include <memory>
+#include <new>
 #include <optional>
 #include <type_traits>
 #include <vector>
@@ -41,21 +46,24 @@ namespace gen_fast::GEN_FAST_ISA {
 template <class Op>
 struct Workspace {
   typedef typename Op::type T;
-  int64_t rows, size, padded;  // query rows, D, and D rounded up to whole vectors
-  std::vector<float> out, peak, scores;
-  std::vector<float> mass;  // [rows, W]: the sum of weights, summed up in the end
-  std::vector<T> q, keys, values, weights;
+  int64_t rows, size, depth, padded;  // query rows, D, and D rounded up to steps and to whole vectors
+  Memory<float> out, peak, scores;
+  Memory<float> mass;  // [rows, W]: the sum of weights, summed up in the end
+  Memory<float> part;  // [ROWS, padded], with tiles: what a block of keys adds to out
+  Memory<T> q, keys, values, weights;  // q and keys: nothing is ever written between D and depth
 
   Workspace(int64_t n, int64_t d)
       : rows(n),
         size(d),
+        depth(rounded_up(d, STEP)),
         padded((d + W - 1) / W * W),
         out(n * padded),
         peak(n),
         scores(ROWS * KEYS),
         mass(n * W),
-        q(n * (d + d % 2)),
-        keys((d + d % 2) * KEYS),
+        part(TILES ? ROWS * padded : 0),
+        q((TILES ? n + ROWS - 1 : n) * depth),  // the last row may begin a tile
+        keys(depth * KEYS),
         values(KEYS * padded),
         weights(ROWS * KEYS) {}
 };
@@ -65,31 +73,32 @@ template <class Op, class In>
 static void pack_block(Workspace<Op>& work, const In* k, int64_t k_stride, const In* v,
                        int64_t v_stride, int64_t count) {
   put_columns<Op>(work.keys.data(), k, k_stride, count, work.size);
-  for (int64_t j = 0; j < count; j += 2) {
-    // Beside an odd last value itself again: no row gives it weight there.
-    const In *value = v + j * v_stride, *next = j + 1 < count ? value + v_stride : value;
-    put_rows<Op>(work.values.data(), j, work.padded, value, next, work.size);
-  }
+  put_block_of_rows<Op>(work.values.data(), work.padded, v, v_stride, count, work.size);
 }
 
-// Scores, softmax weights and output of M rows against the packed block, of which row i sees
+// Scores, softmax weights and output of `rows` rows against the packed block, of which row i sees
 // keys[i]. dropout: null for none.
-template <class Op, int M>
-static void attend(Workspace<Op>& work, int64_t row, const Seen* keys, float scale,
+template <class Op, class Count>
+static void attend(Workspace<Op>& work, int64_t row, Count rows, const Seen* keys, float scale,
                    const Dropout* dropout) {
   typedef typename Op::type T;
-  const int64_t q_size = work.size + work.size % 2;
   float* scores = work.scores.data();
   // Keys that no row of the tile sees, in whole vectors, are left out: half of a diagonal block.
   int furthest = 0;
-  for (int i = 0; i < M; ++i) furthest = keys[i].last > furthest ? keys[i].last : furthest;
+  for (int i = 0; i < rows; ++i) furthest = keys[i].last > furthest ? keys[i].last : furthest;
   const int seen = (furthest + W - 1) / W * W;
-  product<Op, M, false>(work.q.data() + row * q_size, q_size, work.keys.data(), KEYS, seen,
-                        Op::pair == 2 ? q_size : work.size, scores, KEYS);
-  for (int i = 0; i < M; ++i) {
+  const int64_t depth = rounded_up(furthest, STEP);
+  product<Op, Count, false>(work.q.data() + row * work.depth, work.depth, work.keys.data(), KEYS,
+                            seen, Op::pair == 2 ? work.depth : work.size, scores, KEYS);
+  [[maybe_unused]] float decays[ROWS];  // with tiles
+  for (int i = 0; i < rows; ++i) {
     float* s = scores + i * KEYS;
     T* weight = work.weights.data() + i * KEYS;
     float* out = work.out.data() + (row + i) * work.padded;
+    if constexpr (TILES) {
+      decays[i] = 1.0f;
+      for (int64_t j = seen; j < depth; j += W) store(weight + j, vf{});
+    }
     if (!keys[i].any()) {
       for (int j = 0; j < seen; j += W) store(weight + j, vf{});
       continue;
@@ -104,7 +113,11 @@ static void attend(Workspace<Op>& work, int64_t row, const Seen* keys, float sca
     if (new_peak > old_peak) {
       const vf decay = exp2(splat(old_peak - new_peak));
       store(mass, load(mass) * decay);
-      for (int64_t j = 0; j < work.padded; j += W) store(out + j, load(out + j) * decay);
+      if constexpr (TILES) {
+        decays[i] = decay[0];
+      } else {
+        for (int64_t j = 0; j < work.padded; j += W) store(out + j, load(out + j) * decay);
+      }
       work.peak[row + i] = new_peak;
     }
     vf added = {};
@@ -120,8 +133,19 @@ static void attend(Workspace<Op>& work, int64_t row, const Seen* keys, float sca
       for (int j = 0; j < seen; j += W) store(weight + j, keep(load(weight + j), masks + j));
     }
   }
-  product<Op, M, true>(work.weights.data(), KEYS, work.values.data(), work.padded, work.padded,
-                       (furthest + 1) / 2 * 2, work.out.data() + row * work.padded, work.padded);
+  // The rows behind those of a tile may be another text's: they stay out of its sums.
+  float* sums = TILES ? work.part.data() : work.out.data() + row * work.padded;
+  product<Op, Count, !TILES>(work.weights.data(), KEYS, work.values.data(), work.padded,
+                             work.padded, depth, sums, work.padded);
+  if constexpr (TILES) {
+    for (int i = 0; i < rows; ++i) {
+      if (!keys[i].any()) continue;
+      float *out = work.out.data() + (row + i) * work.padded, *part = sums + i * work.padded;
+      for (int64_t j = 0; j < work.padded; j += W) {
+        store(out + j, load(out + j) * decays[i] + load(part + j));
+      }
+    }
+  }
 }
 
 // A run of query rows of one chunk, all of one text.
@@ -163,7 +187,7 @@ static void attend_keys(Workspace<Op>& work, const Rows* runs, int64_t n_runs, i
         }
         packed = true;
         if (dropout) dropout->go_to_rows(n, row - runs[i].begin, runs[i].position, group);
-        with_rows(n, [&](auto rows) { attend<Op, rows>(work, row, keys, scale, dropout); });
+        with_rows(n, [&](auto rows) { attend(work, row, rows, keys, scale, dropout); });
       }
     }
   }
@@ -173,15 +197,14 @@ template <class Op, class In>
 static void run_chunk(const AttentionArguments& args, Workspace<Op>& work, int64_t kv_head,
                       int64_t first_token, int64_t last_token, int64_t text,
                       const Philox* philox) {
-  const int64_t d = args.size, group = args.heads / args.kv_heads, q_size = d + d % 2;
+  const int64_t d = args.size, group = args.heads / args.kv_heads;
   const int64_t n_rows = (last_token - first_token) * group;
   const float scale = LOG2_E / std::sqrt((float)d);  // softmax in base 2
   const In* q = (const In*)args.q;
   for (int64_t r = 0; r < n_rows; ++r) {
     const In* from = q + (first_token + r / group) * args.q_stride +
                      (kv_head * group + r % group) * d;
-    copy_row(work.q.data() + r * q_size, from, d);
-    if (d % 2) assign(work.q.data() + r * q_size + d, 0.0f);
+    copy_row(work.q.data() + r * work.depth, from, d);
     work.peak[r] = HIDDEN;
   }
   std::memset(work.mass.data(), 0, n_rows * W * sizeof(float));
@@ -240,6 +263,7 @@ static void run(const AttentionArguments& args) {
   std::optional<Philox> philox;
   if (args.text_keys) philox.emplace(args.seed, args.first_kept);
   parallel_tasks(chunks * args.kv_heads, elements, [&](int64_t task) {
+    [[maybe_unused]] const Tiles tiles{};
     // One workspace a thread, kept between calls: its size depends on the model alone.
     static thread_local std::unique_ptr<Workspace<Op>> work;
     if (!work || work->size != args.size || work->rows < tokens * group) {
@@ -260,12 +284,13 @@ static void run(const AttentionArguments& args) {
 }
 
 static void attention(bool is_bf16, const AttentionArguments& args) {
-#if defined(GEN_FAST_BF16_DOT)
-  if (is_bf16) return run<PairOperand, bf16>(args);
+#if defined(GEN_FAST_TILES)
+  is_bf16 ? run<PairOperand, bf16>(args) : avx512::attention(false, args);
+#elif defined(GEN_FAST_BF16_DOT)
+  is_bf16 ? run<PairOperand, bf16>(args) : run<FloatOperand, float>(args);
 #else
-  if (is_bf16) return run<FloatOperand, bf16>(args);
+  is_bf16 ? run<FloatOperand, bf16>(args) : run<FloatOperand, float>(args);
 #endif
-  run<FloatOperand, float>(args);
 }
 
 }  // namespace gen_fast::GEN_FAST_ISA

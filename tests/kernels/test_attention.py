@@ -243,8 +243,8 @@ def test_a_text_does_not_see_its_neighbours():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", [2, 63, 64, 80, 96, 256])
-def test_every_instruction_set(isa_level, size, dtype):
+@pytest.mark.parametrize("size", [2, 48, 63, 64, 80, 96, 256])
+def test_every_instruction_set(isa_level_or_amx, size, dtype):
     counts = [1, 63, 64, 5, 130]
     for n_prefix in (0, 37):
         check(inputs(counts, counts, n_prefix, 6, 2, size, dtype), "cpu", "cpu")
@@ -263,6 +263,54 @@ def test_every_instruction_set(isa_level, size, dtype):
         options |= {"mask": "gem", "blocks": torch.tensor([[10, 190]]).int()}
         check(long, "cpu", "cpu", **options)
         check_backward(long, "cpu", "cpu", **options)
+
+
+def forward_and_gradients(q, k, v, *rest, dropout=0.0):
+    """The results and gradients of the C++ op, the last of ones."""
+    rest = (*rest[:2], *(rest[2:] or (None, None)), None, "causal", None, dropout, 3, 0, None)
+    out, lse = OP.torch_op(q, k, v, *rest, impl="cpu")
+    dout = torch.ones_like(out)
+    return out, lse, *BACKWARD.torch_op(dout, q, k, v, out, lse, *rest, impl="cpu")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [63, 64, 80])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_call_leaves_nothing_to_the_next(isa_level_or_amx, dropout, size, dtype):
+    """Working memory is kept between calls: it may hold NaN where a call does not write."""
+
+    def arguments(counts, number):
+        n_prefix = 0 if dropout else 37
+        made = inputs(counts, counts, n_prefix, 6, 2, size, dtype)
+        return [x * number if x is not None and x.is_floating_point() else x for x in made]
+
+    few = arguments([1, 5, 33, 70], 1)
+    many = arguments([64, 1, 200, 3, 64], torch.nan)
+    before = forward_and_gradients(*few, dropout=dropout)
+    assert forward_and_gradients(*many, dropout=dropout)[0].isnan().all()
+    after = forward_and_gradients(*few, dropout=dropout)
+    for x, y in zip(before, after, strict=True):
+        assert x.isfinite().all()
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_in_a_text_stays_there(isa_level_or_amx, dtype):
+    counts = [5, 9, 1, 6, 70, 40]
+    q, k, v, *rest = inputs(counts, counts, 37, 6, 2, 63, dtype)
+    clean = forward_and_gradients(q, k, v, *rest)
+    bad = {1, 3, 4}
+    for x in (q, k, v):
+        texts = x.split(counts)
+        for i in bad:
+            texts[i].fill_(torch.nan)
+    spoilt = forward_and_gradients(q, k, v, *rest)
+    for x, y in zip(clean, spoilt, strict=True):
+        for i, (one, other) in enumerate(zip(x.split(counts), y.split(counts), strict=True)):
+            if i in bad:
+                assert other.isnan().all()
+            else:
+                assert torch.equal(one, other)
 
 
 def test_log_sum_exp(device, impl):
@@ -355,7 +403,7 @@ def test_dropout(name, device, grad_impl):
     check_dropout(name, device, grad_impl)
 
 
-def test_dropout_of_every_instruction_set(isa_level):
+def test_dropout_of_every_instruction_set(isa_level_or_amx):
     for name in DROPOUT:
         check_dropout(name, "cpu", "cpu")
     for dtype in DTYPES:  # several blocks of keys, chunks of rows, odd sizes

@@ -23,6 +23,8 @@ from gen_fast.model import backbone
 from gen_fast.model.device import matmul_peak
 from gen_fast.model.sources import resolve
 from gen_fast.model.weights import load_backbone
+from gen_fast.ops import native
+from gen_fast.testing import instructions_up_to
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 # The name under which a module calls an op -> that module, and what would run without the op.
@@ -47,6 +49,12 @@ def without(name: str, run: Callable[[], object]) -> None:
         setattr(module, name, op)
 
 
+def without_tiles(run: Callable[[], object]) -> None:
+    """Run with attention on AVX-512; the other C++ ops do without AMX anyway."""
+    with instructions_up_to(3):
+        run()
+
+
 def measure_dtype(dtype: str, workload: str, rounds: int) -> list[dict]:
     from transformers import AutoTokenizer
 
@@ -62,6 +70,8 @@ def measure_dtype(dtype: str, workload: str, rounds: int) -> list[dict]:
 
     variants = {"all": partial(run, packed), "packed weights": partial(run, plain)}
     variants |= {name: partial(without, name, partial(run, packed)) for name in OPS}
+    if native.missing() is None and native.module().isa_level() == 4:
+        variants["AMX in attention"] = partial(without_tiles, partial(run, packed))
     for variant in variants.values():
         variant()
     peaks: list[float] = []

@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gen_fast.io.checksums import CHECKSUMS
+from gen_fast.ops import native
 
 if TYPE_CHECKING:
     from gen_fast.model.backbone import Backbone, LayerWeights
@@ -213,6 +214,16 @@ _STOPPING = frozenset(
     }
 )
 _INDEXING = frozenset({"index", "index_put", "index_put_", "_index_put_impl_"})
+
+
+@contextmanager
+def instructions_up_to(level: int) -> Iterator[None]:
+    """C++ ops run the best instruction set up to this one: a place in `native.INSTRUCTION_SETS`."""
+    native.module().limit_isa_level(level)
+    try:
+        yield
+    finally:
+        native.module().limit_isa_level(len(native.INSTRUCTION_SETS) - 1)
 
 
 @contextmanager

@@ -26,7 +26,7 @@ import gen_fast
 from gen_fast.errors import ModelNotFoundError
 from gen_fast.model.sources import resolve
 from gen_fast.ops import native
-from gen_fast.testing import save_tiny_model
+from gen_fast.testing import instructions_up_to, save_tiny_model
 
 if (emulated := os.environ.get("GEN_FAST_EMULATED")) is not None:
     # The modules of `make emulated` instead of the installed ones.
@@ -126,9 +126,7 @@ def isa_level_or_vnni(request: pytest.FixtureRequest) -> Iterator[int]:
 def _at_level(level: int) -> Iterator[int]:
     if native.missing() is not None:
         pytest.skip(f"the C++ extension {native.missing()}")
-    compiled = native.module()
-    compiled.limit_isa_level(level)
-    if compiled.isa_level() != level:
-        pytest.skip("not on this processor")
-    yield level
-    compiled.limit_isa_level(4)
+    with instructions_up_to(level):
+        if native.module().isa_level() != level:
+            pytest.skip("not on this processor")
+        yield level

@@ -8,8 +8,10 @@ import torch.nn.attention as attention_kernels
 from conftest import DEVICE, DTYPES, MODES, SIZES, random
 from torch.nn.attention.varlen import varlen_attn
 
+from gen_fast.ops import native
 from gen_fast.ops.attention import OP, AttentionOptions, attention
 from gen_fast.ops.attention.reference import attention as reference
+from gen_fast.testing import instructions_up_to
 
 CASES = {
     "cpu": {
@@ -33,6 +35,10 @@ CASES = {
 IMPLEMENTATIONS = [
     name for name in OP.implementations(DEVICE) if DEVICE == "cpu" or name != "reference"
 ]
+# The C++ op without tiles, where the processor has AMX.
+AVX512 = "cpu-avx512"
+if DEVICE == "cpu" and native.missing() is None and native.module().isa_level() == 4:
+    IMPLEMENTATIONS.append(AVX512)
 # FlashAttention 2 as torch has it, below and behind its public function, 3 where torch can load it,
 # and FlexAttention masked by text. None knows a prefix.
 FLASH = ["flash-attention", "varlen", "varlen-fa3"]
@@ -100,7 +106,8 @@ def bench_attention(measure, size, case, dtype, mode, provider):
         pytest.skip("has no shared prefix")
     if provider == "flex-attention" and (size, case) != FLEX:
         pytest.skip("measured for one size and case")
-    if trained and provider not in [*OP.backward.implementations(DEVICE), *PEERS]:
+    impl = "cpu" if provider == AVX512 else provider
+    if trained and impl not in [*OP.backward.implementations(DEVICE), *PEERS]:
         pytest.skip("has no backward pass")
     n_q, n_kv = size.heads, size.kv_heads
     fused = random(sum(lengths), n_q + 2 * n_kv, size.head_dim, dtype=dtype)
@@ -117,7 +124,7 @@ def bench_attention(measure, size, case, dtype, mode, provider):
         if provider in FLASH:
             flash = flash_attention if provider == "flash-attention" else varlen_attention
             return flash(q, k, v, offsets, lengths)
-        return attention(q, k, v, options(offsets, prefix), impl=provider)
+        return attention(q, k, v, options(offsets, prefix), impl=impl)
 
     if provider == "flex-attention":
         run = flex_attention(offsets, sum(lengths))  # its mask is made once a batch
@@ -125,8 +132,13 @@ def bench_attention(measure, size, case, dtype, mode, provider):
     def plain(q, k, v, offsets, prefix):
         return reference(q, k, v, options(offsets, prefix))[0]
 
+    around = nullcontext()
+    if provider == "varlen-fa3":
+        around = flash_attention_3()
+    elif provider == AVX512:
+        around = instructions_up_to(3)
     moved = (2 * q.numel() + 2 * k.numel() + prefix.numel()) * q.element_size()
-    with flash_attention_3() if provider == "varlen-fa3" else nullcontext():
+    with around:
         measure(
             run,
             plain,

@@ -232,28 +232,23 @@ static inline void put_columns_of_units(void* to, const void* from, int64_t stri
 }
 
 #if defined(GEN_FAST_TILES)
-// `count` rows of `from` [count, n] transposed, [n, stride]: the left side of a product. n is in whole
-// steps, and so are the columns, of which those beyond `count` are zero.
-static inline void put_transposed(bf16* to, int64_t stride, const bf16* from, int64_t count,
-                                  int64_t n) {
-  for (int64_t j = 0; j < count; j += 32) {
-    for (int64_t i = 0; i < n; i += 32) {
-      __m512i pairs[2][16];  // of two columns of `from`, 16 rows each
-      for (int64_t r = 0; r < 32; ++r) {
-        const bf16* row = from + (j + r) * n + i;
-        pairs[r / 16][r % 16] = j + r < count ? _mm512_loadu_si512(row) : __m512i{};
+// `count` rows of `from` transposed, [n, to_stride]: the left side of a product. n is in whole vectors;
+// the columns of `to` are in whole steps, and those beyond `count` zero.
+static inline void put_transposed(bf16* to, int64_t to_stride, const bf16* from, int64_t stride,
+                                  int64_t count, int64_t n) {
+  for (int64_t j = 0; j < count; j += STEP) {
+    for (int64_t i = 0; i < n; i += W) {
+      __m512i pairs[16];  // of rows: what is then turned are units of 32 bits
+      for (int64_t r = 0; r < STEP; r += 2) {
+        vh first = {}, second = {};
+        const bf16* row = from + (j + r) * stride + i;
+        if (j + r < count) std::memcpy(&first, row, sizeof first);
+        if (j + r + 1 < count) std::memcpy(&second, row + stride, sizeof second);
+        pairs[r / 2] = (__m512i)(widen(first) | widen(second) << 16);
       }
-      transpose(pairs[0]);
-      transpose(pairs[1]);
-      for (int64_t r = 0; r < 16; ++r) {
-        bf16* row = to + (i + 2 * r) * stride + j;
-        for (int64_t half = 0; half < 2; ++half) {
-          const vu two = (vu)pairs[half][r];
-          const vh low = __builtin_convertvector(two & 0xffff, vh);
-          const vh high = __builtin_convertvector(two >> 16, vh);
-          std::memcpy(row + half * 16, &low, sizeof low);
-          std::memcpy(row + stride + half * 16, &high, sizeof high);
-        }
+      transpose(pairs);
+      for (int64_t c = 0; c < W; ++c) {
+        std::memcpy(to + (i + c) * to_stride + j, &pairs[c], sizeof pairs[c]);
       }
     }
   }

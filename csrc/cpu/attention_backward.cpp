@@ -48,7 +48,7 @@ struct Workspace {
   int64_t size, depth, padded;  // D, D rounded up to steps and to whole vectors
   Memory<T> q, dout;                // [most, depth]
   Memory<T> q_paired, dout_paired;  // [most / pair][padded][pair]
-  Memory<T> q_t, dout_t;            // with tiles instead: [depth, most]
+  Memory<T> q_t, dout_t;            // with tiles instead: [padded, most]
   Memory<T> keys_t, values_t;       // [depth / pair][KEYS][pair]
   Memory<T> keys_paired;            // [KEYS / pair][padded][pair]
   Memory<T> weights, dscores;       // paired, [most / pair][KEYS][pair]
@@ -68,8 +68,8 @@ struct Workspace {
         dout(most * depth),
         q_paired(TILES ? 0 : most * padded),
         dout_paired(TILES ? 0 : most * padded),
-        q_t(TILES ? depth * most : 0),
-        dout_t(TILES ? depth * most : 0),
+        q_t(TILES ? padded * most : 0),
+        dout_t(TILES ? padded * most : 0),
         keys_t(depth * KEYS),
         values_t(depth * KEYS),
         keys_paired(KEYS * padded),
@@ -158,14 +158,14 @@ static void differentiate_rows(Workspace<Op>& work, int64_t row, Count rows, con
 }
 
 #if defined(GEN_FAST_TILES)
-// to [padded, KEYS] += right · left over the columns first … end - 1 of right [depth, most], and those
-// rows of left, which is paired.
-template <class Op>
-static void add_products(const Memory<bf16>& left, const Memory<bf16>& right, int64_t most,
-                         int64_t padded, int64_t first, int64_t end, int64_t count, float* to) {
+// to [padded, KEYS] += left [padded, most] · right, paired, over the rows first … end - 1 of right, of
+// which `count` columns count.
+static void add_product(const Memory<bf16>& left, const Memory<bf16>& right, int64_t most,
+                        int64_t padded, int64_t first, int64_t end, int64_t count, float* to) {
   for (int64_t i = 0; i < padded; i += ROWS) {
-    product<Op, int, true>(right.data() + i * most + first, most, left.data() + first * KEYS, KEYS,
-                           count, end - first, to + i * KEYS, KEYS);
+    product<PairOperand, int, true>(left.data() + i * most + first, most,
+                                    right.data() + first * KEYS, KEYS, count, end - first,
+                                    to + i * KEYS, KEYS);
   }
 }
 #else
@@ -237,10 +237,10 @@ static void differentiate_keys(Workspace<Op>& work, const Chunk& chunk, const In
     if (dk == nullptr || seeing == chunk.rows) continue;
 #if defined(GEN_FAST_TILES)
     const int64_t end = rounded_up(chunk.rows, STEP);  // differentiate_text has cleared the others
-    add_products<Op>(work.weights, work.dout_t, work.most, work.padded, seeing, end, count,
-                     dv + block * work.padded);
-    add_products<Op>(work.dscores, work.q_t, work.most, work.padded, seeing, end, count,
-                     dk + block * work.padded);
+    add_product(work.dout_t, work.weights, work.most, work.padded, seeing, end, count,
+                dv + block * work.padded);
+    add_product(work.q_t, work.dscores, work.most, work.padded, seeing, end, count,
+                dk + block * work.padded);
 #else
     // An odd last row has one of no weight beside it.
     const int64_t end = (chunk.rows + Op::pair - 1) / Op::pair * Op::pair;
@@ -317,8 +317,8 @@ static void differentiate_text(const AttentionArguments& args, const AttentionGr
       work.lse[r] = args.lse[head] * LOG2_E;
     }
 #if defined(GEN_FAST_TILES)
-    put_transposed(work.q_t.data(), work.most, work.q.data(), chunk.rows, work.depth);
-    put_transposed(work.dout_t.data(), work.most, work.dout.data(), chunk.rows, work.depth);
+    put_transposed(work.q_t.data(), work.most, work.q.data(), work.depth, chunk.rows, padded);
+    put_transposed(work.dout_t.data(), work.most, work.dout.data(), work.depth, chunk.rows, padded);
     clear_rows(work, rounded_up(chunk.rows, 2), rounded_up(chunk.rows, STEP));
 #else
     for (int64_t r = 0; r < chunk.rows; r += 2) {

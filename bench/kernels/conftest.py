@@ -251,8 +251,9 @@ def measure(benchmark: Any, expected: dict, request: Any):
                 compared(*step(plain, copies(inputs))),
                 step(exact or plain, copies(inputs, torch.float64)),
             )
-        for actual, rounded, true in zip(results, *expected[case], strict=True):
-            assert_no_worse(actual, rounded, true)
+        for i, (actual, rounded, true) in enumerate(zip(results, *expected[case], strict=True)):
+            # Behind the outputs come gradients, which are judged as in tests (check_gradients).
+            assert_no_worse(actual, rounded, true, cancelling=trained and i >= len(upstream))
         del results, actual, rounded, true
         row = {
             "op": request.node.originalname.removeprefix("bench_"),

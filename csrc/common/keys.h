@@ -16,18 +16,7 @@ static inline int64_t rounded_up(int64_t n, int64_t multiple) {
 #if defined(GEN_FAST_TILES)
 // Rows of tiles lie in a cache line each, not in two.
 template <class T>
-struct InLines {
-  typedef T value_type;
-  InLines() = default;
-  template <class U>
-  InLines(const InLines<U>&) {}
-  T* allocate(size_t n) { return (T*)::operator new(n * sizeof(T), std::align_val_t(64)); }
-  void deallocate(T* p, size_t) { ::operator delete(p, std::align_val_t(64)); }
-  bool operator==(const InLines&) const { return true; }
-  bool operator!=(const InLines&) const { return false; }
-};
-template <class T>
-using Memory = std::vector<T, InLines<T>>;
+using Memory = LineVector<T>;
 #else
 template <class T>
 using Memory = std::vector<T>;

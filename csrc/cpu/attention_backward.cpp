@@ -13,11 +13,11 @@
 #define GEN_FAST_SOURCE "cpu/attention_backward.cpp"
 #define GEN_FAST_WITH_AMX
 #include <memory>
-#include <new>
 #include <optional>
 #include <type_traits>
 #include <vector>
 
+#include "common/aligned.h"
 #include "cpu/ops.h"
 #include "common/each_isa.h"
 

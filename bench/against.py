@@ -15,6 +15,7 @@ import math
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from measure import machine
@@ -75,9 +76,17 @@ def seconds(worker: subprocess.Popen, run: str) -> float:
 
 
 def compare(
-    this: list[str], other: list[str], processes: int, rounds: int, runs: tuple[str, ...] = RUNS
+    this: list[str],
+    other: list[str],
+    processes: int,
+    rounds: int,
+    runs: tuple[str, ...] = RUNS,
+    of_rounds: Callable[[list[float]], float] = min,
 ) -> list[dict]:
-    """Rows of `runs`, printed: two commands that start workers, in `processes` pairs."""
+    """Rows of `runs`, printed: two commands that start workers, in `processes` pairs.
+
+    of_rounds: what the seconds of a process are taken for.
+    """
     sides = {"this": this, "other": other}
     pairs: dict[str, list[dict[str, float]]] = {run: [] for run in runs}
     for number in range(processes):
@@ -93,7 +102,7 @@ def compare(
             worker.kill()
             worker.wait()
         for run in runs:
-            pairs[run].append({side: min(times[side, run]) for side in sides})
+            pairs[run].append({side: of_rounds(times[side, run]) for side in sides})
     return [_row(run, of_run) for run, of_run in pairs.items()]
 
 

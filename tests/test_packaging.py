@@ -282,15 +282,6 @@ def test_builds_that_must_fail(
     assert re.search(message, installed.stdout, re.IGNORECASE), installed.stdout
 
 
-def test_building_needs_no_torch(wheel: Callable[[str], Wheel]) -> None:
-    for build in ("auto", "none"):
-        # Indented: printed by the pip that fills the build environment.
-        printed = wheel(build).printed
-        (names,) = re.findall(r"^\s+Successfully installed (.*)$", printed, re.MULTILINE)
-        needed = {name.rsplit("-", 1)[0] for name in names.split()}
-        assert needed == {"setuptools", "pybind11", "ninja"}
-
-
 def test_only_what_has_changed_is_compiled_again(tree: Path, tmp_path: Path) -> None:
     if not can_compile():
         pytest.skip("there is no C++ compiler")
@@ -356,23 +347,6 @@ def test_declared_dependencies_are_all_that_is_needed(
     assert "pip install 'gen-fast[search]'" in refused.stdout.splitlines()[-1]
 
 
-def test_wheel_contents(wheel: Callable[[str], Wheel], tree: Path) -> None:
-    for build in ("auto", "none"):
-        path = wheel(build).path
-        with zipfile.ZipFile(path) as archive:
-            names = set(archive.namelist())
-        for op in OP_NAMES:
-            sources = {f"gen_fast/ops/{op}/{p.name}" for p in (tree / "kernels" / op).glob("*.py")}
-            assert sources
-            assert sources <= names
-        assert {"gen_fast/py.typed", "gen_fast/evaluate/instructions.yaml"} <= names
-        top = {name.split("/", 1)[0] for name in names}
-        assert top == {"gen_fast", f"gen_fast-{gen_fast.__version__}.dist-info"}
-        compiled = [name for name in names if name.endswith((".so", ".pyd"))]
-        assert len(compiled) == sum(can_build(build))
-        assert path.name.endswith("-py3-none-any.whl") == (not compiled)
-
-
 def test_sdist_contents(sdist: Path, tree: Path) -> None:
     with tarfile.open(sdist) as archive:
         names = {name.split("/", 1)[-1] for name in archive.getnames()}
@@ -389,3 +363,30 @@ def test_kernels_of_the_checkout_do_not_shadow_another_package(tree: Path, tmp_p
     found = PathFinder.find_spec("kernels", [str(tree), str(tmp_path)])
     assert found is not None
     assert found.origin == str(tmp_path / "kernels" / "__init__.py")
+
+
+# At the end, as tests begin at several places: the wheel that compiles everything is made by then.
+def test_building_needs_no_torch(wheel: Callable[[str], Wheel]) -> None:
+    for build in ("auto", "none"):
+        # Indented: printed by the pip that fills the build environment.
+        printed = wheel(build).printed
+        (names,) = re.findall(r"^\s+Successfully installed (.*)$", printed, re.MULTILINE)
+        needed = {name.rsplit("-", 1)[0] for name in names.split()}
+        assert needed == {"setuptools", "pybind11", "ninja"}
+
+
+def test_wheel_contents(wheel: Callable[[str], Wheel], tree: Path) -> None:
+    for build in ("auto", "none"):
+        path = wheel(build).path
+        with zipfile.ZipFile(path) as archive:
+            names = set(archive.namelist())
+        for op in OP_NAMES:
+            sources = {f"gen_fast/ops/{op}/{p.name}" for p in (tree / "kernels" / op).glob("*.py")}
+            assert sources
+            assert sources <= names
+        assert {"gen_fast/py.typed", "gen_fast/evaluate/instructions.yaml"} <= names
+        top = {name.split("/", 1)[0] for name in names}
+        assert top == {"gen_fast", f"gen_fast-{gen_fast.__version__}.dist-info"}
+        compiled = [name for name in names if name.endswith((".so", ".pyd"))]
+        assert len(compiled) == sum(can_build(build))
+        assert path.name.endswith("-py3-none-any.whl") == (not compiled)

@@ -133,7 +133,7 @@ def fewer_if_emulated(count, dtype):
     ("dtype", "floor", "count", "every"),
     [
         ("float32", 0.9999, 64, 4),
-        ("bfloat16", 0.995, fewer_if_emulated(64, "bfloat16"), 1),
+        ("bfloat16", 0.995, fewer_if_emulated(64, "bfloat16"), 4),
         pytest.param("float32", 0.9999, 64, 1, marks=pytest.mark.slow),
         pytest.param("bfloat16", 0.995, 64, 1, marks=pytest.mark.slow),
     ],

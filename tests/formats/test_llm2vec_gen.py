@@ -15,7 +15,7 @@ TEXTS = [
     "where do polar bears live and what's their habitat",
     "what does disk cleanup mean on a computer",
     "a",
-    "Polar bears live throughout the circumpolar North in the Arctic, " * 20,
+    "Polar bears live throughout the circumpolar North in the Arctic, " * 8,
 ]
 
 

@@ -20,7 +20,7 @@ OUTPUTS, INPUTS = 16, 32  # of a block
 _FURTHEST = {4: 8, 8: 127}
 _SMALLEST_NORMAL = torch.finfo(torch.float16).smallest_normal
 # At once: what quantising a weight takes beside it stays small.
-_OUTPUTS_AT_ONCE = 512
+_WEIGHTS_AT_ONCE = 2**21
 
 
 def block_bytes(bits: int) -> int:
@@ -54,7 +54,8 @@ def quantize_groups(weight: Tensor, bits: int) -> Tensor:
     was Q4_0 (8 bits: Q8_0) before keeps its very values, if float16 holds 8 (128) times its scale,
     and what was Q4_1 if its groups have both ends of their grid.
     """
-    parts = [_quantize(part, bits) for part in weight.split(_OUTPUTS_AT_ONCE)]
+    rows = max(1, _WEIGHTS_AT_ONCE // max(1, weight.shape[1]) // OUTPUTS) * OUTPUTS
+    parts = [_quantize(part, bits) for part in weight.split(rows)]
     empty = weight.new_empty(0, 0, block_bytes(bits), dtype=torch.uint8)
     return torch.cat(parts) if parts else empty
 
@@ -113,23 +114,33 @@ def _find_steps(grids: _Grids, groups: Tensor, furthest: Tensor, bits: int) -> N
     half = 2 ** (bits - 1)
     # A step has 11 bits in float16, and a number of them less than `bits`: a float32 has 24.
     unused = 2 ** (24 - 11 - (bits - 1)) - 1
-    left = (
-        ((grids.error > 0) & (furthest.view(torch.int32) & unused == 0)).flatten().nonzero()[:, 0]
-    )
+    left = (grids.error > 0) & (furthest.view(torch.int32) & unused == 0)
+    left = left.flatten().nonzero()[:, 0]
+    far = furthest[left, 0]
+    whole = _significand(far)
     for count in range(half, 0, -1):
         if count == half // 2 - 1:
             # From here on the half of a step has been tried, unless float16 does not hold it.
-            left = left[furthest[left, 0].abs() < half * _SMALLEST_NORMAL]
+            tiny = far.abs() < half * _SMALLEST_NORMAL
+            left, far, whole = left[tiny], far[tiny], whole[tiny]
         if not len(left):
             return
-        far = furthest[left, 0]
-        step = (far / -count).half().float()
-        at = (step * -count == far).nonzero()[:, 0]
-        at = at[groups[left[at], 0].fmod(step[at]) == 0]  # to look at one value first is faster
-        found = _on_symmetric_grids(groups[left[at]], step[at].unsqueeze(1), bits)
+        # The odd part of `count` divides that of what is furthest: most counts leave few groups.
+        quotient = whole / (count // (count & -count))
+        at = (quotient == quotient.floor()).nonzero()[:, 0]
+        step = (far[at] / -count).half().float()
+        # To look at one value before all is faster.
+        on_grid = (step * -count == far[at]) & (groups[left[at], 0].fmod(step) == 0)
+        at, step = left[at[on_grid]], step[on_grid].unsqueeze(1)
+        found = _on_symmetric_grids(groups[at], step, bits)
         exact = (found.error == 0)[:, 0]
         for values, better in zip(grids, found, strict=True):
-            values[left[at[exact]]] = better[exact]
+            values[at[exact]] = better[exact]
+
+
+def _significand(x: Tensor) -> Tensor:
+    """The 24 bits of |x|, float32 and not too small for all of them, as whole numbers in float32."""
+    return (x.view(torch.int32) & 0x7FFFFF | 0x800000).float()
 
 
 def _on_symmetric_grids(groups: Tensor, step: Tensor, bits: int) -> _Grids:

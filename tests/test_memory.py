@@ -133,7 +133,8 @@ except InputError as error:
     assert float(grown) <= 200
 
 
-# Peak resident memory, in MB, beyond that of a loaded model, while a text of each sample is embedded.
+# Peak resident memory, in MB, beyond that of a loaded model, while a text of each sample is
+# embedded.
 ONE_TEXT = """
 import sys
 from pathlib import Path

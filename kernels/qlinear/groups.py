@@ -139,7 +139,7 @@ def _find_steps(grids: _Grids, groups: Tensor, furthest: Tensor, bits: int) -> N
 
 
 def _significand(x: Tensor) -> Tensor:
-    """The 24 bits of |x|, float32 and not too small for all of them, as whole numbers in float32."""
+    """The 24 bits of |x|, which is float32 and a normal number, as whole numbers in float32."""
     return (x.view(torch.int32) & 0x7FFFFF | 0x800000).float()
 
 

@@ -43,15 +43,17 @@ def test_two_processes_of_torchrun(
         command += ["--nproc-per-node", "2", "-m", "gen_fast.cli", "embed", str(corpus), "--quiet"]
         command += ["--model", str(tiny_model), "--dtype", "float32", "--text-column", "text"]
         command += ["--id-column", "key", "--rows-per-part", "16", *arguments]
-        command += ["--text-column", "title", "--out", str(tmp_path / "out")]
         return subprocess.run(command, check=False, capture_output=True, text=True, timeout=100)
 
-    # Two jobs, one after the other in each process.
-    assert run("--prompt", "say: ").returncode == 0
-    assert files_of(tmp_path / "out" / "text") == expected
-    assert verify(tmp_path / "out" / "title") == []
+    one, two = str(tmp_path / "out"), str(tmp_path / "two")
+    assert run("--out", one, "--prompt", "say: ").returncode == 0
+    assert files_of(tmp_path / "out") == expected
+    # Several jobs, one after the other in each process.
+    assert run("--out", two, "--text-column", "title", "--prompt-name", "query").returncode == 0
+    assert verify(tmp_path / "two" / "text") == []
+    assert verify(tmp_path / "two" / "title") == []
     # Another prompt is refused by the first rank, and so by all.
-    wrong = run("--prompt", "tell: ")
+    wrong = run("--out", one, "--prompt", "tell: ")
     assert wrong.returncode
     assert "prompt was 'say: ', now it is 'tell: '" in wrong.stderr
 

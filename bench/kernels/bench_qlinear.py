@@ -76,7 +76,7 @@ def measure_groups(measure, size, dtype, provider, case, bits):
 @pytest.mark.parametrize("case", ROWS)
 @cases(INT8, modes=("forward",))
 def bench_int8_linear(measure, size, dtype, mode, provider, case):
-    """The same layer on rows that are of 8 bits already. The peak is that of the result's dtype."""
+    """The same layer on rows that are of 8 bits already."""
     shape, rows = (2 * size.feed_forward, size.hidden), rows_in(case, size)
     q, scale = quantize_rows(random(rows, size.hidden, dtype="fp32"))
     blocks, weight_scale = quantize_weight_int8(random(*shape, dtype="fp32", scale=0.05))
@@ -87,6 +87,7 @@ def bench_int8_linear(measure, size, dtype, mode, provider, case):
         (q, scale, blocks, weight_scale),
         moved_bytes=q.nbytes + blocks.nbytes + rows * shape[0] * result["dtype"].itemsize,
         flops=2 * rows * shape[0] * shape[1],
+        operand_bytes=1,
         exact=partial(plain_int8, dtype=torch.float64),
     )
 
@@ -106,6 +107,7 @@ def bench_fp8_linear(measure, size, dtype, mode, provider, case):
         (q, scale, weight, weight_scale),
         moved_bytes=q.nbytes + weight.nbytes + rows * shape[0] * result["dtype"].itemsize,
         flops=2 * rows * shape[0] * shape[1],
+        operand_bytes=1,
         exact=partial(plain_fp8, dtype=torch.float64),
     )
 

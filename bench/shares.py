@@ -51,7 +51,7 @@ def without(name: str, run: Callable[[], object]) -> None:
 
 def without_tiles(run: Callable[[], object]) -> None:
     """Run with attention on AVX-512; the other C++ ops do without AMX anyway."""
-    with instructions_up_to(3):
+    with instructions_up_to(native.Isa.AVX512):
         run()
 
 
@@ -70,7 +70,7 @@ def measure_dtype(dtype: str, workload: str, rounds: int) -> list[dict]:
 
     variants = {"all": partial(run, packed), "packed weights": partial(run, plain)}
     variants |= {name: partial(without, name, partial(run, packed)) for name in OPS}
-    if native.missing() is None and native.module().isa_level() == 4:
+    if native.missing() is None and native.isa() == native.Isa.AMX:
         variants["AMX in attention"] = partial(without_tiles, partial(run, packed))
     for variant in variants.values():
         variant()

@@ -1,6 +1,9 @@
 // gen_fast._C: the C++ ops for Python. Tensors come as addresses; Python has checked them.
 #include <dlfcn.h>
 #include <pybind11/pybind11.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 #if defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -22,23 +25,34 @@ static constexpr bool EMULATED = true;
 static constexpr bool EMULATED = false;
 #endif
 
-static int processor_level() {
+static bool has_avx2_vnni() {
+#if defined(GEN_FAST_AVX2_VNNI)
+  if (EMULATED) return true;
+  // Not every compiler that has its instructions knows it as a feature of a processor.
+  unsigned eax = 0, ebx, ecx, edx;
+  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & 1u << 4);
+#else
+  return false;
+#endif
+}
+
+static Isa isa_of_processor() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 1 : 0;
-  if (EMULATED) return avx2 ? 4 : 0;
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return Isa::BASELINE;
+  if (EMULATED) return Isa::AMX;
   if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vnni"))) {
-    return avx2;
+    return has_avx2_vnni() ? Isa::AVX2_VNNI : Isa::AVX2;
   }
-  if (!__builtin_cpu_supports("avx512bf16")) return 2;
+  if (!__builtin_cpu_supports("avx512bf16")) return Isa::AVX512_VNNI;
 #if defined(GEN_FAST_AMX)
-  if (__builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16")) return 4;
+  if (__builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16")) return Isa::AMX;
 #endif
-  return 3;
+  return Isa::AVX512;
 #else
-  return 0;
+  return Isa::BASELINE;
 #endif
 }
 
@@ -56,24 +70,27 @@ static bool ask_for_tiles() {
 }
 
 struct Detected {
-  int level;
+  Isa isa;
+  bool avx2_vnni;
   bool tiles_refused;  // the processor has tiles, but the system does not let us use them
 };
 
 static const Detected& detected() {
   static const Detected once = [] {
-    const int level = processor_level();
-    const bool refused = level == 4 && !ask_for_tiles();
-    return Detected{refused ? 3 : level, refused};
+    const Isa isa = isa_of_processor();
+    const bool refused = isa == Isa::AMX && !ask_for_tiles();
+    return Detected{refused ? Isa::AVX512 : isa, has_avx2_vnni(), refused};
   }();
   return once;
 }
 
-static int limit = 4;
+static Isa limit = Isa::AMX;
 
-int isa_level() {
-  const int level = detected().level;
-  return level < limit ? level : limit;
+Isa isa() {
+  const Detected& here = detected();
+  if (here.isa <= limit) return here.isa;
+  // All others are in a processor that has a better one.
+  return limit == Isa::AVX2_VNNI && !here.avx2_vnni ? Isa::AVX2 : limit;
 }
 
 // Threads of what the calling thread runs from now on, in torch and in our ops. torch's own
@@ -109,12 +126,11 @@ gen_fast::Dtype dtype(bool bf16) { return bf16 ? gen_fast::Dtype::bf16 : gen_fas
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "C++ ops of gen_fast; see csrc/cpu/ops.h";
-  m.def("isa_level", &gen_fast::isa_level,
-        "0: baseline, 1: AVX2, 2: AVX-512 with dot products of bytes, 3: and of bfloat16, 4: and AMX");
+  m.def("isa", [] { return (int)gen_fast::isa(); }, "of gen_fast::Isa");
   m.def("tiles_refused", [] { return gen_fast::detected().tiles_refused; },
         "whether the processor has AMX, but the system does not let this process use it");
   m.attr("emulated") = gen_fast::EMULATED;
-  m.def("limit_isa_level", [](int level) { gen_fast::limit = level; },
+  m.def("limit_isa", [](int isa) { gen_fast::limit = (gen_fast::Isa)isa; },
         "for tests and benchmarks");
   m.def("limit_calling_thread", &gen_fast::limit_calling_thread,
         "threads of what this thread runs from now on; torch must have run in it before");

@@ -217,13 +217,13 @@ _INDEXING = frozenset({"index", "index_put", "index_put_", "_index_put_impl_"})
 
 
 @contextmanager
-def instructions_up_to(level: int) -> Iterator[None]:
-    """C++ ops run the best instruction set up to this one: a place in `native.INSTRUCTION_SETS`."""
-    native.module().limit_isa_level(level)
+def instructions_up_to(isa: native.Isa) -> Iterator[None]:
+    """C++ ops run the best instruction set that the processor has, up to this one."""
+    native.module().limit_isa(isa)
     try:
         yield
     finally:
-        native.module().limit_isa_level(len(native.INSTRUCTION_SETS) - 1)
+        native.module().limit_isa(max(native.Isa))
 
 
 @contextmanager

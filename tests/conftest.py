@@ -31,6 +31,7 @@ import gen_fast
 from gen_fast.errors import ModelNotFoundError
 from gen_fast.model.sources import resolve
 from gen_fast.ops import native
+from gen_fast.ops.native import Isa
 from gen_fast.testing import instructions_up_to, save_tiny_model
 
 if (emulated := os.environ.get("GEN_FAST_EMULATED")) is not None:
@@ -137,28 +138,32 @@ def fp8_by_the_reference() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(params=[0, 1, 3], ids=["baseline", "avx2", "avx512"])
-def isa_level(request: pytest.FixtureRequest) -> Iterator[int]:
+def _each(*isas: Isa) -> dict[str, Any]:
+    return {"params": isas, "ids": [isa.name.lower().replace("_", "-") for isa in isas]}
+
+
+@pytest.fixture(**_each(Isa.BASELINE, Isa.AVX2, Isa.AVX512))
+def isa(request: pytest.FixtureRequest) -> Iterator[None]:
     """Runs the C++ ops with each instruction set that this processor has."""
-    yield from _at_level(request.param)
+    yield from _up_to(request.param)
 
 
-@pytest.fixture(params=[0, 1, 3, 4], ids=["baseline", "avx2", "avx512", "amx"])
-def isa_level_or_amx(request: pytest.FixtureRequest) -> Iterator[int]:
+@pytest.fixture(**_each(Isa.BASELINE, Isa.AVX2, Isa.AVX512, Isa.AMX))
+def isa_or_amx(request: pytest.FixtureRequest) -> Iterator[None]:
     """The same for an op that has a version of its own for AMX."""
-    yield from _at_level(request.param)
+    yield from _up_to(request.param)
 
 
-@pytest.fixture(params=range(4), ids=["baseline", "avx2", "vnni", "avx512"])
-def isa_level_or_vnni(request: pytest.FixtureRequest) -> Iterator[int]:
-    """The same for an op that has a version of its own for AVX-512 without bfloat16."""
-    yield from _at_level(request.param)
+@pytest.fixture(**_each(Isa.BASELINE, Isa.AVX2, Isa.AVX2_VNNI, Isa.AVX512_VNNI, Isa.AVX512))
+def isa_or_vnni(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The same for an op that has versions of its own for VNNI without bfloat16."""
+    yield from _up_to(request.param)
 
 
-def _at_level(level: int) -> Iterator[int]:
+def _up_to(isa: Isa) -> Iterator[None]:
     if native.missing() is not None:
         pytest.skip(f"the C++ extension {native.missing()}")
-    with instructions_up_to(level):
-        if native.module().isa_level() != level:
+    with instructions_up_to(isa):
+        if native.isa() != isa:
             pytest.skip("not on this processor")
-        yield level
+        yield

@@ -37,7 +37,7 @@ IMPLEMENTATIONS = [
 ]
 # The C++ op without tiles, where the processor has AMX.
 AVX512 = "cpu-avx512"
-if DEVICE == "cpu" and native.missing() is None and native.module().isa_level() == 4:
+if DEVICE == "cpu" and native.missing() is None and native.isa() == native.Isa.AMX:
     IMPLEMENTATIONS.append(AVX512)
 # FlashAttention 2 as torch has it, below and behind its public function, 3 where torch can load it,
 # and FlexAttention masked by text. None knows a prefix.
@@ -136,7 +136,7 @@ def bench_attention(measure, size, case, dtype, mode, provider):
     if provider == "varlen-fa3":
         around = flash_attention_3()
     elif provider == AVX512:
-        around = instructions_up_to(3)
+        around = instructions_up_to(native.Isa.AVX512)
     moved = (2 * q.numel() + 2 * k.numel() + prefix.numel()) * q.element_size()
     with around:
         measure(

@@ -25,148 +25,122 @@
 
 #if defined(__x86_64__)
 
-#define GEN_FAST_ISA avx2
-#define GEN_FAST_VECTOR_BYTES 32
+// GEN_FAST_BEGIN(features) … GEN_FAST_END: functions between are for processors with these.
+#define GEN_FAST_PRAGMA_OF(...) _Pragma(#__VA_ARGS__)
+#define GEN_FAST_PRAGMA(...) GEN_FAST_PRAGMA_OF(__VA_ARGS__)
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#define GEN_FAST_BEGIN(features) \
+  GEN_FAST_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
+#define GEN_FAST_END GEN_FAST_PRAGMA(clang attribute pop)
 #else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
+#define GEN_FAST_BEGIN(features)   \
+  GEN_FAST_PRAGMA(GCC push_options) \
+  GEN_FAST_PRAGMA(GCC target(features))
+#define GEN_FAST_END GEN_FAST_PRAGMA(GCC pop_options)
 #endif
-#include GEN_FAST_SOURCE
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-#undef GEN_FAST_ISA
-#undef GEN_FAST_VECTOR_BYTES
 
+#define GEN_FAST_FOR_AVX2 "avx2,fma"
 #if defined(GEN_FAST_EMULATED)
+#define GEN_FAST_FOR_AVX2_VNNI GEN_FAST_FOR_AVX2
+#define GEN_FAST_FOR_AVX512_VNNI GEN_FAST_FOR_AVX2
+#define GEN_FAST_FOR_AVX512 GEN_FAST_FOR_AVX2
+#define GEN_FAST_FOR_AMX GEN_FAST_FOR_AVX2
 // For AVX2 as its callers are: how a vector is returned depends on that.
 #include <cstdio>
 #include <cstdlib>
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#endif
+GEN_FAST_BEGIN(GEN_FAST_FOR_AVX2)
 #include "emulated_avx512.h"
-#if defined(__clang__)
-#pragma clang attribute pop
+GEN_FAST_END
 #else
-#pragma GCC pop_options
-#endif
+#define GEN_FAST_FOR_AVX2_VNNI "avx2,fma,avxvnni"
+#define GEN_FAST_FOR_AVX512_VNNI "avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni"
+#define GEN_FAST_FOR_AVX512 "avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16"
+#define GEN_FAST_FOR_AMX \
+  "avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,amx-tile,amx-bf16"
 #endif
 
-// AVX-512 with the dot product of bytes alone, for a source that asks for it: Cascade Lake, Ice Lake.
-#if defined(GEN_FAST_WITH_VNNI)
-#define GEN_FAST_ISA vnni
-#define GEN_FAST_VECTOR_BYTES 64
-#define GEN_FAST_BYTE_DOT 1
-#if defined(GEN_FAST_EMULATED)
-#define GEN_FAST_VNNI "avx2,fma"
-#else
-#define GEN_FAST_VNNI "avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni"
-#endif
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target(GEN_FAST_VNNI))), apply_to = function)
-#elif defined(GEN_FAST_EMULATED)
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")
-#endif
+#define GEN_FAST_ISA avx2
+#define GEN_FAST_VECTOR_BYTES 32
+GEN_FAST_BEGIN(GEN_FAST_FOR_AVX2)
 #include GEN_FAST_SOURCE
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+GEN_FAST_END
+#undef GEN_FAST_ISA
+#undef GEN_FAST_VECTOR_BYTES
+
+// The dot product of bytes without that of bfloat16, for a source that asks for it.
+#if defined(GEN_FAST_WITH_VNNI) && defined(GEN_FAST_AVX2_VNNI)
+#define GEN_FAST_ISA avx2_vnni
+#define GEN_FAST_VECTOR_BYTES 32
+#define GEN_FAST_BYTE_DOT 1
+GEN_FAST_BEGIN(GEN_FAST_FOR_AVX2_VNNI)
+#include GEN_FAST_SOURCE
+GEN_FAST_END
 #undef GEN_FAST_BYTE_DOT
 #undef GEN_FAST_ISA
 #undef GEN_FAST_VECTOR_BYTES
-#define GEN_FAST_IF_VNNI(function) gen_fast::isa_level() == 2 ? gen_fast::vnni::function:
+#define GEN_FAST_IF_AVX2_VNNI(function) \
+  gen_fast::isa() == gen_fast::Isa::AVX2_VNNI ? gen_fast::avx2_vnni::function:
 #else
-#define GEN_FAST_IF_VNNI(function)
+#define GEN_FAST_IF_AVX2_VNNI(function)
 #endif
 
-// AVX-512 with the dot products of bfloat16 and of bytes: Zen 4, Sapphire Rapids and newer.
+#if defined(GEN_FAST_WITH_VNNI)
+#define GEN_FAST_ISA avx512_vnni
+#define GEN_FAST_VECTOR_BYTES 64
+#define GEN_FAST_BYTE_DOT 1
+GEN_FAST_BEGIN(GEN_FAST_FOR_AVX512_VNNI)
+#include GEN_FAST_SOURCE
+GEN_FAST_END
+#undef GEN_FAST_BYTE_DOT
+#undef GEN_FAST_ISA
+#undef GEN_FAST_VECTOR_BYTES
+#define GEN_FAST_IF_AVX512_VNNI(function) \
+  gen_fast::isa() == gen_fast::Isa::AVX512_VNNI ? gen_fast::avx512_vnni::function:
+#else
+#define GEN_FAST_IF_AVX512_VNNI(function)
+#endif
+
+// With the dot products of bfloat16 and of bytes.
 #define GEN_FAST_ISA avx512
 #define GEN_FAST_VECTOR_BYTES 64
 #define GEN_FAST_BF16_DOT 1
 #define GEN_FAST_BYTE_DOT 1
-#if defined(GEN_FAST_EMULATED)
-#define GEN_FAST_AVX512 "avx2,fma"
-#else
-#define GEN_FAST_AVX512 "avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vnni"
-#endif
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target(GEN_FAST_AVX512))), apply_to = function)
-#elif defined(GEN_FAST_EMULATED)
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vnni")
-#endif
+GEN_FAST_BEGIN(GEN_FAST_FOR_AVX512)
 #include GEN_FAST_SOURCE
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+GEN_FAST_END
 #undef GEN_FAST_BF16_DOT
 #undef GEN_FAST_BYTE_DOT
 #undef GEN_FAST_ISA
 #undef GEN_FAST_VECTOR_BYTES
 
-// AVX-512 as above and AMX's tiles of bfloat16, for a source that asks for them: Sapphire Rapids.
+// And with AMX's tiles of bfloat16, for a source that asks for them.
 #if defined(GEN_FAST_WITH_AMX) && defined(GEN_FAST_AMX)
 #define GEN_FAST_ISA amx
 #define GEN_FAST_VECTOR_BYTES 64
 #define GEN_FAST_BF16_DOT 1
 #define GEN_FAST_BYTE_DOT 1
 #define GEN_FAST_TILES 1
-#if defined(GEN_FAST_EMULATED)
-#define GEN_FAST_TILES_TARGET GEN_FAST_AVX512
-#else
-#define GEN_FAST_TILES_TARGET GEN_FAST_AVX512 ",amx-tile,amx-bf16"
-#endif
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target(GEN_FAST_TILES_TARGET))), apply_to = function)
-#elif defined(GEN_FAST_EMULATED)
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vnni")
-#pragma GCC target("amx-tile,amx-bf16")
-#endif
+GEN_FAST_BEGIN(GEN_FAST_FOR_AMX)
 #include GEN_FAST_SOURCE
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+GEN_FAST_END
 #undef GEN_FAST_TILES
 #undef GEN_FAST_BF16_DOT
 #undef GEN_FAST_BYTE_DOT
 #undef GEN_FAST_ISA
 #undef GEN_FAST_VECTOR_BYTES
-#define GEN_FAST_IF_AMX(function) gen_fast::isa_level() == 4 ? gen_fast::amx::function:
+#define GEN_FAST_IF_AMX(function) \
+  gen_fast::isa() == gen_fast::Isa::AMX ? gen_fast::amx::function:
 #else
 #define GEN_FAST_IF_AMX(function)
 #endif
 
-#define GEN_FAST_DISPATCH(function)                              \
-  (GEN_FAST_IF_AMX(function)                                     \
-   gen_fast::isa_level() >= 3   ? gen_fast::avx512::function     \
-   : GEN_FAST_IF_VNNI(function)                                  \
-   gen_fast::isa_level() >= 1   ? gen_fast::avx2::function       \
-                                : gen_fast::baseline::function)
+#define GEN_FAST_DISPATCH(function)                                                \
+  (GEN_FAST_IF_AMX(function)                                                       \
+   gen_fast::isa() >= gen_fast::Isa::AVX512 ? gen_fast::avx512::function           \
+   : GEN_FAST_IF_AVX512_VNNI(function)                                             \
+     GEN_FAST_IF_AVX2_VNNI(function)                                               \
+   gen_fast::isa() >= gen_fast::Isa::AVX2   ? gen_fast::avx2::function             \
+                                            : gen_fast::baseline::function)
 #else
 #define GEN_FAST_DISPATCH(function) gen_fast::baseline::function
 #endif

@@ -12,15 +12,19 @@
 
 namespace gen_fast {
 
-// Whether the compiler knows AMX: GCC 11, Clang 12 and newer.
+// Whether the compiler knows AMX and AVX-VNNI: GCC 11, Clang 12 and newer.
 #if defined(__x86_64__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
 #define GEN_FAST_AMX 1
+#define GEN_FAST_AVX2_VNNI 1
 #endif
 
-// 4: the same with AMX's products of bfloat16, 3: AVX-512 with the dot products of bfloat16 and of
-// bytes, 2: AVX-512 with that of bytes alone, 1: AVX2, 0: baseline. What the processor has and the
-// system lets us use, or the lower level that tests and benchmarks have asked for.
-int isa_level();
+// What ops are compiled for, best last; native.py has their names. The dot product of bytes (VNNI)
+// comes for vectors of AVX2 (Alder Lake and newer) or of AVX-512 (Cascade Lake), that of bfloat16
+// only with both (Zen 4, Sapphire Rapids).
+enum class Isa : int { BASELINE, AVX2, AVX2_VNNI, AVX512_VNNI, AVX512, AMX };
+
+// The best that the processor has and the system lets us use, up to what tests and benchmarks ask.
+Isa isa();
 
 // Starting a thread costs about as much as this many elements.
 constexpr int64_t WORTH_A_THREAD = 16384;

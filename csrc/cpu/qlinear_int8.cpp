@@ -53,7 +53,12 @@ struct IntOperand {
     return splat(four);
   }
   static inline vi multiply_add(vi c, vi a, const int8_t* b) {
+#if GEN_FAST_VECTOR_BYTES == 64
     return (vi)_mm512_dpbusd_epi32((__m512i)c, _mm512_loadu_si512(b), (__m512i)a);
+#else
+    return (vi)_mm256_dpbusd_avx_epi32((__m256i)c, _mm256_loadu_si256((const __m256i*)b),
+                                       (__m256i)a);
+#endif
   }
 };
 
@@ -63,7 +68,7 @@ static inline void put(const int8_t* bytes, int8_t* to, int64_t) {
 
 #else
 
-// Pairs of 16 bits: the products of bytes that AVX2 has saturate.
+// Pairs of 16 bits: the products of bytes that AVX2 has without VNNI saturate.
 struct IntOperand {
   typedef int16_t type;
   typedef vi sums;

@@ -5,6 +5,7 @@ torch is imported first, so that both use the one OpenMP runtime that torch brin
 
 import importlib
 import importlib.util
+from enum import IntEnum
 from functools import cache
 from typing import Any
 
@@ -13,14 +14,26 @@ from torch import Tensor
 
 from gen_fast.ops import Case, unsupported
 
-# By the level of csrc/common/parallel.h.
-INSTRUCTION_SETS = (
-    "baseline",
-    "AVX2",
-    "AVX-512 with VNNI",
-    "AVX-512 with VNNI and bfloat16",
-    "AVX-512 with VNNI, bfloat16 and AMX",
-)
+
+class Isa(IntEnum):
+    """What the C++ ops are compiled for, best last: Isa of csrc/common/parallel.h."""
+
+    BASELINE = 0
+    AVX2 = 1
+    AVX2_VNNI = 2
+    AVX512_VNNI = 3
+    AVX512 = 4
+    AMX = 5
+
+
+_NAMES = {
+    Isa.BASELINE: "baseline",
+    Isa.AVX2: "AVX2",
+    Isa.AVX2_VNNI: "AVX2 with VNNI",
+    Isa.AVX512_VNNI: "AVX-512 with VNNI",
+    Isa.AVX512: "AVX-512 with VNNI and bfloat16",
+    Isa.AMX: "AVX-512 with VNNI, bfloat16 and AMX",
+}
 
 
 @cache
@@ -49,14 +62,18 @@ def cuda_missing() -> str | None:
     return None
 
 
+def isa() -> Isa:
+    """The instruction set that the C++ ops, which must be built, run here."""
+    return Isa(module().isa())
+
+
 def instructions() -> str:
     """The instruction set that the C++ ops run here, or why they do not."""
     problem = missing()
     if problem is not None:
         return f"none: the C++ extension {problem}"
-    compiled = module()
-    name = INSTRUCTION_SETS[compiled.isa_level()]
-    if compiled.tiles_refused():
+    name = _NAMES[isa()]
+    if module().tiles_refused():
         return f"{name} (AMX is there, but the system refuses its tiles to this process)"
     return name
 

@@ -67,7 +67,7 @@ def test_gradient_reaches_the_special_rows_only(rows, dtype, device, grad_impl):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_instruction_set(isa_level, dtype):
+def test_every_instruction_set(isa, dtype):
     for rows in (0, 3, 1000):
         test_gradient_reaches_the_special_rows_only(rows, dtype, "cpu", "cpu")
 

@@ -244,7 +244,7 @@ def test_a_text_does_not_see_its_neighbours():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [2, 48, 63, 64, 80, 96, 256])
-def test_every_instruction_set(isa_level_or_amx, size, dtype):
+def test_every_instruction_set(isa_or_amx, size, dtype):
     counts = [1, 63, 64, 5, 130]
     for n_prefix in (0, 37):
         check(inputs(counts, counts, n_prefix, 6, 2, size, dtype), "cpu", "cpu")
@@ -276,7 +276,7 @@ def forward_and_gradients(q, k, v, *rest, dropout=0.0):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [63, 64, 80])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_a_call_leaves_nothing_to_the_next(isa_level_or_amx, dropout, size, dtype):
+def test_a_call_leaves_nothing_to_the_next(isa_or_amx, dropout, size, dtype):
     """Working memory is kept between calls: it may hold NaN where a call does not write."""
 
     def arguments(counts, number):
@@ -295,7 +295,7 @@ def test_a_call_leaves_nothing_to_the_next(isa_level_or_amx, dropout, size, dtyp
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_nan_in_a_text_stays_there(isa_level_or_amx, dtype):
+def test_nan_in_a_text_stays_there(isa_or_amx, dtype):
     counts = [5, 9, 1, 6, 70, 40]
     q, k, v, *rest = inputs(counts, counts, 37, 6, 2, 63, dtype)
     clean = forward_and_gradients(q, k, v, *rest)
@@ -403,7 +403,7 @@ def test_dropout(name, device, grad_impl):
     check_dropout(name, device, grad_impl)
 
 
-def test_dropout_of_every_instruction_set(isa_level_or_amx):
+def test_dropout_of_every_instruction_set(isa_or_amx):
     for name in DROPOUT:
         check_dropout(name, "cpu", "cpu")
     for dtype in DTYPES:  # several blocks of keys, chunks of rows, odd sizes

@@ -120,7 +120,7 @@ def test_what_does_not_fit_together_is_refused():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_instruction_set(isa_level, dtype):
+def test_every_instruction_set(isa, dtype):
     for vocabulary in (7, 5003):
         test_losses_and_gradients_match_float64(vocabulary, 37, "mse", dtype, "cpu", "cpu")
     test_huge_logits_stay_finite("cpu", "cpu")

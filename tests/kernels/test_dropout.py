@@ -50,7 +50,7 @@ def test_matches_float64(shape, dtype, device, impl):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_instruction_set(isa_level, dtype):
+def test_every_instruction_set(isa, dtype):
     for shape in SHAPES:
         test_matches_float64(shape, dtype, "cpu", "cpu")
 

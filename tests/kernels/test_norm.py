@@ -114,14 +114,14 @@ def test_rms_norm_of_a_constant_row_is_the_weight():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_every_instruction_set(isa_level, shape, dtype):
+def test_every_instruction_set(isa, shape, dtype):
     test_add_rms_norm_matches_float64(shape, dtype, True, "cpu", "cpu")
     test_gradient(shape, dtype, "cpu", "cpu")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [1, 63, 576, 1000])
-def test_quantised_rows_of_every_instruction_set(isa_level, size, dtype):
+def test_quantised_rows_of_every_instruction_set(isa, size, dtype):
     torch.manual_seed(0)
     x, residual, weight = *torch.randn(2, 7, size).to(dtype), torch.randn(size).to(dtype)
     check_quantized(

@@ -61,7 +61,7 @@ def test_mean_then_projection_equals_projection_then_mean():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_every_instruction_set(isa_level, weighted, dtype):
+def test_every_instruction_set(isa, weighted, dtype):
     for size in SIZES:
         test_matches_float64(size, weighted, dtype, "cpu", "cpu")
 

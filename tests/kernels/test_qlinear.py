@@ -39,7 +39,7 @@ def test_error_is_at_most_half_a_step_and_zero_rows_stay_zero(device, impl):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [1, 15, 16, 100, 1000])
-def test_every_instruction_set(isa_level, size, dtype):
+def test_every_instruction_set(isa, size, dtype):
     x = (5 * torch.randn(7, size)).to(dtype)
     q, scale = quantize_rows(x, impl="cpu")
     expected, expected_scale = reference(x, "int8")
@@ -48,7 +48,7 @@ def test_every_instruction_set(isa_level, size, dtype):
 
 
 @pytest.mark.parametrize("size", [1, 6, 20, 24, 48, 96, 192, 576, 1536])
-def test_rotated_rows_of_every_instruction_set(isa_level, size):
+def test_rotated_rows_of_every_instruction_set(isa, size):
     torch.manual_seed(0)
     x = 5 * torch.randn(7, size)
     check_quantized(quantize_rows(x, ROTATED, impl="cpu"), reference(x, ROTATED))
@@ -71,7 +71,7 @@ def test_a_rotation_spreads_what_stands_out():
 
 @pytest.mark.parametrize("at", [0, 3, 97])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_a_row_that_is_not_finite_has_such_a_scale(isa_level, bad, at):
+def test_a_row_that_is_not_finite_has_such_a_scale(isa, bad, at):
     x = torch.randn(3, 100)
     x[1, at] = bad
     assert quantize_rows(x, impl="cpu")[1].isfinite().tolist() == [True, False, True]

@@ -214,7 +214,7 @@ def test_gradient(bits, dtype, shape, device, grad_impl):
 @pytest.mark.parametrize("inputs", [576, 2080])  # the latter in two pieces
 @pytest.mark.parametrize("rows", [1, 6, 70])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_instruction_set(bits, isa_level, dtype, rows, inputs):
+def test_every_instruction_set(bits, isa, dtype, rows, inputs):
     torch.manual_seed(0)
     x = torch.randn(rows, inputs).to(dtype)
     blocks = quantize_groups(torch.randn(112, inputs) / inputs**0.5, bits)

@@ -70,7 +70,7 @@ def test_the_weight_as_a_matrix(dtype, shape, device, impl):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_matrix_in_every_instruction_set(isa_level_or_vnni, dtype):
+def test_the_matrix_in_every_instruction_set(isa_or_vnni, dtype):
     blocks, scale = quantize_weight_int8(torch.randn(112, 576), ROTATED)
     exact = int8_weight(blocks, scale, dtype=torch.float64)
     reference = int8_weight(blocks, scale, dtype=dtype, impl="reference")
@@ -113,7 +113,7 @@ def test_results_in_float16(device, impl):
 
 @pytest.mark.parametrize("rows", [1, 6, 70, 300])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_instruction_set(isa_level_or_vnni, dtype, rows):
+def test_every_instruction_set(isa_or_vnni, dtype, rows):
     inputs = example(rows, (112, 576), dtype=dtype, biased=True)
     reference = int8_linear(*inputs, dtype=dtype, impl="reference")
     assert_no_worse(int8_linear(*inputs, dtype=dtype, impl="cpu"), reference, exact(*inputs))
@@ -130,7 +130,7 @@ def largest_values(device="cpu"):
     return (q, scale, blocks, weight_scale), [127**2 * inputs, -(127**2) * inputs]
 
 
-def test_sums_of_the_largest_values_are_exact_in_every_instruction_set(isa_level_or_vnni):
+def test_sums_of_the_largest_values_are_exact_in_every_instruction_set(isa_or_vnni):
     arguments, sums = largest_values()
     assert int8_linear(*arguments, impl="cpu").unique(dim=1).flatten().tolist() == sums
 

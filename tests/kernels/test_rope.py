@@ -56,7 +56,7 @@ def test_rotation_keeps_lengths_and_depends_on_relative_position_only():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("with_norm", [False, True])
 @pytest.mark.parametrize("shape", SHAPES[1:])
-def test_every_instruction_set(isa_level, shape, with_norm, dtype):
+def test_every_instruction_set(isa, shape, with_norm, dtype):
     test_matches_float64(shape, with_norm, dtype, True, "cpu", "cpu")
     test_gradient(shape, with_norm, dtype, "cpu", "cpu")
 

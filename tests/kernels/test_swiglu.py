@@ -60,7 +60,7 @@ def test_extreme_gates_neither_overflow_nor_turn_nan(device, impl):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_instruction_set(isa_level, dtype):
+def test_every_instruction_set(isa, dtype):
     for shape in SHAPES[2:]:
         test_matches_float64(shape, dtype, "cpu", "cpu")
         test_gradient(shape, dtype, "cpu", "cpu")
@@ -69,7 +69,7 @@ def test_every_instruction_set(isa_level, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [2, 126, 3072])
-def test_quantised_rows_of_every_instruction_set(isa_level, size, dtype):
+def test_quantised_rows_of_every_instruction_set(isa, size, dtype):
     torch.manual_seed(0)
     gate_up = (4 * torch.randn(7, size)).to(dtype)
     check_quantized(*(swiglu_quantized(gate_up, impl=impl) for impl in ("cpu", "reference")))

@@ -88,7 +88,7 @@ def test_padding_rows_make_few_numbers_of_rows_and_change_no_result(tiny_model, 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("impl", [None, "sdpa,reference", "reference"])
 def test_padding_rows_hold_numbers_and_embeddings_owe_nothing_to_fresh_memory(
-    tiny_model, monkeypatch, isa_level, impl, dtype, request
+    tiny_model, monkeypatch, isa, impl, dtype, request
 ):
     """Hidden size 48 and feed-forward size 80: no multiples of what oneDNN's products read at once.
 

@@ -1,7 +1,7 @@
-// The AVX-512 and AMX intrinsics of csrc/, computed with AVX2: for tests on processors without them.
+// The AVX-512, AVX-VNNI and AMX intrinsics of csrc/, computed with AVX2: for tests on processors without them.
 //
-// In a build with GEN_FAST_EMULATED, common/each_isa.h includes this file and compiles the AVX-512
-// version for AVX2. The functions have the intrinsics' own names, in namespace gen_fast, where they
+// In a build with GEN_FAST_EMULATED, common/each_isa.h includes this file and compiles the
+// versions for all of these for AVX2. The functions have the intrinsics' own names, in namespace gen_fast, where they
 // hide the compiler's: csrc/ calls them unchanged. One that is missing here fails to compile, as the
 // compiler's own needs AVX-512; one of AMX, which GCC has as assembly, fails when it runs.
 // Plain vector arithmetic needs nothing: GCC and Clang split vectors of 64 bytes themselves.
@@ -27,7 +27,7 @@
 #include <cstring>
 
 // Compilers have these as macros, some only where they do not optimise.
-#undef _mm256_dpbusd_epi32
+#undef _mm256_dpbusd_avx_epi32
 #undef _mm512_maskz_reduce_ps
 #undef _mm512_maskz_shuffle_i32x4
 #undef _tile_dpbf16ps
@@ -231,7 +231,7 @@ static inline __m512i _mm512_dpbusd_epi32(__m512i sum, __m512i a, __m512i b) {
   return bits_of<__m512i>(out);
 }
 
-static inline __m256i _mm256_dpbusd_epi32(__m256i sum, __m256i a, __m256i b) {
+static inline __m256i _mm256_dpbusd_avx_epi32(__m256i sum, __m256i a, __m256i b) {
   __m512i wide[3] = {};
   std::memcpy(&wide[0], &sum, 32), std::memcpy(&wide[1], &a, 32), std::memcpy(&wide[2], &b, 32);
   wide[0] = _mm512_dpbusd_epi32(wide[0], wide[1], wide[2]);

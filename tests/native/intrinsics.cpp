@@ -1,6 +1,7 @@
 // Every intrinsic of emulated_avx512.h as a function of bytes, for test_emulation.py: emulated, and as
 // this processor has it. This file includes itself for each.
 #if !defined(PLACE)
+#include <cpuid.h>
 #include <immintrin.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -31,7 +32,7 @@ static void put(std::string& out, const T& value) {
 #pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12 warns of its own unmasked forms
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vnni")
-#pragma GCC target("amx-tile,amx-int8,amx-bf16")
+#pragma GCC target("avxvnni,amx-tile,amx-int8,amx-bf16")
 #define PLACE hardware
 #include "intrinsics.cpp"
 #undef PLACE
@@ -53,6 +54,10 @@ static bool has(const std::string& feature) {
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   }
   if (feature == "avx512bf16") return has("avx512f") && __builtin_cpu_supports("avx512bf16");
+  if (feature == "avxvnni") {
+    unsigned eax = 0, ebx, ecx, edx;
+    return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & 1u << 4);
+  }
   if (feature == "avx512vnni") return has("avx512f") && __builtin_cpu_supports("avx512vnni");
   // Linux gives a process the tiles' state, number 18, when it asks for it.
   constexpr int ARCH_REQ_XCOMP_PERM = 0x1023;
@@ -163,8 +168,8 @@ static const Function FUNCTIONS[] = {
              _mm512_maskz_shuffle_i32x4(mask, I(0), I(1), 0x1b)),
     FUNCTION("maskz_mul_epu32", "avx512f", _mm512_maskz_mul_epu32(mask8, I(0), I(1))),
     FUNCTION("dpbusd_epi32", "avx512vnni", _mm512_dpbusd_epi32(I(0), I(1), I(2))),
-    FUNCTION("256 dpbusd_epi32", "avx512vnni",
-             _mm256_dpbusd_epi32(at<__m256i>(in, 0), at<__m256i>(in, 1), at<__m256i>(in, 2))),
+    FUNCTION("256 dpbusd_avx_epi32", "avxvnni",
+             _mm256_dpbusd_avx_epi32(at<__m256i>(in, 0), at<__m256i>(in, 1), at<__m256i>(in, 2))),
     FUNCTION("maskz_cvtepu8_epi32", "avx512f",
              _mm512_maskz_cvtepu8_epi32(mask, at<__m128i>(in, 0))),
     FUNCTION("maskz_cvtepu16_epi32", "avx512f",

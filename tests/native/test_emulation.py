@@ -195,7 +195,7 @@ INTEGERS: dict[str, tuple[Oracle, tuple[int, ...]]] = {  # by the bytes of the i
     ),
     "maskz_mul_epu32": (multiplied, (64, 64)),
     "dpbusd_epi32": (byte_products, (64, 64, 64)),
-    "256 dpbusd_epi32": (byte_products, (32, 32, 32)),
+    "256 dpbusd_avx_epi32": (byte_products, (32, 32, 32)),
     "maskz_cvtepu8_epi32": (lambda mask, a: masked(mask, a.astype(np.uint32)), (16,)),
     "maskz_cvtepu16_epi32": (lambda mask, a: masked(mask, a.view("<u2").astype("<u4")), (32,)),
     "maskz_cvtepi32_epi8": (lambda mask, a: masked(mask, a[::4]), (64,)),
@@ -219,14 +219,14 @@ FLOATS: dict[str, tuple[Oracle, int]] = {  # by the number of inputs
 def test_the_ops_under_test_are_the_emulated_ones() -> None:
     assert native.module().emulated
     assert os.path.realpath(os.environ["GEN_FAST_EMULATED"]) in native.module().__file__
-    if native.module().isa_level() == 0:
+    if native.isa() == native.Isa.BASELINE:
         pytest.skip("this processor has no AVX2")
-    assert native.module().isa_level() == 4
+    assert native.isa() == native.Isa.AMX
     assert native.instructions() == "AVX-512 with VNNI, bfloat16 and AMX"
 
 
 def test_where_the_system_refuses_tiles_attention_runs_without_and_info_says_so() -> None:
-    if native.module().isa_level() == 0:
+    if native.isa() == native.Isa.BASELINE:
         pytest.skip("this processor has no AVX2")
     code = (
         "import os, torch, gen_fast; "

@@ -54,7 +54,12 @@ def main() -> None:
         plot(cases, args.plot)
 
 
-OURS = {"cpu": "gen_fast, C++", "triton": "gen_fast, Triton", "cuda": "gen_fast, CUDA"}
+OURS = {
+    "cpu": "gen_fast, C++",
+    "cpu-training": "gen_fast, C++, memory as in training",
+    "triton": "gen_fast, Triton",
+    "cuda": "gen_fast, CUDA",
+}
 PEERS = {
     "reference": "PyTorch, eager",
     "torch.compile": "PyTorch, torch.compile",

@@ -89,6 +89,7 @@ static Isa limit = Isa::AMX;
 Isa isa() {
   const Detected& here = detected();
   if (here.isa <= limit) return here.isa;
+  if (EMULATED && limit == Isa::AVX2) return Isa::BASELINE;
   // All others are in a processor that has a better one.
   return limit == Isa::AVX2_VNNI && !here.avx2_vnni ? Isa::AVX2 : limit;
 }

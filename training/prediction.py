@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gen_fast.model.batch import on_device
+from gen_fast.ops.dense import product
 from gen_fast.ops.distill import reconstruction
 from gen_fast.training.backbone_pass import Block, TrainedBackbone
 from gen_fast.training.task import add_gradients, in_parts
@@ -81,10 +82,10 @@ class _Divergence(torch.autograd.Function):
         gradient = torch.empty_like(states)
         loss = torch.zeros((), device=states.device)
         for own, other, out in zip(*(x.split(rows) for x in (states, base, gradient)), strict=True):
-            log_q, log_p = ((x @ head.T).float().log_softmax(-1) for x in (own, other))
+            log_q, log_p = (product(x, head).float().log_softmax(-1) for x in (own, other))
             p = log_p.exp()
             loss += (p * (log_p - log_q)).sum()
-            out.copy_((log_q.exp_() - p).div_(tokens).to(head.dtype) @ head)
+            out.copy_(product((log_q.exp_() - p).div_(tokens).to(head.dtype), head.T))
         ctx.save_for_backward(gradient)
         return loss / tokens
 
@@ -159,7 +160,7 @@ def accumulate_prediction(
 def right(states: Tensor, head: Tensor, targets: Tensor) -> int:
     """How many of the tokens to tell are the likeliest ones."""
     parts = zip(states.split(256), targets.split(256), strict=True)
-    return sum(int(((part @ head.T).argmax(-1) == wanted).sum()) for part, wanted in parts)
+    return sum(int((product(part, head).argmax(-1) == wanted).sum()) for part, wanted in parts)
 
 
 @torch.no_grad()

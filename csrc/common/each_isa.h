@@ -5,8 +5,9 @@
 // best version that the processor runs. Baseline is whatever the compiler targets by default, so
 // the extension also works on processors other than x86-64.
 //
-// With GEN_FAST_EMULATED, which only tests define, the AVX-512 and AMX versions are compiled for AVX2,
-// and tests/native/emulated_avx512.h has their intrinsics: a processor without these can run them.
+// With GEN_FAST_EMULATED, which only tests define, the AVX-512, VNNI and AMX versions are compiled for
+// AVX2, and tests/native/emulated_avx512.h has their intrinsics: a processor without these can run
+// them. The version that is for AVX2 is left out.
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -59,6 +60,7 @@ GEN_FAST_END
   "avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,amx-tile,amx-bf16"
 #endif
 
+#if !defined(GEN_FAST_EMULATED)
 #define GEN_FAST_ISA avx2
 #define GEN_FAST_VECTOR_BYTES 32
 GEN_FAST_BEGIN(GEN_FAST_FOR_AVX2)
@@ -66,6 +68,11 @@ GEN_FAST_BEGIN(GEN_FAST_FOR_AVX2)
 GEN_FAST_END
 #undef GEN_FAST_ISA
 #undef GEN_FAST_VECTOR_BYTES
+#define GEN_FAST_IF_AVX2(function) \
+  gen_fast::isa() >= gen_fast::Isa::AVX2 ? gen_fast::avx2::function:
+#else
+#define GEN_FAST_IF_AVX2(function)
+#endif
 
 // The dot product of bytes without that of bfloat16, for a source that asks for it.
 #if defined(GEN_FAST_WITH_VNNI) && defined(GEN_FAST_AVX2_VNNI)
@@ -134,13 +141,13 @@ GEN_FAST_END
 #define GEN_FAST_IF_AMX(function)
 #endif
 
-#define GEN_FAST_DISPATCH(function)                                                \
-  (GEN_FAST_IF_AMX(function)                                                       \
-   gen_fast::isa() >= gen_fast::Isa::AVX512 ? gen_fast::avx512::function           \
-   : GEN_FAST_IF_AVX512_VNNI(function)                                             \
-     GEN_FAST_IF_AVX2_VNNI(function)                                               \
-   gen_fast::isa() >= gen_fast::Isa::AVX2   ? gen_fast::avx2::function             \
-                                            : gen_fast::baseline::function)
+#define GEN_FAST_DISPATCH(function)                                      \
+  (GEN_FAST_IF_AMX(function)                                             \
+   gen_fast::isa() >= gen_fast::Isa::AVX512 ? gen_fast::avx512::function \
+   : GEN_FAST_IF_AVX512_VNNI(function)                                   \
+     GEN_FAST_IF_AVX2_VNNI(function)                                     \
+     GEN_FAST_IF_AVX2(function)                                          \
+   gen_fast::baseline::function)
 #else
 #define GEN_FAST_DISPATCH(function) gen_fast::baseline::function
 #endif

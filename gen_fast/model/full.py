@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear as plain_linear
 
 from gen_fast.model.config import BackboneConfig
 from gen_fast.model.dropout import RowDropout
 from gen_fast.model.lora import MATRICES, linear_sizes
+from gen_fast.ops.dense import product
 
 
 class FullWeights(nn.Module):
@@ -104,11 +104,11 @@ class _FullLinear(torch.autograd.Function):
         """parameter: for its gradient; weight: the same in x's dtype."""
         # Through save_for_backward, which refuses a weight that has been changed since.
         ctx.save_for_backward(x, weight)
-        return plain_linear(x, weight, bias)
+        return product(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        dx = grad @ weight if ctx.needs_input_grad[0] else None
-        dw = (grad.T @ x).to(torch.promote_types(x.dtype, torch.float32))
+        dx = product(grad, weight.T) if ctx.needs_input_grad[0] else None
+        dw = product(grad.T, x.T).to(torch.promote_types(x.dtype, torch.float32))
         return dx, None, dw, None

@@ -9,9 +9,9 @@ from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear as plain_linear
 
 from gen_fast.model.choices import FP8, GROUP_BITS, INT8
+from gen_fast.ops.dense import by_onednn, product
 from gen_fast.ops.qlinear import (
     ROTATED,
     dequantize_groups,
@@ -184,12 +184,10 @@ def linear(x: Rows, weight: Weight, bias: Tensor | None = None) -> Tensor:
     assert isinstance(x, Tensor)
     if isinstance(weight, GroupWeight):
         return group_linear(x, weight.blocks, bias)
-    if not weight.is_mkldnn:
-        return plain_linear(x, weight, bias)
-    if torch.is_grad_enabled() and x.requires_grad:
-        result: Tensor = _PackedLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+    if (weight.is_mkldnn or by_onednn(x)) and torch.is_grad_enabled() and x.requires_grad:
+        result: Tensor = _OneDnnLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
         return result
-    return _packed_linear(x, weight, bias)
+    return _packed_linear(x, weight, bias) if weight.is_mkldnn else product(x, weight, bias)
 
 
 def times(grad: Tensor, weight: Weight) -> Tensor:
@@ -197,10 +195,10 @@ def times(grad: Tensor, weight: Weight) -> Tensor:
     if isinstance(weight, GroupWeight):
         return group_linear_backward(grad, weight.blocks)
     if isinstance(weight, Int8Weight | Fp8Weight):
-        return grad @ weight.dequantized(grad.dtype)
+        return product(grad, weight.dequantized(grad.dtype).T)
     # oneDNN's layout is for the other product. To copy a weight out of it costs as much as some
     # hundred rows of the product, and the copy is gone at once.
-    return grad @ (weight.to_dense() if weight.is_mkldnn else weight)
+    return product(grad, (weight.to_dense() if weight.is_mkldnn else weight).T)
 
 
 def _packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -221,11 +219,11 @@ class _FrozenLinear(torch.autograd.Function):
         return times(grad, ctx.weight), None, None
 
 
-class _PackedLinear(_FrozenLinear):
+class _OneDnnLinear(_FrozenLinear):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.weight = weight  # not a tensor that save_for_backward takes
-        return _packed_linear(x, weight, bias)
+        ctx.weight = weight  # packed, it is not a tensor that save_for_backward takes
+        return _packed_linear(x, weight, bias) if weight.is_mkldnn else product(x, weight, bias)
 
 
 class _DequantizedLinear(_FrozenLinear):
@@ -238,4 +236,4 @@ class _DequantizedLinear(_FrozenLinear):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Int8Weight | Fp8Weight, bias: Tensor | None) -> Tensor:
         ctx.weight = weight
-        return plain_linear(x, weight.dequantized(x.dtype), bias)
+        return product(x, weight.dequantized(x.dtype), bias)

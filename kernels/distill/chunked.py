@@ -11,6 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from gen_fast.ops.dense import by_onednn, product
+
 # (logits [n, V], targets [n], losses [n]): writes the loss of each row, and softmax - one-hot in
 # place of the logits.
 RowLoss = Callable[[Tensor, Tensor, Tensor], None]
@@ -38,14 +40,29 @@ def reconstruction(
     dhidden = hidden.new_empty(rows if gradients else 0, hidden.shape[1])
     if rows:
         size = chunk_rows(rows, vocabulary, hidden.element_size(), memory)
-        buffer = hidden.new_empty(size, vocabulary)
+        multiply, multiply_back = _products(hidden, head, size, tokens)
         for start in range(0, rows, size):
             chunk = slice(start, min(start + size, rows))
-            logits = torch.mm(hidden[chunk], head.T, out=buffer[: chunk.stop - start])
+            logits = multiply(hidden[chunk])
             row_loss(logits, targets[chunk], losses[chunk])
-            if not gradients:
-                continue
-            # The scale belongs here: in float16 it would make small probabilities vanish.
-            target = dhidden[chunk]
-            torch.addmm(target, logits, head, beta=0, alpha=1 / tokens, out=target)
+            if gradients:
+                multiply_back(logits, dhidden[chunk])
+            del logits  # before those of the next chunk are there
     return losses.sum() / tokens, dhidden
+
+
+def _products(
+    hidden: Tensor, head: Tensor, size: int, tokens: float
+) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], object]]:
+    """(rows of `hidden` → logits), (their gradient, where to write that of the rows / tokens)."""
+    if by_onednn(hidden):  # which writes to memory of its own
+        return (
+            lambda rows: product(rows, head),
+            lambda grad, out: torch.div(product(grad, head.T), tokens, out=out),
+        )
+    buffer = hidden.new_empty(size, head.shape[0])
+    return (
+        lambda rows: torch.mm(rows, head.T, out=buffer[: len(rows)]),
+        # The scale belongs here: in float16 it would make small probabilities vanish.
+        lambda grad, out: torch.addmm(out, grad, head, beta=0, alpha=1 / tokens, out=out),
+    )

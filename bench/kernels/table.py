@@ -106,7 +106,7 @@ def plot(cases: dict, target: Path) -> None:
         )
         for group in (OURS, PEERS)
     )
-    figure.suptitle(
+    axis.set_title(
         f"Median over the cases: gen_fast reaches {ours:.0f}% of the roofline,"
         f" the best peer {peers:.0f}%",
         fontsize=10,

@@ -18,6 +18,7 @@ from gen_fast.errors import AdapterError, BackboneMismatchError, ConfigError
 from gen_fast.model.config import BackboneConfig
 from gen_fast.model.dropout import RowDropout
 from gen_fast.model.linear import linear, times
+from gen_fast.ops.dense import product, product_into
 from gen_fast.ops.lora_down import lora_down, lora_down_backward
 
 # The linears that can be updated, by the matrix of LayerWeights that each is a part of, in the
@@ -312,7 +313,10 @@ class _LoraLinear(torch.autograd.Function):
         """a, b: the parameters, for their gradients; down, up: A and s·B in x's dtype."""
         y = linear(x, weight, bias)
         # One product for the parts that share their input.
-        inner = x @ down.T if drop is None else lora_down(x, down, *drop.settings, group.streams)
+        if drop is None:
+            inner = product(x, down)
+        else:
+            inner = lora_down(x, down, *drop.settings, group.streams)
         for (start, width), part, rows in zip(
             group.spans, inner.chunk(len(group.spans), 1), up.split(group.widths), strict=True
         ):
@@ -338,13 +342,13 @@ class _LoraLinear(torch.autograd.Function):
             strict=True,
         ):
             dy = grad[:, start : start + width]
-            torch.mm(dy, rows, out=dpart)
-            torch.mm(dy.T, part, out=drows)
+            product_into(dpart, dy, rows.T)
+            product_into(drows.T, part.T, dy.T)  # few rows on the left: oneDNN is faster so
         dx = times(grad, ctx.weight) if ctx.needs_input_grad[0] else None
         if drop is None:
-            da = dinner.T @ x
+            da = product(dinner.T, x.T)
             if dx is not None:
-                dx.addmm_(dinner, down)
+                product_into(dx, dinner, down.T, add=True)
         else:
             through, da = lora_down_backward(dinner, x, down, *drop.settings, group.streams)
             if dx is not None:

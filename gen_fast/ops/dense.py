@@ -20,6 +20,16 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return linear(x, weight, bias)
 
 
+def product_into(out: Tensor, x: Tensor, weight: Tensor, *, add: bool = False) -> None:
+    """Write x times weightᵀ to out [T, out], or add it to what is there. No gradient."""
+    if not by_onednn(x):
+        torch.addmm(out, x, weight.T, beta=int(add), out=out)
+    elif add:
+        out += product(x, weight)
+    else:
+        out.copy_(product(x, weight))
+
+
 def by_onednn(x: Tensor) -> bool:
     """Whether `product` of such a matrix is oneDNN's, which knows no empty one."""
     return (

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from gen_fast.errors import OpError
 from gen_fast.ops import CPP, REFERENCE, TRITON, Op, gpu, native
+from gen_fast.ops.dense import product
 
 from . import groups
 
@@ -108,7 +109,7 @@ def _cpu(x: Tensor, blocks: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _backward_cpu(grad: Tensor, blocks: Tensor) -> Tensor:
-    return grad @ weight_matrix(blocks, grad.dtype).T
+    return product(grad, weight_matrix(blocks, grad.dtype))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -37,6 +37,23 @@ def test_matches_float64(shape, kind):
     assert_no_worse(actual, torch.nn.functional.linear(x, weight, bias), exact)
 
 
+@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize("kind", ["plain", "columns", "transposed"])
+def test_into(kind, add):
+    torch.manual_seed(0)
+    x, weight, before = torch.randn(40, 96), torch.randn(33, 96), torch.randn(40, 33)
+    out = {
+        "plain": torch.empty(40, 33),
+        "columns": torch.empty(40, 3, 33)[:, 1],
+        "transposed": torch.empty(33, 40).T,
+    }[kind]
+    out.copy_(before if add else torch.full_like(before, torch.nan))
+    dense.product_into(out, x, weight, add=add)
+    start = before if add else torch.zeros_like(before)
+    exact = start.double() + x.double() @ weight.double().T
+    assert_no_worse(out, start + x @ weight.T, exact)
+
+
 @pytest.mark.parametrize("shape", [(0, 3, 4), (3, 0, 4), (3, 4, 0)])
 def test_of_nothing(shape):
     rows, inputs, outputs = shape

@@ -18,7 +18,7 @@ from gen_fast.errors import AdapterError, BackboneMismatchError, ConfigError
 from gen_fast.model.config import BackboneConfig
 from gen_fast.model.dropout import RowDropout
 from gen_fast.model.linear import linear, times
-from gen_fast.ops.dense import product, product_into
+from gen_fast.ops.dense import product
 from gen_fast.ops.lora_down import lora_down, lora_down_backward
 
 # The linears that can be updated, by the matrix of LayerWeights that each is a part of, in the
@@ -342,13 +342,13 @@ class _LoraLinear(torch.autograd.Function):
             strict=True,
         ):
             dy = grad[:, start : start + width]
-            product_into(dpart, dy, rows.T)
-            product_into(drows.T, part.T, dy.T)  # few rows on the left: oneDNN is faster so
+            torch.mm(dy, rows, out=dpart)
+            torch.mm(dy.T, part, out=drows)
         dx = times(grad, ctx.weight) if ctx.needs_input_grad[0] else None
         if drop is None:
             da = product(dinner.T, x.T)
             if dx is not None:
-                product_into(dx, dinner, down.T, add=True)
+                dx.addmm_(dinner, down)
         else:
             through, da = lora_down_backward(dinner, x, down, *drop.settings, group.streams)
             if dx is not None:

@@ -37,21 +37,14 @@ def test_matches_float64(shape, kind):
     assert_no_worse(actual, torch.nn.functional.linear(x, weight, bias), exact)
 
 
-@pytest.mark.parametrize("add", [False, True])
-@pytest.mark.parametrize("kind", ["plain", "columns", "transposed"])
-def test_into(kind, add):
-    torch.manual_seed(0)
-    x, weight, before = torch.randn(40, 96), torch.randn(33, 96), torch.randn(40, 33)
-    out = {
-        "plain": torch.empty(40, 33),
-        "columns": torch.empty(40, 3, 33)[:, 1],
-        "transposed": torch.empty(33, 40).T,
-    }[kind]
-    out.copy_(before if add else torch.full_like(before, torch.nan))
-    dense.product_into(out, x, weight, add=add)
-    start = before if add else torch.zeros_like(before)
-    exact = start.double() + x.double() @ weight.double().T
-    assert_no_worse(out, start + x @ weight.T, exact)
+def test_onednn_is_given_no_weight_with_gaps():
+    weight = torch.randn(6, 8)
+    for whole in (weight, weight.T, weight[2:5], weight.T[:, 2:5]):
+        assert dense.without_gaps(whole) is whole
+    for part in (weight[:, 1:4], weight.T[1:4]):
+        packed = dense.without_gaps(part)
+        assert torch.equal(packed, part)
+        assert packed.is_contiguous()
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 4), (3, 0, 4), (3, 4, 0)])

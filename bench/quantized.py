@@ -9,7 +9,7 @@ Method `mean` on SmolLM2, whose file is Q4_1; all run the prompt with every text
 turns within a round; ratios are medians over the rounds. "one text" encodes queries one by one.
 The peers are not among our extras: pip install openvino nncf llama-cpp-python (which compiles it).
 --isa makes the processor pass for an older one to our ops. Others are told by the environment:
-ONEDNN_MAX_CPU_ISA=AVX2 (or AVX512_CORE) ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2.
+ONEDNN_MAX_CPU_ISA=AVX2 (or AVX512_CORE_VNNI) ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2.
 """
 
 import argparse

@@ -42,8 +42,8 @@ MadeOnce = Callable[[str, Callable[[Path], Any]], Any]
 
 
 def pytest_collection_finish() -> None:
-    # A million objects by now, of modules mostly: the collector need not look at them ever again,
-    # and less often at those that tests leave.
+    # What there is by now, modules mostly, stays: the collector need not look at it ever again, and
+    # less often at what tests leave.
     gc.collect()
     gc.freeze()
     gc.set_threshold(700, 10, 50)

@@ -4,11 +4,11 @@ import os
 import platform
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
 from gen_fast.errors import ConfigError
+from gen_fast.io.cpuinfo import cpuinfo
 from gen_fast.model.choices import DTYPES, SHORT_DTYPES
 from gen_fast.model.linear import linear, pack
 
@@ -81,12 +81,7 @@ def cpus() -> int:
 
 def cpu_name() -> str:
     """The processor's model, or where that is not told its architecture."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
+    return cpuinfo("model name") or platform.machine()
 
 
 def matmul_peak(dtype: torch.dtype, device: torch.device | str = "cpu") -> float:

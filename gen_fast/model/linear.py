@@ -187,7 +187,7 @@ def linear(x: Rows, weight: Weight, bias: Tensor | None = None) -> Tensor:
     if (weight.is_mkldnn or by_onednn(x)) and torch.is_grad_enabled() and x.requires_grad:
         result: Tensor = _OneDnnLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
         return result
-    return _packed_linear(x, weight, bias) if weight.is_mkldnn else product(x, weight, bias)
+    return product(x, weight, bias)
 
 
 def times(grad: Tensor, weight: Weight) -> Tensor:
@@ -199,11 +199,6 @@ def times(grad: Tensor, weight: Weight) -> Tensor:
     # oneDNN's layout is for the other product. To copy a weight out of it costs as much as some
     # hundred rows of the product, and the copy is gone at once.
     return product(grad, (weight.to_dense() if weight.is_mkldnn else weight).T)
-
-
-def _packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return result
 
 
 def _rounded_linear(x: Rows, weight: Int8Weight | Fp8Weight, bias: Tensor | None) -> Tensor:
@@ -223,7 +218,7 @@ class _OneDnnLinear(_FrozenLinear):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.weight = weight  # packed, it is not a tensor that save_for_backward takes
-        return _packed_linear(x, weight, bias) if weight.is_mkldnn else product(x, weight, bias)
+        return product(x, weight, bias)
 
 
 class _DequantizedLinear(_FrozenLinear):

@@ -1,20 +1,24 @@
 """Products of dense matrices, by the library that is the fastest where they are.
 
-torch multiplies float32 on a CPU by MKL, which knows Intel's processors: on a Zen 5 oneDNN, which
-torch has as well, takes less than half of the time (bench/README.md, "Training step").
+torch multiplies float32 on a CPU by MKL, which knows Intel's processors. On a Zen 5 a training step
+takes half of the time by oneDNN, which torch has as well (bench/README.md, "Training step").
 """
 
 from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from gen_fast.io.cpuinfo import cpuinfo
+
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [T, in] times weightᵀ [in, out], plus bias [out]: [T, out]. Has no gradient by oneDNN."""
-    if by_onednn(x):
+    """x [T, in] times weightᵀ [in, out], plus bias [out]: [T, out].
+
+    weight: also in oneDNN's layout. By oneDNN the product has no gradient.
+    """
+    if weight.is_mkldnn or by_onednn(x):
         weight = without_gaps(weight)
         result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return result
@@ -22,11 +26,13 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def without_gaps(weight: Tensor) -> Tensor:
-    """`weight` with nothing between its rows, or its columns.
+    """`weight` with nothing between its rows, or its columns: oneDNN takes others very slowly.
 
-    For others oneDNN has its reference alone, which takes a thousand times as long.
+    It has no kernel for them, only its reference.
     """
-    return weight if weight.is_contiguous() or weight.T.is_contiguous() else weight.contiguous()
+    if weight.is_mkldnn or weight.is_contiguous() or weight.T.is_contiguous():
+        return weight
+    return weight.contiguous()
 
 
 def by_onednn(x: Tensor) -> bool:
@@ -41,11 +47,5 @@ def by_onednn(x: Tensor) -> bool:
 
 @cache
 def _onednn_is_faster_than_mkl() -> bool:
-    if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
-        return False
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return False
-    vendors = [line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")]
-    return bool(vendors) and vendors[0] != "GenuineIntel"
+    both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    return both and cpuinfo("vendor_id") not in (None, "GenuineIntel")

@@ -1,9 +1,11 @@
-// The AVX-512, AVX-VNNI and AMX intrinsics of csrc/, computed with AVX2: for tests on processors without them.
+// The AVX-512, AVX-VNNI and AMX intrinsics of csrc/, computed with AVX2: for tests on processors
+// without them.
 //
 // In a build with GEN_FAST_EMULATED, common/each_isa.h includes this file and compiles the
-// versions for all of these for AVX2. The functions have the intrinsics' own names, in namespace gen_fast, where they
-// hide the compiler's: csrc/ calls them unchanged. One that is missing here fails to compile, as the
-// compiler's own needs AVX-512; one of AMX, which GCC has as assembly, fails when it runs.
+// versions for all of these for AVX2. The functions have the intrinsics' own names, in namespace
+// gen_fast, where they hide the compiler's: csrc/ calls them unchanged. One that is missing here
+// fails to compile, as the compiler's own needs AVX-512; one of AMX, which GCC has as assembly, fails
+// when it runs.
 // Plain vector arithmetic needs nothing: GCC and Clang split vectors of 64 bytes themselves.
 //
 // They do what Intel's manual says, one lane after the other, and test_emulation.py compares them

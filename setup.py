@@ -34,7 +34,6 @@ if BUILD not in {"auto", "auto-cpu", "cpu", "cuda", "none", "emulated"}:
 if BUILD == "emulated" and "--build-lib" not in sys.argv:  # nor in place
     sys.exit("GEN_FAST_BUILD=emulated is for `make emulated`, not to be installed")
 
-MODULES = ("csrc/module.cpp", "csrc/cuda_module.cpp", "tests/native/intrinsics.cpp")
 OPS = sorted(path.parent.name for path in (ROOT / "kernels").glob("*/__init__.py"))
 # -g0: Python's own flags may ask for debug information, which takes a fifth of the time.
 FLAGS = ["-O3", "-g0", "-fvisibility=hidden", "-Wall"]
@@ -79,6 +78,10 @@ class BuildExtensions(build_ext):
         kind = "-emulated" if BUILD == "emulated" else ""
         name = f"{sysconfig.get_platform()}-{sys.version_info[1]}{kind}"
         folder = Path("build", "objects", name)
+        # Not by -I: where pybind11 lies changes from install to install, and ninja would take that
+        # for another command. Its version is in extra_compile_args.
+        paths = [*self.include_dirs, *ext.include_dirs, os.environ.get("CPLUS_INCLUDE_PATH")]
+        os.environ["CPLUS_INCLUDE_PATH"] = os.pathsep.join(filter(None, paths))
         compilations = [self._compilation(ext, source, folder) for source in ext.sources]
         compile_all(compilations, folder / f"{ext.name}.ninja")
         ext.sources = []
@@ -102,9 +105,7 @@ class BuildExtensions(build_ext):
             command += ["-Xcompiler", "-fPIC,-fvisibility=hidden", "-Icsrc", "-MD", "-MF", headers]
         else:
             command = [*self._cxx(), *ext.extra_compile_args, "-Icsrc"]
-            command += ["-MD", "-MF", headers]
-            if source in MODULES:  # the ops need no header of Python's, whose place may change
-                command += [f"-I{path}" for path in (*self.include_dirs, *ext.include_dirs)]
+            command += ["-MMD", "-MF", headers]  # our headers: pybind11 lies elsewhere next time
         return Compilation(source, target, headers, (*command, "-c", source, "-o", target))
 
 
@@ -158,6 +159,7 @@ def cuda_library_folder() -> str:
 def extensions() -> list[Extension]:
     import pybind11
 
+    flags = [*FLAGS, f"-DGEN_FAST_PYBIND11={pybind11.__version__}"]
     shared = {
         "include_dirs": [pybind11.get_include()],
         "language": "c++",
@@ -168,7 +170,7 @@ def extensions() -> list[Extension]:
         "gen_fast._C",
         # The largest first: with few cores nothing waits for them at the end.
         sources=["csrc/module.cpp", *sorted(files("csrc/cpu/*.cpp"), key=size, reverse=True)],
-        extra_compile_args=["-std=c++17", "-fopenmp", *FLAGS],
+        extra_compile_args=["-std=c++17", "-fopenmp", *flags],
         extra_link_args=["-fopenmp"],
         **shared,
     )
@@ -188,7 +190,7 @@ def extensions() -> list[Extension]:
     cuda = Extension(
         "gen_fast._cuda",
         sources=["csrc/cuda_module.cpp", *files("csrc/cuda/*.cu")],
-        extra_compile_args=["-std=c++17", *FLAGS],
+        extra_compile_args=["-std=c++17", *flags],
         # Linked statically, so that the module imports on a machine without CUDA.
         libraries=["cudart_static", "rt", "pthread", "dl"],
         **shared,

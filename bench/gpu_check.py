@@ -235,7 +235,7 @@ def commands(step: str, folder: Folder, dry: bool) -> dict[str, list[str]]:
     bench += ["--benchmark-storage", f"file://{folder.work / 'benchmarks'}"]
     bench += ["--benchmark-disable"] if dry else []
     # What is measured last is left out before: torch.compile takes seconds a case to compile.
-    ours = "reference and bf16" if dry else "not compile and not cuda"
+    ours = "reference and bf16 and not backward" if dry else "not compile and not cuda"
     if step == "smoke":
         chosen = "tests/kernels/test_swiglu.py" if dry else "tests/ops/test_gpu.py"
         return {step: [*marked, "-k", "nan" if dry else "half_precision or fits_a_cuda", chosen]}

@@ -127,22 +127,22 @@ def compile_cuda(source, architecture, folder):
     ]
 
 
-@pytest.fixture(scope="module")
-def cuda_kernels(made_once):
-    """The kernels of each CUDA file for each architecture."""
+@pytest.fixture(scope="module", params=["sm_90a", pytest.param("sm_80", marks=pytest.mark.slow)])
+def cuda_kernels(made_once, request):
+    """The kernels of each CUDA file. For one architecture; the build compiles them for both."""
     if shutil.which("nvcc") is None:
         pytest.skip("needs nvcc")
     sources = sorted((ROOT / "csrc/cuda").glob("*.cu"))
     assert sources
-    jobs = [(source, architecture) for source in sources for architecture in ("sm_80", "sm_90a")]
 
     def kernels(folder):
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            files = list(pool.map(lambda job: compile_cuda(*job, folder), jobs))
+            files = list(pool.map(lambda path: compile_cuda(path, request.param, folder), sources))
         assert all(files)
         return [[asdict(kernel) for kernel in file] for file in files]
 
-    return [[Kernel(**kernel) for kernel in file] for file in made_once("cuda", kernels)]
+    made = made_once(f"cuda-{request.param}", kernels)
+    return [[Kernel(**kernel) for kernel in file] for file in made]
 
 
 def test_every_cuda_kernel_compiles_without_spills_and_moves_16_bytes(cuda_kernels):

@@ -277,7 +277,9 @@ def test_without_a_working_compiler_auto_installs_python_only(
 def test_builds_that_must_fail(
     environment: Environment, sdist: Path, build: str, message: str
 ) -> None:
-    installed = environment.install(sdist, env={"GEN_FAST_BUILD": build, **BROKEN_COMPILER})
+    # Not isolated, which is tested above: making a build environment takes most of the time.
+    variables = {"GEN_FAST_BUILD": build, **BROKEN_COMPILER}
+    installed = environment.install("--no-build-isolation", sdist, env=variables)
     assert installed.returncode != 0
     assert re.search(message, installed.stdout, re.IGNORECASE), installed.stdout
 

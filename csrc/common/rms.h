@@ -8,12 +8,12 @@ template <class T>
 static inline float inverse_rms(const T* x, int64_t size, float eps) {
   vf squares = {};
   float tail = 0;
-  int64_t i = 0;
-  for (; i + W <= size; i += W) {
+  const int64_t whole = size - size % W;
+  for (int64_t i = 0; i < whole; i += W) {
     const vf v = load(x + i);
     squares += v * v;
   }
-  for (; i < size; ++i) tail += to_float(x[i]) * to_float(x[i]);
+  for (int64_t i = whole; i < size; ++i) tail += to_float(x[i]) * to_float(x[i]);
   return 1.0f / std::sqrt((sum(squares) + tail) / (float)size + eps);
 }
 
@@ -27,13 +27,13 @@ static inline RmsGradient rms_gradient(const T* x, const G* grad, const T* weigh
                                        float eps) {
   vf squares = {}, products = {};
   float tail_squares = 0, tail_products = 0;
-  int64_t i = 0;
-  for (; i + W <= size; i += W) {
+  const int64_t whole = size - size % W;
+  for (int64_t i = 0; i < whole; i += W) {
     const vf v = load(x + i);
     squares += v * v;
     products += v * (load(grad + i) * load(weight + i));
   }
-  for (; i < size; ++i) {
+  for (int64_t i = whole; i < size; ++i) {
     const float v = to_float(x[i]);
     tail_squares += v * v;
     tail_products += v * to_float(grad[i]) * to_float(weight[i]);

@@ -92,7 +92,11 @@ inline void Format<8>::unpack(const uint8_t* bytes, vf* q) {
     q[i] = __builtin_convertvector((vi)_mm256_cvtepu8_epi32(eight), vf);
   }
 #else
-  for (int i = 0; i < OUTPUTS; ++i) q[i / W][i % W] = (float)bytes[i];
+  for (int i = 0; i < PARTS; ++i, bytes += W) {
+    vf part = {};
+    for (int k = 0; k < W; ++k) part[k] = (float)bytes[k];
+    q[i] = part;
+  }
 #endif
 }
 

@@ -24,7 +24,6 @@ from gen_fast.jobs.engines import Engine, Run, _wait_for_cluster, run_ray, worke
 from gen_fast.jobs.job import embed_corpus
 from gen_fast.jobs.parts import PartStore
 from gen_fast.jobs.plan import Plan
-from gen_fast.jobs.verify import verify
 from gen_fast.model.device import make_current
 
 
@@ -35,9 +34,7 @@ def test_two_processes_of_this_machine(
     assert files_of(tmp_path / "out") == expected
 
 
-def test_two_processes_of_torchrun(
-    corpus: Path, tiny_model: Path, tmp_path: Path, expected: dict[str, bytes]
-) -> None:
+def test_two_processes_of_torchrun(corpus: Path, tiny_model: Path, tmp_path: Path) -> None:
     def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc-per-node", "2", "-m", "gen_fast.cli", "embed", str(corpus), "--quiet"]
@@ -45,17 +42,17 @@ def test_two_processes_of_torchrun(
         command += ["--id-column", "key", "--rows-per-part", "16", *arguments]
         return subprocess.run(command, check=False, capture_output=True, text=True, timeout=100)
 
-    one, two = str(tmp_path / "out"), str(tmp_path / "two")
-    assert run("--out", one, "--prompt", "say: ").returncode == 0
-    assert files_of(tmp_path / "out") == expected
     # Several jobs, one after the other in each process.
-    assert run("--out", two, "--text-column", "title", "--prompt-name", "query").returncode == 0
-    assert verify(tmp_path / "two" / "text") == []
-    assert verify(tmp_path / "two" / "title") == []
-    # Another prompt is refused by the first rank, and so by all.
-    wrong = run("--out", one, "--prompt", "tell: ")
+    two = ("--out", str(tmp_path / "out"), "--text-column", "title")
+    assert run(*two, "--prompt-name", "query").returncode == 0
+    for column in ("text", "title"):
+        alone = options(tiny_model, text_column=column, prompt=None, prompt_name="query")
+        embed_corpus(corpus, tmp_path / column, **alone)
+        assert files_of(tmp_path / "out" / column) == files_of(tmp_path / column)
+    # Other settings are refused by the first rank, and so by all.
+    wrong = run(*two, "--prompt-name", "query", "--max-length", "64")
     assert wrong.returncode
-    assert "prompt was 'say: ', now it is 'tell: '" in wrong.stderr
+    assert "max_length was None, now it is 64" in wrong.stderr
 
 
 def test_a_worker_that_dies_leaves_its_parts_to_the_others(

@@ -310,7 +310,7 @@ RACES = pytest.param("races", marks=pytest.mark.slow)
 @pytest.fixture(scope="session", params=[RACES, "addresses"])
 def sanitized(request, made_once) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs host_cuda_main.cpp under a sanitizer."""
-    flags = [f"-fsanitize={SANITIZERS[request.param]}", "-fno-sanitize-recover=all", "-g1"]
+    flags = [f"-fsanitize={SANITIZERS[request.param]}", "-fno-sanitize-recover=all", "-g1", "-O0"]
     program = made_once(
         f"host_cuda_{request.param}",
         lambda folder: compiled(folder / "main", *flags, "tests/native/host_cuda_main.cpp"),

@@ -21,9 +21,8 @@ export GEN_FAST_BUILD ?= $(if $(shell command -v nvidia-smi),auto,auto-cpu)
 INSTALLED_FROM := pyproject.toml constraints.txt setup.py $(wildcard kernels/*/__init__.py) \
                   $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/cuda/*)
 
-# One process more than cores, as some tests wait for other processes; at most four, as each holds a
-# model of half a gigabyte.
-IN_PARALLEL := --numprocesses $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 3 ? n + 1 : 4))) \
+# At most four processes, as each holds a model of half a gigabyte.
+IN_PARALLEL := --numprocesses $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 4 ? n : 4))) \
                --dist worksteal
 
 # Else every process compiles the modules of torch again.

@@ -45,7 +45,7 @@ emulated-ops: $(VENV)/.dev
 	    $(BIN)/python setup.py -q build_ext --build-lib build/emulated
 
 # The tests of the emulated intrinsics, and those of the ops that run them.
-emulated: emulated-ops ## Test the AVX-512 and AMX versions of the C++ ops on any processor with AVX2
+emulated: emulated-ops ## Test the AVX-512 and AMX versions of the C++ ops that this processor lacks, on AVX2
 	GEN_FAST_EMULATED=build/emulated $(BIN)/pytest tests/native tests/kernels \
 	    -k "emulation or cpu-cpu or avx512 or vnni or amx" $(IN_PARALLEL)
 

@@ -49,7 +49,7 @@ emulated: emulated-ops ## Test the AVX-512 and AMX versions of the C++ ops that 
 	GEN_FAST_EMULATED=build/emulated $(BIN)/pytest tests/native tests/kernels \
 	    -k "emulation or cpu-cpu or avx512 or vnni or amx" $(IN_PARALLEL)
 
-# Neither the install of a wheel with its dependencies nor editable ones: make demo does both.
+# Neither the install of a wheel with its dependencies nor editable ones: make demo does both, by uv.
 packaging: $(VENV)/.dev ## Test what is installed: wheels and the sdist, with a compiler and without
 	$(BIN)/pytest -m slow tests/test_packaging.py \
 	    -k "not declared_dependencies and not editable" $(IN_PARALLEL)

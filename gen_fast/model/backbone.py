@@ -31,7 +31,7 @@ from gen_fast.model.linear import (
     row_format,
 )
 from gen_fast.model.lora import MATRICES
-from gen_fast.model.update import Update
+from gen_fast.model.update import FrozenLinear, Update
 from gen_fast.ops.append import append
 from gen_fast.ops.attention import AttentionOptions, attention
 from gen_fast.ops.norm import add_rms_norm, add_rms_norm_quantized, rms_norm
@@ -417,7 +417,8 @@ class _Pass:
             return linear(x, weight, bias)
         assert isinstance(x, Tensor)
         last = i == self._config.num_layers - 1 and matrix != "qkv"
-        return self._update.linear(i, matrix, x, weight, bias, self._drop_rows[last])
+        frozen = FrozenLinear(i, matrix, weight, bias)
+        return self._update.linear(x, frozen, self._drop_rows[last])
 
 
 def with_padding_rows(values: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from gen_fast.model.config import BackboneConfig
 from gen_fast.model.dropout import RowDropout
 from gen_fast.model.lora import MATRICES, linear_sizes
+from gen_fast.model.update import FrozenLinear
 from gen_fast.ops.dense import product
 
 
@@ -80,17 +81,9 @@ class _CastWeights:
             key: (parameter, parameter.detach().to(dtype)) for key, parameter in matrices.items()
         }
 
-    def linear(
-        self,
-        layer: int,
-        matrix: str,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        drop: RowDropout | None = None,
-    ) -> Tensor:
+    def linear(self, x: Tensor, frozen: FrozenLinear, drop: RowDropout | None = None) -> Tensor:
         """See CastUpdate. The frozen weight is not read, and nothing is dropped."""
-        result: Tensor = _FullLinear.apply(x, bias, *self._weights[layer, matrix])  # type: ignore[no-untyped-call]
+        result: Tensor = _FullLinear.apply(x, frozen.bias, *self._weights[frozen.key])  # type: ignore[no-untyped-call]
         return result
 
 

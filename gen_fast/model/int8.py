@@ -26,6 +26,7 @@ from gen_fast.model.linear import Int8Weight, Weight, linear
 from gen_fast.model.lora import MATRICES, linear_sizes
 from gen_fast.model.quantized import SCALE
 from gen_fast.model.tokenizing import load_tokenizer
+from gen_fast.model.update import FrozenLinear
 from gen_fast.ops.qlinear import fits_int8, int8_blocks_shape
 
 FEWEST_TEXTS = 20
@@ -164,18 +165,10 @@ class _LargestInputs:
     def cast(self, dtype: torch.dtype) -> "_LargestInputs":
         return self
 
-    def linear(
-        self,
-        layer: int,
-        matrix: str,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        drop: RowDropout | None = None,
-    ) -> Tensor:
+    def linear(self, x: Tensor, frozen: FrozenLinear, drop: RowDropout | None = None) -> Tensor:
         magnitudes = x.abs().amax(0)
-        before = self.largest.get((layer, matrix))
-        self.largest[layer, matrix] = (
+        before = self.largest.get(frozen.key)
+        self.largest[frozen.key] = (
             magnitudes if before is None else torch.maximum(before, magnitudes)
         )
-        return linear(x, weight, bias)
+        return linear(x, frozen.weight, frozen.bias)

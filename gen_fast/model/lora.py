@@ -18,6 +18,7 @@ from gen_fast.errors import AdapterError, BackboneMismatchError, ConfigError
 from gen_fast.model.config import BackboneConfig
 from gen_fast.model.dropout import RowDropout
 from gen_fast.model.linear import linear, times
+from gen_fast.model.update import FrozenLinear
 from gen_fast.ops.dense import product
 from gen_fast.ops.lora_down import lora_down, lora_down_backward
 
@@ -210,20 +211,14 @@ class CastLora:
             self._groups[key] = group, tensors
         self._scale = lora.config.scale
 
-    def linear(
-        self,
-        layer: int,
-        matrix: str,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        drop: RowDropout | None = None,
-    ) -> Tensor:
+    def linear(self, x: Tensor, frozen: FrozenLinear, drop: RowDropout | None = None) -> Tensor:
         """See CastUpdate. drop: of x on the way to A, for each part anew."""
-        group, tensors = self._groups.get((layer, matrix), (None, ()))
+        group, tensors = self._groups.get(frozen.key, (None, ()))
         if group is None:
-            return linear(x, weight, bias)
-        result: Tensor = _LoraLinear.apply(x, weight, bias, group, self._scale, drop, *tensors)  # type: ignore[no-untyped-call]
+            return linear(x, frozen.weight, frozen.bias)
+        result: Tensor = _LoraLinear.apply(  # type: ignore[no-untyped-call]
+            x, frozen.weight, frozen.bias, group, self._scale, drop, *tensors
+        )
         return result
 
 

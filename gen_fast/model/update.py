@@ -4,7 +4,7 @@ Each kind is a module whose parameters are float32 masters. A pass takes it in i
 asks that for each product.
 """
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -12,23 +12,30 @@ from torch import Tensor
 from gen_fast.model.dropout import RowDropout
 
 
+class FrozenLinear(NamedTuple):
+    """A matrix of a backbone's layer. matrix: a name of gen_fast.model.lora.MATRICES.
+
+    weight [out, in], plain or packed; bias [out].
+    """
+
+    layer: int
+    matrix: str
+    weight: Tensor
+    bias: Tensor | None
+
+    @property
+    def key(self) -> tuple[int, str]:
+        """Which matrix of which layer it is."""
+        return self[:2]
+
+
 class CastUpdate(Protocol):
     """An update in the dtype of a pass."""
 
-    def linear(
-        self,
-        layer: int,
-        matrix: str,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        drop: RowDropout | None = None,
-    ) -> Tensor:
-        """x [T, in] through a matrix of a layer as it is updated: [T, out].
+    def linear(self, x: Tensor, frozen: FrozenLinear, drop: RowDropout | None = None) -> Tensor:
+        """x [T, in] through a linear as it is updated: [T, out].
 
-        matrix: a name of gen_fast.model.lora.MATRICES. weight [out, in], plain or packed, and bias
-        [out]: the frozen ones. drop: of what the update does with x. Gradients reach x and the
-        update's parameters.
+        drop: of what the update does with x. Gradients reach x and the update's parameters.
         """
 
 

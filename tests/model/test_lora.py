@@ -14,6 +14,7 @@ from gen_fast.model.batch import PackedBatch
 from gen_fast.model.dropout import RowDropout
 from gen_fast.model.linear import can_pack
 from gen_fast.model.lora import MATRICES, MODULES, Lora, LoraConfig, linear_sizes
+from gen_fast.model.update import FrozenLinear
 from gen_fast.model.weights import load_backbone
 from gen_fast.ops.dropout import dropout
 from gen_fast.testing import relative_error, save_tiny_model
@@ -172,7 +173,8 @@ def test_dropped_inputs_and_their_gradients_are_those_of_autograd(tiny_model, ma
     x = torch.randn(11, sizes[0][1], requires_grad=True)
     drop = RowDropout(0.4, 9, torch.arange(11) // 4, torch.arange(11) % 4)
     grad = torch.randn(11, len(weight))
-    lora.cast(torch.float32).linear(1, matrix, x, weight, None, drop).backward(grad)
+    frozen = FrozenLinear(1, matrix, weight, None)
+    lora.cast(torch.float32).linear(x, frozen, drop).backward(grad)
     found = [x.grad, *(p.grad for p in lora.parameters() if p.grad is not None)]
 
     factors = [lora.factors()[f"layers.1.{part}"] for part in MATRICES[matrix]]

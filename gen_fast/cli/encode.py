@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from gen_fast.search.exact import Match
 
 
+@options.grouped
 def encode(
     source: Annotated[
         str, typer.Argument(metavar="INPUT", help="txt, jsonl, csv or parquet; - is stdin.")
@@ -28,16 +29,11 @@ def encode(
     out: Annotated[str, typer.Option(help=".npy, .parquet or .safetensors; - is jsonl on stdout.")],
     model: options.ModelOption = None,
     method: options.MethodOption = None,
-    backbone: options.BackboneOption = None,
-    device: options.DeviceOption = None,
-    dtype: options.DtypeOption = "auto",
-    quantize: options.QuantizeOption = None,
+    loading: options.Loading = options.LOADING,
     prompt: options.PromptOption = None,
     prompt_name: options.PromptNameOption = None,
     normalize: options.NormalizeOption = False,
-    text_column: options.TextColumnOption = None,
-    id_column: options.IdColumnOption = None,
-    file_format: options.FormatOption = None,
+    texts_in: options.TextsIn = options.TEXTS_IN,
     max_length: options.MaxLengthOption = None,
     deterministic: options.DeterministicOption = False,
     truncate_dim: options.TruncateDimOption = None,
@@ -63,17 +59,12 @@ def encode(
             fail(f"--out {out} is a directory, or lies in none")
         if Path(out).exists() and not Path(out).is_file():
             fail(f"--out {out} is there and no file")
-    texts = read_texts(
-        source, file_format=file_format, text_column=text_column, id_column=id_column
-    )
+    texts = read_texts(source, **asdict(texts_in))
     check_embedding_file(out, texts.ids, texts.texts)
     encoder = load_encoder(
         model,
-        method=method,
-        backbone=backbone,
-        device=device,
-        dtype=dtype,
-        quantize=quantize,
+        method,
+        loading,
         max_length=max_length,
         deterministic=deterministic,
         quiet=quiet,
@@ -100,8 +91,8 @@ def encode(
         dimension=vectors.shape[1],
         model_dimension=encoder.dimension,
         dtype=str(encoder.backbone.dtype).removeprefix("torch."),
-        quantize=str(quantize or ""),
-        backbone=lasting_name(backbone) if backbone else "",
+        quantize=str(loading.quantize or ""),
+        backbone=lasting_name(loading.backbone) if loading.backbone else "",
         fingerprint=encoder.backbone.fingerprint,
     )
     write_embeddings(out, Embeddings(texts.ids, vectors, texts.texts, metadata))
@@ -109,6 +100,7 @@ def encode(
         typer.echo(f"{len(vectors)} embeddings of {vectors.shape[1]} dimensions", err=True)
 
 
+@options.grouped
 def search(
     embeddings: Annotated[
         str, typer.Argument(help="What encode wrote, or an index that index made.")
@@ -125,10 +117,7 @@ def search(
         str | None, typer.Option(help="Default: the file's own; .npy has none.")
     ] = None,
     method: Annotated[options.Method | None, typer.Option(help="Default: the file's own.")] = None,
-    backbone: options.BackboneOption = None,
-    device: options.DeviceOption = None,
-    dtype: options.DtypeOption = "auto",
-    quantize: options.QuantizeOption = None,
+    loading: options.Loading = options.LOADING,
     prompt: options.PromptOption = None,
     prompt_name: Annotated[
         str | None, typer.Option(help="Default: query, if the model has it.")
@@ -136,9 +125,7 @@ def search(
     center: Annotated[
         bool, typer.Option("--center", help="Subtract the corpus mean before the cosine.")
     ] = False,
-    text_column: options.TextColumnOption = None,
-    id_column: options.IdColumnOption = None,
-    file_format: options.FormatOption = None,
+    texts_in: options.TextsIn = options.TEXTS_IN,
     query_column: Annotated[
         str | None, typer.Option(help="Column of --queries; default as for --text-column.")
     ] = None,
@@ -160,18 +147,16 @@ def search(
     if prompt is not None and prompt_name is not None:
         fail("give --prompt or --prompt-name, not both")
     if Path(embeddings).is_file() and Path(embeddings).suffix not in EMBEDDING_SUFFIXES:
-        for_files = (texts, model, method, backbone, center, max_length, text_column, id_column)
-        if any((*for_files, file_format, quantize, dtype != "auto")):
+        for_files = (texts, model, method, center, max_length, texts_in != options.TEXTS_IN)
+        if any(for_files) or replace(loading, device=None) != options.LOADING:
             fail("an index has its own texts and model: only queries, prompt, -k and device")
         query_texts = query or read_texts(queries or "-", text_column=query_column).texts
-        hits = search_index(embeddings, query_texts, k, prompt, prompt_name, device)
+        hits = search_index(embeddings, query_texts, k, prompt, prompt_name, loading.device)
         _print_hits(query_texts, hits, as_json)
         return
     corpus = read_embeddings(embeddings)
     if texts is not None:
-        read = read_texts(
-            texts, file_format=file_format, text_column=text_column, id_column=id_column
-        )
+        read = read_texts(texts, **asdict(texts_in))
         if len(read.ids) != len(corpus.ids):
             raise InputError(f"{texts}: {len(read.ids)} texts for {len(corpus.ids)} embeddings")
         corpus = replace(corpus, ids=read.ids, texts=read.texts)
@@ -183,18 +168,13 @@ def search(
     # A model given by hand replaces the file's, and so its method and backbone do not apply.
     if metadata is not None and model is None:
         method = method or metadata.method
-        backbone = backbone or metadata.backbone or None
-        quantize = quantize or metadata.quantize or None
-    encoder = load_encoder(
-        model or (metadata.model if metadata else None),
-        method=method,
-        backbone=backbone,
-        device=device,
-        dtype=dtype,
-        quantize=quantize,
-        max_length=max_length,
-        quiet=quiet,
-    )
+        loading = replace(
+            loading,
+            backbone=loading.backbone or metadata.backbone or None,
+            quantize=loading.quantize or metadata.quantize or None,
+        )
+    source = model or (metadata.model if metadata else None)
+    encoder = load_encoder(source, method, loading, max_length=max_length, quiet=quiet)
     check_same_model(embeddings, corpus, encoder)
     if prompt is None and prompt_name is None and "query" in encoder.prompts:
         prompt_name = "query"

@@ -29,6 +29,7 @@ def runner() -> ModuleType:
     return module
 
 
+@options.grouped
 def evaluate(
     tasks: Annotated[
         list[str] | None,
@@ -39,10 +40,7 @@ def evaluate(
     stock: Annotated[
         bool, typer.Option("--stock", help="Have sentence-transformers run the model; or minilm.")
     ] = False,
-    backbone: options.BackboneOption = None,
-    device: options.DeviceOption = None,
-    dtype: options.DtypeOption = "auto",
-    quantize: options.QuantizeOption = None,
+    loading: options.Loading = options.LOADING,
     max_length: options.MaxLengthOption = None,
     instructions: Annotated[
         str, typer.Option(help=f"{', '.join(INSTRUCTIONS)}, or a YAML file of them.")
@@ -68,24 +66,17 @@ def evaluate(
     if stock:
         from gen_fast.embed.stock import load_stock
 
-        if not method is backbone is quantize is None:
+        if not method is loading.backbone is loading.quantize is None:
             fail("--stock runs a model as it is: --method, --backbone, --quantize have no meaning")
         logging.getLogger("gen_fast").setLevel(logging.ERROR if quiet else logging.WARNING)
-        where = str(options.checked_device(device))
         embedder = load_stock(
-            model or DEFAULT_MODEL, device=where, dtype="float32" if dtype == "auto" else str(dtype)
+            model or DEFAULT_MODEL,
+            device=str(options.checked_device(loading.device)),
+            dtype="float32" if loading.dtype == "auto" else str(loading.dtype),
         )
         name = name or Path(model or DEFAULT_MODEL).name
     else:
-        embedder = load_encoder(
-            model,
-            method=method,
-            backbone=backbone,
-            device=device,
-            dtype=dtype,
-            quantize=quantize,
-            quiet=quiet,
-        )
+        embedder = load_encoder(model, method, loading, quiet=quiet)
     evaluation = run(
         embedder,
         tasks or ("local",),

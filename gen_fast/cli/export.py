@@ -35,15 +35,9 @@ def export(
     from gen_fast.io.durable import check_is_new
 
     check_is_new(out)
-    encoder = load_encoder(
-        model,
-        method=method,
-        backbone=backbone,
-        device="cpu",
-        dtype="bfloat16",  # nothing is computed, and weights are copied from file to file
-        max_length=max_length,
-        quiet=quiet,
-    )
+    # Nothing is computed, and weights are copied from file to file.
+    loading = options.Loading(backbone=backbone, device="cpu", dtype="bfloat16")
+    encoder = load_encoder(model, method, loading, max_length=max_length, quiet=quiet)
     evaluation = [] if results is None else _scores(results, name, encoder)
     encoder.save_as_sentence_transformer(out, dtype=str(dtype), evaluation=evaluation)
     if not quiet:

@@ -12,13 +12,11 @@ from gen_fast.cli.output import print_line
 from gen_fast.version import __version__
 
 
+@options.grouped
 def info(
     model: Annotated[str | None, typer.Option(help="Load this model and describe it.")] = None,
     method: options.MethodOption = None,
-    backbone: options.BackboneOption = None,
-    device: options.DeviceOption = None,
-    dtype: options.DtypeOption = "auto",
-    quantize: options.QuantizeOption = None,
+    loading: options.Loading = options.LOADING,
     as_json: options.JsonOption = False,
 ) -> None:
     """Print versions, device, dtype, instruction set, implementations and cache directory."""
@@ -29,8 +27,8 @@ def info(
     from gen_fast.model.device import resolve_dtype
     from gen_fast.ops import native
 
-    where = options.checked_device(device)
-    computed_in = resolve_dtype(dtype, where)
+    where = options.checked_device(loading.device)
+    computed_in = resolve_dtype(loading.dtype, where)
     facts: dict[str, Any] = {
         "gen_fast": __version__,
         "python": platform.python_version(),
@@ -44,14 +42,7 @@ def info(
         "cache": str(cache_directory()),
     }
     if model is not None:
-        encoder = load_encoder(
-            model,
-            method=method,
-            backbone=backbone,
-            device=device,
-            dtype=dtype,
-            quantize=quantize,
-        )
+        encoder = load_encoder(model, method, loading)
         facts |= {
             "model": encoder.name,
             "method": encoder.method,

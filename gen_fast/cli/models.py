@@ -12,12 +12,9 @@ if TYPE_CHECKING:
 
 def load_encoder(
     model: str | None,
-    *,
     method: str | None,
-    backbone: str | None,
-    device: str | None,
-    dtype: str,
-    quantize: str | None = None,
+    loading: options.Loading,
+    *,
     max_length: int | None = None,
     deterministic: bool = False,
     quiet: bool = False,
@@ -29,10 +26,10 @@ def load_encoder(
     return load(
         model or DEFAULT_MODEL,
         method=method and str(method),
-        backbone=backbone,
-        device=options.checked_device(device),
-        dtype=str(dtype),
-        quantize=quantize and str(quantize),
+        backbone=loading.backbone,
+        device=options.checked_device(loading.device),
+        dtype=str(loading.dtype),
+        quantize=loading.quantize and str(loading.quantize),
         max_length=max_length,
         deterministic=deterministic,
     )

@@ -1,7 +1,10 @@
 """Options that several commands of `gen-fast` take, and the values they may have."""
 
-from collections.abc import Iterable
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields, is_dataclass
 from enum import StrEnum
+from functools import wraps
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -74,6 +77,52 @@ TruncateDimOption = Annotated[
 SplitOption = Annotated[str, typer.Option(help="Of a dataset given as datasets:NAME.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no warnings.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@dataclass(frozen=True)
+class Loading:
+    """Options of how a model is loaded. A command that takes them is `grouped`."""
+
+    backbone: BackboneOption = None
+    device: DeviceOption = None
+    dtype: DtypeOption = "auto"
+    quantize: QuantizeOption = None
+
+
+@dataclass(frozen=True)
+class TextsIn:
+    """Options of where a file has its texts. A command that takes them is `grouped`."""
+
+    text_column: TextColumnOption = None
+    id_column: IdColumnOption = None
+    file_format: FormatOption = None
+
+
+LOADING, TEXTS_IN = Loading(), TextsIn()
+
+
+def grouped(command: Callable[..., None]) -> Callable[..., None]:
+    """A command of which a dataclass among the parameters is an option a field, in its place."""
+    signature = inspect.signature(command, eval_str=True)
+    groups: dict[str, Any] = {}
+    parameters = []
+    for parameter in signature.parameters.values():
+        group = parameter.annotation
+        if not (isinstance(group, type) and is_dataclass(group)):
+            parameters.append(parameter)
+            continue
+        groups[parameter.name] = group
+        parameters += inspect.signature(group, eval_str=True).parameters.values()
+
+    @wraps(command)
+    def run(**values: Any) -> None:
+        for name, group in groups.items():
+            values[name] = group(**{field.name: values.pop(field.name) for field in fields(group)})
+        command(**values)
+
+    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
 
 
 def checked_device(name: str | None) -> Any:

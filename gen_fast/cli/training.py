@@ -3,7 +3,7 @@
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from gen_fast.training.answers import Shard
 
 
+@options.grouped
 def generate(
     source: Annotated[
         str | None,
@@ -50,9 +51,7 @@ def generate(
     shard: Annotated[
         str, typer.Option(metavar="I/N", help="This machine's part of the queries, from 0/N.")
     ] = "0/1",
-    text_column: options.TextColumnOption = None,
-    id_column: options.IdColumnOption = None,
-    file_format: options.FormatOption = None,
+    texts_in: options.TextsIn = options.TEXTS_IN,
     split: options.SplitOption = DEFAULT_SPLIT,
     quiet: options.QuietOption = False,
 ) -> None:
@@ -68,7 +67,7 @@ def generate(
     part = _shard(shard)
     logging.getLogger("gen_fast").setLevel(logging.ERROR if quiet else logging.WARNING)
     if source is not None:
-        queries = _read_queries(source, file_format, text_column, id_column, split)
+        queries = _read_queries(source, texts_in, split)
     own = own_sampling(locate_generator(model or DEFAULT_MODEL).source, seed)
     chosen: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
     sampling = replace(own, **{k: v for k, v in chosen.items() if v is not None})
@@ -89,18 +88,10 @@ def generate(
     generate_answers(queries, out, generator, shard=part, show_progress_bar=not quiet)
 
 
-def _read_queries(
-    source: str, file_format: str | None, text_column: str | None, id_column: str | None, split: str
-) -> "Texts":
+def _read_queries(source: str, texts_in: options.TextsIn, split: str) -> "Texts":
     from gen_fast.io.text_files import read_texts
 
-    return read_texts(
-        source,
-        file_format=file_format,
-        text_column=text_column,
-        id_column=id_column,
-        split=split,
-    )
+    return read_texts(source, **asdict(texts_in), split=split)
 
 
 def _shard(text: str) -> "Shard":
@@ -183,6 +174,7 @@ def _given(flags: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in flags.items() if value is not None}
 
 
+@options.grouped
 def train(
     context: typer.Context,
     source: Annotated[
@@ -217,9 +209,7 @@ def train(
     ] = None,
     max_new_tokens: options.MaxNewTokensOption = 500,
     answer_batch: Annotated[int, typer.Option(min=1, help="Answers at a time.")] = 64,
-    text_column: options.TextColumnOption = None,
-    id_column: options.IdColumnOption = None,
-    file_format: options.FormatOption = None,
+    texts_in: options.TextsIn = options.TEXTS_IN,
     split: options.SplitOption = DEFAULT_SPLIT,
     quiet: options.QuietOption = False,
 ) -> None:
@@ -249,8 +239,8 @@ def train(
             "backbone": model,
             "device": device and str(options.checked_device(device)),
             "dtype": dtype and str(dtype),
-            "text_column": text_column,
-            "id_column": id_column,
+            "text_column": texts_in.text_column,
+            "id_column": texts_in.id_column,
             "full": full or None,
         }
         if _was_given(context, "out"):
@@ -277,7 +267,7 @@ def train(
     }
     settings = read_config({**values, **_given(flags), **outputs}, TrainConfig)
     if source is not None:
-        queries = _read_queries(source, file_format, text_column, id_column, split)
+        queries = _read_queries(source, texts_in, split)
     generator = load_generator(
         settings.backbone,
         device=options.checked_device(settings.device),

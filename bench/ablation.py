@@ -9,12 +9,10 @@ local tasks, and each is compared with the first one on the same items.
 """
 
 import argparse
-import json
-import sys
 import tempfile
 from pathlib import Path
 
-from measure import machine
+from measure import reported, save
 
 from gen_fast.training.config import TrainConfig, read_config, read_settings
 from gen_fast.training.llm2vec_gen import train
@@ -54,10 +52,7 @@ def main() -> None:
             print(f"| {name} | {cells} |", flush=True)
         if args.scores:
             differences = _scored(args.only, folder, args.scores)
-    if args.json:
-        report = {"machine": machine(), "command": " ".join(sys.argv), "rows": rows}
-        report["differences"] = differences
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    save(args.json, reported(rows, differences=differences))
 
 
 def _trained(args: argparse.Namespace, folder: Path, changes: dict) -> dict[str, float]:

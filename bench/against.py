@@ -10,7 +10,6 @@ environment with the same commit shows what differs without a reason.
 """
 
 import argparse
-import json
 import math
 import statistics
 import subprocess
@@ -18,7 +17,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from measure import machine
+from measure import machine, save
 
 # Runs in either environment: what it imports has been in these places for long.
 WORKER = """
@@ -125,8 +124,7 @@ def main() -> None:
     args = parser.parse_args()
     commands = ([python, "-P", "-c", WORKER] for python in (sys.executable, args.other))
     rows = compare(*commands, args.processes, args.rounds)
-    if args.json:
-        args.json.write_text(json.dumps({**machine(), "rows": rows}, indent=1) + "\n")
+    save(args.json, {**machine(), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -7,13 +7,12 @@ the fastest ones the allocator had happened to give nothing back.
 """
 
 import argparse
-import json
 import statistics
 import sys
 from pathlib import Path
 
 from against import compare
-from measure import machine
+from measure import machine, save
 
 KEEPING = "from gen_fast.cli.allocator import keep_freed_memory\nkeep_freed_memory()\n"
 WORKER = f"""
@@ -43,8 +42,7 @@ def main() -> None:
     args = parser.parse_args()
     commands = ([sys.executable, "-P", "-c", code] for code in (KEEPING + WORKER, WORKER))
     rows = compare(*commands, args.processes, args.rounds, ("documents",), statistics.median)
-    if args.json:
-        args.json.write_text(json.dumps({**machine(), "rows": rows}, indent=1) + "\n")
+    save(args.json, {**machine(), "rows": rows})
 
 
 if __name__ == "__main__":

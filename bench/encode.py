@@ -8,7 +8,6 @@ medians over the rounds. Needs `pip install -e .[bench]` and the reference packa
 """
 
 import argparse
-import json
 import re
 import statistics
 import subprocess
@@ -20,7 +19,7 @@ import numpy as np
 import peers
 import torch
 import workloads
-from measure import interleaved, machine, median_ratio
+from measure import interleaved, median_ratio, reported, save
 
 from gen_fast.embed.loading import load
 from gen_fast.io.vectors import centred_cosine
@@ -58,12 +57,10 @@ def main() -> None:
         for workload in args.workload:
             for dtype in args.dtype:
                 rows += _compare(args, backbone, workload, dtype)
-        report = {"machine": machine(), "command": " ".join(sys.argv), "rows": rows}
+        report = reported(rows)
         if args.plots:
             report["scaling"] = _scaling(args, backbone)
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    save(args.json, report)
     if args.plots:
         import plots
 

@@ -18,7 +18,6 @@ where gen_fast's time goes, over so many seconds of each shape, to text files be
 import argparse
 import json
 import statistics
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -26,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from measure import interleaved, machine, median_ratio, product_tflops, profile
+from measure import interleaved, median_ratio, product_tflops, profile, reported
 
 from gen_fast.io.vectors import centred_cosine
 from gen_fast.model.backbone import Backbone
@@ -46,10 +45,22 @@ SPECIAL, COMPRESSION, BATCH = 20, 10, 32
 Profiled = Callable[[str, Callable[[], object]], None]
 
 # Qwen3's published configs; "tiny" checks this script where there is no GPU.
+_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+)
 SHAPES = {
-    "qwen3-0.6b": (1024, 3072, 28, 16, 8, 128, 151936),
-    "qwen3-8b": (4096, 12288, 36, 32, 8, 128, 151936),
-    "tiny": (64, 96, 2, 4, 2, 16, 500),
+    name: dict(zip(_SIZES, sizes, strict=True))
+    for name, sizes in {
+        "qwen3-0.6b": (1024, 3072, 28, 16, 8, 128, 151936),
+        "qwen3-8b": (4096, 12288, 36, 32, 8, 128, 151936),
+        "tiny": (64, 96, 2, 4, 2, 16, 500),
+    }.items()
 }
 
 
@@ -57,18 +68,7 @@ def make_models(shape: str, device: str) -> tuple[Backbone, torch.nn.Module]:
     """Random bf16 weights in transformers' model, and the same in ours."""
     from transformers import Qwen3Config, Qwen3Model
 
-    hidden, wide, layers, heads, kv_heads, head_dim, vocabulary = SHAPES[shape]
-    config = Qwen3Config(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=wide,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=head_dim,
-        attn_implementation="sdpa",
-        dtype="bfloat16",
-    )
+    config = Qwen3Config(**SHAPES[shape], attn_implementation="sdpa", dtype="bfloat16")
     torch.manual_seed(0)
     with torch.device(device):
         model = Qwen3Model(config).to(torch.bfloat16).eval()
@@ -257,7 +257,7 @@ def run_shapes(measure: Callable[..., Iterator[dict]], about: str, *, quantizes:
             table = args.json.with_name(f"profile_{name.replace(' ', '_')}.txt")
             profile(run, args.profile, args.device, table)
 
-    report = {"machine": machine(), "command": " ".join(sys.argv), "rows": []}
+    report = reported([])
     for shape in args.shape:
         for row in measure(shape, args.rounds, args.device, profiled, **options):
             report["rows"].append(row)

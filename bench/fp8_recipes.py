@@ -7,15 +7,13 @@ quantized_quality.py. Rows and weights are rounded as the ops round them, and mu
 """
 
 import argparse
-import json
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest import mock
 
-from measure import machine
+from measure import reported, save
 from quantized_quality import METHODS, MODEL, real_texts, row
 from torch import Tensor
 from torch.nn.functional import linear
@@ -104,9 +102,7 @@ def main() -> None:
             with recipe.products():
                 vectors = encoder.encode(texts, show_progress_bar=False)
             rows.append(row(name, recipe.format, part, vectors, truth))
-    if args.json:
-        report = {"machine": machine(), "command": " ".join(sys.argv), "rows": rows}
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    save(args.json, reported(rows))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ token, which is not counted.
 
 import argparse
 import json
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -26,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from measure import machine
+from measure import reported, save
 
 import gen_fast
 from gen_fast.embed.loading import locate_generator
@@ -69,9 +68,7 @@ def main() -> None:
     if args.what == "kept" and not (args.base or locate_generator(args.model).adapters):
         parser.error("a model of weights does not say its base: give --base MODEL")
     rows = measure_kept(args) if args.what == "kept" else measure_read(args)
-    if args.json:
-        report = {"machine": machine(), "command": " ".join(sys.argv), "rows": rows}
-        args.json.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    save(args.json, reported(rows))
 
 
 def measure_kept(args: argparse.Namespace) -> list[dict]:

@@ -10,14 +10,12 @@ each is done before the next begins. Both take turns.
 """
 
 import argparse
-import json
 import statistics
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-from measure import interleaved, machine, median_ratio
+from measure import interleaved, median_ratio, reported, save
 
 from gen_fast.embed.loading import load_generator
 from gen_fast.evaluate.corpora import trivia
@@ -55,9 +53,7 @@ def main() -> None:
     for lengths in args.lengths:
         decoder = Decoder(backbone, head, ends if lengths == "mixed" else [])
         rows += compare(args, lengths, decoder, questions)
-    if args.json:
-        report = {"machine": machine(), "command": " ".join(sys.argv), "rows": rows}
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    save(args.json, reported(rows))
 
 
 @torch.inference_mode()

@@ -70,9 +70,13 @@ def norm(shape: Shape, rows: int, *, backward: bool = False) -> Op:
 
 
 def norm_quantized(shape: Shape, rows: int) -> Op:
-    values = rows * shape.hidden
-    moved = 3 * values * 2 + values + 4 * rows
-    return Op("norm, quantised", moved, 8 * values, kernel="norm/quantized")
+    return _quantized("norm", rows, rows * shape.hidden, read=3, flops=8)
+
+
+def _quantized(name: str, rows: int, values: int, *, read: int, flops: int) -> Op:
+    """An op that stores `values` in 8 bits, with a scale a row, of `read` bf16 each."""
+    moved = read * values * 2 + values + 4 * rows
+    return Op(f"{name}, quantised", moved, flops * values, kernel=f"{name}/quantized")
 
 
 def rope(shape: Shape, rows: int, *, backward: bool = False) -> Op:
@@ -93,9 +97,7 @@ def swiglu(shape: Shape, rows: int, *, backward: bool = False) -> Op:
 
 
 def swiglu_quantized(shape: Shape, rows: int) -> Op:
-    values = rows * shape.feed_forward
-    moved = 2 * values * 2 + values + 4 * rows
-    return Op("swiglu, quantised", moved, 18 * values, kernel="swiglu/quantized")
+    return _quantized("swiglu", rows, rows * shape.feed_forward, read=2, flops=18)
 
 
 def quantize_rows(width: int, rows: int) -> Op:

@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from measure import machine
+from measure import machine, save
 
 from gen_fast.testing import save_tiny_model
 
@@ -92,8 +92,7 @@ def main() -> None:
                 f"{rows[-1]['input']}: encode {encode:.0f} MB (exit {encoded}), "
                 f"embed {embed:.0f} MB (exit {embedded})"
             )
-    if args.json:
-        args.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+    save(args.json, {"machine": machine(), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from measure import interleaved, machine, median_ratio
+from measure import interleaved, machine, median_ratio, save
 
 import gen_fast
 from gen_fast.evaluate.corpora import wordnet
@@ -51,9 +51,7 @@ def main() -> None:
     figures = _overhead(args) if args.what == "overhead" else _wordnet(args)
     for name, value in figures.items():
         print(f"{name}: {value}")
-    if args.json:
-        report = {"machine": machine(), "command": " ".join(sys.argv), **figures}
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    save(args.json, {"machine": machine(), "command": " ".join(sys.argv), **figures})
 
 
 def _write_definitions(path: Path, count: int) -> list[str]:

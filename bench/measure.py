@@ -1,12 +1,15 @@
 """Timing that survives a noisy machine, and the machine's own peak to compare with."""
 
+import json
 import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,6 +28,18 @@ def interleaved(
             run()
             seconds[name].append(time.perf_counter() - start)
     return seconds
+
+
+def reported(rows: list[dict], **more: Any) -> dict[str, Any]:
+    """What goes into a file of results: machine, command and rows."""
+    return {"machine": machine(), "command": " ".join(sys.argv), **more, "rows": rows}
+
+
+def save(path: Path | None, report: Any) -> None:
+    """Write what was measured as JSON, if a file was asked for."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def profile(run: Callable[[], object], seconds: float, device: str, table: Path) -> None:

@@ -13,10 +13,8 @@ ONEDNN_MAX_CPU_ISA=AVX2 (or AVX512_CORE_VNNI) ATEN_CPU_CAPABILITY=avx2 MKL_ENABL
 """
 
 import argparse
-import json
 import math
 import statistics
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,7 +22,7 @@ import numpy as np
 import peers
 import torch
 import workloads
-from measure import interleaved, machine, median_ratio
+from measure import interleaved, median_ratio, reported, save
 
 from gen_fast.embed.loading import load
 from gen_fast.io.vectors import centred_cosine
@@ -102,15 +100,7 @@ def measure(args: argparse.Namespace) -> None:
                 texts = texts[:ALONE]
                 these = {provider: _one_by_one(run) for provider, run in runs.items()}
             rows += _compare(name, dtype, these, texts, args.rounds, memory)
-    if args.json:
-        report = {
-            "machine": machine(),
-            "instructions": native.instructions(),
-            "command": " ".join(sys.argv),
-            "rows": rows,
-        }
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    save(args.json, reported(rows, instructions=native.instructions()))
 
 
 def _compare(

@@ -11,13 +11,12 @@ also quantises one layer at a time to int8 and leaves the others as they are, ov
 
 import argparse
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import plots
-from measure import machine
+from measure import reported, save
 
 from gen_fast.embed.loading import load
 from gen_fast.evaluate.corpora import debian_packages, trivia, wordnet
@@ -58,12 +57,10 @@ def main() -> None:
                 plain.backbone, plain.prefixes = backbone, PrefixCache(backbone)
                 vectors = plain.encode(few, show_progress_bar=False)
                 rows.append(row(name, "int8", f"layer {number}", vectors, truth))
-    report = {"machine": machine(), "command": " ".join(sys.argv), "rows": rows}
+    report = reported(rows)
     if args.plot:
         plots.quantized(report, json.loads(args.speed.read_text()), args.plot)
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    save(args.json, report)
 
 
 def real_texts(count: int) -> list[str]:

@@ -7,15 +7,13 @@ the one over the time with all. SmolLM2-135M with mean pooling, on the CPU.
 """
 
 import argparse
-import json
 import statistics
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import workloads
-from measure import interleaved, machine, median_ratio
+from measure import interleaved, median_ratio, reported, save
 
 from gen_fast.embed import methods
 from gen_fast.embed.loading import load
@@ -111,9 +109,7 @@ def main() -> None:
     rows = []
     for dtype in args.dtype:
         rows += measure_dtype(dtype, args.workload, args.rounds)
-    if args.json:
-        report = {"machine": machine(), "command": " ".join(sys.argv), "rows": rows}
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    save(args.json, reported(rows))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ when they are known, and against a sha256 of the files' bytes.
 """
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -21,7 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from unittest.mock import patch
 
-from measure import machine
+from measure import machine, save
 
 from gen_fast.embed.loading import load
 from gen_fast.io.durable import file_sha256
@@ -144,8 +143,7 @@ def main() -> None:
             f"{row['case']}: {row['seconds']:.4f} s, at least {row['least_seconds']:.4f} s, "
             f"{row['ratio']:.2f}x"
         )
-    if args.json:
-        args.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+    save(args.json, {"machine": machine(), "rows": rows})
 
 
 if __name__ == "__main__":

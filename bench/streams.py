@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import workloads
-from measure import interleaved, machine, median_ratio
+from measure import interleaved, median_ratio, reported, save
 
 import gen_fast
 from gen_fast.embed.encoder import Encoder
@@ -47,9 +47,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     rows = [row for w in args.workload for d in args.dtype for row in compare(args, w, d)]
-    if args.json:
-        report = {"machine": machine(), "command": " ".join(sys.argv), "rows": rows}
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    save(args.json, reported(rows))
 
 
 def compare(args: argparse.Namespace, workload: str, dtype: str) -> list[dict]:

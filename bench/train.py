@@ -9,7 +9,6 @@ a process that loads its model and takes two steps.
 """
 
 import argparse
-import json
 import re
 import statistics
 import subprocess
@@ -19,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import peers
 import torch
-from measure import interleaved, machine, median_ratio
+from measure import interleaved, median_ratio, reported, save
 
 from gen_fast.model.device import matmul_peak
 from gen_fast.model.sources import resolve
@@ -52,15 +51,13 @@ def main() -> None:
     rows = [
         row for case in args.case for dtype in args.dtype for row in _compare(args, case, dtype)
     ]
-    report = {"machine": machine(), "command": " ".join(sys.argv), "rows": rows}
+    report = reported(rows)
     if args.plots:
         import plots
 
         report["scaling"] = _scaling(args)
         plots.train_scaling(report, args.plots)
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    save(args.json, report)
 
 
 def make_batch(case: str, batch: int = BATCH, query: int = QUERY, answer: int = ANSWER) -> list:

@@ -14,7 +14,6 @@ its model and takes two steps; on a GPU, of its tensors.
 """
 
 import argparse
-import json
 import re
 import statistics
 import subprocess
@@ -26,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from measure import interleaved, machine, median_ratio
+from measure import interleaved, median_ratio, reported, save
 
 from gen_fast.model.device import matmul_peak
 from gen_fast.model.lora import MODULES
@@ -66,11 +65,10 @@ def main() -> None:
     if args.peak_memory_of:
         print(_peak_memory(args))
         return
-    report = {"machine": machine(), "command": " ".join(sys.argv), "rows": []}
+    report = reported([])
     for dtype, step, case in product(args.dtype, args.step, args.case):
         report["rows"] += _compare(step, case, dtype, args)
-        if args.json:  # after every case: a peer may take more memory than there is
-            args.json.write_text(json.dumps(report, indent=1) + "\n")
+        save(args.json, report)  # after every case: a peer may take more memory than there is
 
 
 def make_batch(step: str, case: str, args: argparse.Namespace) -> list:

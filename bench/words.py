@@ -9,12 +9,10 @@ before a token, as MNTP trains it; for the others both are shown.
 """
 
 import argparse
-import json
 import random
-import sys
 from pathlib import Path
 
-from measure import machine
+from measure import reported, save
 
 import gen_fast
 from gen_fast.evaluate.corpora import wordnet
@@ -51,9 +49,7 @@ def main() -> None:
             row[kind] = probe(word_states(encoder, words, mask=mask, shifted=shifted), words)
         rows.append(row)
         _print(row)
-    if args.json:
-        report = {"machine": machine(), "command": " ".join(sys.argv), "rows": rows}
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    save(args.json, reported(rows))
 
 
 def _print(row: dict) -> None:

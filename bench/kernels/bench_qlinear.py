@@ -80,16 +80,8 @@ def bench_int8_linear(measure, size, dtype, mode, provider, case):
     shape, rows = (2 * size.feed_forward, size.hidden), rows_in(case, size)
     q, scale = quantize_rows(random(rows, size.hidden, dtype="fp32"))
     blocks, weight_scale = quantize_weight_int8(random(*shape, dtype="fp32", scale=0.05))
-    result = {"dtype": DTYPES[dtype]}
-    measure(
-        provided(provider, partial(int8_linear, **result), partial(plain_int8, **result)),
-        partial(plain_int8, **result),
-        (q, scale, blocks, weight_scale),
-        moved_bytes=q.nbytes + blocks.nbytes + rows * shape[0] * result["dtype"].itemsize,
-        flops=2 * rows * shape[0] * shape[1],
-        operand_bytes=1,
-        exact=partial(plain_int8, dtype=torch.float64),
-    )
+    run = provided(provider, *in_dtype(dtype, int8_linear, plain_int8))
+    measure_product(measure, run, plain_int8, (q, scale, blocks, weight_scale), dtype)
 
 
 @pytest.mark.parametrize("case", ROWS)
@@ -99,16 +91,30 @@ def bench_fp8_linear(measure, size, dtype, mode, provider, case):
     shape, rows = (2 * size.feed_forward, size.hidden), rows_in(case, size)
     q, scale = quantize_rows(random(rows, size.hidden, dtype="fp32"), "fp8")
     weight, weight_scale = quantize_weight_fp8(random(*shape, dtype="fp32", scale=0.05))
-    result = {"dtype": DTYPES[dtype]}
-    fast = {"fast sums": lambda *inputs: scaled_mm(*inputs, None, **result, fast_sums=True)}
+    fast = {
+        "fast sums": lambda *inputs: scaled_mm(*inputs, None, dtype=DTYPES[dtype], fast_sums=True)
+    }
+    run = provided(provider, *in_dtype(dtype, fp8_linear, plain_fp8), fast)
+    measure_product(measure, run, plain_fp8, (q, scale, weight, weight_scale), dtype)
+
+
+def in_dtype(dtype, *functions):
+    """The functions, with results of this dtype."""
+    return [partial(function, dtype=DTYPES[dtype]) for function in functions]
+
+
+def measure_product(measure, run, plain, inputs, dtype):
+    """A layer on 8 bits: inputs are rows [N, in], their scales, weight and scales [out]."""
+    q, _, weight, weight_scale = inputs
+    outputs = len(weight_scale)
     measure(
-        provided(provider, partial(fp8_linear, **result), partial(plain_fp8, **result), fast),
-        partial(plain_fp8, **result),
-        (q, scale, weight, weight_scale),
-        moved_bytes=q.nbytes + weight.nbytes + rows * shape[0] * result["dtype"].itemsize,
-        flops=2 * rows * shape[0] * shape[1],
+        run,
+        *in_dtype(dtype, plain),
+        inputs,
+        moved_bytes=q.nbytes + weight.nbytes + len(q) * outputs * DTYPES[dtype].itemsize,
+        flops=2 * q.numel() * outputs,
         operand_bytes=1,
-        exact=partial(plain_fp8, dtype=torch.float64),
+        exact=partial(plain, dtype=torch.float64),
     )
 
 

@@ -68,11 +68,7 @@ class GEMMethod(Method):
         return np.stack((lengths - needed, lengths), axis=1)
 
     def pool(
-        self,
-        hidden: Tensor,
-        cu_seqlens: Tensor,
-        row_weights: Tensor | None,
-        backbone: Backbone,
+        self, hidden: Tensor, cu_seqlens: Tensor, row_weights: Tensor | None, backbone: Backbone
     ) -> Tensor:
         """See Method."""
         if self._settings.pooling == "mean":

@@ -113,11 +113,7 @@ class Method(ABC):
         return None
 
     def pool(
-        self,
-        hidden: Tensor,
-        cu_seqlens: Tensor,
-        row_weights: Tensor | None,
-        backbone: Backbone,
+        self, hidden: Tensor, cu_seqlens: Tensor, row_weights: Tensor | None, backbone: Backbone
     ) -> Tensor:
         """Embeddings [B, d] float32 of what `Backbone.forward` gave for a batch, [R, h].
 
@@ -371,11 +367,7 @@ class SentenceTransformers(Method):
         return position_weights(needed, lengths - needed) if mode == "weightedmean" else None
 
     def pool(
-        self,
-        hidden: Tensor,
-        cu_seqlens: Tensor,
-        row_weights: Tensor | None,
-        backbone: Backbone,
+        self, hidden: Tensor, cu_seqlens: Tensor, row_weights: Tensor | None, backbone: Backbone
     ) -> Tensor:
         """See Method."""
         if self._model.pooling.mode == "max":

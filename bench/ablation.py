@@ -12,7 +12,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from measure import reported, save
+from measure import arguments, reported, save
 
 from gen_fast.training.config import TrainConfig, read_config, read_settings
 from gen_fast.training.llm2vec_gen import train
@@ -32,14 +32,13 @@ VARIANTS = {
 
 def main() -> None:
     """Run the variants one after another and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = arguments(__doc__)
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS)[:4])
     parser.add_argument("--out", type=Path, help="keeps the runs")
     parser.add_argument("--scores", type=Path, help="folder of results of the local tasks")
-    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     rows, differences = [], []
     with tempfile.TemporaryDirectory() as scratch:

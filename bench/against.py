@@ -9,15 +9,13 @@ other starts first; and what is printed is the pairs' geometric mean with its st
 environment with the same commit shows what differs without a reason.
 """
 
-import argparse
 import math
 import statistics
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
-from measure import machine, save
+from measure import arguments, machine, save
 
 # Runs in either environment: what it imports has been in these places for long.
 WORKER = """
@@ -116,11 +114,9 @@ def _row(run: str, pairs: list[dict[str, float]]) -> dict:
 
 def main() -> None:
     """Print a line a run."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = arguments(__doc__, rounds=12)
     parser.add_argument("other")
     parser.add_argument("--processes", type=int, default=6)
-    parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     commands = ([python, "-P", "-c", WORKER] for python in (sys.executable, args.other))
     rows = compare(*commands, args.processes, args.rounds)

@@ -6,13 +6,12 @@ SmolLM2 in bf16, 40 documents. Processes in pairs, as in against.py, but by the 
 the fastest ones the allocator had happened to give nothing back.
 """
 
-import argparse
 import statistics
 import sys
 from pathlib import Path
 
 from against import compare
-from measure import machine, save
+from measure import arguments, machine, save
 
 KEEPING = "from gen_fast.cli.allocator import keep_freed_memory\nkeep_freed_memory()\n"
 WORKER = f"""
@@ -35,10 +34,8 @@ for _ in sys.stdin:
 
 def main() -> None:
     """Print a line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = arguments(__doc__, rounds=5)
     parser.add_argument("--processes", type=int, default=5)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     commands = ([sys.executable, "-P", "-c", code] for code in (KEEPING + WORKER, WORKER))
     rows = compare(*commands, args.processes, args.rounds, ("documents",), statistics.median)

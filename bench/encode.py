@@ -19,7 +19,7 @@ import numpy as np
 import peers
 import torch
 import workloads
-from measure import interleaved, median_ratio, reported, save
+from measure import arguments, interleaved, median_ratio, reported, save
 
 from gen_fast.embed.loading import load
 from gen_fast.io.vectors import centred_cosine
@@ -34,10 +34,8 @@ TRUTH_TEXTS = 64
 
 def main() -> None:
     """Measure and print; write the rows as JSON and the plots if asked."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = arguments(__doc__, rounds=3)
     parser.add_argument("--quick", action="store_true", help="fewer texts: under a minute each")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", type=Path)
     parser.add_argument("--plots", type=Path, help="directory for the plots of cost")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--workload", nargs="*", choices=WORKLOADS, default=list(WORKLOADS))

@@ -15,17 +15,15 @@ where gen_fast's time goes, over so many seconds of each shape, to text files be
 --quantize runs gen_fast over quantised weights too, in the same rounds; "gen_fast" is bf16.
 """
 
-import argparse
 import json
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
-from measure import interleaved, median_ratio, product_tflops, profile, reported
+from measure import arguments, interleaved, median_ratio, product_tflops, profile, reported
 
 from gen_fast.io.vectors import centred_cosine
 from gen_fast.model.backbone import Backbone
@@ -45,17 +43,10 @@ SPECIAL, COMPRESSION, BATCH = 20, 10, 32
 Profiled = Callable[[str, Callable[[], object]], None]
 
 # Qwen3's published configs; "tiny" checks this script where there is no GPU.
-_SIZES = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "vocab_size",
-)
+_SIZES = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads"
+_SIZES += " head_dim vocab_size"
 SHAPES = {
-    name: dict(zip(_SIZES, sizes, strict=True))
+    name: dict(zip(_SIZES.split(), sizes, strict=True))
     for name, sizes in {
         "qwen3-0.6b": (1024, 3072, 28, 16, 8, 128, 151936),
         "qwen3-8b": (4096, 12288, 36, 32, 8, 128, 151936),
@@ -241,11 +232,9 @@ def run_shapes(measure: Callable[..., Iterator[dict]], about: str, *, quantizes:
 
     measure(shape, rounds, device, profiled): gives them; quantizes: takes quantize= too.
     """
-    parser = argparse.ArgumentParser(description=about.split("\n", 1)[0])
+    parser = arguments(about, rounds=3)
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["qwen3-0.6b", "qwen3-8b"])
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path)
     parser.add_argument("--profile", type=float, default=0.0, help="seconds; needs --json")
     if quantizes:
         parser.add_argument("--quantize", nargs="+", choices=QUANTIZED, default=[])

@@ -17,7 +17,7 @@ from pathlib import Path
 import peers
 import plots
 import torch
-from measure import interleaved, machine, save
+from measure import arguments, interleaved, machine, save
 from transformers import AutoTokenizer
 from workloads import make
 
@@ -47,13 +47,11 @@ REFERENCE = "llm2vec-gen package, such an adapter"
 
 def main() -> None:
     """Run what is missing, print the table, write rows and picture."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = arguments(__doc__, rounds=3)
     parser.add_argument("--out", type=Path, default=Path("build/evaluation"))
     parser.add_argument("--model", nargs="+", default=[], metavar="NAME=MODEL[:METHOD]")
     parser.add_argument("--only", nargs="+", help="methods by name; the others stay as they are")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
     methods = METHODS | dict(map(_named, args.model))

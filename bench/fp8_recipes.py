@@ -6,14 +6,12 @@ SmolLM2 in float32 with the shipped adapter and with method `mean`, over the tex
 quantized_quality.py. Rows and weights are rounded as the ops round them, and multiplied in float32.
 """
 
-import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from unittest import mock
 
-from measure import reported, save
+from measure import arguments, reported, save
 from quantized_quality import METHODS, MODEL, real_texts, row
 from torch import Tensor
 from torch.nn.functional import linear
@@ -84,9 +82,8 @@ RECIPES = {
 
 def main() -> None:
     """Measure and print; write the rows as JSON if asked."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = arguments(__doc__)
     parser.add_argument("--texts", type=int, default=120)
-    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
 
     texts, directory = real_texts(args.texts), resolve(MODEL)

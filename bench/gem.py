@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from measure import reported, save
+from measure import arguments, reported, save
 
 import gen_fast
 from gen_fast.embed.loading import locate_generator
@@ -48,7 +48,7 @@ PIECE = 512  # tokens of plain text that are read at once
 
 def main() -> None:
     """Measure and print; write the rows as JSON if asked."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = arguments(__doc__)
     parser.add_argument("what", choices=("kept", "read"))
     parser.add_argument("model", help="what gen-fast train --method gem left")
     parser.add_argument("--base", help="what a model of weights was trained from")
@@ -61,7 +61,6 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[8, 16, 32, 64, 128])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     if not (args.text or (args.what == "kept" and args.chat)):
         parser.error("give --text FILE, or for kept --chat FILE")

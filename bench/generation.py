@@ -11,11 +11,10 @@ each is done before the next begins. Both take turns.
 
 import argparse
 import statistics
-from pathlib import Path
 
 import numpy as np
 import torch
-from measure import interleaved, median_ratio, reported, save
+from measure import arguments, interleaved, median_ratio, reported, save
 
 from gen_fast.embed.loading import load_generator
 from gen_fast.evaluate.corpora import trivia
@@ -30,16 +29,14 @@ LENGTHS = ("mixed", "equal")
 
 def main() -> None:
     """Measure and print; write the rows as JSON if asked."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = arguments(__doc__, rounds=5)
     parser.add_argument("--model", default=MODEL)
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--questions", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--lengths", nargs="+", choices=LENGTHS, default=list(LENGTHS))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="fp32")
-    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     writer = load_generator(args.model, device=args.device, dtype=args.dtype)
     backbone = writer._decoder.backbone

@@ -6,7 +6,6 @@ Each input is read by a `gen-fast` of its own, over a tiny model in float32 with
 compared with a small input. All of them are rejected, refused or cut at the maximum length.
 """
 
-import argparse
 import json
 import os
 import subprocess
@@ -15,7 +14,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from measure import machine, save
+from measure import arguments, reported, save
 
 from gen_fast.testing import save_tiny_model
 
@@ -65,8 +64,7 @@ def peak(*command: str) -> tuple[float, int]:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--json", type=Path)
+    parser = arguments(__doc__)
     args = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as name:
@@ -92,7 +90,7 @@ def main() -> None:
                 f"{rows[-1]['input']}: encode {encode:.0f} MB (exit {encoded}), "
                 f"embed {embed:.0f} MB (exit {embedded})"
             )
-    save(args.json, {"machine": machine(), "rows": rows})
+    save(args.json, reported(rows))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from measure import interleaved, machine, median_ratio, save
+from measure import arguments, interleaved, machine, median_ratio, save
 
 import gen_fast
 from gen_fast.evaluate.corpora import wordnet
@@ -39,12 +39,10 @@ MODEL = "smollm2-135m"
 
 def main() -> None:
     """Measure and print; write JSON if asked."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = arguments(__doc__, rounds=3)
     parser.add_argument("what", choices=("overhead", "wordnet"))
     parser.add_argument("--count", type=int, help="texts  [default: 1,000 or 60,000]")
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, help="directory of the job")
-    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     if args.what == "wordnet" and args.out is None:
         parser.error("wordnet needs --out")

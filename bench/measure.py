@@ -1,5 +1,6 @@
 """Timing that survives a noisy machine, and the machine's own peak to compare with."""
 
+import argparse
 import json
 import os
 import platform
@@ -28,6 +29,16 @@ def interleaved(
             run()
             seconds[name].append(time.perf_counter() - start)
     return seconds
+
+
+def arguments(about: str | None, *, rounds: int | None = None) -> argparse.ArgumentParser:
+    """A benchmark's arguments: --json FILE, and --rounds where it has any. about: its docstring."""
+    assert about is not None
+    parser = argparse.ArgumentParser(description=about.split("\n", 1)[0])
+    if rounds is not None:
+        parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--json", type=Path)
+    return parser
 
 
 def reported(rows: list[dict], **more: Any) -> dict[str, Any]:

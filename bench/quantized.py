@@ -16,13 +16,12 @@ import argparse
 import math
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import peers
 import torch
 import workloads
-from measure import interleaved, median_ratio, reported, save
+from measure import arguments, interleaved, median_ratio, reported, save
 
 from gen_fast.embed.loading import load
 from gen_fast.io.vectors import centred_cosine
@@ -49,10 +48,8 @@ Run = Callable[[list[str]], np.ndarray]
 
 def main() -> None:
     """Measure and print; write the rows as JSON if asked."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = arguments(__doc__, rounds=5)
     parser.add_argument("--quick", action="store_true", help="fewer texts")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path)
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--quantize", nargs="*", choices=QUANTIZED, default=["int4", "int8"])
     parser.add_argument("--peer", nargs="*", choices=PEERS, default=[])

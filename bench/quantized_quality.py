@@ -9,14 +9,13 @@ also quantises one layer at a time to int8 and leaves the others as they are, ov
 --plot draws the result beside the speeds that quantized.py has written in --speed.
 """
 
-import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import plots
-from measure import reported, save
+from measure import arguments, reported, save
 
 from gen_fast.embed.loading import load
 from gen_fast.evaluate.corpora import debian_packages, trivia, wordnet
@@ -31,11 +30,10 @@ METHODS = {"adapter": None, "mean": "mean"}
 
 def main() -> None:
     """Measure and print; write the rows as JSON if asked."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = arguments(__doc__)
     parser.add_argument("--texts", type=int, default=1000)
     parser.add_argument("--quantize", nargs="*", choices=QUANTIZED, default=["int4", "int8"])
     parser.add_argument("--layers", type=int, default=0)
-    parser.add_argument("--json", type=Path)
     parser.add_argument("--speed", type=Path)
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()

@@ -6,14 +6,12 @@ The variants take turns within a round; a figure is the median over the rounds o
 the one over the time with all. SmolLM2-135M with mean pooling, on the CPU.
 """
 
-import argparse
 import statistics
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import workloads
-from measure import interleaved, median_ratio, reported, save
+from measure import arguments, interleaved, median_ratio, reported, save
 
 from gen_fast.embed import methods
 from gen_fast.embed.loading import load
@@ -100,11 +98,9 @@ def measure_dtype(dtype: str, workload: str, rounds: int) -> list[dict]:
 
 def main() -> None:
     """Measure and print; write the rows as JSON if asked."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = arguments(__doc__, rounds=3)
     parser.add_argument("--workload", choices=["queries", "documents"], default="documents")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     rows = []
     for dtype in args.dtype:

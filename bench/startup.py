@@ -9,7 +9,6 @@ what says which model this is, with its files off the page cache and never seen,
 when they are known, and against a sha256 of the files' bytes.
 """
 
-import argparse
 import os
 import statistics
 import subprocess
@@ -20,7 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from unittest.mock import patch
 
-from measure import machine, save
+from measure import arguments, reported, save
 
 from gen_fast.embed.loading import load
 from gen_fast.io.durable import file_sha256
@@ -132,9 +131,7 @@ def off_the_page_cache(files: Sequence[Path]) -> None:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path)
+    parser = arguments(__doc__, rounds=5)
     args = parser.parse_args()
     rows = [truncation(name, sample, args.rounds) for name, sample in SAMPLES.items()]
     rows += [start(args.rounds), *identity(args.rounds)]
@@ -143,7 +140,7 @@ def main() -> None:
             f"{row['case']}: {row['seconds']:.4f} s, at least {row['least_seconds']:.4f} s, "
             f"{row['ratio']:.2f}x"
         )
-    save(args.json, {"machine": machine(), "rows": rows})
+    save(args.json, reported(rows))
 
 
 if __name__ == "__main__":

@@ -12,11 +12,10 @@ import os
 import statistics
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import workloads
-from measure import interleaved, median_ratio, reported, save
+from measure import arguments, interleaved, median_ratio, reported, save
 
 import gen_fast
 from gen_fast.embed.encoder import Encoder
@@ -39,12 +38,10 @@ for _ in sys.stdin:
 
 def main() -> None:
     """Measure and print; write the rows as JSON if asked."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser = arguments(__doc__, rounds=5)
     parser.add_argument("--texts", type=int, default=64)
     parser.add_argument("--dtype", nargs="+", choices=("fp32", "bf16"), default=["fp32"])
     parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
-    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     rows = [row for w in args.workload for d in args.dtype for row in compare(args, w, d)]
     save(args.json, reported(rows))

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import peers
 import torch
-from measure import interleaved, median_ratio, reported, save
+from measure import arguments, interleaved, median_ratio, reported, save
 
 from gen_fast.model.device import matmul_peak
 from gen_fast.model.sources import resolve
@@ -36,10 +36,8 @@ BATCH, QUERY, ANSWER, DIMENSION = 8, 128, 192, 384
 
 def main() -> None:
     """Measure and print; write the rows as JSON and the plot if asked."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = arguments(__doc__, rounds=5)
     parser.add_argument("--quick", action="store_true", help="two rounds, no memory")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path)
     parser.add_argument("--plots", type=Path, help="directory for the plot of cost")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--case", nargs="*", choices=CASES, default=list(CASES))

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from measure import interleaved, median_ratio, reported, save
+from measure import arguments, interleaved, median_ratio, reported, save
 
 from gen_fast.model.device import matmul_peak
 from gen_fast.model.lora import MODULES
@@ -50,16 +50,14 @@ VOCABULARY, SPECIAL = 49152, 10
 
 def main() -> None:
     """Measure and print; write the rows as JSON if asked."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = arguments(__doc__, rounds=5)
     parser.add_argument("--step", nargs="+", choices=STEPS, default=STEPS)
     parser.add_argument("--case", nargs="+", choices=CASES, default=CASES)
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--texts", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=96, help="of a text, on average")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--no-memory", action="store_true")
-    parser.add_argument("--json", type=Path)
     parser.add_argument("--peak-memory-of", choices=PROVIDERS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peak_memory_of:

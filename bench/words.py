@@ -8,11 +8,9 @@ causal mask and untrained, and each ADAPTER (LLM2Vec's). Probes of trained ones 
 before a token, as MNTP trains it; for the others both are shown.
 """
 
-import argparse
 import random
-from pathlib import Path
 
-from measure import reported, save
+from measure import arguments, reported, save
 
 import gen_fast
 from gen_fast.evaluate.corpora import wordnet
@@ -28,10 +26,9 @@ from gen_fast.evaluate.words import (
 
 def main() -> None:
     """Measure and print; write the rows as JSON if asked."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = arguments(__doc__)
     parser.add_argument("adapter", nargs="*")
     parser.add_argument("--count", type=int, default=3000, help="words")
-    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     synsets = wordnet()
     words = random.Random(0).sample(tagged_words(synsets), args.count)

@@ -2,7 +2,6 @@
 
 import copy
 import math
-import time
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ import torch
 import yaml
 from oracles import gem as oracle
 from oracles.lora import gradients_of, weight_gradients_of
-from tiny_runs import begin, gem_configs, losses, run_in_ranks
+from tiny_runs import gem_configs, kill_past, losses, run_in_ranks
 from typer.testing import CliRunner
 
 import gen_fast
@@ -22,7 +21,6 @@ from gen_fast.model.full import FullWeights
 from gen_fast.model.weights import load_backbone, load_head
 from gen_fast.testing import relative_error, save_tiny_model
 from gen_fast.training.adapted_task import Data
-from gen_fast.training.checkpoint import latest_checkpoint
 from gen_fast.training.contrastive import embed
 from gen_fast.training.gem import GEMTask, drop_tokens, masked, plain, train
 from gen_fast.training.gem_config import GEMConfig
@@ -345,13 +343,7 @@ def test_killed_and_continued_gives_the_same_bytes(make_config):
     whole = make_config("whole", alpha_start_step=6, **settings)
     train(whole, show_progress_bar=False)
     killed = make_config("killed", alpha_start_step=6, **settings)
-    process = begin(train, killed)
-    while (latest_checkpoint(Path(killed.out) / "checkpoints") or Path("0")).name < "step-00000009":
-        assert process.is_alive()
-        time.sleep(0.01)
-    process.kill()
-    process.join()
-    assert not (Path(killed.out) / "adapter").exists()
+    kill_past(9, train, killed)
     train(killed, show_progress_bar=False)
     assert model_bytes(killed) == model_bytes(whole)
     assert losses(killed) == losses(whole)

@@ -1,7 +1,6 @@
 """GEM that trains the weights themselves: whole runs, and the models that they leave."""
 
 import json
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 import yaml
 from gem_models import save_gem
-from tiny_runs import begin, gem_configs, losses, run_in_ranks
+from tiny_runs import gem_configs, kill_past, losses, run_in_ranks
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -26,7 +25,6 @@ from gen_fast.model.sampling import GREEDY
 from gen_fast.model.tensor_files import find_tensors
 from gen_fast.model.weights import read_fingerprint
 from gen_fast.testing import relative_error, save_tiny_model
-from gen_fast.training.checkpoint import latest_checkpoint
 from gen_fast.training.contrastive import embed
 from gen_fast.training.gem import GEMTask, train
 from gen_fast.training.gem_config import GEMConfig
@@ -64,13 +62,7 @@ def model_bytes(config):
 
 def test_killed_and_continued_gives_the_same_bytes(make_config, whole):
     killed = make_config("killed", **WHOLE)
-    process = begin(train, killed)
-    while (latest_checkpoint(Path(killed.out) / "checkpoints") or Path("0")).name < "step-00000003":
-        assert process.is_alive(), process.exitcode
-        time.sleep(0.002)
-    process.kill()
-    process.join()
-    assert not (Path(killed.out) / "adapter").exists()
+    kill_past(3, train, killed)
     train(killed, show_progress_bar=False)
     assert model_bytes(killed) == model_bytes(whole)
     assert losses(killed) == losses(whole)

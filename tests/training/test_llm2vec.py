@@ -1,14 +1,13 @@
 """LLM2Vec's steps as whole runs: they learn, resume to the same bytes, and follow each other."""
 
 import json
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 from peft import PeftModel
-from tiny_runs import ADAPTED, begin, losses, run_in_ranks
+from tiny_runs import ADAPTED, kill_past, losses, run_in_ranks
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -74,13 +73,7 @@ def test_killed_and_continued_gives_the_same_bytes(make_config):
     whole = make_config("simcse", "whole", **settings)
     train(whole, show_progress_bar=False)
     killed = make_config("simcse", "killed", **settings)
-    process = begin(train, killed)
-    while (latest_checkpoint(Path(killed.out) / "checkpoints") or Path("0")).name < "step-00000009":
-        assert process.is_alive()
-        time.sleep(0.01)
-    process.kill()
-    process.join()
-    assert not (Path(killed.out) / "adapter").exists()
+    kill_past(9, train, killed)
     train(killed, show_progress_bar=False)
     assert adapter_bytes(killed) == adapter_bytes(whole)
     assert losses(killed) == losses(whole)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from tiny_runs import begin, losses, ranks_of, run_in_ranks
+from tiny_runs import has_come_to, kill_past, losses, ranks_of, run_in_ranks
 
 import gen_fast
 from gen_fast.testing import save_tiny_model
@@ -79,12 +79,6 @@ def test_stopped_and_continued_gives_the_same_bytes(make_config):
     assert losses(parts) == losses(whole)
 
 
-def is_begun(config):
-    """Whether a run has come past its second checkpoint."""
-    latest = latest_checkpoint(Path(config.out) / "checkpoints")
-    return latest is not None and latest.name >= "step-00000009"
-
-
 KILLED = {"steps": 40, "schedule_steps": 40, "checkpoint_every": 3, "validation_rows": 2}
 
 
@@ -93,13 +87,7 @@ def test_killed_and_continued_gives_the_same_bytes(make_config):
     whole = make_config("whole", **KILLED)
     train(whole, show_progress_bar=False)
     killed = make_config("killed", **KILLED)
-    process = begin(train, killed)
-    while not is_begun(killed):
-        assert process.is_alive()
-        time.sleep(0.01)
-    process.kill()
-    process.join()
-    assert not (Path(killed.out) / "adapter").exists()
+    kill_past(9, train, killed)
     train(killed, show_progress_bar=False)
     assert adapter_bytes(killed) == adapter_bytes(whole)
     assert losses(killed) == losses(whole)
@@ -113,7 +101,7 @@ def test_ranks_that_were_killed_and_continued_by_torchrun_give_the_same_bytes(
     run_in_ranks(train, whole)
     killed = make_config("killed", **KILLED)
     with ranks_of(train, killed) as ranks:
-        while not is_begun(killed):
+        while not has_come_to(9, killed):
             assert all(rank.is_alive() for rank in ranks)
             time.sleep(0.01)
         for rank in ranks:

@@ -1,6 +1,7 @@
 """Runs of a few steps over a tiny model: settings, processes, and what they leave."""
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -13,6 +14,7 @@ from torch.distributed import TCPStore
 from warm_processes import processes
 
 from gen_fast.training import world
+from gen_fast.training.checkpoint import latest_checkpoint
 from gen_fast.training.gem_config import GEMConfig
 from gen_fast.training.records import read_records
 
@@ -64,11 +66,22 @@ def gem_configs(directory, model):
     return make
 
 
-def begin(train, config) -> BaseProcess:
-    """Begin train(config) in a process of its own."""
+def has_come_to(step, config) -> bool:
+    """Whether a run has left its checkpoint of a step, or a later one."""
+    latest = latest_checkpoint(Path(config.out) / "checkpoints")
+    return latest is not None and latest.name >= f"step-{step:08d}"
+
+
+def kill_past(step, train, config) -> None:
+    """Kill train(config), in a process of its own, once the checkpoint of a step is written."""
     process = processes.Process(target=_train, args=(train, config, {}))
     process.start()
-    return process
+    while not has_come_to(step, config):
+        assert process.is_alive(), process.exitcode
+        time.sleep(0.002)
+    process.kill()
+    process.join()
+    assert not (Path(config.out) / "adapter").exists()
 
 
 @contextmanager

@@ -3,14 +3,18 @@
 import numpy as np
 import pytest
 import torch
-from quantized_models import BATCH, dequantized, gradient_at_special_tokens
-from safetensors.torch import load_file, save_file
+from quantized_models import (
+    BATCH,
+    copy_with_a_weight,
+    error_with_an_adapter,
+    errors_of,
+    gradient_at_special_tokens,
+)
 
 from gen_fast.errors import ConfigError, UnsupportedModelError, WeightsError
 from gen_fast.model.batch import PackedBatch
-from gen_fast.model.lora import Lora, LoraConfig
 from gen_fast.model.weights import load_backbone
-from gen_fast.testing import forget_checksums, relative_error, save_tiny_model
+from gen_fast.testing import relative_error, save_tiny_model
 
 
 @pytest.fixture(autouse=True)
@@ -20,18 +24,10 @@ def _by_the_reference(fp8_by_the_reference):
 
 @pytest.mark.parametrize("mask", ["causal", "bidirectional"])
 def test_states_are_near_those_of_the_plain_model(quantizable, mask):
-    backbone = load_backbone(
-        quantizable, quantize="fp8", packed=True, bidirectional=mask != "causal"
-    )
-    plain = load_backbone(quantizable)
-    assert backbone.quantize == "fp8"
-    assert backbone.fingerprint == plain.fingerprint
-    expected = plain.forward(BATCH, mask=mask)
-    with torch.inference_mode():
-        fused = backbone.forward(BATCH, mask=mask)
-    assert 1e-3 < relative_error(fused, expected) < 0.15
-    assert relative_error(backbone.forward(BATCH, mask=mask), fused) < 0.03
-    assert relative_error(dequantized(backbone).forward(BATCH, mask=mask), expected) < 0.15
+    errors = errors_of("fp8", quantizable, mask)
+    assert 1e-3 < errors.inference < 0.15
+    assert errors.training < 0.03
+    assert errors.weights < 0.15
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -48,19 +44,7 @@ def test_gradients_at_special_tokens_point_the_same_way(quantizable):
 
 
 def test_adapters_are_merged_before(quantizable_llama):
-    lora = Lora(LoraConfig(rank=4, alpha=8), load_backbone(quantizable_llama).config, seed=1)
-    with torch.no_grad():
-        for b in lora.b:
-            b.normal_(std=0.1)
-    adapters = [lora.weights()]
-    merged = load_backbone(quantizable_llama, adapters=adapters)
-    backbone = load_backbone(quantizable_llama, adapters=adapters, quantize="fp8")
-    assert backbone.fingerprint == merged.fingerprint
-    with torch.inference_mode():
-        difference = relative_error(backbone.forward(BATCH), merged.forward(BATCH))
-        assert difference < 0.4 * relative_error(
-            merged.forward(BATCH), load_backbone(quantizable_llama).forward(BATCH)
-        )
+    assert error_with_an_adapter("fp8", quantizable_llama) < 0.4
 
 
 def test_a_device_without_fp8_is_refused_with_what_it_needs(quantizable_llama, monkeypatch):
@@ -77,12 +61,7 @@ def test_a_size_that_does_not_fit_is_refused_by_name(tmp_path):
 
 
 def test_values_that_are_not_finite_are_refused_by_name(quantizable_llama, tmp_path):
-    tensors = load_file(quantizable_llama / "model.safetensors")
-    tensors["model.layers.1.mlp.up_proj.weight"][5, 7] = float("nan")
-    save_file(tensors, tmp_path / "model.safetensors")
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
-        (tmp_path / name).write_text((quantizable_llama / name).read_text())
-    forget_checksums(tmp_path)
+    copy_with_a_weight(quantizable_llama, tmp_path, float("nan"))
     with pytest.raises(WeightsError, match="holds NaN or infinity"):
         load_backbone(tmp_path, quantize="fp8")
 

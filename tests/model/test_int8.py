@@ -2,8 +2,13 @@
 
 import pytest
 import torch
-from quantized_models import BATCH, dequantized, gradient_at_special_tokens
-from safetensors.torch import load_file, save_file
+from quantized_models import (
+    BATCH,
+    copy_with_a_weight,
+    error_with_an_adapter,
+    errors_of,
+    gradient_at_special_tokens,
+)
 
 import gen_fast
 from gen_fast.embed.sample_texts import SAMPLE_TEXTS
@@ -11,16 +16,10 @@ from gen_fast.errors import ConfigError, UnsupportedModelError, WeightsError
 from gen_fast.io.vectors import centred_cosine
 from gen_fast.model.int8 import smoothed
 from gen_fast.model.linear import Int8Weight, QuantizedRows, linear
-from gen_fast.model.lora import Lora, LoraConfig
 from gen_fast.model.prefix import PrefixCache
 from gen_fast.model.quantized import check_device
 from gen_fast.model.weights import load_backbone
-from gen_fast.testing import (
-    forget_checksums,
-    relative_error,
-    save_tiny_model,
-    with_layers,
-)
+from gen_fast.testing import relative_error, save_tiny_model, with_layers
 
 
 def test_a_weight_is_near_and_its_product_nearer_than_without_a_rotation():
@@ -56,20 +55,12 @@ def test_factors_change_nothing_of_what_a_layer_computes(quantizable):
 
 @pytest.mark.parametrize("mask", ["causal", "bidirectional"])
 def test_states_are_near_those_of_the_plain_model(quantizable, mask):
-    backbone = load_backbone(
-        quantizable, quantize="int8", packed=True, bidirectional=mask != "causal"
-    )
-    plain = load_backbone(quantizable)
-    assert backbone.quantize == "int8"
-    assert backbone.fingerprint == plain.fingerprint
-    expected = plain.forward(BATCH, mask=mask)
-    with torch.inference_mode():
-        fused = backbone.forward(BATCH, mask=mask)
-    assert 1e-4 < relative_error(fused, expected) < 0.1
+    errors = errors_of("int8", quantizable, mask)
+    assert 1e-4 < errors.inference < 0.1
     # What trains computes the same; a value on the edge of a step may fall to its other side.
-    assert relative_error(backbone.forward(BATCH, mask=mask), fused) < 0.01
+    assert errors.training < 0.01
     # Of the difference only a part is the weights'.
-    assert relative_error(dequantized(backbone).forward(BATCH, mask=mask), expected) < 0.1
+    assert errors.weights < 0.1
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -98,19 +89,7 @@ def test_the_shipped_adapter_is_served_nearly_as_before(smollm2):
 
 
 def test_adapters_are_merged_before(quantizable_llama):
-    lora = Lora(LoraConfig(rank=4, alpha=8), load_backbone(quantizable_llama).config, seed=1)
-    with torch.no_grad():
-        for b in lora.b:
-            b.normal_(std=0.1)
-    adapters = [lora.weights()]
-    merged = load_backbone(quantizable_llama, adapters=adapters)
-    backbone = load_backbone(quantizable_llama, adapters=adapters, quantize="int8")
-    assert backbone.fingerprint == merged.fingerprint
-    with torch.inference_mode():
-        difference = relative_error(backbone.forward(BATCH), merged.forward(BATCH))
-        assert difference < 0.2 * relative_error(
-            merged.forward(BATCH), load_backbone(quantizable_llama).forward(BATCH)
-        )
+    assert error_with_an_adapter("int8", quantizable_llama) < 0.2
 
 
 def test_a_prefix_of_other_weights_is_not_taken(quantizable_llama, tmp_path):
@@ -136,12 +115,7 @@ def test_a_size_without_whole_blocks_is_refused_by_name(tmp_path):
 
 
 def test_values_that_are_not_finite_are_refused_by_name(quantizable_llama, tmp_path):
-    tensors = load_file(quantizable_llama / "model.safetensors")
-    tensors["model.layers.1.mlp.up_proj.weight"][5, 7] = float("nan")
-    save_file(tensors, tmp_path / "model.safetensors")
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
-        (tmp_path / name).write_text((quantizable_llama / name).read_text())
-    forget_checksums(tmp_path)
+    copy_with_a_weight(quantizable_llama, tmp_path, float("nan"))
     with pytest.raises(WeightsError, match="holds NaN or infinity"):
         load_backbone(tmp_path, quantize="int8")
 

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from quantized_models import BATCH, dequantized
-from safetensors.torch import load_file, save_file
+from quantized_models import BATCH, copy_with_a_weight, dequantized, trained_factors
 from tiny_gguf import KINDS, write_gguf
 
 from gen_fast.errors import ConfigError, UnsupportedModelError, WeightsError
@@ -93,11 +92,7 @@ def test_the_shipped_model_keeps_its_values_in_a_third_of_bfloat16s_memory(smoll
 
 
 def test_adapters_are_merged_before(quantizable_llama, group):
-    lora = Lora(LoraConfig(rank=4, alpha=8), load_backbone(quantizable_llama).config, seed=1)
-    with torch.no_grad():
-        for b in lora.b:
-            b.normal_(std=0.1)
-    adapters = [lora.weights()]
+    adapters = [trained_factors(quantizable_llama)]
     merged = load_backbone(quantizable_llama, adapters=adapters)
     backbone = load_backbone(quantizable_llama, adapters=adapters, quantize=group)
     for own, other in zip(backbone.layers, merged.layers, strict=True):
@@ -122,9 +117,6 @@ def test_a_size_without_whole_blocks_is_refused_by_name(tiny_model, group):
 def test_values_that_float16_does_not_hold_are_refused_by_name(
     quantizable_llama, tmp_path, group, bad
 ):
-    tensors = load_file(quantizable_llama / "model.safetensors")
-    tensors["model.layers.1.mlp.up_proj.weight"][5, 7] = bad
-    save_file(tensors, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text((quantizable_llama / "config.json").read_text())
+    copy_with_a_weight(quantizable_llama, tmp_path, bad)
     with pytest.raises(WeightsError, match=r"layers\.1\.mlp\.up_proj\.weight holds NaN"):
         load_backbone(tmp_path, quantize=group)

@@ -1,7 +1,15 @@
 """Weights of 8 bits and products with them: of qlinear, beside its rows."""
 
+from functools import partial
+
 import pytest
 import torch
+from products_of_8_bits import (
+    WRONG_SCALES_AND_BIASES,
+    assert_rows_need_not_be_adjacent,
+    assert_stays_in_its_row,
+    exact_product,
+)
 from torch.library import opcheck
 
 import gen_fast
@@ -36,9 +44,7 @@ def example(rows, shape, device="cpu", dtype=torch.float32, biased=False):
 
 
 def exact(q, scale, blocks, weight_scale, bias):
-    weight = unpack_int8(blocks).double() * weight_scale.double().unsqueeze(1)
-    y = q.double() * scale.double().unsqueeze(1) @ weight.T
-    return y if bias is None else y + bias.double()
+    return exact_product(q, scale, unpack_int8(blocks), weight_scale, bias)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -145,17 +151,13 @@ def test_sums_of_the_largest_values_are_exact(device, impl):
 @pytest.mark.filterwarnings("ignore:invalid value encountered")  # NumPy's, in the interpreter
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_is_not_finite_stays_in_its_row(bad, device, impl):
-    q, scale, *weight = example(14, (48, 64), device)
-    scale[7] = bad
-    y = int8_linear(q, scale, *weight, impl=impl)
-    assert y.isfinite().all(1).tolist() == [row != 7 for row in range(14)]
+    inputs = example(14, (48, 64), device)
+    assert_stays_in_its_row(bad, partial(int8_linear, impl=impl), *inputs)
 
 
 def test_rows_need_not_be_adjacent(device, impl):
-    q, *rest = example(5, (48, 64), device)
-    wide = torch.cat((q, q), 1)
-    expected = int8_linear(q, *rest, impl=impl)
-    torch.testing.assert_close(int8_linear(wide[:, :64], *rest, impl=impl), expected)
+    inputs = example(5, (48, 64), device)
+    assert_rows_need_not_be_adjacent(partial(int8_linear, impl=impl), *inputs)
 
 
 @pytest.mark.parametrize(
@@ -163,13 +165,9 @@ def test_rows_need_not_be_adjacent(device, impl):
     [
         (0, torch.zeros(2, 4), r"int8 \[T, 4\], not torch.float32"),
         (0, torch.zeros(2, 8, dtype=torch.int8), r"\[2, 8\]"),
-        (1, torch.ones(3), "2 rows"),
-        (1, torch.ones(2).double(), "float64"),
         (2, torch.zeros(1, 1, 64, dtype=torch.uint8), "uint8"),
         (2, torch.zeros(1, 64, dtype=torch.int8), r"\[1, 64\]"),
-        (3, torch.ones(15), "16 outputs"),
-        (4, torch.ones(8), "bias"),
-        (4, torch.ones(16).half(), "float16"),
+        *WRONG_SCALES_AND_BIASES,
     ],
 )
 def test_what_does_not_fit_is_refused(changed, value, message):

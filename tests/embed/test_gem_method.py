@@ -17,7 +17,6 @@ from gen_fast.cli import app
 from gen_fast.embed.loading import identify, load_generator
 from gen_fast.formats.gem import read_special
 from gen_fast.formats.llm2vec import Settings, write_settings
-from gen_fast.model.backbone import Backbone
 from gen_fast.model.sampling import GREEDY
 from gen_fast.testing import forget_checksums, relative_error, save_tiny_model
 
@@ -76,19 +75,11 @@ def test_embeddings_equal_transformers_with_a_dense_mask(tmp_path, family, setti
         assert relative_error(actual, expected) <= 1e-4
 
 
-def test_a_prompt_is_shared_and_the_last_layer_is_trimmed(gem_model, monkeypatch):
-    encoder, seen = load(gem_model), []
-    forward = Backbone.forward
-
-    def watched(self, batch, **options):
-        states = forward(self, batch, **options)
-        seen.append((options["prefix"], options["mask"], len(states), len(batch.lengths)))
-        return states
-
-    monkeypatch.setattr(Backbone, "forward", watched)
+def test_a_prompt_is_shared_and_the_last_layer_is_trimmed(gem_model, passes):
+    encoder = load(gem_model)
     encoder.encode(TEXTS, prompt=PROMPT)
-    assert all(prefix is not None and mask == "gem" for prefix, mask, *_ in seen)
-    assert all(rows == 3 * texts for *_, rows, texts in seen)
+    assert all(each.prefix is not None and each.mask == "gem" for each in passes)
+    assert all(each.states == 3 * each.texts for each in passes)
 
 
 def test_special_tokens_do_not_see_each_other(gem_model):

@@ -12,7 +12,6 @@ from oracles import llm2vec as oracle
 import gen_fast
 from gen_fast.embed.loading import identify
 from gen_fast.formats.llm2vec import Settings, write_settings
-from gen_fast.model.backbone import Backbone
 
 INSTRUCTION = " Retrieve what answers this question:  "
 TEXTS = [
@@ -112,20 +111,12 @@ def test_a_text_does_not_depend_on_its_neighbours(checkpoint):
     np.testing.assert_array_equal(together, alone)
 
 
-def test_no_prompt_is_shared_and_the_last_layer_is_trimmed(checkpoint, monkeypatch):
+def test_no_prompt_is_shared_and_the_last_layer_is_trimmed(checkpoint, passes):
     write_settings(checkpoint, Settings("last_token"))
-    encoder, seen = load(checkpoint), []
-    forward = Backbone.forward
-
-    def watched(self, batch, **options):
-        states = forward(self, batch, **options)
-        seen.append((options["prefix"], options["mask"], len(states), len(batch.lengths)))
-        return states
-
-    monkeypatch.setattr(Backbone, "forward", watched)
+    encoder = load(checkpoint)
     encoder.encode(TEXTS, prompt=INSTRUCTION)
-    assert all(prefix is None and mask == "bidirectional" for prefix, mask, *_ in seen)
-    assert all(rows == texts for *_, rows, texts in seen)
+    assert all(each.prefix is None and each.mask == "bidirectional" for each in passes)
+    assert all(each.states == each.texts for each in passes)
     total, computed = encoder.count_tokens(TEXTS, prompt=INSTRUCTION)
     assert total == computed
 

@@ -5,6 +5,7 @@ import random
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,17 @@ from gen_fast.errors import InputError, JobError
 from gen_fast.jobs.job import embed_corpus
 from gen_fast.jobs.settings import PlanSettings
 from gen_fast.jobs.verify import verify
+
+
+@pytest.fixture
+def run_job(corpus: Path, tiny_model: Path, tmp_path: Path) -> Callable[[], Path]:
+    """run_job(): run the one command of a job, the first time or again; gives its directory."""
+
+    def run() -> Path:
+        embed_corpus(corpus, tmp_path / "out", **options(tiny_model))
+        return tmp_path / "out"
+
+    return run
 
 
 def test_a_finished_job_is_left_as_it_is(
@@ -132,11 +144,9 @@ def test_a_directory_that_cannot_be_written(corpus: Path, tiny_model: Path, tmp_
 
 
 def test_a_manifest_that_cannot_be_read_is_mended(
-    corpus: Path, tiny_model: Path, tmp_path: Path, expected: dict[str, bytes]
+    run_job: Callable[[], Path], expected: dict[str, bytes]
 ) -> None:
-    out = tmp_path / "out"
-    settings = options(tiny_model)
-    embed_corpus(corpus, out, **settings)
+    out = run_job()
     manifest = (out / "manifest.json").read_text()
     for damaged in (
         '{"parts": ' * 100_000,
@@ -149,29 +159,27 @@ def test_a_manifest_that_cannot_be_read_is_mended(
         (out / "manifest.json").write_text(damaged)
         with pytest.raises(JobError, match=r"manifest\.json is damaged"):
             verify(out)
-        embed_corpus(corpus, out, **settings)
+        run_job()
         assert files_of(out) == expected
     for path in ("rejected.jsonl", "_parts/part-00003.json", "_parts/part-00003.rejected.jsonl"):
         (out / path).write_text('{"a": ' * 100_000)
         assert verify(out) != []
-        embed_corpus(corpus, out, **settings)
+        run_job()
         assert files_of(out) == expected
 
 
 def test_a_part_that_the_plan_does_not_have(
-    corpus: Path, tiny_model: Path, tmp_path: Path, expected: dict[str, bytes]
+    run_job: Callable[[], Path], expected: dict[str, bytes]
 ) -> None:
     """Such as those of a larger job whose plan was replaced by that of a smaller one."""
-    out = tmp_path / "out"
-    settings = options(tiny_model)
-    embed_corpus(corpus, out, **settings)
+    out = run_job()
     stray = out / "part-00025.parquet"
     stray.write_bytes((out / "part-00003.parquet").read_bytes())
     assert verify(out) == [f"{stray} is no part of the plan: move it away"]
     with pytest.raises(JobError, match=r"part-00025.parquet is none of the 25 parts of plan\.json"):
-        embed_corpus(corpus, out, **settings)
+        run_job()
     stray.unlink()
-    embed_corpus(corpus, out, **settings)
+    run_job()
     assert files_of(out) == expected
 
 
@@ -209,11 +217,9 @@ def test_a_plan_that_is_extended_during_a_run_is_not_published_short(
 
 
 def test_damage_is_found_named_and_mended(
-    corpus: Path, tiny_model: Path, tmp_path: Path, expected: dict[str, bytes]
+    run_job: Callable[[], Path], expected: dict[str, bytes]
 ) -> None:
-    out = tmp_path / "out"
-    settings = options(tiny_model)
-    embed_corpus(corpus, out, **settings)
+    out = run_job()
     content = bytearray((out / "part-00002.parquet").read_bytes())
     content[200] ^= 1
     (out / "part-00002.parquet").write_bytes(content)
@@ -224,11 +230,11 @@ def test_damage_is_found_named_and_mended(
     rejected = (out / "rejected.jsonl").read_text()
     (out / "rejected.jsonl").write_text(rejected.replace("k7", "k8"))
     assert len(verify(out)) == 4
-    embed_corpus(corpus, out, **settings)
+    run_job()
     assert verify(out) == []
     manifest = (out / "manifest.json").read_text()
     (out / "manifest.json").write_text(manifest.replace('"rows": 392', '"rows": 393'))
     assert len(verify(out)) == 1
-    embed_corpus(corpus, out, **settings)
+    run_job()
     assert files_of(out) == expected
     assert verify(out) == []

@@ -26,33 +26,31 @@ def model(tmp_path_factory):
     return folder
 
 
+def llm2vec_gen_losses(model, folder, kind):
+    """Of a run over the plain model, and of one over it quantised; both adapters can be loaded."""
+    write_answers(folder / "answers.jsonl")
+    write_teacher(folder / "teacher.parquet", folder / "answers.jsonl")
+    curves = []
+    for quantize in (None, kind):
+        out = folder / str(quantize)
+        config = train_config(folder, model, out=str(out), quantize=quantize, start="random")
+        adapter = llm2vec_gen.train(config, show_progress_bar=False)
+        curves.append(losses(config))
+        gen_fast.load(adapter, quantize=quantize, device="cpu").encode("the cat")
+    return curves
+
+
 @pytest.mark.parametrize("group", GROUP_BITS)
 def test_llm2vec_gen_trains_as_over_the_same_values(group, model, tmp_path):
-    write_answers(tmp_path / "answers.jsonl")
-    write_teacher(tmp_path / "teacher.parquet", tmp_path / "answers.jsonl")
-    curves = []
-    for quantize in (None, group):
-        out = tmp_path / str(quantize)
-        config = train_config(tmp_path, model, out=str(out), quantize=quantize, start="random")
-        folder = llm2vec_gen.train(config, show_progress_bar=False)
-        curves.append(losses(config))
-        gen_fast.load(folder, quantize=quantize, device="cpu").encode("the cat")
-    assert curves[1] == pytest.approx(curves[0], rel=1e-4)
+    plain, quantized = llm2vec_gen_losses(model, tmp_path, group)
+    assert quantized == pytest.approx(plain, rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
 def test_llm2vec_gen_trains_over_8_bits(kind, model, tmp_path, fp8_by_the_reference):
-    write_answers(tmp_path / "answers.jsonl")
-    write_teacher(tmp_path / "teacher.parquet", tmp_path / "answers.jsonl")
-    curves = []
-    for quantize in (None, kind):
-        out = tmp_path / str(quantize)
-        config = train_config(tmp_path, model, out=str(out), quantize=quantize, start="random")
-        folder = llm2vec_gen.train(config, show_progress_bar=False)
-        curves.append(losses(config))
-        gen_fast.load(folder, quantize=quantize, device="cpu").encode("the cat")
-    assert curves[1] == pytest.approx(curves[0], rel=0.02 if kind == "int8" else 0.05)
-    assert curves[1] != curves[0]
+    plain, quantized = llm2vec_gen_losses(model, tmp_path, kind)
+    assert quantized == pytest.approx(plain, rel=0.02 if kind == "int8" else 0.05)
+    assert quantized != plain
 
 
 def test_lora_over_int8_is_refused(model, tmp_path):

@@ -1,6 +1,9 @@
-"""How often hypothesis tries: few examples, always the same ones, and many new ones."""
+"""How often hypothesis tries, few examples, always the same ones, or many new ones; and damage."""
+
+from typing import NamedTuple
 
 from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
 
 FEW = settings(
     max_examples=60,
@@ -13,3 +16,22 @@ MANY = settings(
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
+
+
+class Damage(NamedTuple):
+    """Bytes to be written over a file's, by their places in 0..1, and how much of it stays."""
+
+    patches: list[tuple[float, bytes]]
+    length: float
+
+    def done_to(self, content: bytes) -> bytes:
+        changed = bytearray(content)
+        for where, piece in self.patches:
+            start = int(where * len(content))
+            changed[start : start + len(piece)] = piece
+        return bytes(changed[: int(self.length * len(changed))])
+
+
+def damages() -> st.SearchStrategy[Damage]:
+    patch = st.tuples(st.floats(0, 1), st.binary(min_size=1, max_size=8))
+    return st.builds(Damage, st.lists(patch, max_size=4), st.just(1.0) | st.floats(0, 1))

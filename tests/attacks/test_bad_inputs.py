@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from command_line import Outcome, gen_fast
-from fuzzing import FEW, MANY
+from fuzzing import FEW, MANY, Damage, damages
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -231,24 +231,10 @@ def test_many_more_rows_of_any_bytes(tmp_path: Path, suffix: str, content: bytes
     check_rows(tmp_path, suffix, content)
 
 
-PATCHES = st.lists(st.tuples(st.floats(0, 1), st.binary(min_size=1, max_size=8)), max_size=4)
-
-
-def patched(content: bytes, patches: list[tuple[float, bytes]], length: float) -> bytes:
-    """`content` with some bytes replaced, cut to a part of its length."""
-    damaged = bytearray(content)
-    for where, piece in patches:
-        start = int(where * len(content))
-        damaged[start : start + len(piece)] = piece
-    return bytes(damaged[: int(length * len(damaged))])
-
-
-def check_embedding_file(
-    folder: Path, suffix: str, patches: list[tuple[float, bytes]], length: float
-) -> None:
+def check_embedding_file(folder: Path, suffix: str, damage: Damage) -> None:
     path = folder / f"embeddings{suffix}"
     write_embeddings(path, Embeddings(["a", "b"], np.ones((2, 3), np.float32), ["x", "y"]))
-    path.write_bytes(patched(path.read_bytes(), patches, length))
+    path.write_bytes(damage.done_to(path.read_bytes()))
     try:
         read = read_embeddings(path)
         assert np.isfinite(read.vectors).all()
@@ -259,18 +245,14 @@ def check_embedding_file(
 
 @pytest.mark.parametrize("suffix", [".npy", ".parquet", ".safetensors"])
 @FEW
-@given(patches=PATCHES, length=st.just(1.0) | st.floats(0, 1))
-def test_a_damaged_file_of_embeddings(
-    tmp_path: Path, suffix: str, patches: list[tuple[float, bytes]], length: float
-) -> None:
-    check_embedding_file(tmp_path, suffix, patches, length)
+@given(damage=damages())
+def test_a_damaged_file_of_embeddings(tmp_path: Path, suffix: str, damage: Damage) -> None:
+    check_embedding_file(tmp_path, suffix, damage)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".npy", ".parquet", ".safetensors"])
 @MANY
-@given(patches=PATCHES, length=st.just(1.0) | st.floats(0, 1))
-def test_many_more_damaged_files_of_embeddings(
-    tmp_path: Path, suffix: str, patches: list[tuple[float, bytes]], length: float
-) -> None:
-    check_embedding_file(tmp_path, suffix, patches, length)
+@given(damage=damages())
+def test_many_more_damaged_files_of_embeddings(tmp_path: Path, suffix: str, damage: Damage) -> None:
+    check_embedding_file(tmp_path, suffix, damage)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from command_line import gen_fast
-from fuzzing import FEW, MANY
+from fuzzing import FEW, MANY, Damage, damages
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -146,22 +146,6 @@ def test_many_more_configs(config: dict[str, Any]) -> None:
     check_config(config)
 
 
-@st.composite
-def damages(draw: st.DrawFn) -> tuple[list[tuple[float, bytes]], float]:
-    """Bytes to be written over a file's, by their places, and how much of it stays."""
-    places = st.tuples(st.floats(0, 1), st.binary(min_size=1, max_size=8))
-    return draw(st.lists(places, max_size=3)), draw(st.just(1.0) | st.floats(0, 1))
-
-
-def damaged(content: bytes, damage: tuple[list[tuple[float, bytes]], float]) -> bytes:
-    patches, length = damage
-    changed = bytearray(content)
-    for where, piece in patches:
-        start = int(where * len(content))
-        changed[start : start + len(piece)] = piece
-    return bytes(changed[: int(length * len(changed))])
-
-
 def write_gguf(path: Path) -> None:
     """A small GGUF file, most of which is its header."""
     import gguf
@@ -207,19 +191,15 @@ def check_gguf(folder: Path, content: bytes) -> None:
 
 @FEW
 @given(damage=damages())
-def test_a_damaged_gguf_file(
-    gguf_bytes: bytes, tmp_path: Path, damage: tuple[list[tuple[float, bytes]], float]
-) -> None:
-    check_gguf(tmp_path, damaged(gguf_bytes, damage))
+def test_a_damaged_gguf_file(gguf_bytes: bytes, tmp_path: Path, damage: Damage) -> None:
+    check_gguf(tmp_path, damage.done_to(gguf_bytes))
 
 
 @pytest.mark.slow
 @MANY
 @given(damage=damages())
-def test_many_more_damaged_gguf_files(
-    gguf_bytes: bytes, tmp_path: Path, damage: tuple[list[tuple[float, bytes]], float]
-) -> None:
-    check_gguf(tmp_path, damaged(gguf_bytes, damage))
+def test_many_more_damaged_gguf_files(gguf_bytes: bytes, tmp_path: Path, damage: Damage) -> None:
+    check_gguf(tmp_path, damage.done_to(gguf_bytes))
 
 
 def tokenizers_with(changes: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:

@@ -14,7 +14,7 @@ from tiny_data import train_config, write_answers, write_teacher
 import gen_fast
 from gen_fast.errors import BackboneMismatchError, CheckpointError, JobError
 from gen_fast.jobs.job import embed_corpus
-from gen_fast.testing import save_tiny_adapter, save_tiny_model
+from gen_fast.testing import FAMILY_OPTIONS, save_tiny_adapter, save_tiny_model
 from gen_fast.training.config import TrainConfig
 from gen_fast.training.llm2vec_gen import train
 
@@ -44,14 +44,7 @@ SETTINGS = {
     "original_max_position_embeddings": (64, "rope_scaling"),
     "sliding_window": (4, "windows"),
 }
-SCALING = {
-    "rope_type": "llama3",
-    "rope_theta": 1e4,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
+SCALING = {**FAMILY_OPTIONS["llama3-rope"]["rope_scaling"], "rope_theta": 1e4}
 
 
 @pytest.fixture(scope="module")

@@ -9,16 +9,9 @@ import pytest
 
 import gen_fast
 from gen_fast.model.config import BackboneConfig, parse_config
-from gen_fast.testing import tiny_config
+from gen_fast.testing import FAMILY_OPTIONS, tiny_config
 
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 1e4,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
+LLAMA3 = {**FAMILY_OPTIONS["llama3-rope"]["rope_scaling"], "rope_theta": 1e4}
 
 
 def parsed(family: str = "llama", **changes: Any) -> BackboneConfig:

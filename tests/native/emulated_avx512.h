@@ -62,6 +62,14 @@ static inline To bits_of(const From& from) {
   return to;
 }
 
+// Each lane in another type.
+template <class To, class From, int count>
+static inline Lanes<To, count> converted(const Lanes<From, count>& from) {
+  Lanes<To, count> to;
+  for (int i = 0; i < count; ++i) to.at[i] = (To)from.at[i];
+  return to;
+}
+
 // The lanes as a vector, zero where the mask's bit is.
 template <class Vector, class Lane, int count>
 static inline Vector masked(uint32_t mask, Lanes<Lane, count> lanes) {
@@ -243,34 +251,22 @@ static inline __m256i _mm256_dpbusd_avx_epi32(__m256i sum, __m256i a, __m256i b)
 
 static inline __m512i _mm512_maskz_cvtepu8_epi32(__mmask16 mask, __m128i a) {
   using namespace emulated;
-  const auto from = bits_of<Lanes<uint8_t, 16>>(a);
-  U32 out;
-  for (int i = 0; i < 16; ++i) out.at[i] = from.at[i];
-  return masked<__m512i>(mask, out);
+  return masked<__m512i>(mask, converted<uint32_t>(bits_of<Lanes<uint8_t, 16>>(a)));
 }
 
 static inline __m512i _mm512_maskz_cvtepu16_epi32(__mmask16 mask, __m256i a) {
   using namespace emulated;
-  const auto from = bits_of<Lanes<uint16_t, 16>>(a);
-  U32 out;
-  for (int i = 0; i < 16; ++i) out.at[i] = from.at[i];
-  return masked<__m512i>(mask, out);
+  return masked<__m512i>(mask, converted<uint32_t>(bits_of<Lanes<uint16_t, 16>>(a)));
 }
 
 static inline __m128i _mm512_maskz_cvtepi32_epi8(__mmask16 mask, __m512i a) {
   using namespace emulated;
-  const U32 from = bits_of<U32>(a);
-  Lanes<uint8_t, 16> out;
-  for (int i = 0; i < 16; ++i) out.at[i] = (uint8_t)from.at[i];
-  return masked<__m128i>(mask, out);
+  return masked<__m128i>(mask, converted<uint8_t>(bits_of<U32>(a)));
 }
 
 static inline __m512 _mm512_cvtepi32_ps(__m512i a) {
   using namespace emulated;
-  const I32 from = bits_of<I32>(a);
-  F32 out;
-  for (int i = 0; i < 16; ++i) out.at[i] = (float)from.at[i];
-  return bits_of<__m512>(out);
+  return bits_of<__m512>(converted<float>(bits_of<I32>(a)));
 }
 
 static inline __m256bh _mm512_cvtneps_pbh(__m512 a) {

@@ -1,4 +1,4 @@
-"""How often hypothesis tries, few examples, always the same ones, or many new ones; and damage."""
+"""For hypothesis: few examples, always the same ones, or many new ones; and damage to files."""
 
 from typing import NamedTuple
 
@@ -33,5 +33,6 @@ class Damage(NamedTuple):
 
 
 def damages() -> st.SearchStrategy[Damage]:
+    """Up to four places written over, and in some cases an end that is cut off."""
     patch = st.tuples(st.floats(0, 1), st.binary(min_size=1, max_size=8))
     return st.builds(Damage, st.lists(patch, max_size=4), st.just(1.0) | st.floats(0, 1))

@@ -5,12 +5,16 @@ class GenFastError(Exception):
     """Base of every error that gen_fast raises on purpose."""
 
 
-class TextError(GenFastError, ValueError):
-    """A text cannot be embedded. `rows` lists the positions of the bad texts in the input."""
+class _RowsError(GenFastError):
+    """An error of some texts. `rows`: their positions in the input."""
 
     def __init__(self, message: str, rows: tuple[int, ...]) -> None:
         super().__init__(message)
         self.rows = rows
+
+
+class TextError(_RowsError, ValueError):
+    """A text cannot be embedded. `rows` lists the positions of the bad texts in the input."""
 
 
 class TextTypeError(TextError, TypeError):
@@ -25,12 +29,8 @@ class InputError(GenFastError, ValueError):
     """A file of texts or embeddings cannot be read; the message names the file and line or row."""
 
 
-class NonFiniteError(GenFastError, ArithmeticError):
+class NonFiniteError(_RowsError, ArithmeticError):
     """An embedding holds NaN or infinity. `rows` lists the positions of its texts in the input."""
-
-    def __init__(self, message: str, rows: tuple[int, ...]) -> None:
-        super().__init__(message)
-        self.rows = rows
 
 
 class ModelNotFoundError(GenFastError, FileNotFoundError):

@@ -8,7 +8,6 @@ medians over the rounds. Needs `pip install -e .[bench]` and the reference packa
 """
 
 import argparse
-import re
 import statistics
 import subprocess
 import sys
@@ -19,7 +18,7 @@ import numpy as np
 import peers
 import torch
 import workloads
-from measure import arguments, interleaved, median_ratio, reported, save
+from measure import arguments, interleaved, median_ratio, peak_memory_mb, points, reported, save
 
 from gen_fast.embed.loading import load
 from gen_fast.io.vectors import centred_cosine
@@ -156,9 +155,7 @@ def _peak_memory(args: argparse.Namespace, backbone: Path) -> float:
     work = workloads.make(args.workload[0], AutoTokenizer.from_pretrained(backbone), quick=True)
     dtype = DTYPES[args.dtype[0]]
     _provider(args.peak_memory_of, args, backbone, work, dtype)[0](work.texts)
-    # Not getrusage: its maximum survives fork and exec, so a child reports its parent's.
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024
+    return peak_memory_mb()
 
 
 def _scaling(args: argparse.Namespace, backbone: Path) -> list[dict]:
@@ -167,7 +164,7 @@ def _scaling(args: argparse.Namespace, backbone: Path) -> list[dict]:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(backbone)
-    points = []
+    rows = []
     for dtype_name in args.dtype:
         work = workloads.Workload("scaling", "", [], 1024)
         runs = {
@@ -183,18 +180,10 @@ def _scaling(args: argparse.Namespace, backbone: Path) -> list[dict]:
                 seconds = interleaved(
                     {k: lambda run=run, t=texts: run(t) for k, run in runs.items()}, 2
                 )
-                points += [
-                    {
-                        "axis": axis,
-                        "dtype": dtype_name,
-                        "provider": name,
-                        "length": length,
-                        "texts": count,
-                        "ms_per_text": 1e3 * statistics.median(times) / count,
-                    }
-                    for name, times in seconds.items()
-                ]
-    return points
+                case = {"axis": axis, "dtype": dtype_name, "length": length, "texts": count}
+                for row in points(seconds, **case):
+                    rows.append({**row, "ms_per_text": 1e3 * row["seconds"] / count})
+    return rows
 
 
 def _print_row(row: dict) -> None:

@@ -53,6 +53,21 @@ def save(path: Path | None, report: Any) -> None:
         path.write_text(json.dumps(report, indent=1) + "\n")
 
 
+def peak_memory_mb() -> float:
+    """The most memory that this process has held, file pages among it, in MiB; of Linux."""
+    # Not getrusage: its maximum survives fork and exec, so a child reports its parent's.
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in status if line.startswith("VmHWM:")) / 1024
+
+
+def points(seconds: dict[str, list[float]], **case: Any) -> list[dict[str, Any]]:
+    """A row a provider of `interleaved`, of this case, with its median of seconds."""
+    return [
+        {**case, "provider": name, "seconds": statistics.median(times)}
+        for name, times in seconds.items()
+    ]
+
+
 def profile(run: Callable[[], object], seconds: float, device: str, table: Path) -> None:
     """Write where the time of `seconds` of `run` goes, by kernel and by operation, to `table`."""
     activities = [torch.profiler.ProfilerActivity.CPU]

@@ -9,7 +9,6 @@ a process that loads its model and takes two steps.
 """
 
 import argparse
-import re
 import statistics
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import peers
 import torch
-from measure import arguments, interleaved, median_ratio, reported, save
+from measure import arguments, interleaved, median_ratio, peak_memory_mb, points, reported, save
 
 from gen_fast.model.device import matmul_peak
 from gen_fast.model.sources import resolve
@@ -136,15 +135,14 @@ def _peak_memory(args: argparse.Namespace) -> float:
     batch = make_batch(args.case[0])
     for _ in range(2):
         step(batch)
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024
+    return peak_memory_mb()
 
 
 def _scaling(args: argparse.Namespace) -> list[dict]:
     """Seconds a step against query length, answer length and batch, one at a time."""
     dtype_name = args.dtype[-1]
     made = {name: _provider(name, DTYPES[dtype_name])[0] for name in PROVIDERS[:2]}
-    points = []
+    rows = []
     for axis, values in (
         ("query", (16, 128, 256)),
         ("answer", (32, 192, 384)),
@@ -155,17 +153,8 @@ def _scaling(args: argparse.Namespace) -> list[dict]:
             seconds = interleaved(
                 {name: lambda step=step, b=batch: step(b) for name, step in made.items()}, 1
             )
-            points += [
-                {
-                    "axis": axis,
-                    "value": value,
-                    "dtype": dtype_name,
-                    "provider": name,
-                    "seconds": statistics.median(times),
-                }
-                for name, times in seconds.items()
-            ]
-    return points
+            rows += points(seconds, axis=axis, value=value, dtype=dtype_name)
+    return rows
 
 
 def _print_row(row: dict) -> None:

@@ -14,7 +14,6 @@ its model and takes two steps; on a GPU, of its tensors.
 """
 
 import argparse
-import re
 import statistics
 import subprocess
 import sys
@@ -25,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from measure import arguments, interleaved, median_ratio, reported, save
+from measure import arguments, interleaved, median_ratio, peak_memory_mb, reported, save
 
 from gen_fast.model.device import matmul_peak
 from gen_fast.model.lora import MODULES
@@ -321,8 +320,7 @@ def _peak_memory(args: argparse.Namespace) -> float:
         run(batch)
     if args.device != "cpu":
         return torch.cuda.max_memory_allocated() / 2**20
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024
+    return peak_memory_mb()
 
 
 if __name__ == "__main__":

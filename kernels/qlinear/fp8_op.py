@@ -4,9 +4,11 @@ import torch
 from torch import Tensor
 
 from gen_fast.errors import OpError
-from gen_fast.ops import REFERENCE, SCALED_MM, Case, Op, gpu
+from gen_fast.ops import REFERENCE, SCALED_MM, Case, gpu, unsupported
 
-from . import fp8, int8_op
+from . import fp8
+from .int8_op import GPU_DTYPES, other_dtype, product_op
+from .reference import scaled_product
 
 # Sums of e4m3 products in full float32. On Hopper the tensor cores can keep fewer bits of them,
 # which is faster (kernels/qlinear/README.md): what an embedding loses to fp8 was measured with
@@ -14,38 +16,19 @@ from . import fp8, int8_op
 FAST_SUMS = False
 
 
-def _check(
-    q: Tensor,
-    scale: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-) -> None:
+def _check_weight(weight: Tensor) -> None:
     if weight.dtype != torch.float8_e4m3fn or not fp8.fits_fp8(tuple(weight.shape)):
         raise OpError(
             f"a weight in fp8 is float8_e4m3fn [out, in], both multiples of {fp8.MULTIPLE}, not "
             f"{weight.dtype} {list(weight.shape)}"
         )
-    out, inputs = weight.shape
-    if q.dtype != torch.float8_e4m3fn or q.dim() != 2 or q.shape[1] != inputs:
-        raise OpError(
-            f"rows for a weight of [{out}, {inputs}] are float8_e4m3fn [T, {inputs}], not "
-            f"{q.dtype} {list(q.shape)}"
-        )
-    int8_op.check_scales_and_bias(len(q), scale, out, weight_scale, bias, dtype)
 
 
-FP8 = Op(
-    "fp8_linear",
-    "(Tensor q, Tensor scale, Tensor weight, Tensor weight_scale, Tensor? bias, ScalarType dtype)"
-    " -> Tensor",
-    lambda q, scale, weight, weight_scale, bias, dtype: scale.new_empty(
-        len(q), len(weight), dtype=dtype
-    ),
-    check=_check,
-    option=lambda q, scale, weight, weight_scale, bias, dtype: str(dtype),
-)
+def _shape(weight: Tensor) -> tuple[int, int]:
+    return weight.shape[0], weight.shape[1]
+
+
+FP8 = product_op("fp8_linear", "weight", _check_weight, _shape)
 
 
 def _only_named(case: Case) -> str | None:
@@ -53,27 +36,16 @@ def _only_named(case: Case) -> str | None:
     return None if case.forced else "is the oracle: it runs where it is named"
 
 
-@FP8.register(REFERENCE, _only_named)
-def _reference(
-    q: Tensor,
-    scale: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    wide = torch.promote_types(dtype, torch.float32)
-    y = q.to(wide) @ weight.to(wide).T * scale.unsqueeze(1) * weight_scale
-    return (y if bias is None else y + bias).to(dtype)
+FP8.register(REFERENCE, _only_named)(scaled_product)
 
 
 def _scaled_mm_supports(case: Case) -> str | None:
     # The first argument is fp8, always; the dtype that varies is the result's.
-    if case.option not in (None, *map(str, (torch.float32, torch.bfloat16, torch.float16))):
-        return f"gives no {case.option}"
-    if case.device != "cuda":
-        return f"runs on cuda, not on {case.device}"
-    return gpu.fp8_missing()
+    return (
+        other_dtype(case, GPU_DTYPES)
+        or unsupported(case, "cuda", (case.dtype,))
+        or gpu.fp8_missing()
+    )
 
 
 @FP8.register(SCALED_MM, _scaled_mm_supports)

@@ -1,6 +1,8 @@
 """Products of rows and weights of 8 bits, such weights as a matrix: schemas and implementations."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,30 +11,15 @@ from gen_fast.errors import OpError
 from gen_fast.ops import CPP, REFERENCE, TRITON, Case, Op, gpu, native, unsupported
 
 from . import int8
-from .reference import rotate_rows
+from .reference import rotate_rows, scaled_product
+
+# Dtypes that results may have on a GPU.
+GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _shape(blocks: Tensor) -> tuple[int, int]:
     """(out, in) of a weight."""
     return blocks.shape[0] * int8.OUTPUTS, blocks.shape[1] * int8.INPUTS
-
-
-def _check(
-    q: Tensor,
-    scale: Tensor,
-    blocks: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-) -> None:
-    _check_blocks(blocks)
-    out, inputs = _shape(blocks)
-    if q.dtype != torch.int8 or q.dim() != 2 or q.shape[1] != inputs:
-        raise OpError(
-            f"rows for a weight of [{out}, {inputs}] are int8 [T, {inputs}], not {q.dtype} "
-            f"{list(q.shape)}"
-        )
-    check_scales_and_bias(len(q), scale, out, weight_scale, bias, dtype)
 
 
 def _check_blocks(blocks: Tensor) -> None:
@@ -54,7 +41,42 @@ def _check_scales(name: str, scale: Tensor, size: int) -> None:
         raise OpError(f"scales of {size} {name} are float32, not {scale.dtype} {list(scale.shape)}")
 
 
-def check_scales_and_bias(
+def product_op(
+    name: str,
+    weight_name: str,
+    check_weight: Callable[[Tensor], None],
+    shape_of: Callable[[Tensor], tuple[int, int]],
+) -> Op:
+    """The op of rows of 8 bits times a weight of the same dtype, each with its scales.
+
+    weight_name: its name in the schema. check_weight raises OpError for one that is none; shape_of
+    gives its (out, in).
+    """
+
+    def check(q: Tensor, scale: Tensor, weight: Tensor, *others: Any) -> None:
+        check_weight(weight)
+        out, inputs = shape_of(weight)
+        if q.dtype != weight.dtype or q.dim() != 2 or q.shape[1] != inputs:
+            dtype = str(weight.dtype).removeprefix("torch.")
+            raise OpError(
+                f"rows for a weight of [{out}, {inputs}] are {dtype} [T, {inputs}], not {q.dtype} "
+                f"{list(q.shape)}"
+            )
+        _check_scales_and_bias(len(q), scale, out, *others)
+
+    return Op(
+        name,
+        f"(Tensor q, Tensor scale, Tensor {weight_name}, Tensor weight_scale, Tensor? bias,"
+        " ScalarType dtype) -> Tensor",
+        lambda q, scale, weight, weight_scale, bias, dtype: scale.new_empty(
+            len(q), shape_of(weight)[0], dtype=dtype
+        ),
+        check=check,
+        option=lambda q, scale, weight, weight_scale, bias, dtype: str(dtype),
+    )
+
+
+def _check_scales_and_bias(
     rows: int,
     scale: Tensor,
     out: int,
@@ -62,23 +84,18 @@ def check_scales_and_bias(
     bias: Tensor | None,
     dtype: torch.dtype,
 ) -> None:
-    """Raise OpError for what does not fit beside `rows` rows and a weight of `out` outputs."""
     _check_scales("rows", scale, rows)
     _check_scales("outputs", weight_scale, out)
     if bias is not None and (tuple(bias.shape) != (out,) or bias.dtype != dtype):
         raise OpError(f"a bias for {out} outputs in {dtype} is not {bias.dtype} {list(bias.shape)}")
 
 
-INT8 = Op(
-    "int8_linear",
-    "(Tensor q, Tensor scale, Tensor blocks, Tensor weight_scale, Tensor? bias, ScalarType dtype)"
-    " -> Tensor",
-    lambda q, scale, blocks, weight_scale, bias, dtype: scale.new_empty(
-        len(q), _shape(blocks)[0], dtype=dtype
-    ),
-    check=_check,
-    option=lambda q, scale, blocks, weight_scale, bias, dtype: str(dtype),
-)
+def other_dtype(case: Case, dtypes: tuple[torch.dtype, ...]) -> str | None:
+    """Why an implementation whose results are in one of `dtypes` cannot compute `case`, or None."""
+    return None if case.option in (None, *map(str, dtypes)) else f"gives no {case.option}"
+
+
+INT8 = product_op("int8_linear", "blocks", _check_blocks, _shape)
 WEIGHT = Op(
     "int8_weight",
     "(Tensor blocks, Tensor weight_scale, ScalarType dtype) -> Tensor",
@@ -89,18 +106,8 @@ WEIGHT = Op(
 
 
 @INT8.register(REFERENCE)
-def _reference(
-    q: Tensor,
-    scale: Tensor,
-    blocks: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    wide = torch.promote_types(dtype, torch.float32)
-    weight = int8.unpack_int8(blocks).to(wide)
-    y = q.to(wide) @ weight.T * scale.unsqueeze(1) * weight_scale
-    return (y if bias is None else y + bias).to(dtype)
+def _reference(q: Tensor, scale: Tensor, blocks: Tensor, *others: Any) -> Tensor:
+    return scaled_product(q, scale, int8.unpack_int8(blocks), *others)
 
 
 @WEIGHT.register(REFERENCE)
@@ -110,10 +117,8 @@ def _weight_reference(blocks: Tensor, weight_scale: Tensor, dtype: torch.dtype) 
 
 
 def _triton_supports(case: Case) -> str | None:
-    if case.option not in (None, *map(str, (torch.float32, torch.bfloat16, torch.float16))):
-        return f"gives no {case.option}"
     # Rows and blocks are int8, always; the dtype that varies is the result's.
-    return gpu.supports(replace(case, dtype=torch.float32))
+    return other_dtype(case, GPU_DTYPES) or gpu.supports(replace(case, dtype=torch.float32))
 
 
 INT8.register(TRITON, _triton_supports)(gpu.deferred("qlinear.triton_int8", "int8_linear"))
@@ -121,9 +126,11 @@ WEIGHT.register(TRITON, _triton_supports)(gpu.deferred("qlinear.triton_int8", "i
 
 
 def _cpp_supports(case: Case) -> str | None:
-    if case.option not in (None, str(torch.float32), str(torch.bfloat16)):
-        return f"gives no {case.option}"
-    return unsupported(case, "cpu", (case.dtype,)) or native.missing()
+    return (
+        other_dtype(case, (torch.float32, torch.bfloat16))
+        or unsupported(case, "cpu", (case.dtype,))
+        or native.missing()
+    )
 
 
 @INT8.register(CPP, _cpp_supports)

@@ -1,4 +1,4 @@
-"""Symmetric quantisation of rows, in plain torch."""
+"""Symmetric quantisation of rows, and their products, in plain torch."""
 
 import math
 
@@ -52,3 +52,20 @@ def quantize_rows(x: Tensor, row_format: str) -> tuple[Tensor, Tensor]:
 def dequantize_rows(q: Tensor, scale: Tensor) -> Tensor:
     """Undo `quantize_rows`: float32 [T, f]."""
     return q.float() * scale.unsqueeze(-1)
+
+
+def scaled_product(
+    q: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """q [T, in] times weight [out, in], transposed, each with its scales, plus bias [out].
+
+    Returns [T, out] in `dtype`, computed in float32 at least.
+    """
+    wide = torch.promote_types(dtype, torch.float32)
+    y = q.to(wide) @ weight.to(wide).T * scale.unsqueeze(1) * weight_scale
+    return (y if bias is None else y + bias).to(dtype)

@@ -10,6 +10,7 @@ from gen_fast.ops.gpu import Tile
 from gen_fast.ops.layout import adjacent
 
 from . import groups
+from .triton_int8 import tile
 
 _OUTPUTS, _INPUTS = tl.constexpr(groups.OUTPUTS), tl.constexpr(groups.INPUTS)
 _GRID = tl.constexpr(4 * groups.OUTPUTS)  # bytes of a block's scales and minima
@@ -114,11 +115,6 @@ def _group_weight(
         tile.to(weight.dtype.element_ty),
         mask=(output < outputs)[:, None] & (column < size)[None, :],
     )
-
-
-def tile(rows: int, outputs: int, inputs: int, warps: int, stages: int) -> Tile:
-    """Rows, outputs and inputs that a program takes at a time, and how it works on them."""
-    return Tile({"BLOCK_T": rows, "BLOCK_O": outputs, "BLOCK_K": inputs}, warps, stages)
 
 
 # Best first, of both architectures. In 4 bits on an H100 and a weight of 24,576 outputs and 4,096

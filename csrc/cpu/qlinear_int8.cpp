@@ -38,20 +38,25 @@ constexpr int64_t TASK_OUTPUTS = W == 16 ? 64 : 32, TASK_ROWS = 252;
 
 static inline vi splat(int32_t x) { return x - vi{}; }
 
+// Whole numbers: as many inputs as fill 32 bits lie side by side.
+template <class Value>
+struct Packed {
+  typedef Value type;
+  typedef vi sums;
+  static constexpr int pair = 4 / sizeof(Value);
+  static inline vi splat_at(const Value* p) {
+    int32_t bits;
+    std::memcpy(&bits, p, sizeof bits);
+    return splat(bits);
+  }
+};
+
 #if defined(GEN_FAST_BYTE_DOT)
 
 // Bytes, of which the instruction takes the weights' without a sign: 128 is added to them, and 128
 // times the sum of a row is taken from its results.
-struct IntOperand {
-  typedef int8_t type;
-  typedef vi sums;
-  static constexpr int pair = 4;
+struct IntOperand : Packed<int8_t> {
   static constexpr int32_t OFFSET = 128;
-  static inline vi splat_at(const int8_t* p) {
-    int32_t four;
-    std::memcpy(&four, p, 4);
-    return splat(four);
-  }
   static inline vi multiply_add(vi c, vi a, const int8_t* b) {
 #if GEN_FAST_VECTOR_BYTES == 64
     return (vi)_mm512_dpbusd_epi32((__m512i)c, _mm512_loadu_si512(b), (__m512i)a);
@@ -69,16 +74,8 @@ static inline void put(const int8_t* bytes, int8_t* to, int64_t) {
 #else
 
 // Pairs of 16 bits: the products of bytes that AVX2 has without VNNI saturate.
-struct IntOperand {
-  typedef int16_t type;
-  typedef vi sums;
-  static constexpr int pair = 2;
+struct IntOperand : Packed<int16_t> {
   static constexpr int32_t OFFSET = 0;
-  static inline vi splat_at(const int16_t* p) {
-    int32_t two;
-    std::memcpy(&two, p, 4);
-    return splat(two);
-  }
   static inline vi multiply_add(vi c, vi a, const int16_t* b) {
     vi two;
     std::memcpy(&two, b, sizeof two);

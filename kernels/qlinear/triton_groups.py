@@ -10,7 +10,7 @@ from gen_fast.ops.gpu import Tile
 from gen_fast.ops.layout import adjacent
 
 from . import groups
-from .triton_int8 import tile
+from .triton_int8 import product_tile, tile
 
 _OUTPUTS, _INPUTS = tl.constexpr(groups.OUTPUTS), tl.constexpr(groups.INPUTS)
 _GRID = tl.constexpr(4 * groups.OUTPUTS)  # bytes of a block's scales and minima
@@ -66,13 +66,9 @@ def _group_linear(
     x, blocks, halves, bias, y, n_rows, size, outputs, stride, BITS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    output_tile = tl.program_id(0)
-    row = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
-    output = output_tile * BLOCK_O + tl.arange(0, BLOCK_O)
-    panel = output_tile * (BLOCK_O // _OUTPUTS) + tl.arange(0, BLOCK_O // _OUTPUTS)
-    # What lies beyond the last row or output is computed from the last one, and not stored.
-    read_row = tl.minimum(row, n_rows - 1).to(tl.int64)
-    read_panel = tl.minimum(panel, outputs // _OUTPUTS - 1).to(tl.int64)
+    row, output, read_row, read_panel = product_tile(
+        tl.program_id(1), tl.program_id(0), n_rows, outputs, _OUTPUTS, BLOCK_T, BLOCK_O
+    )
     column, group = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_K // _INPUTS)
     rows = x + read_row[:, None] * stride + column[None, :]
     acc = tl.zeros([BLOCK_T, BLOCK_O], tl.float32)

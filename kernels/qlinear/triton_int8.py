@@ -19,6 +19,24 @@ _OUTPUTS, _INPUTS = tl.constexpr(int8.OUTPUTS), tl.constexpr(int8.INPUTS)
 _ROW_TILES = tl.constexpr(8)
 
 
+@triton.jit
+def product_tile(
+    row_tile, output_tile, n_rows, outputs, OUTPUTS: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+):  # fmt: skip
+    """Rows [BLOCK_T] and outputs [BLOCK_O] of a tile, and which rows and panels of it are read.
+
+    A panel is of OUTPUTS outputs. What lies beyond the last row or output is computed from the last
+    one, and not stored.
+    """
+    row = row_tile * BLOCK_T + tl.arange(0, BLOCK_T)
+    output = output_tile * BLOCK_O + tl.arange(0, BLOCK_O)
+    panel = output_tile * (BLOCK_O // OUTPUTS) + tl.arange(0, BLOCK_O // OUTPUTS)
+    read_row = tl.minimum(row, n_rows - 1).to(tl.int64)
+    read_panel = tl.minimum(panel, outputs // OUTPUTS - 1).to(tl.int64)
+    return row, output, read_row, read_panel
+
+
 @triton.jit(do_not_specialize=gpu.PER_BATCH)
 def _int8_linear(
     q, scale, blocks, weight_scale, bias, y, n_rows, size, outputs, stride,
@@ -29,12 +47,9 @@ def _int8_linear(
     row_tile, output_tile = tl.swizzle2d(
         program // output_tiles, program % output_tiles, row_tiles, output_tiles, _ROW_TILES
     )
-    row = row_tile * BLOCK_T + tl.arange(0, BLOCK_T)
-    output = output_tile * BLOCK_O + tl.arange(0, BLOCK_O)
-    panel = output_tile * (BLOCK_O // _OUTPUTS) + tl.arange(0, BLOCK_O // _OUTPUTS)
-    # What lies beyond the last row or output is computed from the last one, and not stored.
-    read_row = tl.minimum(row, n_rows - 1).to(tl.int64)
-    read_panel = tl.minimum(panel, outputs // _OUTPUTS - 1).to(tl.int64)
+    row, output, read_row, read_panel = product_tile(
+        row_tile, output_tile, n_rows, outputs, _OUTPUTS, BLOCK_T, BLOCK_O
+    )
     # A panel of 16 outputs is one run of bytes: it is read as such, and put in order in registers.
     column, byte = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_K * _OUTPUTS)
     rows = q + read_row[:, None] * stride + column[None, :]

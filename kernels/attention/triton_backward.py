@@ -5,8 +5,6 @@ gradient of q, and stores delta = sum(out · dout) on the way; the other goes ov
 text's own keys for those of k and v, reading delta. The prefix is frozen: it gets no gradient.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -22,13 +20,26 @@ from .triton_kernel import (
     dense_blocks,
     dot,
     dropout_arguments,
+    dropout_place,
     kept_keys,
     load_rows,
+    query_launch,
     rows_to_store,
     seen_keys,
+    special_block,
 )
-from .triton_prefix import Pass, passes
-from .triton_tiles import Tiles, first_tile, padded, pinned, tile, tile_count, tile_texts
+from .triton_prefix import passes
+from .triton_tiles import (
+    Tiles,
+    first_tile,
+    padded,
+    pinned,
+    query_tile,
+    tile,
+    tile_count,
+    tile_positions,
+    tile_texts,
+)
 
 
 @triton.jit
@@ -62,7 +73,7 @@ def _query_gradient(
 
 @triton.jit(do_not_specialize=gpu.PER_BATCH)
 def _attention_queries(
-    dout, q, k, v, prefix_k, prefix_v, blocks, out, lse, delta, dq, tile_texts, cu_seqlens_q,
+    q, k, v, prefix_k, prefix_v, blocks, dout, out, lse, delta, dq, tile_texts, cu_seqlens_q,
     cu_seqlens_k, n_rows, n_texts, n_prefix, q_stride, k_stride, v_stride, prefix_k_stride,
     prefix_v_stride, heads, scale, window, text_keys, seed, layer, first_kept, kept_scale,
     MASK: tl.constexpr, HAS_PREFIX: tl.constexpr, HAS_WINDOW: tl.constexpr, DROPOUT: tl.constexpr,
@@ -71,15 +82,9 @@ def _attention_queries(
 ):  # fmt: skip
     """RESUMED: dq holds the share of other keys, to which this is added."""
     kv_head = tl.program_id(1)
-    text = tl.load(tile_texts + tl.program_id(0))
-    q_start = tl.load(cu_seqlens_q + text)
-    tile = tl.program_id(0) - first_tile(text, q_start, GROUP, BLOCK_Q)
-    n_query = tl.load(cu_seqlens_q + text + 1) - q_start
-    k_start = tl.load(cu_seqlens_k + text).to(tl.int64)
-    n_key = tl.load(cu_seqlens_k + text + 1) - k_start.to(tl.int32)
-    row = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)  # [BLOCK_Q]
-    query = row // GROUP
-    head = kv_head * GROUP + row % GROUP
+    text, q_start, n_query, k_start, n_key, tile, query, head = query_tile(
+        tile_texts, cu_seqlens_q, cu_seqlens_k, kv_head, GROUP, BLOCK_Q
+    )
     q_rows = q_start + query
     at = q_rows.to(tl.int64) * heads + head
     column = tl.arange(0, D_PADDED)
@@ -89,12 +94,8 @@ def _attention_queries(
         zeros = tl.zeros([BLOCK_Q, D_PADDED], dq.dtype.element_ty)
         tl.store(dq + at[:, None] * D + column[None, :], zeros, mask=within)
         return
-    first, after = 0, 0
-    if MASK == "gem":
-        first, after = tl.load(blocks + 2 * text), tl.load(blocks + 2 * text + 1)
-    layer_head, text_key = 0, 0
-    if DROPOUT:
-        layer_head, text_key = layer * 65536 + head, tl.load(text_keys + text)
+    first, after = special_block(blocks, text, MASK)
+    layer_head, text_key = dropout_place(layer, head, text_keys, text, DROPOUT)
 
     position = n_key - n_query + query
     q_end = q_start + n_query
@@ -111,11 +112,9 @@ def _attention_queries(
     if RESUMED:
         dq_sum += load_rows(dq, q_rows, heads * D, head, q_end, D, D_PADDED).to(tl.float32) / root
 
-    earliest = n_key - n_query + tile * BLOCK_Q // GROUP
-    latest = n_key - n_query + (tile * BLOCK_Q + BLOCK_Q - 1) // GROUP
-    oldest = -n_prefix
-    if HAS_WINDOW:
-        oldest = tl.maximum(earliest - window + 1, oldest)
+    _, latest, oldest = tile_positions(
+        tile, n_key - n_query, n_prefix, window, HAS_WINDOW, GROUP, BLOCK_Q
+    )
     if HAS_PREFIX:
         dq_sum = _query_gradient(
             dq_sum, q_tile, dout_tile, mass, shift, prefix_k, prefix_v, prefix_k_stride,
@@ -162,9 +161,7 @@ def _attention_keys(
         tl.store(dk + at, zeros, mask=within)
         tl.store(dv + at, zeros, mask=within)
         return
-    first, after = 0, 0
-    if MASK == "gem":
-        first, after = tl.load(blocks + 2 * text), tl.load(blocks + 2 * text + 1)
+    first, after = special_block(blocks, text, MASK)
     text_key = 0
     if DROPOUT:
         text_key = tl.load(text_keys + text)
@@ -315,65 +312,13 @@ def attention_backward(
     if not len(q) or not options.texts:
         return dq.zero_(), dk.zero_(), dv.zero_()
     delta = torch.empty_like(lse)
-    tiles = _query_tiles(q, options, q.shape[0] * q.shape[1] // k.shape[1])
-    for keys in passes(q, k, v, options, tiles[0].blocks["BLOCK_Q"]):
-        _run_queries(dout, q, keys, out, lse, delta, dq)
+    in_group = q.shape[0] * q.shape[1] // k.shape[1]
+    for keys in passes(q, k, v, options, _query_tiles(q, options, in_group)[0].blocks["BLOCK_Q"]):
+        tiles = _query_tiles(q, keys.options, in_group)
+        arguments, constants = query_launch(tiles, q, keys, dout, out, lse, delta, dq)
+        gpu.launch_tiled(_attention_queries, *arguments, **constants)
     _run_keys(dout, q, k, v, options, lse, delta, dk, dv)
     return dq, dk, dv
-
-
-def _run_queries(
-    dout: Tensor,
-    q: Tensor,
-    keys: Pass,
-    out: Tensor,
-    lse: Tensor,
-    delta: Tensor,
-    dq: Tensor,
-) -> None:
-    """Fill delta, and dq or add to it."""
-    k, v, options, resumed = keys
-    rows, heads, size = q.shape
-    texts, kv_heads = options.texts, k.shape[1]
-    prefix_k, prefix_v = options.prefix or (k, v)
-    group = heads // kv_heads
-    tiles = _query_tiles(q, options, rows * group)
-    block = tiles[0].blocks["BLOCK_Q"]
-    gpu.launch_tiled(
-        _attention_queries,
-        lambda constants: (tile_count(rows, texts, group, block), kv_heads),
-        tiles,
-        ("GROUP", "D"),
-        dout,
-        q,
-        k,
-        v,
-        prefix_k,
-        prefix_v,
-        dense_blocks(options.blocks),
-        out,
-        lse,
-        delta,
-        dq,
-        tile_texts(options, options.cu_seqlens_q, rows, group, block),
-        options.cu_seqlens_q,
-        options.cu_seqlens_k,
-        rows,
-        texts,
-        0 if options.prefix_k is None else len(prefix_k),
-        q.stride(0),
-        k.stride(0),
-        v.stride(0),
-        prefix_k.stride(0),
-        prefix_v.stride(0),
-        heads,
-        LOG2_E * size**-0.5,
-        options.window or 0,
-        *dropout_arguments(options),
-        HAS_PREFIX=options.prefix_k is not None,
-        RESUMED=resumed,
-        **_constants(q, options, group),
-    )
 
 
 def _run_keys(
@@ -419,17 +364,10 @@ def _run_keys(
         LOG2_E * size**-0.5,
         options.window or 0,
         *dropout_arguments(options),
-        **_constants(q, options, group),
+        MASK=options.mask,
+        HAS_WINDOW=options.window is not None,
+        DROPOUT=options.dropout > 0,
+        GROUP=group,
+        D=size,
+        D_PADDED=padded(size),
     )
-
-
-def _constants(q: Tensor, options: AttentionOptions, group: int) -> dict[str, Any]:
-    """What both kernels are compiled for."""
-    return {
-        "MASK": options.mask,
-        "HAS_WINDOW": options.window is not None,
-        "DROPOUT": options.dropout > 0,
-        "GROUP": group,
-        "D": q.shape[2],
-        "D_PADDED": padded(q.shape[2]),
-    }

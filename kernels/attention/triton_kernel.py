@@ -6,6 +6,7 @@ and keys are read once a group. Which text a tile is of says a table: triton_til
 """
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -19,7 +20,16 @@ from gen_fast.ops.layout import dense_rows
 
 from .options import AttentionOptions
 from .triton_prefix import Pass, passes
-from .triton_tiles import Tiles, first_tile, padded, pinned, tile, tile_count, tile_texts
+from .triton_tiles import (
+    Tiles,
+    padded,
+    pinned,
+    query_tile,
+    tile,
+    tile_count,
+    tile_positions,
+    tile_texts,
+)
 
 LOG2_E = math.log2(math.e)
 
@@ -44,6 +54,24 @@ def rows_to_store(text, n_texts, start, count, n_rows):
     begins belong to the last one.
     """
     return tl.where(text == n_texts - 1, n_rows - start, count)
+
+
+@triton.jit
+def special_block(blocks, text, MASK: tl.constexpr):
+    """The GEM mask's block of a text: own position of its first token, and that after its last."""
+    first, after = 0, 0
+    if MASK == "gem":
+        first, after = tl.load(blocks + 2 * text), tl.load(blocks + 2 * text + 1)
+    return first, after
+
+
+@triton.jit
+def dropout_place(layer, head, text_keys, text, DROPOUT: tl.constexpr):
+    """What `kept_keys` draws from beside positions: layer_head of `head`, and the text's key."""
+    layer_head, text_key = 0, 0
+    if DROPOUT:
+        layer_head, text_key = layer * 65536 + head, tl.load(text_keys + text)
+    return layer_head, text_key
 
 
 @triton.jit
@@ -144,15 +172,9 @@ def _attention_forward(
 ):  # fmt: skip
     """RESUMED: out and lse hold the results of other keys, which are to be counted as well."""
     kv_head = tl.program_id(1)
-    text = tl.load(tile_texts + tl.program_id(0))
-    q_start = tl.load(cu_seqlens_q + text)
-    tile = tl.program_id(0) - first_tile(text, q_start, GROUP, BLOCK_Q)
-    n_query = tl.load(cu_seqlens_q + text + 1) - q_start
-    k_start = tl.load(cu_seqlens_k + text).to(tl.int64)
-    n_key = tl.load(cu_seqlens_k + text + 1) - k_start.to(tl.int32)
-    row = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)  # [BLOCK_Q]
-    query = row // GROUP
-    head = kv_head * GROUP + row % GROUP
+    text, q_start, n_query, k_start, n_key, tile, query, head = query_tile(
+        tile_texts, cu_seqlens_q, cu_seqlens_k, kv_head, GROUP, BLOCK_Q
+    )
     q_rows = q_start + query
     at = q_rows.to(tl.int64) * heads + head  # [BLOCK_Q], rows of out and lse
     column = tl.arange(0, D_PADDED)
@@ -163,12 +185,8 @@ def _attention_forward(
         tl.store(out + at[:, None] * D + column[None, :], zeros, mask=within)
         tl.store(lse + at, tl.zeros([BLOCK_Q], tl.float32), mask=stored)
         return
-    first, after = 0, 0
-    if MASK == "gem":
-        first, after = tl.load(blocks + 2 * text), tl.load(blocks + 2 * text + 1)
-    layer_head, text_key = 0, 0
-    if DROPOUT:
-        layer_head, text_key = layer * 65536 + head, tl.load(text_keys + text)
+    first, after = special_block(blocks, text, MASK)
+    layer_head, text_key = dropout_place(layer, head, text_keys, text, DROPOUT)
 
     position = n_key - n_query + query
     q_tile = load_rows(q, q_rows, q_stride, head, q_start + n_query, D, D_PADDED)
@@ -182,11 +200,9 @@ def _attention_forward(
         mass += 1.0
         peak = tl.load(lse + at, mask=inside, other=0.0) / (scale * 0.6931471805599453)
 
-    earliest = n_key - n_query + tile * BLOCK_Q // GROUP
-    latest = n_key - n_query + (tile * BLOCK_Q + BLOCK_Q - 1) // GROUP
-    oldest = -n_prefix
-    if HAS_WINDOW:
-        oldest = tl.maximum(earliest - window + 1, oldest)
+    earliest, latest, oldest = tile_positions(
+        tile, n_key - n_query, n_prefix, window, HAS_WINDOW, GROUP, BLOCK_Q
+    )
     if HAS_PREFIX:
         # Keys in [begin, full) are visible to every row of the tile, those in [full, end) to some.
         begin = (oldest + n_prefix) // BLOCK_K * BLOCK_K
@@ -310,23 +326,28 @@ def attention(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> tup
     lse = q.new_empty(rows, heads, dtype=torch.float32)
     if not rows or not options.texts:
         return out.zero_(), lse.zero_()
-    block_q = _tiles(q, options, rows * heads // k.shape[1])[0].blocks["BLOCK_Q"]
-    for keys in passes(q, k, v, options, block_q):
-        _run(q, keys, out, lse)
+    in_group = rows * heads // k.shape[1]
+    for keys in passes(q, k, v, options, _tiles(q, options, in_group)[0].blocks["BLOCK_Q"]):
+        tiles = _tiles(q, keys.options, in_group)
+        arguments, constants = query_launch(tiles, q, keys, out, lse)
+        gpu.launch_tiled(_attention_forward, *arguments, **constants)
     return out, lse
 
 
-def _run(q: Tensor, keys: Pass, out: Tensor, lse: Tensor) -> None:
-    """Fill out and lse, or add to them."""
+def query_launch(
+    tiles: tuple[Tile, ...], q: Tensor, keys: Pass, *tensors: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments and constants of `gpu.launch_tiled` for a kernel over tiles of queries.
+
+    tensors: the kernel's own, which come after those of every such kernel.
+    """
     k, v, options, resumed = keys
     rows, heads, size = q.shape
     texts, kv_heads = options.texts, k.shape[1]
     prefix_k, prefix_v = options.prefix or (k, v)
     group = heads // kv_heads
-    tiles = _tiles(q, options, rows * group)
     block = tiles[0].blocks["BLOCK_Q"]
-    gpu.launch_tiled(
-        _attention_forward,
+    arguments = (
         lambda constants: (tile_count(rows, texts, group, block), kv_heads),
         tiles,
         ("GROUP", "D"),
@@ -336,8 +357,7 @@ def _run(q: Tensor, keys: Pass, out: Tensor, lse: Tensor) -> None:
         prefix_k,
         prefix_v,
         dense_blocks(options.blocks),
-        out,
-        lse,
+        *tensors,
         tile_texts(options, options.cu_seqlens_q, rows, group, block),
         options.cu_seqlens_q,
         options.cu_seqlens_k,
@@ -353,12 +373,14 @@ def _run(q: Tensor, keys: Pass, out: Tensor, lse: Tensor) -> None:
         LOG2_E * size**-0.5,
         options.window or 0,
         *dropout_arguments(options),
-        MASK=options.mask,
-        HAS_PREFIX=options.prefix_k is not None,
-        HAS_WINDOW=options.window is not None,
-        DROPOUT=options.dropout > 0,
-        RESUMED=resumed,
-        GROUP=group,
-        D=size,
-        D_PADDED=padded(size),
     )
+    return arguments, {
+        "MASK": options.mask,
+        "HAS_PREFIX": options.prefix_k is not None,
+        "HAS_WINDOW": options.window is not None,
+        "DROPOUT": options.dropout > 0,
+        "RESUMED": resumed,
+        "GROUP": group,
+        "D": size,
+        "D_PADDED": padded(size),
+    }

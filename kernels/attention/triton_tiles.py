@@ -31,6 +31,43 @@ def first_tile(text, start, GROUP: tl.constexpr, BLOCK: tl.constexpr):
     return start * GROUP // BLOCK + text
 
 
+@triton.jit
+def query_tile(
+    tile_texts, cu_seqlens_q, cu_seqlens_k, kv_head, GROUP: tl.constexpr, BLOCK_Q: tl.constexpr
+):  # fmt: skip
+    """The tile of queries that a program works on, and the text that owns it.
+
+    Returns the text; its first row of q, and its queries; its first row of k (int64), and its keys;
+    the number of the tile in the text; and of its rows [BLOCK_Q] the query in the text and the
+    head.
+    """
+    text = tl.load(tile_texts + tl.program_id(0))
+    q_start = tl.load(cu_seqlens_q + text)
+    tile = tl.program_id(0) - first_tile(text, q_start, GROUP, BLOCK_Q)
+    n_query = tl.load(cu_seqlens_q + text + 1) - q_start
+    k_start = tl.load(cu_seqlens_k + text).to(tl.int64)
+    n_key = tl.load(cu_seqlens_k + text + 1) - k_start.to(tl.int32)
+    row = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)  # [BLOCK_Q]
+    return text, q_start, n_query, k_start, n_key, tile, row // GROUP, kv_head * GROUP + row % GROUP
+
+
+@triton.jit
+def tile_positions(
+    tile, first, n_prefix, window, HAS_WINDOW: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+):  # fmt: skip
+    """Own positions of the first and the last query of a tile, and of the oldest key they may see.
+
+    first: own position of the text's first query.
+    """
+    earliest = first + tile * BLOCK_Q // GROUP
+    latest = first + (tile * BLOCK_Q + BLOCK_Q - 1) // GROUP
+    oldest = -n_prefix
+    if HAS_WINDOW:
+        oldest = tl.maximum(earliest - window + 1, oldest)
+    return earliest, latest, oldest
+
+
 @triton.jit(do_not_specialize=gpu.PER_BATCH)
 def _tile_texts(
     texts, cu_seqlens, n_rows, n_texts, GROUP: tl.constexpr, BLOCK: tl.constexpr,

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,16 +52,28 @@ def product_op(
     gives its (out, in).
     """
 
-    def check(q: Tensor, scale: Tensor, weight: Tensor, *others: Any) -> None:
+    def check(
+        q: Tensor,
+        scale: Tensor,
+        weight: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+    ) -> None:
         check_weight(weight)
         out, inputs = shape_of(weight)
         if q.dtype != weight.dtype or q.dim() != 2 or q.shape[1] != inputs:
-            dtype = str(weight.dtype).removeprefix("torch.")
+            expected = str(weight.dtype).removeprefix("torch.")
             raise OpError(
-                f"rows for a weight of [{out}, {inputs}] are {dtype} [T, {inputs}], not {q.dtype} "
-                f"{list(q.shape)}"
+                f"rows for a weight of [{out}, {inputs}] are {expected} [T, {inputs}], not "
+                f"{q.dtype} {list(q.shape)}"
             )
-        _check_scales_and_bias(len(q), scale, out, *others)
+        _check_scales("rows", scale, len(q))
+        _check_scales("outputs", weight_scale, out)
+        if bias is not None and (tuple(bias.shape) != (out,) or bias.dtype != dtype):
+            raise OpError(
+                f"a bias for {out} outputs in {dtype} is not {bias.dtype} {list(bias.shape)}"
+            )
 
     return Op(
         name,
@@ -74,20 +85,6 @@ def product_op(
         check=check,
         option=lambda q, scale, weight, weight_scale, bias, dtype: str(dtype),
     )
-
-
-def _check_scales_and_bias(
-    rows: int,
-    scale: Tensor,
-    out: int,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-) -> None:
-    _check_scales("rows", scale, rows)
-    _check_scales("outputs", weight_scale, out)
-    if bias is not None and (tuple(bias.shape) != (out,) or bias.dtype != dtype):
-        raise OpError(f"a bias for {out} outputs in {dtype} is not {bias.dtype} {list(bias.shape)}")
 
 
 def other_dtype(case: Case, dtypes: tuple[torch.dtype, ...]) -> str | None:
@@ -106,8 +103,15 @@ WEIGHT = Op(
 
 
 @INT8.register(REFERENCE)
-def _reference(q: Tensor, scale: Tensor, blocks: Tensor, *others: Any) -> Tensor:
-    return scaled_product(q, scale, int8.unpack_int8(blocks), *others)
+def _reference(
+    q: Tensor,
+    scale: Tensor,
+    blocks: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    return scaled_product(q, scale, int8.unpack_int8(blocks), weight_scale, bias, dtype)
 
 
 @WEIGHT.register(REFERENCE)

@@ -4,11 +4,16 @@ import torch
 from conftest import DEVICE, cases, provided, random, rows_of
 
 from gen_fast.ops.lora_down import OP, lora_down
-from gen_fast.ops.lora_down.reference import lora_down as plain
+from gen_fast.ops.lora_down.reference import Dropped
+from gen_fast.ops.lora_down.reference import lora_down as reference
 
 TEXT = 64  # tokens
 SHARE, SEED, STREAMS = 0.05, 1, (0, 1, 2)
 RANK = 16
+
+
+def plain(x, a, *dropped):
+    return reference(x, a, Dropped(*dropped))
 
 
 @cases(OP)

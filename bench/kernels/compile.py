@@ -137,6 +137,7 @@ def row_cases(hidden: int, wide: int, heads: int) -> Iterator[Case]:
     losses, keys = empty(4096, dtype=torch.float32), empty(4096, dtype=torch.int32)
     grad, eps = empty(4096, wide), 1e-6
     factors, inner, streams = empty(48, hidden), empty(4096, 48), (0, 1, 2)
+    dropped = lora.Dropped(keys, ids, 0.05, 1, streams)
     calls = {
         ("append", "forward"): lambda: append.append(table, x, ids),
         ("append", "backward"): lambda: append.append_backward(x, ids, 151936, 20),
@@ -149,10 +150,8 @@ def row_cases(hidden: int, wide: int, heads: int) -> Iterator[Case]:
         ("swiglu", "backward"): lambda: swiglu.swiglu_backward(grad, gate_up),
         ("pool", "forward"): lambda: pool.pool(x, offsets, w, eps, None),
         ("dropout", "forward"): lambda: dropout.dropout(x, keys, ids, 0.05, 1, 0),
-        ("lora_down", "forward"): lambda: lora.lora_down(x, factors, keys, ids, 0.05, 1, streams),
-        ("lora_down", "backward"): lambda: lora.lora_down_backward(
-            inner, x, factors, keys, ids, 0.05, 1, streams
-        ),
+        ("lora_down", "forward"): lambda: lora.lora_down(x, factors, dropped),
+        ("lora_down", "backward"): lambda: lora.lora_down_backward(inner, x, factors, dropped),
         ("distill", "row loss"): lambda: distill.row_loss(logits, ids, losses),
     }
     for (op, name), call in calls.items():

@@ -11,54 +11,49 @@ from gen_fast.ops import CPP, REFERENCE, TRITON, Op, gpu, native
 from gen_fast.ops.dropout import check_rows, dropout
 
 from . import reference
-from .reference import wide
+from .reference import Dropped, wide
 
 # Parts that share an input: queries, keys and values are three.
 PARTS = 4
-_WHERE = "Tensor text_keys, Tensor positions, float p, int seed, int[] streams"
+_DROPPED = "Tensor text_keys, Tensor positions, float p, int seed, int[] streams"
 
 
-def _check(
-    x: Tensor,
-    a: Tensor,
-    text_keys: Tensor,
-    positions: Tensor,
-    p: float,
-    seed: int,
-    streams: Sequence[int],
-) -> None:
+def _check(x: Tensor, a: Tensor, dropped: Dropped) -> None:
+    streams = dropped.streams
     if not 1 <= len(streams) <= PARTS:
         raise OpError(f"1 to {PARTS} parts share an input, not {len(streams)}")
     for stream in streams:
-        check_rows(x, text_keys, positions, p, seed, stream)
+        check_rows(x, *dropped.where, stream)
     if a.dim() != 2 or a.shape[1] != x.shape[1] or a.shape[0] % len(streams):
         raise OpError(
             f"a must be [{len(streams)} parts of one rank, {x.shape[1]}], not {list(a.shape)}"
         )
 
 
-def _check_backward(grad: Tensor, x: Tensor, a: Tensor, *where: Any) -> None:
-    _check(x, a, *where)
+def _check_backward(grad: Tensor, x: Tensor, a: Tensor, dropped: Dropped) -> None:
+    _check(x, a, dropped)
     if grad.shape != (len(x), len(a)):
         raise OpError(f"the gradient must be {[len(x), len(a)]}, not {list(grad.shape)}")
 
 
-def _fake_backward(grad: Tensor, x: Tensor, a: Tensor, *where: Any) -> tuple[Tensor, Tensor]:
+def _fake_backward(grad: Tensor, x: Tensor, a: Tensor, dropped: Dropped) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), a.new_empty(a.shape, dtype=wide(a.dtype))
 
 
 BACKWARD = Op(
     "lora_down_backward",
-    f"(Tensor grad, Tensor x, Tensor a, {_WHERE}) -> (Tensor, Tensor)",
+    f"(Tensor grad, Tensor x, Tensor a, {_DROPPED}) -> (Tensor, Tensor)",
     _fake_backward,
     check=_check_backward,
+    options=Dropped,
 )
 OP = Op(
     "lora_down",
-    f"(Tensor x, Tensor a, {_WHERE}) -> Tensor",
-    lambda x, a, *where: x.new_empty(len(x), len(a)),
+    f"(Tensor x, Tensor a, {_DROPPED}) -> Tensor",
+    lambda x, a, dropped: x.new_empty(len(x), len(a)),
     BACKWARD,
     _check,
+    options=Dropped,
 )
 OP.register(REFERENCE)(reference.lora_down)
 BACKWARD.register(REFERENCE)(reference.lora_down_backward)
@@ -77,13 +72,15 @@ BACKWARD.register(TRITON, gpu.supports)(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, a, text_keys, positions, *ctx.settings = inputs
-    ctx.save_for_backward(x, a, text_keys, positions)
+    x, a, dropped = inputs
+    ctx.save_for_backward(x, a, dropped.text_keys, dropped.positions)
+    ctx.settings = dropped.p, dropped.seed, dropped.streams
 
 
 def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    dx, da = BACKWARD.in_backward(ctx, grad, *ctx.saved_tensors, *ctx.settings)
-    return dx, da.to(ctx.saved_tensors[1].dtype), None, None, None, None, None
+    x, a, *rows = ctx.saved_tensors
+    dx, da = BACKWARD.in_backward(ctx, grad, x, a, Dropped(*rows, *ctx.settings))
+    return dx, da.to(a.dtype), None
 
 
 OP.differentiate(_save, _gradient)
@@ -108,7 +105,8 @@ def lora_down(
 
     Source: Hu et al., arXiv 2106.09685, §4.1, with dropout as in PEFT.
     """
-    result: Tensor = OP(x, a, text_keys, positions, p, seed, list(streams), impl=impl)
+    dropped = Dropped(text_keys, positions, p, seed, list(streams))
+    result: Tensor = OP(x, a, dropped, impl=impl)
     return result
 
 
@@ -128,7 +126,6 @@ def lora_down_backward(
 
     That of a is at least float32: it is a sum over all tokens.
     """
-    result: tuple[Tensor, Tensor] = BACKWARD(
-        grad, x, a, text_keys, positions, p, seed, list(streams), impl=impl
-    )
+    dropped = Dropped(text_keys, positions, p, seed, list(streams))
+    result: tuple[Tensor, Tensor] = BACKWARD(grad, x, a, dropped, impl=impl)
     return result

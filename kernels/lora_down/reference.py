@@ -1,6 +1,7 @@
 """LoRA's down projection in plain torch: dropout and a product for each part."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,40 +11,39 @@ from gen_fast.ops.dropout import reference
 Dropout = Callable[..., Tensor]
 
 
+@dataclass(frozen=True, eq=False)
+class Dropped:
+    """What is dropped of x for each part, see `op.lora_down`."""
+
+    text_keys: Tensor
+    positions: Tensor
+    p: float
+    seed: int
+    streams: Sequence[int]
+
+    @property
+    def where(self) -> tuple[Tensor, Tensor, float, int]:
+        """What all parts have in common, as dropout takes it."""
+        return self.text_keys, self.positions, self.p, self.seed
+
+
 def lora_down(
-    x: Tensor,
-    a: Tensor,
-    text_keys: Tensor,
-    positions: Tensor,
-    p: float,
-    seed: int,
-    streams: Sequence[int],
-    *,
-    dropout: Dropout = reference.dropout,
+    x: Tensor, a: Tensor, dropped: Dropped, *, dropout: Dropout = reference.dropout
 ) -> Tensor:
     """See `op.lora_down`. dropout: what drops."""
+    streams = dropped.streams
     parts = a.split(len(a) // len(streams))
-    where = (text_keys, positions, p, seed)
     return torch.cat(
-        [dropout(x, *where, s) @ part.T for s, part in zip(streams, parts, strict=True)], 1
+        [dropout(x, *dropped.where, s) @ part.T for s, part in zip(streams, parts, strict=True)], 1
     )
 
 
 def lora_down_backward(
-    grad: Tensor,
-    x: Tensor,
-    a: Tensor,
-    text_keys: Tensor,
-    positions: Tensor,
-    p: float,
-    seed: int,
-    streams: Sequence[int],
-    *,
-    dropout: Dropout = reference.dropout,
+    grad: Tensor, x: Tensor, a: Tensor, dropped: Dropped, *, dropout: Dropout = reference.dropout
 ) -> tuple[Tensor, Tensor]:
     """See `op.lora_down_backward`. dropout: what drops."""
+    streams, where = dropped.streams, dropped.where
     rank = len(a) // len(streams)
-    where = (text_keys, positions, p, seed)
     dx, da = torch.zeros_like(x), []
     for stream, part, up in zip(streams, a.split(rank), grad.split(rank, 1), strict=True):
         dx += dropout(up @ part, *where, stream)

@@ -17,7 +17,7 @@ from gen_fast.ops.dropout.triton_kernel import kept
 from gen_fast.ops.layout import adjacent
 
 from .op import PARTS
-from .reference import wide
+from .reference import Dropped, wide
 
 BLOCK_T, BLOCK_K = 64, 128
 # Rows that one program sums the gradient of A over; what comes of them is added in a second pass,
@@ -140,15 +140,7 @@ def _lora_down_da(
     )
 
 
-def lora_down(
-    x: Tensor,
-    a: Tensor,
-    text_keys: Tensor,
-    positions: Tensor,
-    p: float,
-    seed: int,
-    streams: Sequence[int],
-) -> Tensor:
+def lora_down(x: Tensor, a: Tensor, dropped: Dropped) -> Tensor:
     """See `op.lora_down`."""
     x, a = adjacent(x), a.contiguous()
     rows, size = x.shape
@@ -156,30 +148,23 @@ def lora_down(
     if out.numel():
         gpu.launch(
             _lora_down,
-            (triton.cdiv(rows, BLOCK_T), len(streams)),
+            (triton.cdiv(rows, BLOCK_T), len(dropped.streams)),
             x,
             a,
-            words_of(text_keys),
-            positions.contiguous(),
+            words_of(dropped.text_keys),
+            dropped.positions.contiguous(),
             out,
             rows,
             size,
             x.stride(0),
-            *_settings(p, seed, streams),
-            **_constants(a, streams),
+            *_settings(dropped),
+            **_constants(a, dropped.streams),
         )
     return out
 
 
 def lora_down_backward(
-    grad: Tensor,
-    x: Tensor,
-    a: Tensor,
-    text_keys: Tensor,
-    positions: Tensor,
-    p: float,
-    seed: int,
-    streams: Sequence[int],
+    grad: Tensor, x: Tensor, a: Tensor, dropped: Dropped
 ) -> tuple[Tensor, Tensor]:
     """See `op.lora_down_backward`."""
     grad, x, a = grad.contiguous(), adjacent(x), a.contiguous()
@@ -189,8 +174,8 @@ def lora_down_backward(
     splits = triton.cdiv(rows, rows_each)
     sums = a.new_empty(splits, *a.shape, dtype=wide(a.dtype))
     if dx.numel():
-        where = words_of(text_keys), positions.contiguous()
-        settings, constants = _settings(p, seed, streams), _constants(a, streams)
+        where = words_of(dropped.text_keys), dropped.positions.contiguous()
+        settings, constants = _settings(dropped), _constants(a, dropped.streams)
         blocks = triton.cdiv(size, constants["BLOCK_K"])
         gpu.launch(
             _lora_down_dx,
@@ -207,7 +192,7 @@ def lora_down_backward(
         )
         gpu.launch(
             _lora_down_da,
-            (blocks, len(streams), splits),
+            (blocks, len(dropped.streams), splits),
             grad,
             x,
             *where,
@@ -223,10 +208,11 @@ def lora_down_backward(
     return dx, sums.sum(0)
 
 
-def _settings(p: float, seed: int, streams: Sequence[int]) -> tuple[float, ...]:
+def _settings(dropped: Dropped) -> tuple[float, ...]:
     """seed, first_kept, scale and the streams of the kernels."""
+    p, streams = dropped.p, dropped.streams
     more = [0] * (PARTS - len(streams))
-    return seed, threshold(p), 1 / (1 - p), *streams, *more
+    return dropped.seed, threshold(p), 1 / (1 - p), *streams, *more
 
 
 def _constants(a: Tensor, streams: Sequence[int]) -> dict[str, int]:

@@ -5,7 +5,8 @@ from torch.library import opcheck
 import gen_fast
 from gen_fast.ops.dropout import dropout
 from gen_fast.ops.lora_down import OP, lora_down
-from gen_fast.ops.lora_down.reference import lora_down as reference
+from gen_fast.ops.lora_down.reference import Dropped
+from gen_fast.ops.lora_down.reference import lora_down as plain
 from gen_fast.testing import assert_no_worse, check_gradients
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -22,6 +23,10 @@ def inputs(shape, dtype=torch.float32, device="cpu"):
     a = torch.randn(parts * rank, size).to(device, dtype)
     place = torch.arange(rows, device=device)
     return x, a, torch.where(place % 2 == 0, -3, 2**31 - 1), place // 2, STREAMS[:parts]
+
+
+def reference(x, a, *dropped):
+    return plain(x, a, Dropped(*dropped))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

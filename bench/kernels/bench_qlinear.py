@@ -23,7 +23,7 @@ from gen_fast.ops.qlinear import (
     unpack_int8,
 )
 from gen_fast.ops.qlinear.fp8_op import scaled_mm
-from gen_fast.ops.qlinear.reference import dequantize_rows
+from gen_fast.ops.qlinear.reference import Epilogue, dequantize_rows
 from gen_fast.ops.qlinear.reference import quantize_rows as plain
 
 # For one query and a few, and for a batch: on a GPU as many rows as the size has.
@@ -91,10 +91,12 @@ def bench_fp8_linear(measure, size, dtype, mode, provider, case):
     shape, rows = (2 * size.feed_forward, size.hidden), rows_in(case, size)
     q, scale = quantize_rows(random(rows, size.hidden, dtype="fp32"), "fp8")
     weight, weight_scale = quantize_weight_fp8(random(*shape, dtype="fp32", scale=0.05))
-    fast = {
-        "fast sums": lambda *inputs: scaled_mm(*inputs, None, dtype=DTYPES[dtype], fast_sums=True)
-    }
-    run = provided(provider, *in_dtype(dtype, fp8_linear, plain_fp8), fast)
+
+    def with_fast_sums(q, scale, weight, weight_scale):
+        epilogue = Epilogue(scale, weight_scale, None, DTYPES[dtype])
+        return scaled_mm(q, weight, epilogue, fast_sums=True)
+
+    run = provided(provider, *in_dtype(dtype, fp8_linear, plain_fp8), {"fast sums": with_fast_sums})
     measure_product(measure, run, plain_fp8, (q, scale, weight, weight_scale), dtype)
 
 

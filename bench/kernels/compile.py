@@ -165,18 +165,19 @@ def row_cases(hidden: int, wide: int, heads: int) -> Iterator[Case]:
         for op, call in quantized.items():
             yield Case(op, f"{kind}, hidden {hidden}", call, since)
     scales, blocks = empty(2 * wide, dtype=torch.float32), int8_blocks_shape((2 * wide, hidden))
-    weight = empty(*blocks, dtype=torch.int8), scales, empty(2 * wide)
+    weight, bias = empty(*blocks, dtype=torch.int8), empty(2 * wide)
     for rows in (16, 64, 4096):
-        q = empty(rows, hidden, dtype=torch.int8), empty(rows, dtype=torch.float32)
+        q, scale = empty(rows, hidden, dtype=torch.int8), empty(rows, dtype=torch.float32)
+        epilogue = triton_int8.Epilogue(scale, scales, bias, torch.bfloat16)
         yield Case(
             "qlinear",
             f"int8 product, {rows} rows, hidden {hidden}",
-            lambda q=q: triton_int8.int8_linear(*q, *weight, torch.bfloat16),
+            lambda q=q, epilogue=epilogue: triton_int8.int8_linear(q, weight, epilogue),
         )
     yield Case(
         "qlinear",
         f"int8 matrix, hidden {hidden}",
-        lambda: triton_int8.int8_weight(weight[0], scales, torch.bfloat16),
+        lambda: triton_int8.int8_weight(weight, scales, torch.bfloat16),
     )
     for bits, kind in ((4, "int4"), (8, "int8-weight-only")):
         packed = empty(*group_blocks_shape((2 * wide, hidden), bits), dtype=torch.uint8)

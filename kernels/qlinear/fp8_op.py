@@ -8,7 +8,7 @@ from gen_fast.ops import REFERENCE, SCALED_MM, Case, gpu, unsupported
 
 from . import fp8
 from .int8_op import GPU_DTYPES, other_dtype, product_op
-from .reference import scaled_product
+from .reference import Epilogue, scaled_product
 
 # Sums of e4m3 products in full float32. On Hopper the tensor cores can keep fewer bits of them,
 # which is faster (kernels/qlinear/README.md): what an embedding loses to fp8 was measured with
@@ -50,18 +50,12 @@ def _scaled_mm_supports(case: Case) -> str | None:
 
 @FP8.register(SCALED_MM, _scaled_mm_supports)
 def scaled_mm(
-    q: Tensor,
-    scale: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-    *,
-    fast_sums: bool = FAST_SUMS,
+    q: Tensor, weight: Tensor, epilogue: Epilogue, *, fast_sums: bool = FAST_SUMS
 ) -> Tensor:
     """See `fp8_linear`. fast_sums: of fewer bits, for the benchmark."""
     q, columns = q.contiguous(), weight.contiguous().T
-    by_row, by_output = scale.contiguous().unsqueeze(1), weight_scale.contiguous().unsqueeze(0)
+    scale, bias, dtype = epilogue.scale.contiguous(), epilogue.bias, epilogue.dtype
+    by_row, by_output = scale.unsqueeze(1), epilogue.weight_scale.contiguous().unsqueeze(0)
     if not len(q):
         return scale.new_empty(0, len(weight), dtype=dtype)
     if dtype == torch.bfloat16:
@@ -96,5 +90,5 @@ def fp8_linear(
 
     Source: Micikevicius et al., arXiv 2209.05433; torch._scaled_mm with a scale a row.
     """
-    result: Tensor = FP8(q, scale, weight, weight_scale, bias, dtype, impl=impl)
+    result: Tensor = FP8(q, weight, Epilogue(scale, weight_scale, bias, dtype), impl=impl)
     return result

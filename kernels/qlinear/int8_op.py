@@ -10,7 +10,7 @@ from gen_fast.errors import OpError
 from gen_fast.ops import CPP, REFERENCE, TRITON, Case, Op, gpu, native, unsupported
 
 from . import int8
-from .reference import rotate_rows, scaled_product
+from .reference import Epilogue, rotate_rows, scaled_product
 
 # Dtypes that results may have on a GPU.
 GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -52,14 +52,7 @@ def product_op(
     gives its (out, in).
     """
 
-    def check(
-        q: Tensor,
-        scale: Tensor,
-        weight: Tensor,
-        weight_scale: Tensor,
-        bias: Tensor | None,
-        dtype: torch.dtype,
-    ) -> None:
+    def check(q: Tensor, weight: Tensor, epilogue: Epilogue) -> None:
         check_weight(weight)
         out, inputs = shape_of(weight)
         if q.dtype != weight.dtype or q.dim() != 2 or q.shape[1] != inputs:
@@ -68,8 +61,9 @@ def product_op(
                 f"rows for a weight of [{out}, {inputs}] are {expected} [T, {inputs}], not "
                 f"{q.dtype} {list(q.shape)}"
             )
-        _check_scales("rows", scale, len(q))
-        _check_scales("outputs", weight_scale, out)
+        _check_scales("rows", epilogue.scale, len(q))
+        _check_scales("outputs", epilogue.weight_scale, out)
+        bias, dtype = epilogue.bias, epilogue.dtype
         if bias is not None and (tuple(bias.shape) != (out,) or bias.dtype != dtype):
             raise OpError(
                 f"a bias for {out} outputs in {dtype} is not {bias.dtype} {list(bias.shape)}"
@@ -77,13 +71,12 @@ def product_op(
 
     return Op(
         name,
-        f"(Tensor q, Tensor scale, Tensor {weight_name}, Tensor weight_scale, Tensor? bias,"
+        f"(Tensor q, Tensor {weight_name}, Tensor scale, Tensor weight_scale, Tensor? bias,"
         " ScalarType dtype) -> Tensor",
-        lambda q, scale, weight, weight_scale, bias, dtype: scale.new_empty(
-            len(q), shape_of(weight)[0], dtype=dtype
-        ),
+        lambda q, weight, epilogue: q.new_empty(len(q), shape_of(weight)[0], dtype=epilogue.dtype),
         check=check,
-        option=lambda q, scale, weight, weight_scale, bias, dtype: str(dtype),
+        option=lambda q, weight, epilogue: str(epilogue.dtype),
+        options=Epilogue,
     )
 
 
@@ -103,15 +96,8 @@ WEIGHT = Op(
 
 
 @INT8.register(REFERENCE)
-def _reference(
-    q: Tensor,
-    scale: Tensor,
-    blocks: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    return scaled_product(q, scale, int8.unpack_int8(blocks), weight_scale, bias, dtype)
+def _reference(q: Tensor, blocks: Tensor, epilogue: Epilogue) -> Tensor:
+    return scaled_product(q, int8.unpack_int8(blocks), epilogue)
 
 
 @WEIGHT.register(REFERENCE)
@@ -138,17 +124,10 @@ def _cpp_supports(case: Case) -> str | None:
 
 
 @INT8.register(CPP, _cpp_supports)
-def _cpu(
-    q: Tensor,
-    scale: Tensor,
-    blocks: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    q, scale, blocks = q.contiguous(), scale.contiguous(), blocks.contiguous()
-    weight_scale = weight_scale.contiguous()
-    bias = None if bias is None else bias.contiguous()
+def _cpu(q: Tensor, blocks: Tensor, epilogue: Epilogue) -> Tensor:
+    q, blocks, dtype = q.contiguous(), blocks.contiguous(), epilogue.dtype
+    scale, weight_scale = epilogue.scale.contiguous(), epilogue.weight_scale.contiguous()
+    bias = None if epilogue.bias is None else epilogue.bias.contiguous()
     out, inputs = _shape(blocks)
     y = torch.empty(len(q), out, dtype=dtype)
     native.module().int8_linear(
@@ -201,7 +180,7 @@ def int8_linear(
 
     Source: Dettmers et al., arXiv 2208.07339, §2 (vector-wise quantisation).
     """
-    result: Tensor = INT8(q, scale, blocks, weight_scale, bias, dtype, impl=impl)
+    result: Tensor = INT8(q, blocks, Epilogue(scale, weight_scale, bias, dtype), impl=impl)
     return result
 
 

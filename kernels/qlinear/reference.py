@@ -1,6 +1,7 @@
 """Symmetric quantisation of rows, and their products, in plain torch."""
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -54,18 +55,23 @@ def dequantize_rows(q: Tensor, scale: Tensor) -> Tensor:
     return q.float() * scale.unsqueeze(-1)
 
 
-def scaled_product(
-    q: Tensor,
-    scale: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    """q [T, in] times weight [out, in], transposed, each with its scales, plus bias [out].
+@dataclass(frozen=True, eq=False)
+class Epilogue:
+    """What a product's sums [T, out] become: scaled, biased, in the dtype of the result."""
 
-    Returns [T, out] in `dtype`, computed in float32 at least.
-    """
+    scale: Tensor
+    """[T] float32: of the rows."""
+    weight_scale: Tensor
+    """[out] float32."""
+    bias: Tensor | None
+    """[out] in `dtype`."""
+    dtype: torch.dtype
+
+
+def scaled_product(q: Tensor, weight: Tensor, epilogue: Epilogue) -> Tensor:
+    """q [T, in] times weight [out, in], transposed: [T, out], computed in float32 at least."""
+    dtype, bias = epilogue.dtype, epilogue.bias
     wide = torch.promote_types(dtype, torch.float32)
-    y = q.to(wide) @ weight.to(wide).T * scale.unsqueeze(1) * weight_scale
+    sums = q.to(wide) @ weight.to(wide).T
+    y = sums * epilogue.scale.unsqueeze(1) * epilogue.weight_scale
     return (y if bias is None else y + bias).to(dtype)

@@ -10,7 +10,7 @@ from gen_fast.ops.gpu import Tile
 from gen_fast.ops.layout import adjacent
 
 from . import int8
-from .reference import rotated_together
+from .reference import Epilogue, rotated_together
 from .triton_kernel import rotated, row_columns
 
 _OUTPUTS, _INPUTS = tl.constexpr(int8.OUTPUTS), tl.constexpr(int8.INPUTS)
@@ -116,18 +116,11 @@ def _tiles(rows: int, device: torch.device) -> tuple[Tile, ...]:
     return next(best for most, best in tiles.items() if most is None or rows <= most)
 
 
-def int8_linear(
-    q: Tensor,
-    scale: Tensor,
-    blocks: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
+def int8_linear(q: Tensor, blocks: Tensor, epilogue: Epilogue) -> Tensor:
     """See `int8_op.int8_linear`."""
     q, blocks = adjacent(q), blocks.contiguous()
-    (rows, size), outputs = q.shape, len(weight_scale)
-    y = scale.new_empty(rows, outputs, dtype=dtype)
+    (rows, size), outputs, bias = q.shape, len(epilogue.weight_scale), epilogue.bias
+    y = q.new_empty(rows, outputs, dtype=epilogue.dtype)
     if y.numel():
         gpu.launch_tiled(
             _int8_linear,
@@ -138,9 +131,9 @@ def int8_linear(
             _tiles(rows, q.device),
             ("size", "outputs"),
             q,
-            scale.contiguous(),
+            epilogue.scale.contiguous(),
             blocks,
-            weight_scale.contiguous(),
+            epilogue.weight_scale.contiguous(),
             None if bias is None else bias.contiguous(),
             y,
             rows,

@@ -114,9 +114,10 @@ def test_older_gpus_are_refused(monkeypatch):
 
 
 def test_opcheck():
+    q, scale, weight, weight_scale, bias = example(3, (32, 64), biased=True)
     opcheck(
         OP.torch_op,
-        (*example(3, (32, 64), biased=True), torch.float32),
+        (q, weight, scale, weight_scale, bias, torch.float32),
         {"impl": "reference"},
         # Not the schema's: torch compares inputs there, which it cannot in fp8.
         test_utils=("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"),

@@ -192,6 +192,6 @@ def test_scales_of_a_matrix_that_do_not_fit_are_refused():
 
 
 def test_opcheck():
-    inputs = example(3, (32, 64), biased=True)
-    opcheck(OP.torch_op, (*inputs, torch.float32))
-    opcheck(WEIGHT.torch_op, (*inputs[2:4], torch.float32))
+    q, scale, *weight, bias = example(3, (32, 64), biased=True)
+    opcheck(OP.torch_op, (q, weight[0], scale, weight[1], bias, torch.float32))
+    opcheck(WEIGHT.torch_op, (*weight, torch.float32))

@@ -55,9 +55,7 @@ def quantize_groups(weight: Tensor, bits: int) -> Tensor:
     and what was Q4_1 if its groups have both ends of their grid.
     """
     rows = max(1, _WEIGHTS_AT_ONCE // max(1, weight.shape[1]) // OUTPUTS) * OUTPUTS
-    parts = [_quantize(part, bits) for part in weight.split(rows)]
-    empty = weight.new_empty(0, 0, block_bytes(bits), dtype=torch.uint8)
-    return torch.cat(parts) if parts else empty
+    return torch.cat([_quantize(part, bits) for part in weight.split(rows)])
 
 
 def dequantize_groups(blocks: Tensor, dtype: torch.dtype) -> Tensor:
@@ -94,7 +92,7 @@ def _quantize(weight: Tensor, bits: int) -> Tensor:
 
     def by_block(values: Tensor) -> Tensor:
         """[out · in / 32, n] as [out / 16, in / 32, n, 16]."""
-        blocks: Tensor = values.view(out // OUTPUTS, OUTPUTS, inputs // INPUTS, -1)
+        blocks: Tensor = values.view(out // OUTPUTS, OUTPUTS, inputs // INPUTS, values.shape[1])
         return blocks.permute(0, 2, 3, 1)
 
     grid = torch.cat((by_block(grids.scale), by_block(grids.minimum)), -2)

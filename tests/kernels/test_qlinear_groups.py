@@ -11,6 +11,7 @@ from gen_fast.ops.qlinear import (
     INT8_GROUP,
     dequantize_groups,
     fits_groups,
+    group_blocks_shape,
     group_linear,
     group_linear_backward,
     quantize_groups,
@@ -49,6 +50,13 @@ def test_what_was_on_a_grid_of_ggufs_keeps_its_values(q_type, bits, shift):
     weight[3] = 0  # a group of one value has no step
     weight[5, :32] = 0.25
     assert on_grid_of(weight, bits)
+
+
+@pytest.mark.parametrize("shape", [(0, 64), (16, 0), (0, 0)])
+def test_a_weight_of_nothing_is_blocks_of_nothing(shape, bits):
+    blocks = quantize_groups(torch.empty(shape), bits)
+    assert blocks.shape == group_blocks_shape(shape, bits)
+    assert dequantize_groups(blocks, torch.float32).shape == shape
 
 
 def scales_of(count: int, half: int) -> torch.Tensor:

@@ -4,8 +4,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# torch and uv; uv the rest, in a tenth of pip's time. Neither compiles the modules: few of them are
-# ever imported, and they are compiled when they are.
+# torch and uv; uv the rest, in seconds. Neither compiles the modules: few of them are ever imported,
+# and they are compiled when they are.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt
 # uv reads none of pip's settings. It gets the index and takes the system's certificates, as pip does.

@@ -43,10 +43,17 @@ SPECIAL, COMPRESSION, BATCH = 20, 10, 32
 Profiled = Callable[[str, Callable[[], object]], None]
 
 # Qwen3's published configs; "tiny" checks this script where there is no GPU.
-_SIZES = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads"
-_SIZES += " head_dim vocab_size"
+_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+)
 SHAPES = {
-    name: dict(zip(_SIZES.split(), sizes, strict=True))
+    name: dict(zip(_SIZES, sizes, strict=True))
     for name, sizes in {
         "qwen3-0.6b": (1024, 3072, 28, 16, 8, 128, 151936),
         "qwen3-8b": (4096, 12288, 36, 32, 8, 128, 151936),

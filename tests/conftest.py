@@ -18,6 +18,8 @@ if not torch.cuda.is_available():
 import gc
 import json
 import logging
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,7 +31,6 @@ from filelock import FileLock
 
 import gen_fast
 from gen_fast.errors import ModelNotFoundError
-from gen_fast.io.cpuinfo import cpuinfo
 from gen_fast.model.sources import resolve
 from gen_fast.ops import native
 from gen_fast.ops.native import Isa
@@ -145,38 +146,56 @@ def _each(*isas: Isa) -> dict[str, Any]:
     return {"params": isas, "ids": [isa.name.lower().replace("_", "-") for isa in isas]}
 
 
+@pytest.fixture(scope="session")
+def run_by_hardware(made_once: MadeOnce) -> list[Isa]:
+    """In `make emulated`: what the installed C++ ops run here, as make test has them do; else none.
+
+    Asked of them: a processor may have what the system refuses, as AMX's tiles.
+    """
+    if emulated is None:
+        return []
+    script = """
+import json
+from gen_fast.ops import native
+from gen_fast.testing import instructions_up_to
+found = []
+for isa in native.Isa:
+    with instructions_up_to(isa):
+        found += [isa] if native.isa() == isa else []
+print(json.dumps(found))
+"""
+
+    def asked(_: Path) -> Any:
+        command = [sys.executable, "-c", script]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return json.loads(done.stdout)
+
+    return [Isa(number) for number in made_once("run_by_hardware", asked)]
+
+
 @pytest.fixture(**_each(Isa.BASELINE, Isa.AVX2, Isa.AVX512))
-def isa(request: pytest.FixtureRequest) -> Iterator[None]:
+def isa(request: pytest.FixtureRequest, run_by_hardware: list[Isa]) -> Iterator[None]:
     """Runs the C++ ops with each instruction set that this processor has."""
-    yield from _up_to(request.param)
+    yield from _up_to(request.param, run_by_hardware)
 
 
 @pytest.fixture(**_each(Isa.BASELINE, Isa.AVX2, Isa.AVX512, Isa.AMX))
-def isa_or_amx(request: pytest.FixtureRequest) -> Iterator[None]:
+def isa_or_amx(request: pytest.FixtureRequest, run_by_hardware: list[Isa]) -> Iterator[None]:
     """The same for an op that has a version of its own for AMX."""
-    yield from _up_to(request.param)
+    yield from _up_to(request.param, run_by_hardware)
 
 
 @pytest.fixture(**_each(Isa.BASELINE, Isa.AVX2, Isa.AVX2_VNNI, Isa.AVX512_VNNI, Isa.AVX512))
-def isa_or_vnni(request: pytest.FixtureRequest) -> Iterator[None]:
+def isa_or_vnni(request: pytest.FixtureRequest, run_by_hardware: list[Isa]) -> Iterator[None]:
     """The same for an op that has versions of its own for VNNI without bfloat16."""
-    yield from _up_to(request.param)
+    yield from _up_to(request.param, run_by_hardware)
 
 
-# As Linux calls what each needs beyond the one before.
-IN_HARDWARE = {
-    Isa.AVX2_VNNI: "avx_vnni",
-    Isa.AVX512_VNNI: "avx512_vnni",
-    Isa.AVX512: "avx512_bf16",
-    Isa.AMX: "amx_bf16",
-}
-
-
-def _up_to(isa: Isa) -> Iterator[None]:
+def _up_to(isa: Isa, run_by_hardware: list[Isa]) -> Iterator[None]:
     if native.missing() is not None:
         pytest.skip(f"the C++ extension {native.missing()}")
-    if emulated is not None and IN_HARDWARE.get(isa) in (cpuinfo("flags") or "").split():
-        pytest.skip("this processor has it, and make test runs it there")
+    if isa in run_by_hardware:
+        pytest.skip("make test runs it on this processor")
     with instructions_up_to(isa):
         if native.isa() != isa:
             pytest.skip("not on this processor")

@@ -112,7 +112,8 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
             parameters.append(parameter)
             continue
         groups[parameter.name] = group
-        parameters += inspect.signature(group, eval_str=True).parameters.values()
+        for member in inspect.signature(group, eval_str=True).parameters.values():
+            parameters.append(member.replace(default=getattr(parameter.default, member.name)))
 
     @wraps(command)
     def run(**values: Any) -> None:

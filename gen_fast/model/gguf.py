@@ -68,9 +68,9 @@ _STORED_DTYPES = {
 
 
 class _Reader(GGUFReader):  # type: ignore[misc]  # untyped
-    """A third of the package's own time: a slice of np.memmap makes a memmap, in Python.
+    """The package's own, but that values are slices of a plain array.
 
-    A vocabulary is some hundred thousand slices.
+    Each slice of np.memmap makes a memmap in Python, and a vocabulary is some hundred thousand.
     """
 
     @property

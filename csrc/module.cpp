@@ -1,6 +1,5 @@
-// gen_fast._C: the C++ ops for Python. Tensors come as addresses; Python has checked them.
+// gen_fast._C: the C++ ops for Python. Python has checked its tensors.
 #include <dlfcn.h>
-#include <pybind11/pybind11.h>
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
@@ -11,10 +10,12 @@
 
 #include <cstdlib>
 
+#include "common/binding.h"
 #include "common/parallel.h"
 #include "cpu/ops.h"
 
 namespace py = pybind11;
+using namespace gen_fast;
 
 namespace gen_fast {
 
@@ -112,182 +113,92 @@ static void limit_calling_thread(int threads) {
 
 }  // namespace gen_fast
 
-namespace {
-
-typedef std::uintptr_t Address;
-
-template <class T>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
-}
-
-gen_fast::Dtype dtype(bool bf16) { return bf16 ? gen_fast::Dtype::bf16 : gen_fast::Dtype::f32; }
-
-}  // namespace
+template <>
+struct py::detail::type_caster<Dtype> : py::detail::dtype_caster<Dtype> {};
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "C++ ops of gen_fast; see csrc/cpu/ops.h";
-  m.def("isa", [] { return (int)gen_fast::isa(); }, "of gen_fast::Isa");
-  m.def("tiles_refused", [] { return gen_fast::detected().tiles_refused; },
+  Dtypes<Dtype>::learn({{"float32", Dtype::f32}, {"bfloat16", Dtype::bf16}});
+  m.def("isa", [] { return (int)isa(); }, "of gen_fast::Isa");
+  m.def("tiles_refused", [] { return detected().tiles_refused; },
         "whether the processor has AMX, but the system does not let this process use it");
-  m.attr("emulated") = gen_fast::EMULATED;
-  m.def("limit_isa", [](int isa) { gen_fast::limit = (gen_fast::Isa)isa; },
-        "for tests and benchmarks");
-  m.def("limit_calling_thread", &gen_fast::limit_calling_thread,
+  m.attr("emulated") = EMULATED;
+  m.def("limit_isa", [](int isa) { limit = (Isa)isa; }, "for tests and benchmarks");
+  m.def("limit_calling_thread", &limit_calling_thread,
         "threads of what this thread runs from now on; torch must have run in it before");
-  m.def("add_rms_norm", [](bool bf16, Address x, Address residual, Address weight, Address total,
-                           Address out, int64_t rows, int64_t size, float eps) {
+  m.def("add_rms_norm", exposed<add_rms_norm>);
+  m.def("add_rms_norm_quantized", exposed<add_rms_norm_quantized>);
+  m.def("add_rms_norm_backward", exposed<add_rms_norm_backward>);
+  m.def("quantize_rows", exposed<quantize_rows>);
+  m.def("int8_linear", [](Dtype dtype, Data q, Data scales, Data blocks, Data weight_scales,
+                          Data bias, Data y, int64_t rows, int64_t in, int64_t out) {
     py::gil_scoped_release release;
-    gen_fast::add_rms_norm(dtype(bf16), at<void>(x), at<void>(residual), at<void>(weight),
-                           at<void>(total), at<void>(out), rows, size, eps);
+    int8_linear(dtype, {at<int8_t>(q), at<float>(scales), at<int8_t>(blocks),
+                        at<float>(weight_scales), at<void>(bias), at<void>(y), rows, in, out});
   });
-  m.def("add_rms_norm_quantized", [](bool bf16, Address x, Address residual, Address weight,
-                                     Address total, Address out, Address scales, int64_t rows,
-                                     int64_t size, float eps, bool rotated) {
+  m.def("int8_weight", exposed<int8_weight>);
+  m.def("group_linear", [](Dtype dtype, int bits, Data x, Data blocks, Data bias, Data y,
+                           int64_t rows, int64_t in, int64_t out) {
     py::gil_scoped_release release;
-    gen_fast::add_rms_norm_quantized(dtype(bf16), at<void>(x), at<void>(residual),
-                                     at<void>(weight), at<void>(total), at<int8_t>(out),
-                                     at<float>(scales), rows, size, eps, rotated);
+    group_linear(dtype, {bits, at<void>(x), at<uint8_t>(blocks), at<void>(bias), at<void>(y), rows,
+                         in, out});
   });
-  m.def("add_rms_norm_backward", [](bool bf16, Address grad_normed, Address grad_total,
-                                    Address total, Address weight, Address out, int64_t rows,
-                                    int64_t size, float eps) {
+  m.def("group_weight", exposed<group_weight>);
+  m.def("swiglu", exposed<swiglu>);
+  m.def("swiglu_quantized", exposed<swiglu_quantized>);
+  m.def("swiglu_backward", exposed<swiglu_backward>);
+  m.def("rope", [](Dtype dtype, Data x, Data out, Data cos, Data sin, Data norm, int64_t x_stride,
+                   int64_t out_stride, int64_t rows, int64_t heads, int64_t size, float eps) {
     py::gil_scoped_release release;
-    gen_fast::add_rms_norm_backward(dtype(bf16), at<void>(grad_normed), at<void>(grad_total),
-                                    at<void>(total), at<void>(weight), at<void>(out), rows, size,
-                                    eps);
+    rope(dtype, {nullptr, at<void>(x), at<void>(out), at<float>(cos), at<float>(sin), at<void>(norm),
+                 0, x_stride, out_stride, rows, heads, size, eps});
   });
-  m.def("quantize_rows", [](bool bf16, Address x, Address out, Address scales, int64_t rows,
-                            int64_t size, bool rotated) {
+  m.def("rope_backward", [](Dtype dtype, Data grad, Data x, Data out, Data cos, Data sin, Data norm,
+                            int64_t grad_stride, int64_t x_stride, int64_t rows, int64_t heads,
+                            int64_t size, float eps) {
     py::gil_scoped_release release;
-    gen_fast::quantize_rows(dtype(bf16), at<void>(x), at<int8_t>(out), at<float>(scales), rows,
-                            size, rotated);
+    rope_backward(dtype, {at<void>(grad), at<void>(x), at<void>(out), at<float>(cos),
+                          at<float>(sin), at<void>(norm), grad_stride, x_stride, heads * size, rows,
+                          heads, size, eps});
   });
-  m.def("int8_linear", [](bool bf16, Address q, Address scales, Address blocks,
-                          Address weight_scales, Address bias, Address y, int64_t rows,
-                          int64_t in, int64_t out) {
-    py::gil_scoped_release release;
-    gen_fast::int8_linear(dtype(bf16), {at<int8_t>(q), at<float>(scales), at<int8_t>(blocks),
-                                        at<float>(weight_scales), at<void>(bias), at<void>(y),
-                                        rows, in, out});
-  });
-  m.def("int8_weight", [](bool bf16, Address blocks, Address scales, Address weight, int64_t in,
-                          int64_t out) {
-    py::gil_scoped_release release;
-    gen_fast::int8_weight(dtype(bf16), at<int8_t>(blocks), at<float>(scales), at<void>(weight), in,
-                          out);
-  });
-  m.def("group_linear", [](int bits, bool bf16, Address x, Address blocks, Address bias,
-                           Address y, int64_t rows, int64_t in, int64_t out) {
-    py::gil_scoped_release release;
-    gen_fast::group_linear(dtype(bf16), {bits, at<void>(x), at<uint8_t>(blocks), at<void>(bias),
-                                         at<void>(y), rows, in, out});
-  });
-  m.def("group_weight", [](int bits, bool bf16, Address blocks, Address weight, int64_t in,
-                           int64_t out) {
-    py::gil_scoped_release release;
-    gen_fast::group_weight(dtype(bf16), bits, at<uint8_t>(blocks), at<void>(weight), in, out);
-  });
-  m.def("swiglu", [](bool bf16, Address gate_up, Address out, int64_t rows, int64_t size) {
-    py::gil_scoped_release release;
-    gen_fast::swiglu(dtype(bf16), at<void>(gate_up), at<void>(out), rows, size);
-  });
-  m.def("swiglu_quantized", [](bool bf16, Address gate_up, Address out, Address scales,
-                               int64_t rows, int64_t size, bool rotated) {
-    py::gil_scoped_release release;
-    gen_fast::swiglu_quantized(dtype(bf16), at<void>(gate_up), at<int8_t>(out), at<float>(scales),
-                               rows, size, rotated);
-  });
-  m.def("swiglu_backward", [](bool bf16, Address grad, Address gate_up, Address out, int64_t rows,
-                              int64_t size) {
-    py::gil_scoped_release release;
-    gen_fast::swiglu_backward(dtype(bf16), at<void>(grad), at<void>(gate_up), at<void>(out), rows,
-                              size);
-  });
-  m.def("rope", [](bool bf16, Address x, int64_t x_stride, Address out, int64_t out_stride,
-                   Address cos, Address sin, Address norm, int64_t rows, int64_t heads,
-                   int64_t size, float eps) {
-    py::gil_scoped_release release;
-    gen_fast::RopeArguments a = {};
-    a.x = at<void>(x), a.out = at<void>(out), a.x_stride = x_stride, a.out_stride = out_stride;
-    a.cos = at<float>(cos), a.sin = at<float>(sin), a.norm = at<void>(norm);
-    a.rows = rows, a.heads = heads, a.size = size, a.eps = eps;
-    gen_fast::rope(dtype(bf16), a);
-  });
-  m.def("rope_backward", [](bool bf16, Address grad, int64_t grad_stride, Address x,
-                            int64_t x_stride, Address out, Address cos, Address sin, Address norm,
-                            int64_t rows, int64_t heads, int64_t size, float eps) {
-    py::gil_scoped_release release;
-    gen_fast::RopeArguments a = {};
-    a.grad = at<void>(grad), a.x = at<void>(x), a.out = at<void>(out);
-    a.grad_stride = grad_stride, a.x_stride = x_stride, a.out_stride = heads * size;
-    a.cos = at<float>(cos), a.sin = at<float>(sin), a.norm = at<void>(norm);
-    a.rows = rows, a.heads = heads, a.size = size, a.eps = eps;
-    gen_fast::rope_backward(dtype(bf16), a);
-  });
-  m.def("append", [](Address table, Address special, Address ids, Address out, int64_t rows,
-                     int64_t vocabulary, int64_t n_special, int64_t row_bytes) {
-    py::gil_scoped_release release;
-    return gen_fast::append(at<void>(table), at<void>(special), at<int64_t>(ids), at<void>(out),
-                            rows, vocabulary, n_special, row_bytes);
-  });
-  m.def("append_backward", [](bool bf16, Address grad, Address ids, Address out, int64_t rows,
-                              int64_t vocabulary, int64_t n_special, int64_t size) {
-    py::gil_scoped_release release;
-    gen_fast::append_backward(dtype(bf16), at<void>(grad), at<int64_t>(ids), at<float>(out), rows,
-                              vocabulary, n_special, size);
-  });
-  m.def("pool", [](bool bf16, Address hidden, Address cu_seqlens, Address norm_weight,
-                   Address row_weights, Address out, int64_t texts, int64_t size, float eps) {
-    py::gil_scoped_release release;
-    gen_fast::pool(dtype(bf16), at<void>(hidden), at<int32_t>(cu_seqlens), at<void>(norm_weight),
-                   at<float>(row_weights), at<float>(out), texts, size, eps);
-  });
-  m.def("cross_entropy", [](bool bf16, Address logits, Address targets, Address losses,
-                            int64_t rows, int64_t vocabulary) {
-    py::gil_scoped_release release;
-    return gen_fast::cross_entropy(dtype(bf16), at<void>(logits), at<int64_t>(targets),
-                            at<float>(losses), rows, vocabulary);
-  });
-  m.def("dropout", [](bool bf16, Address x, int64_t stride, Address text_keys, Address positions,
-                      Address out, int64_t rows, int64_t size, uint32_t first_kept, float scale,
+  m.def("append", exposed<append>);
+  m.def("append_backward", exposed<append_backward>);
+  m.def("pool", exposed<pool>);
+  m.def("cross_entropy", exposed<cross_entropy>);
+  m.def("dropout", [](Dtype dtype, Data x, Data text_keys, Data positions, Data out,
+                      int64_t stride, int64_t rows, int64_t size, uint32_t first_kept, float scale,
                       uint64_t seed, uint32_t c2) {
     py::gil_scoped_release release;
-    gen_fast::dropout(dtype(bf16), {at<void>(x), stride, at<int32_t>(text_keys),
-                                    at<int64_t>(positions), at<void>(out), rows, size, first_kept,
-                                    scale, seed, c2});
+    dropout(dtype, {at<void>(x), at<int32_t>(text_keys), at<int64_t>(positions), at<void>(out),
+                    stride, rows, size, first_kept, scale, seed, c2});
   });
-  py::class_<gen_fast::AttentionOptions>(m, "AttentionOptions")
-      .def(py::init([](Address cu_seqlens_q, Address cu_seqlens_k, int64_t texts, Address prefix_k,
-                       Address prefix_v, int64_t prefix, int64_t prefix_k_stride,
-                       int64_t prefix_v_stride, int64_t window, int mask, Address blocks,
-                       Address text_keys, uint64_t seed, int64_t layer, uint32_t first_kept,
-                       float kept_scale) {
-        return gen_fast::AttentionOptions{at<int32_t>(cu_seqlens_q), at<int32_t>(cu_seqlens_k),
-                                          texts, at<void>(prefix_k), at<void>(prefix_v), prefix,
-                                          prefix_k_stride, prefix_v_stride, window,
-                                          (gen_fast::Mask)mask, at<int32_t>(blocks),
-                                          at<int32_t>(text_keys), seed, layer, first_kept,
-                                          kept_scale};
+  py::class_<AttentionOptions>(m, "AttentionOptions")
+      .def(py::init([](Data cu_seqlens_q, Data cu_seqlens_k, Data prefix_k, Data prefix_v,
+                       Data blocks, Data text_keys, int64_t texts, int64_t prefix,
+                       int64_t prefix_k_stride, int64_t prefix_v_stride, int64_t window, int mask,
+                       uint64_t seed, int64_t layer, uint32_t first_kept, float kept_scale) {
+        return AttentionOptions{at<int32_t>(cu_seqlens_q), at<int32_t>(cu_seqlens_k),
+                                at<void>(prefix_k), at<void>(prefix_v), at<int32_t>(blocks),
+                                at<int32_t>(text_keys), texts, prefix, prefix_k_stride,
+                                prefix_v_stride, window, (Mask)mask, seed, layer, first_kept,
+                                kept_scale};
       }));
-  m.def("attention", [](const gen_fast::AttentionOptions& options, bool bf16, Address q, Address k,
-                        Address v, int64_t q_stride, int64_t k_stride, int64_t v_stride,
-                        Address out, Address lse, int64_t rows, int64_t heads, int64_t kv_heads,
-                        int64_t size) {
+  m.def("attention", [](const AttentionOptions& options, Dtype dtype, Data q, Data k, Data v,
+                        Data out, Data lse, int64_t q_stride, int64_t k_stride, int64_t v_stride,
+                        int64_t rows, int64_t heads, int64_t kv_heads, int64_t size) {
     py::gil_scoped_release release;
-    gen_fast::attention(dtype(bf16), {options, at<void>(q), at<void>(k), at<void>(v), q_stride,
-                                      k_stride, v_stride, at<void>(out), at<float>(lse), rows,
-                                      heads, kv_heads, size});
+    attention(dtype, {options, at<void>(q), at<void>(k), at<void>(v), at<void>(out), at<float>(lse),
+                      q_stride, k_stride, v_stride, rows, heads, kv_heads, size});
   });
-  m.def("attention_backward", [](const gen_fast::AttentionOptions& options, bool bf16, Address q,
-                                 Address k, Address v, int64_t q_stride, int64_t k_stride,
-                                 int64_t v_stride, Address out, Address lse, int64_t rows,
-                                 int64_t heads, int64_t kv_heads, int64_t size, Address dout,
-                                 Address dq, Address dk, Address dv) {
+  m.def("attention_backward", [](const AttentionOptions& options, Dtype dtype, Data q, Data k,
+                                 Data v, Data out, Data lse, Data dout, Data dq, Data dk, Data dv,
+                                 int64_t q_stride, int64_t k_stride, int64_t v_stride, int64_t rows,
+                                 int64_t heads, int64_t kv_heads, int64_t size) {
     py::gil_scoped_release release;
-    gen_fast::attention_backward(
-        dtype(bf16), {options, at<void>(q), at<void>(k), at<void>(v), q_stride, k_stride, v_stride,
-                      at<void>(out), at<float>(lse), rows, heads, kv_heads, size},
+    attention_backward(
+        dtype,
+        {options, at<void>(q), at<void>(k), at<void>(v), at<void>(out), at<float>(lse), q_stride,
+         k_stride, v_stride, rows, heads, kv_heads, size},
         {at<void>(dout), at<void>(dq), at<void>(dk), at<void>(dv)});
   });
 }

@@ -107,10 +107,10 @@ int64_t cross_entropy(Dtype dtype, void* logits, const int64_t* targets, float* 
 
 struct DropoutArguments {
   const void* x;             // [rows, size]
-  int64_t stride;            // of a row of x
   const int32_t* text_keys;  // [rows]
   const int64_t* positions;  // [rows]
   void* out;                 // [rows, size]
+  int64_t stride;            // of a row of x
   int64_t rows, size;
   uint32_t first_kept;       // of the words that are drawn
   float scale;               // of what is kept
@@ -126,14 +126,14 @@ enum class Mask { causal, bidirectional, gem };
 // kernels/attention/options.py: what calls with other q, k and v may share.
 struct AttentionOptions {
   const int32_t *cu_seqlens_q, *cu_seqlens_k;  // [texts + 1]
-  int64_t texts;
   const void *prefix_k, *prefix_v;             // [prefix, kv_heads, size]; null if there is none
+  const int32_t* blocks;                       // [texts, 2] for the GEM mask
+  const int32_t* text_keys;                    // [texts] for dropout; null for none
+  int64_t texts;
   int64_t prefix;
   int64_t prefix_k_stride, prefix_v_stride;    // of a row (token)
   int64_t window;                              // 0 for full attention
   Mask mask;
-  const int32_t* blocks;                       // [texts, 2] for the GEM mask
-  const int32_t* text_keys;                    // [texts] for dropout; null for none
   uint64_t seed;
   int64_t layer;
   uint32_t first_kept;                         // of the words that are drawn
@@ -142,9 +142,9 @@ struct AttentionOptions {
 
 struct AttentionArguments : AttentionOptions {
   const void *q, *k, *v;                 // [rows of q, heads, size]; [rows, kv_heads, size]
-  int64_t q_stride, k_stride, v_stride;  // of a row (token)
   void* out;                             // [rows of q, heads, size], contiguous
   float* lse;                            // [rows of q, heads]: log-sum-exp of the scores; or null
+  int64_t q_stride, k_stride, v_stride;  // of a row (token)
   int64_t rows;                          // of q; those beyond the last text's are padding
   int64_t heads, kv_heads, size;
 };

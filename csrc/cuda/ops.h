@@ -11,7 +11,7 @@ enum class Dtype { f32, bf16, f16 };
 // What the normed rows are stored as: the dtype of x, or quantised with a scale a row.
 enum class Store { plain, int8, fp8 };
 
-typedef void* Stream;
+typedef uintptr_t Stream;
 
 // total = x + residual, out = rms_norm(total) * weight; total may be residual. scales [rows] only
 // if quantised.

@@ -90,20 +90,9 @@ def cuda(case: Case) -> str | None:
     )
 
 
-def address(tensor: Tensor | None) -> int:
-    """The address of the first element; 0 for None."""
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 def empty_like(tensor: Tensor) -> Tensor:
     """A contiguous tensor of the same shape and dtype; twice as fast as `new_empty`."""
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
-
-
-def cuda_dtype(tensor: Tensor) -> Any:
-    """The dtype as the CUDA ops name it."""
-    names = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
-    return getattr(cuda_module().Dtype, names[tensor.dtype])
 
 
 def stream(tensor: Tensor) -> int:

@@ -46,16 +46,10 @@ def _cuda(table: Tensor, special: Tensor | None, ids: Tensor) -> Tensor:
     special = None if special is None else native.aligned(special.to(table.dtype))
     out = table.new_empty(ids.shape[0], table.shape[1])
     if out.numel():
+        (vocabulary, size), n_special = table.shape, 0 if special is None else special.shape[0]
+        row_bytes, stream = size * table.element_size(), native.stream(table)
         native.cuda_module().append(
-            table.data_ptr(),
-            native.address(special),
-            ids.data_ptr(),
-            out.data_ptr(),
-            ids.shape[0],
-            table.shape[0],
-            0 if special is None else special.shape[0],
-            table.shape[1] * table.element_size(),
-            native.stream(table),
+            table, special, ids, out, len(ids), vocabulary, n_special, row_bytes, stream
         )
     return out
 
@@ -75,14 +69,7 @@ def _cpu(table: Tensor, special: Tensor | None, ids: Tensor) -> Tensor:
         special = special.contiguous()
     out = table.new_empty(rows, size)
     unknown = native.module().append(
-        table.data_ptr(),
-        0 if special is None else special.data_ptr(),
-        ids.data_ptr(),
-        out.data_ptr(),
-        rows,
-        vocabulary,
-        n_special,
-        size * table.element_size(),
+        table, special, ids, out, rows, vocabulary, n_special, size * table.element_size()
     )
     if unknown >= 0:
         last = vocabulary + n_special - 1
@@ -94,16 +81,8 @@ def _cpu(table: Tensor, special: Tensor | None, ids: Tensor) -> Tensor:
 def _cpu_backward(grad: Tensor, ids: Tensor, vocabulary: int, special: int) -> Tensor:
     grad, ids = grad.contiguous(), ids.contiguous()
     out = grad.new_empty(special, grad.shape[1], dtype=torch.float32)
-    native.module().append_backward(
-        grad.dtype == torch.bfloat16,
-        grad.data_ptr(),
-        ids.data_ptr(),
-        out.data_ptr(),
-        ids.shape[0],
-        vocabulary,
-        special,
-        grad.shape[1],
-    )
+    rows, size = grad.shape
+    native.module().append_backward(grad.dtype, grad, ids, out, rows, vocabulary, special, size)
     return out
 
 

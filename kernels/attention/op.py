@@ -98,30 +98,15 @@ def _run_cpp(
     options: AttentionOptions,
     out: Tensor,
     lse: Tensor | None,
-    *gradients: int,
+    *gradients: Tensor,
 ) -> None:
-    """Call a function of gen_fast._C. gradients: addresses of dout, dq, dk and dv, for theirs."""
+    """Call a function of gen_fast._C. gradients: dout, dq, dk and dv, for theirs."""
     rows, heads, size = q.shape
     q, q_stride = dense_rows_and_stride(q, size)
     k, k_stride = dense_rows_and_stride(k, size)
     v, v_stride = dense_rows_and_stride(v, size)
-    function(
-        options.cpp[0],
-        q.dtype == torch.bfloat16,
-        q.data_ptr(),
-        k.data_ptr(),
-        v.data_ptr(),
-        q_stride,
-        k_stride,
-        v_stride,
-        out.data_ptr(),
-        0 if lse is None else lse.data_ptr(),
-        rows,
-        heads,
-        k.size(1),
-        size,
-        *gradients,
-    )
+    strides, shape = (q_stride, k_stride, v_stride), (rows, heads, k.size(1), size)
+    function(options.cpp[0], q.dtype, q, k, v, out, lse, *gradients, *strides, *shape)
 
 
 def _cpp_inference(
@@ -146,8 +131,8 @@ def _cpp_backward(dout: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     # Keys without queries, and padding rows, have no gradient.
     dq, dk, dv = (x.new_zeros(x.shape) for x in (q, k, v))
     dout, out, lse = dout.contiguous(), out.contiguous(), lse.contiguous()
-    gradients = (x.data_ptr() for x in (dout, dq, dk, dv))
-    _run_cpp(native.module().attention_backward, q, k, v, options, out, lse, *gradients)
+    function = native.module().attention_backward
+    _run_cpp(function, q, k, v, options, out, lse, dout, dq, dk, dv)
     return dq, dk, dv
 
 

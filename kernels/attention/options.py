@@ -198,23 +198,21 @@ class AttentionOptions:
         prefix_k, prefix_v = self.prefix or (None, None)
         blocks = None if self.blocks is None else self.blocks.contiguous()
         text_words = self.text_words
-        drawn: tuple[int | float, ...] = (0, 0, 0, 0, 1.0)
-        if text_words is not None:
-            address = text_words.data_ptr()
-            drawn = address, self.seed, self.layer, self.first_kept, self.kept_scale
+        drawn = self.seed, self.layer, self.first_kept, self.kept_scale
         struct = native.module().AttentionOptions(
-            self.cu_seqlens_q.data_ptr(),
-            self.cu_seqlens_k.data_ptr(),
+            self.cu_seqlens_q,
+            self.cu_seqlens_k,
+            prefix_k,
+            prefix_v,
+            blocks,
+            text_words,
             self.texts,
-            0 if prefix_k is None else prefix_k.data_ptr(),
-            0 if prefix_v is None else prefix_v.data_ptr(),
             0 if prefix_k is None else prefix_k.size(0),
             0 if prefix_k is None else prefix_k.stride(0),
             0 if prefix_v is None else prefix_v.stride(0),
             self.window or 0,
             _MASK_NUMBERS[self.mask],
-            0 if blocks is None else blocks.data_ptr(),
-            *drawn,
+            *((0, 0, 0, 1.0) if text_words is None else drawn),
         )
         return struct, prefix_k, prefix_v, blocks, text_words
 

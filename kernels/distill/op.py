@@ -60,13 +60,7 @@ def _cpp(
 
 
 def _cpp_row_loss(logits: Tensor, targets: Tensor, losses: Tensor) -> None:
-    bad_row = native.module().cross_entropy(
-        logits.dtype == torch.bfloat16,
-        logits.data_ptr(),
-        targets.data_ptr(),
-        losses.data_ptr(),
-        *logits.shape,
-    )
+    bad_row = native.module().cross_entropy(logits.dtype, logits, targets, losses, *logits.shape)
     if bad_row >= 0:
         raise OpError(f"target {int(targets[bad_row])} is not one of 0 … {logits.shape[1] - 1}")
 

@@ -49,12 +49,12 @@ def _cpu(
     x, text_keys, positions = adjacent(x), words_of(text_keys), positions.contiguous()
     out = native.empty_like(x)
     native.module().dropout(
-        x.dtype == torch.bfloat16,
-        x.data_ptr(),
+        x.dtype,
+        x,
+        text_keys,
+        positions,
+        out,
         x.stride(0),
-        text_keys.data_ptr(),
-        positions.data_ptr(),
-        out.data_ptr(),
         *x.shape,
         threshold(p),
         1 / (1 - p),

@@ -65,19 +65,10 @@ def _cuda(
     total = residual if inplace else torch.empty_like(residual)
     out = torch.empty_like(total)
     if out.numel():
-        compiled = native.cuda_module()
+        compiled, stream = native.cuda_module(), native.stream(x)
+        store = compiled.Store.plain
         compiled.add_rms_norm(
-            native.cuda_dtype(x),
-            compiled.Store.plain,
-            x.data_ptr(),
-            residual.data_ptr(),
-            weight.data_ptr(),
-            total.data_ptr(),
-            out.data_ptr(),
-            0,
-            *out.shape,
-            eps,
-            native.stream(x),
+            x.dtype, store, x, residual, weight, total, out, None, *out.shape, eps, stream
         )
     return out, total
 
@@ -94,19 +85,10 @@ def _cuda_quantized(
     total = torch.empty_like(residual)
     out, scales = fake_quantized(x, row_format)
     if out.numel():
-        compiled = native.cuda_module()
+        compiled, stream = native.cuda_module(), native.stream(x)
+        store = getattr(compiled.Store, row_format)
         compiled.add_rms_norm(
-            native.cuda_dtype(x),
-            getattr(compiled.Store, row_format),
-            x.data_ptr(),
-            residual.data_ptr(),
-            weight.data_ptr(),
-            total.data_ptr(),
-            out.data_ptr(),
-            scales.data_ptr(),
-            *out.shape,
-            eps,
-            native.stream(x),
+            x.dtype, store, x, residual, weight, total, out, scales, *out.shape, eps, stream
         )
     return out, scales, total
 
@@ -128,17 +110,8 @@ def _cpu(
     total = residual if inplace else torch.empty_like(residual)
     out = torch.empty_like(total)
     size = out.size(-1)
-    native.module().add_rms_norm(
-        total.dtype == torch.bfloat16,
-        x.data_ptr(),
-        residual.data_ptr(),
-        weight.data_ptr(),
-        total.data_ptr(),
-        out.data_ptr(),
-        out.numel() // max(1, size),
-        size,
-        eps,
-    )
+    rows = out.numel() // max(1, size)
+    native.module().add_rms_norm(x.dtype, x, residual, weight, total, out, rows, size, eps)
     return out, total
 
 
@@ -149,17 +122,9 @@ def _cpu_quantized(
     x, weight, residual = x.contiguous(), weight.contiguous(), residual.contiguous()
     total = torch.empty_like(residual)
     out, scales = fake_quantized(x, row_format)
+    rotated = row_format == ROTATED
     native.module().add_rms_norm_quantized(
-        total.dtype == torch.bfloat16,
-        x.data_ptr(),
-        residual.data_ptr(),
-        weight.data_ptr(),
-        total.data_ptr(),
-        out.data_ptr(),
-        scales.data_ptr(),
-        *out.shape,
-        eps,
-        row_format == ROTATED,
+        x.dtype, x, residual, weight, total, out, scales, *out.shape, eps, rotated
     )
     return out, scales, total
 
@@ -172,16 +137,9 @@ def _cpu_backward(
     total, weight = total.contiguous(), weight.contiguous()
     out = torch.empty_like(total)
     size = out.size(-1)
+    rows = out.numel() // max(1, size)
     native.module().add_rms_norm_backward(
-        out.dtype == torch.bfloat16,
-        grad_normed.data_ptr(),
-        grad_total.data_ptr(),
-        total.data_ptr(),
-        weight.data_ptr(),
-        out.data_ptr(),
-        out.numel() // max(1, size),
-        size,
-        eps,
+        out.dtype, grad_normed, grad_total, total, weight, out, rows, size, eps
     )
     return out
 

@@ -56,16 +56,9 @@ def _cuda(
     weights = None if row_weights is None else row_weights.float().contiguous()
     out = hidden.new_empty(len(cu_seqlens) - 1, hidden.shape[1], dtype=torch.float32)
     if out.numel():
+        stream = native.stream(hidden)
         native.cuda_module().pool(
-            native.cuda_dtype(hidden),
-            hidden.data_ptr(),
-            cu_seqlens.data_ptr(),
-            norm_weight.data_ptr(),
-            native.address(weights),
-            out.data_ptr(),
-            *out.shape,
-            eps,
-            native.stream(hidden),
+            hidden.dtype, hidden, cu_seqlens, norm_weight, weights, out, *out.shape, eps, stream
         )
     return out
 
@@ -85,15 +78,7 @@ def _cpp(
     texts, size = cu_seqlens.size(0) - 1, hidden.size(1)
     out = hidden.new_empty(texts, size, dtype=torch.float32)
     native.module().pool(
-        hidden.dtype == torch.bfloat16,
-        hidden.data_ptr(),
-        cu_seqlens.data_ptr(),
-        norm_weight.data_ptr(),
-        0 if weights is None else weights.data_ptr(),
-        out.data_ptr(),
-        texts,
-        size,
-        eps,
+        hidden.dtype, hidden, cu_seqlens, norm_weight, weights, out, texts, size, eps
     )
     return out
 

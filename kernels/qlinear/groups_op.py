@@ -92,18 +92,11 @@ def _cpu(x: Tensor, blocks: Tensor, bias: Tensor | None) -> Tensor:
         weight = weight_matrix(blocks, x.dtype)
         return x @ weight if bias is None else torch.addmm(bias, x, weight)
     x, blocks = x.contiguous(), blocks.contiguous()
+    bias = None if bias is None else bias.contiguous()
     out, inputs = _shape_of(blocks)
     y = x.new_empty(len(x), out)
     native.module().group_linear(
-        groups.bits_of(blocks),
-        x.dtype == torch.bfloat16,
-        x.data_ptr(),
-        blocks.data_ptr(),
-        native.address(None if bias is None else bias.contiguous()),
-        y.data_ptr(),
-        len(x),
-        inputs,
-        out,
+        x.dtype, groups.bits_of(blocks), x, blocks, bias, y, len(x), inputs, out
     )
     return y
 
@@ -131,14 +124,7 @@ def weight_matrix(blocks: Tensor, dtype: torch.dtype) -> Tensor:
     blocks = blocks.contiguous()
     out, inputs = _shape_of(blocks)
     weight = torch.empty(inputs, out, dtype=dtype)
-    native.module().group_weight(
-        groups.bits_of(blocks),
-        dtype == torch.bfloat16,
-        blocks.data_ptr(),
-        weight.data_ptr(),
-        inputs,
-        out,
-    )
+    native.module().group_weight(dtype, groups.bits_of(blocks), blocks, weight, inputs, out)
     return weight
 
 

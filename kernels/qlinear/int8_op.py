@@ -130,18 +130,7 @@ def _cpu(q: Tensor, blocks: Tensor, epilogue: Epilogue) -> Tensor:
     bias = None if epilogue.bias is None else epilogue.bias.contiguous()
     out, inputs = _shape(blocks)
     y = torch.empty(len(q), out, dtype=dtype)
-    native.module().int8_linear(
-        dtype == torch.bfloat16,
-        q.data_ptr(),
-        scale.data_ptr(),
-        blocks.data_ptr(),
-        weight_scale.data_ptr(),
-        native.address(bias),
-        y.data_ptr(),
-        len(q),
-        inputs,
-        out,
-    )
+    native.module().int8_linear(dtype, q, scale, blocks, weight_scale, bias, y, len(q), inputs, out)
     return y
 
 
@@ -150,14 +139,7 @@ def _weight_cpu(blocks: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Ten
     blocks, weight_scale = blocks.contiguous(), weight_scale.contiguous()
     out, inputs = _shape(blocks)
     weight = torch.empty(out, inputs, dtype=dtype)
-    native.module().int8_weight(
-        dtype == torch.bfloat16,
-        blocks.data_ptr(),
-        weight_scale.data_ptr(),
-        weight.data_ptr(),
-        inputs,
-        out,
-    )
+    native.module().int8_weight(dtype, blocks, weight_scale, weight, inputs, out)
     return weight
 
 

@@ -51,14 +51,7 @@ OP.register(TRITON, gpu.supports)(gpu.deferred("qlinear.triton_kernel", "quantiz
 def _cpu(x: Tensor, row_format: str) -> tuple[Tensor, Tensor]:
     x = x.contiguous()
     q, scale = fake_quantized(x, row_format)
-    native.module().quantize_rows(
-        x.dtype == torch.bfloat16,
-        x.data_ptr(),
-        q.data_ptr(),
-        scale.data_ptr(),
-        *x.shape,
-        row_format == reference.ROTATED,
-    )
+    native.module().quantize_rows(x.dtype, x, q, scale, *x.shape, row_format == reference.ROTATED)
     return q, scale
 
 

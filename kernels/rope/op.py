@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from gen_fast.errors import OpError
@@ -53,18 +52,7 @@ def _cpu(
     out = x if inplace else native.empty_like(x)
     norm = None if norm is None else norm.contiguous()
     cos, sin = cos.float().contiguous(), sin.float().contiguous()
-    native.module().rope(
-        x.dtype == torch.bfloat16,
-        x.data_ptr(),
-        x.stride(0),
-        out.data_ptr(),
-        out.stride(0),
-        cos.data_ptr(),
-        sin.data_ptr(),
-        0 if norm is None else norm.data_ptr(),
-        *x.shape,
-        eps,
-    )
+    native.module().rope(x.dtype, x, out, cos, sin, norm, x.stride(0), out.stride(0), *x.shape, eps)
     return out
 
 
@@ -77,18 +65,9 @@ def _cpu_backward(
     out = native.empty_like(grad)
     norm = None if norm is None else norm.contiguous()
     cos, sin = cos.float().contiguous(), sin.float().contiguous()
+    strides = grad.stride(0), 0 if x is None else x.stride(0)
     native.module().rope_backward(
-        grad.dtype == torch.bfloat16,
-        grad.data_ptr(),
-        grad.stride(0),
-        native.address(x),
-        0 if x is None else x.stride(0),
-        out.data_ptr(),
-        cos.data_ptr(),
-        sin.data_ptr(),
-        native.address(norm),
-        *grad.shape,
-        eps,
+        grad.dtype, grad, x, out, cos, sin, norm, *strides, *grad.shape, eps
     )
     return out
 

@@ -53,9 +53,7 @@ def _cpu(gate_up: Tensor) -> Tensor:
     gate_up = gate_up.contiguous()
     rows, size = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(rows, size)
-    native.module().swiglu(
-        out.dtype == torch.bfloat16, gate_up.data_ptr(), out.data_ptr(), rows, size
-    )
+    native.module().swiglu(out.dtype, gate_up, out, rows, size)
     return out
 
 
@@ -64,12 +62,7 @@ def _cpu_quantized(gate_up: Tensor, row_format: str) -> tuple[Tensor, Tensor]:
     gate_up = gate_up.contiguous()
     out, scales = fake_quantized(_fake(gate_up), row_format)
     native.module().swiglu_quantized(
-        gate_up.dtype == torch.bfloat16,
-        gate_up.data_ptr(),
-        out.data_ptr(),
-        scales.data_ptr(),
-        *out.shape,
-        row_format == ROTATED,
+        gate_up.dtype, gate_up, out, scales, *out.shape, row_format == ROTATED
     )
     return out, scales
 
@@ -78,13 +71,7 @@ def _cpu_quantized(gate_up: Tensor, row_format: str) -> tuple[Tensor, Tensor]:
 def _cpu_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
     grad, gate_up = grad.contiguous(), gate_up.contiguous()
     out = torch.empty_like(gate_up)
-    native.module().swiglu_backward(
-        out.dtype == torch.bfloat16,
-        grad.data_ptr(),
-        gate_up.data_ptr(),
-        out.data_ptr(),
-        *grad.shape,
-    )
+    native.module().swiglu_backward(out.dtype, grad, gate_up, out, *grad.shape)
     return out
 
 

@@ -45,7 +45,7 @@ void run_norm() {
         const Buffer out(rows * size * (store == Store::plain ? element : 1)), scales(4 * rows);
         const Buffer& total = store == Store::plain ? residual : apart;  // in place, as it may be
         check(add_rms_norm(dtype, store, x, residual, weight, total, out, scales, rows, size, 1e-5,
-                           nullptr));
+                           0));
       }
     });
   }
@@ -61,7 +61,7 @@ void run_pool() {
       const Buffer hidden(4 * size * element, 1), norm_weight(size * element, 1);
       const Buffer row_weights(4 * sizeof(float), 1), out(3 * size * sizeof(float));
       const float* weights = size % 2 ? (float*)row_weights : nullptr;
-      check(pool(dtype, hidden, cu_seqlens, norm_weight, weights, out, 3, size, 1e-5, nullptr));
+      check(pool(dtype, hidden, cu_seqlens, norm_weight, weights, out, 3, size, 1e-5, 0));
     });
   }
 }
@@ -73,8 +73,8 @@ void run_append() {
       const Buffer table(7 * row_bytes), special(3 * row_bytes), out(rows * row_bytes);
       const Buffer wanted(rows * sizeof(int64_t));
       std::memcpy((void*)wanted, ids, rows * sizeof(int64_t));
-      check(append(table, special, wanted, out, rows, 7, 3, row_bytes, nullptr));
-      check(append(table, nullptr, wanted, out, rows, 7, 0, row_bytes, nullptr));
+      check(append(table, special, wanted, out, rows, 7, 3, row_bytes, 0));
+      check(append(table, nullptr, wanted, out, rows, 7, 0, row_bytes, 0));
     }
   }
 }
@@ -122,27 +122,27 @@ bool run_fault(const char* name) {
   const auto is = [&](const char* other) { return std::strcmp(name, other) == 0; };
   const Buffer numbers(64 * sizeof(int)), bytes(63), vectors(65 * sizeof(uint4));
   if (is("none")) {
-    check(launch(exchange<Between::barrier, 32>, 2, 64, nullptr, numbers));
+    check(launch(exchange<Between::barrier, 32>, 2, 64, 0, numbers));
   } else if (is("race")) {
-    check(launch(exchange<Between::nothing, 32>, 2, 64, nullptr, numbers));
+    check(launch(exchange<Between::nothing, 32>, 2, 64, 0, numbers));
   } else if (is("race within a warp")) {
-    check(launch(exchange<Between::shuffle, 1>, 2, 64, nullptr, numbers));
+    check(launch(exchange<Between::shuffle, 1>, 2, 64, 0, numbers));
   } else if (is("overrun")) {
-    check(launch(write_beyond, 1, 64, nullptr, bytes, 63));
+    check(launch(write_beyond, 1, 64, 0, bytes, 63));
   } else if (is("overrun of shared memory")) {
-    check(launch(write_beyond_shared<60>, 1, 64, nullptr, numbers));
+    check(launch(write_beyond_shared<60>, 1, 64, 0, numbers));
   } else if (is("misaligned")) {
-    check(launch(read_misaligned, 1, 64, nullptr, vectors, Buffer(64 * sizeof(uint4))));
+    check(launch(read_misaligned, 1, 64, 0, vectors, Buffer(64 * sizeof(uint4))));
   } else if (is("divergent barrier")) {
-    check(launch(part_waits, 1, 64, nullptr));
+    check(launch(part_waits, 1, 64, 0));
   } else if (is("barrier of one warp")) {
-    check(launch(warp_waits, 1, 64, nullptr));
+    check(launch(warp_waits, 1, 64, 0));
   } else if (is("divergent shuffle")) {
-    check(launch(part_shuffles, 1, 64, nullptr));
+    check(launch(part_shuffles, 1, 64, 0));
   } else if (is("part of a warp")) {
-    check(launch(exchange<Between::barrier, 32>, 1, 48, nullptr, numbers));
+    check(launch(exchange<Between::barrier, 32>, 1, 48, 0, numbers));
   } else if (is("no blocks")) {
-    check(launch(exchange<Between::barrier, 32>, 0, 64, nullptr, numbers));
+    check(launch(exchange<Between::barrier, 32>, 0, 64, 0, numbers));
   } else {
     return false;
   }

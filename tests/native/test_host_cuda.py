@@ -119,21 +119,20 @@ def memory() -> Iterator[Memory]:
 
 
 def run_norm(host, memory, x, residual, weight, store="plain", inplace=False):
-    name = next(name for name, dtype in DTYPES.items() if dtype == x.dtype)
     rows, size = x.shape
     total = memory.inout(residual) if inplace else memory.empty(rows, size, dtype=x.dtype)
     stored = {"plain": x.dtype, "int8": torch.int8, "fp8": torch.float8_e4m3fn}[store]
     out = memory.empty(rows, size, dtype=stored)
     scales = memory.empty(rows, dtype=torch.float32)
     host.add_rms_norm(
-        host.Dtype.__members__[name],
+        x.dtype,
         host.Store.__members__[store],
-        memory.input(x).data_ptr(),
-        (total if inplace else memory.input(residual)).data_ptr(),
-        memory.input(weight).data_ptr(),
-        total.data_ptr(),
-        out.data_ptr(),
-        0 if store == "plain" else scales.data_ptr(),
+        memory.input(x),
+        total if inplace else memory.input(residual),
+        memory.input(weight),
+        total,
+        out,
+        None if store == "plain" else scales,
         rows,
         size,
         EPS,
@@ -251,16 +250,15 @@ def test_nan_stays_in_its_text(size, host, memory):
 
 
 def run_pool(host, memory, hidden, starts, norm_weight, weights):
-    name = next(name for name, dtype in DTYPES.items() if dtype == hidden.dtype)
     size = hidden.shape[1]
     out = memory.empty(len(starts) - 1, size, dtype=torch.float32)
     host.pool(
-        host.Dtype.__members__[name],
-        memory.input(hidden).data_ptr(),
-        memory.input(torch.tensor(starts).int()).data_ptr(),
-        memory.input(norm_weight).data_ptr(),
-        0 if weights is None else memory.input(weights).data_ptr(),
-        out.data_ptr(),
+        hidden.dtype,
+        memory.input(hidden),
+        memory.input(torch.tensor(starts).int()),
+        memory.input(norm_weight),
+        None if weights is None else memory.input(weights),
+        out,
         len(starts) - 1,
         size,
         EPS,
@@ -278,10 +276,10 @@ def test_append_copies_rows(with_special, dtype, host, memory):
             table, special = rows[:7], rows[7:] if with_special else None
             out = memory.empty(len(ids), size, dtype=dtype)
             host.append(
-                memory.input(table).data_ptr(),
-                0 if special is None else memory.input(special).data_ptr(),
-                memory.input(torch.tensor(ids)).data_ptr(),
-                out.data_ptr(),
+                memory.input(table),
+                None if special is None else memory.input(special),
+                memory.input(torch.tensor(ids)),
+                out,
                 len(ids),
                 7,
                 0 if special is None else 3,
@@ -300,7 +298,7 @@ def test_no_rows_are_an_error_of_the_launch(host, memory):
     with pytest.raises(RuntimeError, match="invalid configuration"):
         run_pool(host, memory, torch.empty(0, 48), [0], torch.ones(48), None)
     with pytest.raises(RuntimeError, match="invalid configuration"):
-        host.append(*[memory.empty(2, dtype=torch.int64).data_ptr()] * 4, 0, 7, 3, 16, 0)
+        host.append(*[memory.empty(2, dtype=torch.int64)] * 4, 0, 7, 3, 16, 0)
 
 
 # A host thread for each of a block's, watched by ThreadSanitizer, takes half of this file's time.

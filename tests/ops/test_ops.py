@@ -11,6 +11,7 @@ import torch
 
 import gen_fast
 from gen_fast import ops
+from gen_fast.ops import native
 from gen_fast.ops.append import append
 from gen_fast.ops.attention import OP as ATTENTION
 from gen_fast.ops.attention import AttentionOptions, attention
@@ -170,3 +171,18 @@ sys.exit("triton" in sys.modules)
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, check=False)
     assert done.returncode == 0
+
+
+@pytest.mark.skipif(native.missing() is not None, reason="needs the C++ ops")
+@pytest.mark.parametrize(
+    ("dtype", "gate_up"),
+    [
+        (torch.float16, torch.ones(1, 4).half()),
+        ("bfloat16", torch.ones(1, 4).bfloat16()),
+        (torch.float32, 0),
+        (torch.float32, torch.ones(1, 4).numpy()),
+    ],
+)
+def test_compiled_ops_refuse_other_dtypes_and_what_is_no_tensor(dtype, gate_up):
+    with pytest.raises(TypeError, match="incompatible function arguments"):
+        native.module().swiglu(dtype, gate_up, torch.ones(1, 2), 1, 2)

@@ -20,7 +20,7 @@ from gen_fast.model.dropout import RowDropout
 from gen_fast.model.linear import linear, times
 from gen_fast.model.update import FrozenLinear
 from gen_fast.ops.dense import product
-from gen_fast.ops.lora_down import lora_down, lora_down_backward
+from gen_fast.ops.lora_down import Dropped, lora_down, lora_down_backward
 
 # The linears that can be updated, by the matrix of LayerWeights that each is a part of, in the
 # order of its rows.
@@ -311,7 +311,7 @@ class _LoraLinear(torch.autograd.Function):
         if drop is None:
             inner = product(x, down)
         else:
-            inner = lora_down(x, down, *drop.settings, group.streams)
+            inner = lora_down(x, down, Dropped(*drop.settings, group.streams))
         for (start, width), part, rows in zip(
             group.spans, inner.chunk(len(group.spans), 1), up.split(group.widths), strict=True
         ):
@@ -345,7 +345,9 @@ class _LoraLinear(torch.autograd.Function):
             if dx is not None:
                 dx.addmm_(dinner, down)
         else:
-            through, da = lora_down_backward(dinner, x, down, *drop.settings, group.streams)
+            through, da = lora_down_backward(
+                dinner, x, down, Dropped(*drop.settings, group.streams)
+            )
             if dx is not None:
                 dx += through
         wide = torch.promote_types(db.dtype, torch.float32)

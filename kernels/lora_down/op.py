@@ -1,6 +1,5 @@
 """Schemas, gradient and choice of implementation for LoRA's down projection."""
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -86,46 +85,25 @@ def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 OP.differentiate(_save, _gradient)
 
 
-def lora_down(
-    x: Tensor,
-    a: Tensor,
-    text_keys: Tensor,
-    positions: Tensor,
-    p: float,
-    seed: int,
-    streams: Sequence[int],
-    *,
-    impl: str | None = None,
-) -> Tensor:
+def lora_down(x: Tensor, a: Tensor, dropped: Dropped, *, impl: str | None = None) -> Tensor:
     """x [T, in] on the way to the ranks of the linears that read it: [T, parts · r].
 
-    a [parts · r, in]: their A, one below the other. Each part has an input of its own, `dropout` of
-    x with its stream of `streams` [parts]; text_keys, positions, p and seed as there.
+    a [parts · r, in]: their A, one below the other. Each part has an input of its own: `dropout` of
+    x with its stream, and text_keys, positions, p and seed that are the same for all.
     Raises OpError for other shapes and more than PARTS parts.
 
     Source: Hu et al., arXiv 2106.09685, §4.1, with dropout as in PEFT.
     """
-    dropped = Dropped(text_keys, positions, p, seed, list(streams))
     result: Tensor = OP(x, a, dropped, impl=impl)
     return result
 
 
 def lora_down_backward(
-    grad: Tensor,
-    x: Tensor,
-    a: Tensor,
-    text_keys: Tensor,
-    positions: Tensor,
-    p: float,
-    seed: int,
-    streams: Sequence[int],
-    *,
-    impl: str | None = None,
+    grad: Tensor, x: Tensor, a: Tensor, dropped: Dropped, *, impl: str | None = None
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x [T, in] and of a [parts · r, in], for `grad` [T, parts · r] of `lora_down`.
 
     That of a is at least float32: it is a sum over all tokens.
     """
-    dropped = Dropped(text_keys, positions, p, seed, list(streams))
     result: tuple[Tensor, Tensor] = BACKWARD(grad, x, a, dropped, impl=impl)
     return result

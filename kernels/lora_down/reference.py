@@ -13,7 +13,7 @@ Dropout = Callable[..., Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Dropped:
-    """What is dropped of x for each part, see `op.lora_down`."""
+    """What is dropped of x for each part: `dropout`'s arguments, but a stream a part."""
 
     text_keys: Tensor
     positions: Tensor

@@ -150,8 +150,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("rope", [](Dtype dtype, Data x, Data out, Data cos, Data sin, Data norm, int64_t x_stride,
                    int64_t out_stride, int64_t rows, int64_t heads, int64_t size, float eps) {
     py::gil_scoped_release release;
-    rope(dtype, {nullptr, at<void>(x), at<void>(out), at<float>(cos), at<float>(sin), at<void>(norm),
-                 0, x_stride, out_stride, rows, heads, size, eps});
+    rope(dtype, {nullptr, at<void>(x), at<void>(out), at<float>(cos), at<float>(sin),
+                 at<void>(norm), 0, x_stride, out_stride, rows, heads, size, eps});
   });
   m.def("rope_backward", [](Dtype dtype, Data grad, Data x, Data out, Data cos, Data sin, Data norm,
                             int64_t grad_stride, int64_t x_stride, int64_t rows, int64_t heads,

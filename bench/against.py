@@ -19,7 +19,7 @@ from measure import arguments, machine, save
 
 # Runs in either environment: what it imports has been in these places for long.
 WORKER = """
-import sys, time
+import inspect, sys, time
 import numpy as np
 import gen_fast
 from gen_fast.training import trainer
@@ -38,7 +38,11 @@ source = names.resolve("smollm2-135m")
 backbone = names.load_backbone(source)
 config = names.TrainConfig(answers=("-",), teacher="-", out="-", batch_size=2)
 parts = backbone, names.load_head(source, backbone), 384, config
-stepper = trainer.Stepper(*parts if names is trainer else [names.LLM2VecGenTask(*parts)])
+if names is not trainer:
+    if "student" in inspect.signature(names.LLM2VecGenTask).parameters:
+        parts = names.Student(*parts), config
+    parts = [names.LLM2VecGenTask(*parts)]
+stepper = trainer.Stepper(*parts)
 ids = [rng.integers(1000, 20000, n) for n in (64, 96)]
 examples = [Example(*ids, rng.standard_normal(384).astype(np.float32)) for _ in range(2)]
 

@@ -14,18 +14,17 @@ import sys
 import tempfile
 from pathlib import Path
 
+import measure
 import numpy as np
 import peers
 import torch
 import workloads
-from measure import arguments, interleaved, median_ratio, peak_memory_mb, points, reported, save
 
 from gen_fast.embed.loading import load
 from gen_fast.io.vectors import centred_cosine
 from gen_fast.model.device import matmul_peak
 from gen_fast.model.sources import resolve
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WORKLOADS = ("queries", "documents", "fewshot")
 PROVIDERS = ("gen_fast", "llm2vec-gen", "sentence-transformers", "transformers")
 TRUTH_TEXTS = 64
@@ -33,10 +32,13 @@ TRUTH_TEXTS = 64
 
 def main() -> None:
     """Measure and print; write the rows as JSON and the plots if asked."""
-    parser = arguments(__doc__, rounds=3)
-    parser.add_argument("--quick", action="store_true", help="fewer texts: under a minute each")
-    parser.add_argument("--plots", type=Path, help="directory for the plots of cost")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser = measure.arguments(
+        __doc__,
+        rounds=3,
+        dtype=True,
+        quick="fewer texts: under a minute each",
+        plots="the plots of cost",
+    )
     parser.add_argument("--workload", nargs="*", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--provider", nargs="+", choices=PROVIDERS, default=list(PROVIDERS))
     parser.add_argument("--peak-memory-of", choices=PROVIDERS, help=argparse.SUPPRESS)
@@ -54,10 +56,10 @@ def main() -> None:
         for workload in args.workload:
             for dtype in args.dtype:
                 rows += _compare(args, backbone, workload, dtype)
-        report = reported(rows)
+        report = measure.reported(rows)
         if args.plots:
             report["scaling"] = _scaling(args, backbone)
-    save(args.json, report)
+    measure.save(args.json, report)
     if args.plots:
         import plots
 
@@ -88,7 +90,7 @@ def _compare(
 ) -> list[dict]:
     from transformers import AutoTokenizer
 
-    dtype = DTYPES[dtype_name]
+    dtype = measure.DTYPES[dtype_name]
     work = workloads.make(workload, AutoTokenizer.from_pretrained(backbone), args.quick)
     made = {name: _provider(name, args, backbone, work, dtype) for name in args.provider}
     encoder = made["gen_fast"][1]
@@ -102,7 +104,7 @@ def _compare(
         if name != "sentence-transformers"  # pools other tokens: not the same vector
     }
     peaks: list[float] = []
-    seconds = interleaved(
+    seconds = measure.interleaved(
         {name: lambda run=run: run(work.texts) for name, run in runs.items()},
         args.rounds,
         lambda: peaks.append(matmul_peak(dtype)),
@@ -129,7 +131,7 @@ def _compare(
                 "computed_tokens_per_second": done / median,
                 "matmul_peak_gflops": peak / 1e9,
                 "mfu": flops * done / median / peak,
-                "gen_fast_speedup": median_ratio(times, seconds["gen_fast"]),
+                "gen_fast_speedup": measure.median_ratio(times, seconds["gen_fast"]),
                 "peak_memory_mb": memory[name],
                 "centred_cosine_mean": float(cosines[name].mean()) if name in cosines else None,
                 "centred_cosine_min": float(cosines[name].min()) if name in cosines else None,
@@ -153,9 +155,9 @@ def _peak_memory(args: argparse.Namespace, backbone: Path) -> float:
     from transformers import AutoTokenizer
 
     work = workloads.make(args.workload[0], AutoTokenizer.from_pretrained(backbone), quick=True)
-    dtype = DTYPES[args.dtype[0]]
+    dtype = measure.DTYPES[args.dtype[0]]
     _provider(args.peak_memory_of, args, backbone, work, dtype)[0](work.texts)
-    return peak_memory_mb()
+    return measure.peak_memory_mb()
 
 
 def _scaling(args: argparse.Namespace, backbone: Path) -> list[dict]:
@@ -168,7 +170,7 @@ def _scaling(args: argparse.Namespace, backbone: Path) -> list[dict]:
     for dtype_name in args.dtype:
         work = workloads.Workload("scaling", "", [], 1024)
         runs = {
-            name: _provider(name, args, backbone, work, DTYPES[dtype_name])[0]
+            name: _provider(name, args, backbone, work, measure.DTYPES[dtype_name])[0]
             for name in ("gen_fast", "llm2vec-gen")
         }
         for axis, cases in (
@@ -177,11 +179,11 @@ def _scaling(args: argparse.Namespace, backbone: Path) -> list[dict]:
         ):
             for length, count in cases:
                 texts = [tokenizer.decode(rng.integers(1000, 20000, length)) for _ in range(count)]
-                seconds = interleaved(
+                seconds = measure.interleaved(
                     {k: lambda run=run, t=texts: run(t) for k, run in runs.items()}, 2
                 )
                 case = {"axis": axis, "dtype": dtype_name, "length": length, "texts": count}
-                for row in points(seconds, **case):
+                for row in measure.points(seconds, **case):
                     rows.append({**row, "ms_per_text": 1e3 * row["seconds"] / count})
     return rows
 

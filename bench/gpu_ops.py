@@ -64,9 +64,14 @@ def append_backward(shape: Shape, rows: int, special: int) -> Op:
 
 def norm(shape: Shape, rows: int, *, backward: bool = False) -> Op:
     values = rows * shape.hidden
-    if backward:
-        return Op("norm backward", 4 * values * 2, 10 * values, kernel="norm/backward")
-    return Op("norm", 4 * values * 2, 5 * values, kernel="norm/forward")
+    return _pointwise("norm", values, moved=4, flops=10 if backward else 5, backward=backward)
+
+
+def _pointwise(name: str, values: int, *, moved: int, flops: int, backward: bool) -> Op:
+    """An op that reads and writes `moved` bf16 for each of `values`, and computes `flops`."""
+    kernel = f"{name}/{'backward' if backward else 'forward'}"
+    name = f"{name} backward" if backward else name
+    return Op(name, moved * values * 2, flops * values, kernel=kernel)
 
 
 def norm_quantized(shape: Shape, rows: int) -> Op:
@@ -91,9 +96,8 @@ def rope(shape: Shape, rows: int, *, backward: bool = False) -> Op:
 
 def swiglu(shape: Shape, rows: int, *, backward: bool = False) -> Op:
     values = rows * shape.feed_forward
-    if backward:
-        return Op("swiglu backward", 5 * values * 2, 20 * values, kernel="swiglu/backward")
-    return Op("swiglu", 3 * values * 2, 15 * values, kernel="swiglu/forward")
+    moved, flops = (5, 20) if backward else (3, 15)
+    return _pointwise("swiglu", values, moved=moved, flops=flops, backward=backward)
 
 
 def swiglu_quantized(shape: Shape, rows: int) -> Op:

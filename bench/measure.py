@@ -31,12 +31,32 @@ def interleaved(
     return seconds
 
 
-def arguments(about: str | None, *, rounds: int | None = None) -> argparse.ArgumentParser:
-    """A benchmark's arguments: --json FILE, and --rounds where it has any. about: its docstring."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def arguments(
+    about: str | None,
+    *,
+    rounds: int | None = None,
+    dtype: bool = False,
+    quick: str | None = None,
+    plots: str | None = None,
+) -> argparse.ArgumentParser:
+    """A benchmark's arguments: --json FILE, and those of the others that it has.
+
+    about: its docstring. rounds: the default of --rounds. dtype: whether --dtype takes some of
+    DTYPES. quick, plots: what --quick leaves out, and what goes to --plots DIR.
+    """
     assert about is not None
     parser = argparse.ArgumentParser(description=about.split("\n", 1)[0])
     if rounds is not None:
         parser.add_argument("--rounds", type=int, default=rounds)
+    if dtype:
+        parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
+    if quick is not None:
+        parser.add_argument("--quick", action="store_true", help=quick)
+    if plots is not None:
+        parser.add_argument("--plots", type=Path, help=f"directory for {plots}")
     parser.add_argument("--json", type=Path)
     return parser
 

@@ -19,9 +19,8 @@ from collections.abc import Callable
 
 import numpy as np
 import peers
-import torch
 import workloads
-from measure import arguments, interleaved, median_ratio, reported, save
+from measure import DTYPES, arguments, interleaved, median_ratio, reported, save
 
 from gen_fast.embed.loading import load
 from gen_fast.io.vectors import centred_cosine
@@ -37,7 +36,6 @@ MODEL = "smollm2-135m"
 WORKLOADS = ("documents", "queries", "one text")
 PEERS = ("openvino", "openvino-streams", "openvino-int8", "llama.cpp")
 ISAS = {isa.name.lower().replace("_", "-"): isa for isa in native.Isa}
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TRUTH_TEXTS = 32
 MAX_LENGTH = 1024  # more than any text here has
 # Texts that are encoded one after another.
@@ -48,9 +46,7 @@ Run = Callable[[list[str]], np.ndarray]
 
 def main() -> None:
     """Measure and print; write the rows as JSON if asked."""
-    parser = arguments(__doc__, rounds=5)
-    parser.add_argument("--quick", action="store_true", help="fewer texts")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser = arguments(__doc__, rounds=5, dtype=True, quick="fewer texts")
     parser.add_argument("--quantize", nargs="*", choices=QUANTIZED, default=["int4", "int8"])
     parser.add_argument("--peer", nargs="*", choices=PEERS, default=[])
     parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import partial
 
 import workloads
-from measure import arguments, interleaved, median_ratio, reported, save
+from measure import DTYPES, arguments, interleaved, median_ratio, reported, save
 
 from gen_fast.embed import methods
 from gen_fast.embed.loading import load
@@ -22,7 +22,6 @@ from gen_fast.model.weights import load_backbone
 from gen_fast.ops import native
 from gen_fast.testing import instructions_up_to
 
-DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 # The name under which a module calls an op -> that module, and what would run without the op.
 OPS = {
     "append": (backbone, "reference"),
@@ -98,9 +97,8 @@ def measure_dtype(dtype: str, workload: str, rounds: int) -> list[dict]:
 
 def main() -> None:
     """Measure and print; write the rows as JSON if asked."""
-    parser = arguments(__doc__, rounds=3)
+    parser = arguments(__doc__, rounds=3, dtype=True)
     parser.add_argument("--workload", choices=["queries", "documents"], default="documents")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     args = parser.parse_args()
     rows = []
     for dtype in args.dtype:

@@ -12,12 +12,11 @@ import argparse
 import statistics
 import subprocess
 import sys
-from pathlib import Path
 
+import measure
 import numpy as np
 import peers
 import torch
-from measure import arguments, interleaved, median_ratio, peak_memory_mb, points, reported, save
 
 from gen_fast.model.device import matmul_peak
 from gen_fast.model.sources import resolve
@@ -25,9 +24,9 @@ from gen_fast.model.weights import load_backbone, load_head
 from gen_fast.training.config import TrainConfig
 from gen_fast.training.data import Example
 from gen_fast.training.llm2vec_gen import LLM2VecGenTask
+from gen_fast.training.student import Student
 from gen_fast.training.trainer import Stepper
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PROVIDERS = ("gen_fast", "llm2vec-gen", "llm2vec-gen, no checkpointing")
 CASES = ("equal", "ragged")
 BATCH, QUERY, ANSWER, DIMENSION = 8, 128, 192, 384
@@ -35,10 +34,9 @@ BATCH, QUERY, ANSWER, DIMENSION = 8, 128, 192, 384
 
 def main() -> None:
     """Measure and print; write the rows as JSON and the plot if asked."""
-    parser = arguments(__doc__, rounds=5)
-    parser.add_argument("--quick", action="store_true", help="two rounds, no memory")
-    parser.add_argument("--plots", type=Path, help="directory for the plot of cost")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser = measure.arguments(
+        __doc__, rounds=5, dtype=True, quick="two rounds, no memory", plots="the plot of cost"
+    )
     parser.add_argument("--case", nargs="*", choices=CASES, default=list(CASES))
     parser.add_argument("--peak-memory-of", choices=PROVIDERS, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -48,13 +46,13 @@ def main() -> None:
     rows = [
         row for case in args.case for dtype in args.dtype for row in _compare(args, case, dtype)
     ]
-    report = reported(rows)
+    report = measure.reported(rows)
     if args.plots:
         import plots
 
         report["scaling"] = _scaling(args)
         plots.train_scaling(report, args.plots)
-    save(args.json, report)
+    measure.save(args.json, report)
 
 
 def make_batch(case: str, batch: int = BATCH, query: int = QUERY, answer: int = ANSWER) -> list:
@@ -78,25 +76,26 @@ def _provider(name: str, dtype: torch.dtype):
     if name == "gen_fast":
         backbone = load_backbone(directory, dtype=dtype)
         head = load_head(directory, backbone)
-        stepper = Stepper(LLM2VecGenTask(backbone, head, DIMENSION, config))
+        student = Student(backbone, head, DIMENSION, config)
+        stepper = Stepper(LLM2VecGenTask(student, config))
         return stepper.step, stepper
     # The starting weights come from a student of ours over a backbone that is dropped again.
     backbone = load_backbone(directory, dtype=dtype)
-    task = LLM2VecGenTask(backbone, backbone.embedding, DIMENSION, config)
-    adapter = task.parameters.to_adapter(config)
-    del backbone, task
+    student = Student(backbone, backbone.embedding, DIMENSION, config)
+    adapter = student.to_adapter(config)
+    del backbone, student
     peer = peers.llm2vec_gen.ReferenceTraining(directory, adapter, dtype, "no check" not in name)
     return peer.step, peer
 
 
 def _compare(args: argparse.Namespace, case: str, dtype_name: str) -> list[dict]:
-    dtype, batch = DTYPES[dtype_name], make_batch(case)
+    dtype, batch = measure.DTYPES[dtype_name], make_batch(case)
     rounds = 2 if args.quick else args.rounds
     made = {name: _provider(name, dtype) for name in PROVIDERS[:2]}
     for step, _ in made.values():
         step(batch)  # warm-up
     peaks: list[float] = []
-    seconds = interleaved(
+    seconds = measure.interleaved(
         {name: lambda step=step: step(batch) for name, (step, _) in made.items()},
         rounds,
         lambda: peaks.append(matmul_peak(dtype)),
@@ -111,7 +110,7 @@ def _compare(args: argparse.Namespace, case: str, dtype_name: str) -> list[dict]
             median = statistics.median(seconds[name])
             row["seconds"] = seconds[name]
             row["steps_per_second"] = 1 / median
-            row["gen_fast_speedup"] = median_ratio(seconds[name], seconds["gen_fast"])
+            row["gen_fast_speedup"] = measure.median_ratio(seconds[name], seconds["gen_fast"])
         if name == "gen_fast":
             row["mfu"] = stepper.progress.flops / median / peak
             row["matmul_peak_gflops"] = peak / 1e9
@@ -131,17 +130,17 @@ def _measure_memory(name: str, case: str, dtype: str) -> float:
 
 
 def _peak_memory(args: argparse.Namespace) -> float:
-    step, _ = _provider(args.peak_memory_of, DTYPES[args.dtype[0]])
+    step, _ = _provider(args.peak_memory_of, measure.DTYPES[args.dtype[0]])
     batch = make_batch(args.case[0])
     for _ in range(2):
         step(batch)
-    return peak_memory_mb()
+    return measure.peak_memory_mb()
 
 
 def _scaling(args: argparse.Namespace) -> list[dict]:
     """Seconds a step against query length, answer length and batch, one at a time."""
     dtype_name = args.dtype[-1]
-    made = {name: _provider(name, DTYPES[dtype_name])[0] for name in PROVIDERS[:2]}
+    made = {name: _provider(name, measure.DTYPES[dtype_name])[0] for name in PROVIDERS[:2]}
     rows = []
     for axis, values in (
         ("query", (16, 128, 256)),
@@ -150,10 +149,10 @@ def _scaling(args: argparse.Namespace) -> list[dict]:
     ):
         for value in values:
             batch = make_batch("equal", **{axis: value})
-            seconds = interleaved(
+            seconds = measure.interleaved(
                 {name: lambda step=step, b=batch: step(b) for name, step in made.items()}, 1
             )
-            rows += points(seconds, axis=axis, value=value, dtype=dtype_name)
+            rows += measure.points(seconds, axis=axis, value=value, dtype=dtype_name)
     return rows
 
 

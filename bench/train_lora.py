@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from measure import arguments, interleaved, median_ratio, peak_memory_mb, reported, save
+from measure import DTYPES, arguments, interleaved, median_ratio, peak_memory_mb, reported, save
 
 from gen_fast.model.device import matmul_peak
 from gen_fast.model.lora import MODULES
@@ -40,7 +40,6 @@ from gen_fast.training.prediction import PredictedText
 from gen_fast.training.records import Rejections
 from gen_fast.training.trainer import Stepper
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PROVIDERS = ("gen_fast", "transformers + PEFT")
 CASES, STEPS = ("equal", "ragged"), ("mntp", "simcse", "gem")
 RANK, DROPOUT = 16, 0.05
@@ -49,10 +48,9 @@ VOCABULARY, SPECIAL = 49152, 10
 
 def main() -> None:
     """Measure and print; write the rows as JSON if asked."""
-    parser = arguments(__doc__, rounds=5)
+    parser = arguments(__doc__, rounds=5, dtype=True)
     parser.add_argument("--step", nargs="+", choices=STEPS, default=STEPS)
     parser.add_argument("--case", nargs="+", choices=CASES, default=CASES)
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--texts", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=96, help="of a text, on average")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -95,7 +95,8 @@ def measure_shape(shape: str, rounds: int, device: str, profiled: Profiled) -> I
     """The rows of both sides."""
     backbone, model = make_models(shape, device)
     config = TrainConfig(answers=("-",), teacher="-", out="-", warmup_steps=0)
-    stepper = Stepper(LLM2VecGenTask(backbone, backbone.embedding, DIMENSION, config))
+    student = Student(backbone, backbone.embedding, DIMENSION, config)
+    stepper = Stepper(LLM2VecGenTask(student, config))
     vocabulary = backbone.config.vocab_size
     examples = [
         Example(query=e.query % vocabulary, answer=e.answer % vocabulary, vector=e.vector)

@@ -155,9 +155,9 @@ def check_command(words: list[str]) -> None:
         assert all(f"$({word.partition('=')[0]})" in read("Makefile") for word in words[2:]), words
     elif name == "python":
         script = read(first)
-        # Those of bench/measure.py.
-        shared = {"--json"} if re.search(r"= arguments\(", script) else set()
-        shared |= {"--rounds"} if re.search(r"= arguments\(\w+, rounds=", script) else set()
+        # Those of bench/measure.py, by the names of its keywords.
+        call = re.search(r"= (?:measure\.)?arguments\(([^)]*)\)", script)
+        shared = {"--json", *(f"--{x}" for x in re.findall(r"(\w+)=", call[1]))} if call else set()
         assert all(f'"{option}"' in script for option in options - shared), words
     elif name == "pip":
         known = tomllib.loads(read("pyproject.toml"))["project"]["optional-dependencies"]

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from torch import Tensor, nn
+from torch import nn
 
 from gen_fast.embed.adapter import Adapter
-from gen_fast.model.backbone import Backbone
 from gen_fast.model.device import resolve_dtype
 from gen_fast.model.sources import resolve
 from gen_fast.model.tokenizing import load_tokenizer
@@ -39,30 +38,23 @@ def train(config: TrainConfig, *, show_progress_bar: bool | None = None) -> Path
 
 
 class LLM2VecGenTask(Task[Example]):
-    """A student over a backbone with its head [V, h]; teacher vectors of `dimension`.
-
-    data: None for steps alone. teacher_variance: see Student.
-    """
+    """A student and what it is trained on; data: None for steps alone."""
 
     config: TrainConfig
     parameters: Student
 
     def __init__(
         self,
-        backbone: Backbone,
-        head: Tensor,
-        dimension: int,
+        student: Student,
         config: TrainConfig,
-        teacher_variance: float = 1.0,
         data: TrainingData | None = None,
         rejections: Rejections | None = None,
     ) -> None:
-        rate = config.base_learning_rate(backbone.config.family)
+        self.backbone = student.backbone
+        rate = config.base_learning_rate(self.backbone.config.family)
         self.config = replace(config, learning_rate=rate)
-        self.backbone = backbone
-        self.parameters = Student(backbone, head, dimension, self.config, teacher_variance)
+        self.parameters = student
         self.rejections = rejections or Rejections(Path(config.out) / "rejected.jsonl")
-        self._dimension = dimension
         self._data = data
 
     @classmethod
@@ -81,8 +73,8 @@ class LLM2VecGenTask(Task[Example]):
             quantize=config.quantize,
         )
         head = load_head(source, backbone)
-        variance = data.teacher_variance
-        return cls(backbone, head, data.dimension, config, variance, data, rejections)
+        student = Student(backbone, head, data.dimension, config, data.teacher_variance)
+        return cls(student, config, data, rejections)
 
     @property
     def data(self) -> TrainingData:
@@ -105,7 +97,8 @@ class LLM2VecGenTask(Task[Example]):
 
     def identity(self) -> dict[str, Any]:
         """See Task."""
-        return {"teacher_dimension": self._dimension, "data": self.data.fingerprint()}
+        dimension = self.parameters.alignment.out_features
+        return {"teacher_dimension": dimension, "data": self.data.fingerprint()}
 
     def begin(self) -> None:
         """See Task."""

@@ -97,6 +97,11 @@ def deferred(module: str, function: str) -> Callable[..., Any]:
     return lambda *args, **options: loaded()(*args, **options)
 
 
+def blocks_over(**sizes: int) -> Callable[[Mapping[str, int]], tuple[int, ...]]:
+    """A grid whose axes cover `sizes`, each cut by the constant that it is given as."""
+    return lambda constants: tuple(-(-size // constants[name]) for name, size in sizes.items())
+
+
 def launch(kernel: Any, grid: Any, *arguments: Any, **constants: Any) -> None:
     """Run a Triton kernel over `grid`, a tuple or a function of the constants."""
     kernel[grid](*arguments, **constants)

@@ -224,14 +224,15 @@ def _attention_keys(
 
 
 # As in triton_kernel.py, and half as large: the accumulators take the registers.
+_QUERY_TILES_80 = {
+    64: Tiles.of_any_length(tile(64, 32, 4, 2)),
+    128: Tiles(short=(tile(64, 32, 4, 2),), long=(tile(64, 64, 8, 1), tile(64, 64, 8, 2))),
+    256: Tiles(short=(tile(32, 32, 4, 1),), long=(tile(32, 32, 8, 1),)),
+}
 _QUERY_TILES = {
-    80: {
-        64: Tiles.of_any_length(tile(64, 32, 4, 2)),
-        128: Tiles(short=(tile(64, 32, 4, 2),), long=(tile(64, 64, 8, 1), tile(64, 64, 8, 2))),
-        256: Tiles(short=(tile(32, 32, 4, 1),), long=(tile(32, 32, 8, 1),)),
-    },
+    80: _QUERY_TILES_80,
     86: {
-        64: Tiles.of_any_length(tile(64, 32, 4, 2)),
+        **_QUERY_TILES_80,
         128: Tiles(short=(tile(32, 32, 4, 2),), long=(tile(64, 64, 8, 2),)),
         256: Tiles(short=(tile(16, 32, 4, 1),), long=(tile(32, 32, 8, 1),)),
     },
@@ -244,15 +245,15 @@ _QUERY_TILES = {
         256: Tiles(short=(tile(32, 32, 4, 2),), long=(tile(32, 32, 8, 2),)),
     },
 }
+_KEY_TILES_80 = {
+    64: Tiles(short=(tile(64, 32, 4, 2),), long=(tile(32, 64, 4, 2),)),
+    128: Tiles(short=(tile(32, 32, 4, 1),), long=(tile(64, 64, 8, 1), tile(64, 64, 8, 2))),
+    256: Tiles(short=(tile(16, 32, 4, 1),), long=(tile(32, 32, 8, 1),)),
+}
 _KEY_TILES = {
-    80: {
-        64: Tiles(short=(tile(64, 32, 4, 2),), long=(tile(32, 64, 4, 2),)),
-        128: Tiles(short=(tile(32, 32, 4, 1),), long=(tile(64, 64, 8, 1), tile(64, 64, 8, 2))),
-        256: Tiles(short=(tile(16, 32, 4, 1),), long=(tile(32, 32, 8, 1),)),
-    },
+    80: _KEY_TILES_80,
     86: {
-        64: Tiles(short=(tile(64, 32, 4, 2),), long=(tile(32, 64, 4, 2),)),
-        128: Tiles(short=(tile(32, 32, 4, 1),), long=(tile(64, 64, 8, 1), tile(64, 64, 8, 2))),
+        **_KEY_TILES_80,
         256: Tiles(short=(tile(16, 16, 4, 1),), long=(tile(32, 32, 8, 1),)),
     },
     90: {
@@ -264,17 +265,14 @@ _KEY_TILES = {
         256: Tiles(short=(tile(16, 32, 4, 1),), long=(tile(32, 32, 8, 2), tile(32, 32, 8, 1))),
     },
 }
+_KEY_TILES_DROPOUT_80 = {
+    64: Tiles.of_any_length(tile(64, 32, 4, 2)),
+    128: Tiles(short=(tile(32, 32, 4, 1),), long=(tile(64, 64, 8, 1),)),
+    256: Tiles(short=(tile(16, 16, 4, 1),), long=(tile(32, 32, 8, 1),)),
+}
 _KEY_TILES_DROPOUT = {
-    80: {
-        64: Tiles.of_any_length(tile(64, 32, 4, 2)),
-        128: Tiles(short=(tile(32, 32, 4, 1),), long=(tile(64, 64, 8, 1),)),
-        256: Tiles(short=(tile(16, 16, 4, 1),), long=(tile(32, 32, 8, 1),)),
-    },
-    86: {
-        64: Tiles.of_any_length(tile(64, 32, 4, 2)),
-        128: Tiles(short=(tile(32, 32, 4, 1),), long=(tile(64, 64, 8, 1),)),
-        256: Tiles(short=(tile(16, 16, 4, 1),), long=(tile(32, 32, 8, 1),)),
-    },
+    80: _KEY_TILES_DROPOUT_80,
+    86: _KEY_TILES_DROPOUT_80,
     90: {
         64: Tiles(short=(tile(32, 64, 4, 3),), long=(tile(64, 64, 4, 3),)),
         128: Tiles(short=(tile(16, 64, 4, 2),), long=(tile(64, 64, 8, 2),)),

@@ -255,14 +255,15 @@ def _attention_forward(
 
 # By architecture and padded head size. Of the short tiles two programs fit a multiprocessor, and
 # none spills. The short ones are a guess, not measured.
+_TILES_80 = {
+    64: Tiles(short=(tile(64, 64, 4, 3),), long=(tile(128, 64, 8, 3),)),
+    128: Tiles(short=(tile(64, 32, 4, 2),), long=(tile(128, 32, 8, 3),)),
+    256: Tiles(short=(tile(32, 32, 4, 2),), long=(tile(64, 32, 8, 2), tile(64, 64, 8, 1))),
+}
 _TILES = {
-    80: {
-        64: Tiles(short=(tile(64, 64, 4, 3),), long=(tile(128, 64, 8, 3),)),
-        128: Tiles(short=(tile(64, 32, 4, 2),), long=(tile(128, 32, 8, 3),)),
-        256: Tiles(short=(tile(32, 32, 4, 2),), long=(tile(64, 32, 8, 2), tile(64, 64, 8, 1))),
-    },
+    80: _TILES_80,
     86: {
-        64: Tiles(short=(tile(64, 64, 4, 3),), long=(tile(128, 64, 8, 3),)),
+        **_TILES_80,
         128: Tiles(short=(tile(64, 32, 4, 1),), long=(tile(128, 32, 8, 3),)),
         256: Tiles(short=(tile(32, 32, 4, 1),), long=(tile(64, 32, 8, 2), tile(64, 64, 8, 1))),
     },

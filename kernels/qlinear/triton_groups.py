@@ -10,7 +10,7 @@ from gen_fast.ops.gpu import Tile
 from gen_fast.ops.layout import adjacent
 
 from . import groups
-from .triton_int8 import product_tile, tile
+from .triton_int8 import product_tile, store_product, tile
 
 _OUTPUTS, _INPUTS = tl.constexpr(groups.OUTPUTS), tl.constexpr(groups.INPUTS)
 _GRID = tl.constexpr(4 * groups.OUTPUTS)  # bytes of a block's scales and minima
@@ -82,14 +82,7 @@ def _group_linear(
         if _INTERPRETED:  # it takes the bits of bfloat16 for numbers
             x_tile, weight = x_tile.to(tl.float32), weight.to(tl.float32)
         acc = tl.dot(x_tile, tl.trans(weight), acc, input_precision="ieee")
-    inside = output < outputs
-    if bias is not None:
-        acc += tl.load(bias + output, mask=inside, other=0.0).to(tl.float32)[None, :]
-    tl.store(
-        y + row.to(tl.int64)[:, None] * outputs + output[None, :],
-        acc.to(y.dtype.element_ty),
-        mask=(row < n_rows)[:, None] & inside[None, :],
-    )
+    store_product(y, acc, bias, row, output, n_rows, outputs)
 
 
 @triton.jit
@@ -144,10 +137,7 @@ def group_linear(x: Tensor, blocks: Tensor, bias: Tensor | None) -> Tensor:
     if y.numel():
         gpu.launch_tiled(
             _group_linear,
-            lambda constants: (
-                triton.cdiv(outputs, constants["BLOCK_O"]),
-                triton.cdiv(rows, constants["BLOCK_T"]),
-            ),
+            gpu.blocks_over(BLOCK_O=outputs, BLOCK_T=rows),
             tiles(rows, outputs),
             ("size", "outputs"),
             x,
@@ -177,10 +167,7 @@ def group_weight(blocks: Tensor, dtype: torch.dtype) -> Tensor:
     if weight.numel():
         gpu.launch_tiled(
             _group_weight,
-            lambda constants: (
-                triton.cdiv(outputs, constants["BLOCK_O"]),
-                triton.cdiv(size, constants["BLOCK_K"]),
-            ),
+            gpu.blocks_over(BLOCK_O=outputs, BLOCK_K=size),
             _WEIGHT_TILES,
             ("size", "outputs"),
             blocks,

@@ -37,6 +37,19 @@ def product_tile(
     return row, output, read_row, read_panel
 
 
+@triton.jit
+def store_product(y, sums, bias, row, output, n_rows, outputs):
+    """Write sums [BLOCK_T, BLOCK_O] float32 plus the bias, if there is one, to y [T, out]."""
+    inside = output < outputs
+    if bias is not None:
+        sums += tl.load(bias + output, mask=inside, other=0.0).to(tl.float32)[None, :]
+    tl.store(
+        y + row.to(tl.int64)[:, None] * outputs + output[None, :],
+        sums.to(y.dtype.element_ty),
+        mask=(row < n_rows)[:, None] & inside[None, :],
+    )
+
+
 @triton.jit(do_not_specialize=gpu.PER_BATCH)
 def _int8_linear(
     q, scale, blocks, weight_scale, bias, y, n_rows, size, outputs, stride,
@@ -62,16 +75,9 @@ def _int8_linear(
         tile = tl.reshape(tile, (BLOCK_O // _OUTPUTS, BLOCK_K // _INPUTS, _OUTPUTS, _INPUTS))
         tile = tl.reshape(tl.permute(tile, (0, 2, 1, 3)), (BLOCK_O, BLOCK_K))
         acc = tl.dot(q_tile, tl.trans(tile), acc, out_dtype=tl.int32)
-    inside = output < outputs
     result = acc.to(tl.float32) * tl.load(scale + read_row)[:, None]
-    result *= tl.load(weight_scale + output, mask=inside, other=0.0)[None, :]
-    if bias is not None:
-        result += tl.load(bias + output, mask=inside, other=0.0).to(tl.float32)[None, :]
-    tl.store(
-        y + row.to(tl.int64)[:, None] * outputs + output[None, :],
-        result.to(y.dtype.element_ty),
-        mask=(row < n_rows)[:, None] & inside[None, :],
-    )
+    result *= tl.load(weight_scale + output, mask=output < outputs, other=0.0)[None, :]
+    store_product(y, result, bias, row, output, n_rows, outputs)
 
 
 @triton.jit

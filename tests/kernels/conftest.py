@@ -5,16 +5,17 @@ values, but for those that its module names in SLOW_IN_INTERPRETER; the other co
 tests. On a GPU and in C++ all of them run.
 """
 
+import itertools
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import nullcontext
-from itertools import combinations
 from typing import Any
 
 import pytest
 import torch
 from _pytest.mark import ParameterSet
 from interpreted_memory import checked_memory
+from products_of_8_bits import Product
 from torch import Tensor
 
 from gen_fast.errors import ImplementationError
@@ -26,27 +27,54 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Parametrise (device, impl) over a module's OP; `grad_impl` over those with a backward op.
 
     `quantized_impl` goes over its QUANTIZED. A test that also takes `row_format` runs for each
-    of them, and is skipped, with the reason, where the implementation refuses one.
+    of them, and is skipped, with the reason, where the implementation refuses one. For one that
+    takes `product`, see `over_products`.
     Triton runs on the CPU in its interpreter (see tests/conftest.py).
     """
+    if {"product", "impl"} <= set(metafunc.fixturenames):
+        over_products(metafunc)
+        return
     for name in {"impl", "grad_impl", "quantized_impl"} & set(metafunc.fixturenames):
         which = "QUANTIZED" if name == "quantized_impl" else "OP"
         ops: list[Op] = [getattr(metafunc.module, which)]
         if name == "grad_impl":
             ops.append(metafunc.module.OP.backward)
-        cases = []
-        for device in ("cpu", "cuda"):
-            shared = set.intersection(*(set(op.implementations(device)) for op in ops))
-            for impl in ops[0].implementations(device):
-                if impl in shared:
-                    marks = [pytest.mark.gpu] if device == "cuda" else []
-                    case = pytest.param(device, impl, id=f"{device}-{impl}", marks=marks)
-                    cases.append(case)
+        cases = implementations(ops)
         if "row_format" in metafunc.fixturenames:
             cases = [with_format(ops[0], case, x) for case in cases for x in FORMATS]
             metafunc.parametrize(("device", name, "row_format"), cases)
         else:
             metafunc.parametrize(("device", name), cases)
+
+
+def implementations(ops: Sequence[Op]) -> list[ParameterSet]:
+    """(device, implementation) of what all of `ops` have; those on a GPU are marked."""
+    cases = []
+    for device in ("cpu", "cuda"):
+        shared = set.intersection(*(set(op.implementations(device)) for op in ops))
+        for impl in ops[0].implementations(device):
+            if impl in shared:
+                marks = [pytest.mark.gpu] if device == "cuda" else []
+                cases.append(pytest.param(device, impl, id=f"{device}-{impl}", marks=marks))
+    return cases
+
+
+def over_products(metafunc: pytest.Metafunc) -> None:
+    """Parametrise over a module's PRODUCTS, each with the implementations of its own op.
+
+    A test that takes `dtype`, `rows` or `shape` runs for all of those that the product lists.
+    """
+    listed = {"dtype": "dtypes", "rows": "rows", "shape": "shapes"}
+    names = [name for name in listed if name in metafunc.fixturenames]
+    cases = []
+    products: Sequence[Product] = metafunc.module.PRODUCTS
+    for product in products:
+        lists = [getattr(product, listed[name]) for name in names]
+        for case in implementations([product.op]):
+            for values in itertools.product(*lists):
+                x = "-".join(map(str, (case.id, product.name, *values)))
+                cases.append(pytest.param(*case.values, product, *values, id=x, marks=case.marks))
+    metafunc.parametrize(("device", "impl", "product", *names), cases)
 
 
 @pytest.hookimpl(tryfirst=True)  # before slow tests are left out
@@ -74,7 +102,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pairwise(cases: Sequence[dict[str, Any]]) -> set[int]:
     """Numbers of cases that together have every pair of parameter values that occurs."""
-    pairs = [set(combinations([(name, str(x)) for name, x in c.items()], 2)) for c in cases]
+    pairs = [
+        set(itertools.combinations([(name, str(x)) for name, x in c.items()], 2)) for c in cases
+    ]
     if any(len(case) < 2 for case in cases):
         return set(range(len(cases)))
     kept, missing = set(), set().union(*pairs)

@@ -1,51 +1,80 @@
-"""Products of rows and weights of 8 bits: the exact one, and what int8 and fp8 must keep alike."""
+"""Products of rows and weights of 8 bits: what int8 and fp8 are to the tests of both."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-# (argument of an example of 2 rows and 16 outputs, what it is not, what the refusal names).
-WRONG_SCALES_AND_BIASES = [
-    (1, torch.ones(3), "2 rows"),
-    (1, torch.ones(2).double(), "float64"),
-    (3, torch.ones(15), "16 outputs"),
-    (4, torch.ones(8), "bias"),
-    (4, torch.ones(16).half(), "float16"),
-]
+from gen_fast.ops import Op, qlinear
 
 
-def exact_product(
-    q: Tensor,
-    scale: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-) -> Tensor:
-    """Of rows q [T, in] with scales [T] and a weight [out, in] with scales [out], in float64."""
-    wide = weight.double() * weight_scale.double().unsqueeze(1)
-    y = q.double() * scale.double().unsqueeze(1) @ wide.T
-    return y if bias is None else y + bias.double()
+@dataclass(frozen=True)
+class Product:
+    """Rows times a weight, both in one format."""
+
+    name: str  # of the format, as quantize_rows takes it
+    op: Op
+    linear: Callable[..., Tensor]  # of (rows, their scales, weight, its scales, bias)
+    quantize_weight: Callable[[Tensor], tuple[Tensor, Tensor]]
+    matrix: Callable[[Tensor], Tensor]  # a quantised weight as [out, in]
+    # What tests go over: dtypes of results, numbers of rows, (out, in) with the smallest first.
+    dtypes: tuple[torch.dtype, ...]
+    rows: tuple[int, ...]
+    shapes: tuple[tuple[int, int], ...]
+
+    def example(
+        self,
+        rows: int,
+        shape: tuple[int, int],
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        biased: bool = False,
+    ) -> tuple[Tensor | None, ...]:
+        """What `linear` takes: rows, their scales, a weight, scales of outputs, a bias or None."""
+        torch.manual_seed(0)
+        out, inputs = shape
+        x = torch.randn(rows, inputs)
+        if rows > 1:
+            x[1] = 0  # a row whose scale is 0
+        q, scale = qlinear.quantize_rows(x, self.name, impl="reference")
+        weight, weight_scale = self.quantize_weight(torch.randn(shape) / inputs**0.5)
+        bias = torch.randn(out).to(device, dtype) if biased else None
+        return *(x.to(device) for x in (q, scale, weight, weight_scale)), bias
+
+    def exact(
+        self,
+        q: Tensor,
+        scale: Tensor,
+        weight: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+    ) -> Tensor:
+        """The product in float64."""
+        wide = self.matrix(weight).double() * weight_scale.double().unsqueeze(1)
+        y = q.double() * scale.double().unsqueeze(1) @ wide.T
+        return y if bias is None else y + bias.double()
 
 
-def assert_rows_need_not_be_adjacent(
-    linear: Callable[..., Tensor],
-    q: Tensor,
-    *rest: Tensor | None,
-) -> None:
-    """linear(q, *rest) is the same of rows that have others between them."""
-    apart = torch.cat((q, q), 1)[:, : q.shape[1]]
-    torch.testing.assert_close(linear(apart, *rest), linear(q, *rest))
-
-
-def assert_stays_in_its_row(
-    bad: float,
-    linear: Callable[..., Tensor],
-    q: Tensor,
-    scale: Tensor,
-    *rest: Tensor | None,
-) -> None:
-    """A row whose scale is not finite has such outputs, and no other row of linear(q, scale, …)."""
-    scale[7] = bad
-    y = linear(q, scale, *rest)
-    assert y.isfinite().all(1).tolist() == [row != 7 for row in range(len(q))]
+INT8 = Product(
+    "int8",
+    op=qlinear.INT8,
+    linear=qlinear.int8_linear,
+    quantize_weight=qlinear.quantize_weight_int8,
+    matrix=qlinear.unpack_int8,
+    dtypes=(torch.float32, torch.bfloat16),
+    rows=(0, 1, 5, 6, 13),
+    # A block, odd numbers of blocks both ways, several tasks.
+    shapes=((16, 4), (48, 100), (112, 576), (80, 1056)),
+)
+FP8 = Product(
+    "fp8",
+    op=qlinear.FP8,
+    linear=qlinear.fp8_linear,
+    quantize_weight=qlinear.quantize_weight_fp8,
+    matrix=lambda weight: weight,
+    dtypes=(torch.float32, torch.bfloat16, torch.float16),
+    rows=(0, 1, 5, 17, 300),
+    # The smallest, odd multiples of 16, a layer's.
+    shapes=((16, 16), (48, 80), (112, 576), (80, 1056)),
+)

@@ -1,19 +1,11 @@
-"""Weights of 8 bits and products with them: of qlinear, beside its rows."""
-
-from functools import partial
+"""Weights in int8 and products with them; what fp8 keeps too: test_qlinear_8_bits.py."""
 
 import pytest
 import torch
-from products_of_8_bits import (
-    WRONG_SCALES_AND_BIASES,
-    assert_rows_need_not_be_adjacent,
-    assert_stays_in_its_row,
-    exact_product,
-)
+from products_of_8_bits import INT8
 from torch.library import opcheck
 
 import gen_fast
-from gen_fast.ops.qlinear import INT8 as OP
 from gen_fast.ops.qlinear import (
     ROTATED,
     WEIGHT,
@@ -21,33 +13,16 @@ from gen_fast.ops.qlinear import (
     int8_blocks_shape,
     int8_linear,
     int8_weight,
-    quantize_rows,
     quantize_weight_int8,
     rotate_rows,
     unpack_int8,
 )
 from gen_fast.testing import assert_no_worse, relative_error
 
-DTYPES = [torch.float32, torch.bfloat16]
-# (out, in): a block, odd numbers of blocks both ways, several tasks.
-SHAPES = [(16, 4), (48, 100), (112, 576), (80, 1056)]
+OP = INT8.op
 
 
-def example(rows, shape, device="cpu", dtype=torch.float32, biased=False):
-    """Rows, their scales, blocks, scales of outputs, and a bias or None."""
-    torch.manual_seed(0)
-    out, inputs = shape
-    q, scale = quantize_rows(torch.randn(rows, inputs))
-    blocks, weight_scale = quantize_weight_int8(torch.randn(shape) / inputs**0.5)
-    bias = torch.randn(out).to(device, dtype) if biased else None
-    return *(x.to(device) for x in (q, scale, blocks, weight_scale)), bias
-
-
-def exact(q, scale, blocks, weight_scale, bias):
-    return exact_product(q, scale, unpack_int8(blocks), weight_scale, bias)
-
-
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", INT8.shapes)
 def test_a_weight_is_quantised_by_output(shape):
     torch.manual_seed(0)
     weight = torch.randn(shape)
@@ -60,8 +35,8 @@ def test_a_weight_is_quantised_by_output(shape):
 
 
 # Of (112, 576) 64 values are rotated together, of the others 4 and 32; the first is one block.
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
+@pytest.mark.parametrize("shape", INT8.shapes)
+@pytest.mark.parametrize("dtype", [*INT8.dtypes, torch.float16])
 def test_the_weight_as_a_matrix(dtype, shape, device, impl):
     if impl == "cpu" and dtype == torch.float16:
         pytest.skip("gives no float16")
@@ -75,7 +50,7 @@ def test_the_weight_as_a_matrix(dtype, shape, device, impl):
     assert_no_worse(int8_weight(*inputs, dtype=dtype, impl=impl), reference, exact)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", INT8.dtypes)
 def test_the_matrix_in_every_instruction_set(isa_or_vnni, dtype):
     blocks, scale = quantize_weight_int8(torch.randn(112, 576), ROTATED)
     exact = int8_weight(blocks, scale, dtype=torch.float64)
@@ -90,39 +65,29 @@ def test_which_sizes_fit():
     assert not fits_int8((16, 66_404))  # sums would not fit 32 bits
 
 
-@pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("rows", [0, 1, 5, 6, 13])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_matches_the_reference(dtype, rows, shape, biased, device, impl):
-    inputs = example(rows, shape, device, dtype, biased)
-    reference = int8_linear(*inputs, dtype=dtype, impl="reference")
-    assert_no_worse(int8_linear(*inputs, dtype=dtype, impl=impl), reference, exact(*inputs))
-
-
 # Of Triton's tiles each has its rows; the last are more of them than go through a weight together.
 @pytest.mark.parametrize("rows", [17, 65, 1100])
 def test_rows_of_several_tiles(rows, device, impl):
-    inputs = example(rows, (144, 100), device, biased=True)
+    inputs = INT8.example(rows, (144, 100), device, biased=True)
     reference = int8_linear(*inputs, impl="reference")
-    assert_no_worse(int8_linear(*inputs, impl=impl), reference, exact(*inputs))
+    assert_no_worse(int8_linear(*inputs, impl=impl), reference, INT8.exact(*inputs))
 
 
 def test_results_in_float16(device, impl):
     if impl == "cpu":
         pytest.skip("gives no float16")
-    inputs = example(5, (48, 100), device, torch.float16, biased=True)
+    inputs = INT8.example(5, (48, 100), device, torch.float16, biased=True)
     reference = int8_linear(*inputs, dtype=torch.float16, impl="reference")
     actual = int8_linear(*inputs, dtype=torch.float16, impl=impl)
-    assert_no_worse(actual, reference, exact(*inputs))
+    assert_no_worse(actual, reference, INT8.exact(*inputs))
 
 
 @pytest.mark.parametrize("rows", [1, 6, 70, 300])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", INT8.dtypes)
 def test_every_instruction_set(isa_or_vnni, dtype, rows):
-    inputs = example(rows, (112, 576), dtype=dtype, biased=True)
+    inputs = INT8.example(rows, (112, 576), dtype=dtype, biased=True)
     reference = int8_linear(*inputs, dtype=dtype, impl="reference")
-    assert_no_worse(int8_linear(*inputs, dtype=dtype, impl="cpu"), reference, exact(*inputs))
+    assert_no_worse(int8_linear(*inputs, dtype=dtype, impl="cpu"), reference, INT8.exact(*inputs))
 
 
 def largest_values(device="cpu"):
@@ -148,39 +113,10 @@ def test_sums_of_the_largest_values_are_exact(device, impl):
     assert int8_linear(*arguments, impl=impl).unique(dim=1).flatten().tolist() == sums
 
 
-@pytest.mark.filterwarnings("ignore:invalid value encountered")  # NumPy's, in the interpreter
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_is_not_finite_stays_in_its_row(bad, device, impl):
-    inputs = example(14, (48, 64), device)
-    assert_stays_in_its_row(bad, partial(int8_linear, impl=impl), *inputs)
-
-
-def test_rows_need_not_be_adjacent(device, impl):
-    inputs = example(5, (48, 64), device)
-    assert_rows_need_not_be_adjacent(partial(int8_linear, impl=impl), *inputs)
-
-
-@pytest.mark.parametrize(
-    ("changed", "value", "message"),
-    [
-        (0, torch.zeros(2, 4), r"int8 \[T, 4\], not torch.float32"),
-        (0, torch.zeros(2, 8, dtype=torch.int8), r"\[2, 8\]"),
-        (2, torch.zeros(1, 1, 64, dtype=torch.uint8), "uint8"),
-        (2, torch.zeros(1, 64, dtype=torch.int8), r"\[1, 64\]"),
-        *WRONG_SCALES_AND_BIASES,
-    ],
-)
-def test_what_does_not_fit_is_refused(changed, value, message):
-    inputs = list(example(2, (16, 4)))
-    inputs[changed] = value
-    with pytest.raises(gen_fast.OpError, match=message):
-        int8_linear(*inputs)
-
-
 @pytest.mark.parametrize("forced", ["cpu", "triton"])
 def test_results_in_float64_are_the_references(forced):
     with pytest.raises(gen_fast.ImplementationError, match=rf"'{forced}' gives no torch\.float64"):
-        int8_linear(*example(2, (16, 4)), dtype=torch.float64, impl=forced)
+        int8_linear(*INT8.example(2, (16, 4)), dtype=torch.float64, impl=forced)
 
 
 def test_scales_of_a_matrix_that_do_not_fit_are_refused():
@@ -192,6 +128,6 @@ def test_scales_of_a_matrix_that_do_not_fit_are_refused():
 
 
 def test_opcheck():
-    q, scale, *weight, bias = example(3, (32, 64), biased=True)
+    q, scale, *weight, bias = INT8.example(3, (32, 64), biased=True)
     opcheck(OP.torch_op, (q, weight[0], scale, weight[1], bias, torch.float32))
     opcheck(WEIGHT.torch_op, (*weight, torch.float32))

@@ -37,7 +37,7 @@ def test_one_stem_everywhere():
         files = {path.name for path in (ROOT / "kernels" / folder).iterdir()}
         assert {"__init__.py", "reference.py", "op.py", "README.md"} <= files, folder
     # A gradient, tiles, or a kind of weights, may be long enough for a file of its own.
-    parts = re.compile("_(backward|tiles|groups|int8|fp8)$")
+    parts = re.compile("_(backward|tiles|groups|8_bits|int8|fp8)$")
     assert {parts.sub("", stem) for stem in stems("tests/kernels/test_*.py", "test_")} == folders
     assert stems("bench/kernels/bench_*.py", "bench_") <= folders
     assert {parts.sub("", stem) for stem in stems("csrc/cpu/*.cpp")} <= folders

@@ -2,19 +2,17 @@
 
 from typing import NamedTuple
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-FEW = settings(
-    max_examples=60,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-    derandomize=True,
-)
-MANY = settings(
-    max_examples=3000,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+FEW = settings(max_examples=60, deadline=None, derandomize=True)
+MANY = settings(max_examples=3000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+# For a test that puts these settings, its argument, on what hypothesis is to check; many are slow.
+few_or_many = pytest.mark.parametrize(
+    "examples",
+    [pytest.param(FEW, id="few"), pytest.param(MANY, id="many", marks=pytest.mark.slow)],
 )
 
 

@@ -4,13 +4,14 @@ import os
 import resource
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 from command_line import Outcome, gen_fast
-from fuzzing import FEW, MANY, Damage, damages
-from hypothesis import given
+from fuzzing import Damage, damages, few_or_many
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gen_fast.errors import GenFastError
@@ -200,59 +201,42 @@ ROWS = st.lists(
 ).map(b"\n".join)
 
 
-def check_rows(folder: Path, suffix: str, content: bytes) -> None:
+@few_or_many
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".csv", ".parquet", ".csv.gz", ".txt.zst"])
+def test_rows_of_any_bytes(tmp_path: Path, suffix: str, examples: settings) -> None:
     """Every row is there or has a problem; the rest is a GenFastError."""
-    path = folder / f"rows{suffix}"
-    path.write_bytes(content)
-    try:
-        file = open_rows(path)
-        rows = list(file.rows(["text"]))
-        assert [row.number for row in rows] == list(range(len(rows)))
-        *starts, end = file.positions(3)
-        assert end.row == len(rows)
-        assert [start.row for start in starts] == list(range(0, len(rows), 3))
-        read_texts(path)
-    except GenFastError:
-        pass
+    path = tmp_path / f"rows{suffix}"
+
+    @examples
+    @given(content=ROWS)
+    def check(content: bytes) -> None:
+        path.write_bytes(content)
+        with suppress(GenFastError):
+            file = open_rows(path)
+            rows = list(file.rows(["text"]))
+            assert [row.number for row in rows] == list(range(len(rows)))
+            *starts, end = file.positions(3)
+            assert end.row == len(rows)
+            assert [start.row for start in starts] == list(range(0, len(rows), 3))
+            read_texts(path)
+
+    check()
 
 
-@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".csv", ".parquet", ".csv.gz", ".txt.zst"])
-@FEW
-@given(content=ROWS)
-def test_rows_of_any_bytes(tmp_path: Path, suffix: str, content: bytes) -> None:
-    check_rows(tmp_path, suffix, content)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".csv", ".parquet", ".csv.gz", ".txt.zst"])
-@MANY
-@given(content=ROWS)
-def test_many_more_rows_of_any_bytes(tmp_path: Path, suffix: str, content: bytes) -> None:
-    check_rows(tmp_path, suffix, content)
-
-
-def check_embedding_file(folder: Path, suffix: str, damage: Damage) -> None:
-    path = folder / f"embeddings{suffix}"
+@few_or_many
+@pytest.mark.parametrize("suffix", [".npy", ".parquet", ".safetensors"])
+def test_a_damaged_file_of_embeddings(tmp_path: Path, suffix: str, examples: settings) -> None:
+    path = tmp_path / f"embeddings{suffix}"
     write_embeddings(path, Embeddings(["a", "b"], np.ones((2, 3), np.float32), ["x", "y"]))
-    path.write_bytes(damage.done_to(path.read_bytes()))
-    try:
-        read = read_embeddings(path)
-        assert np.isfinite(read.vectors).all()
-        assert len(read.ids) == len(read.vectors)
-    except GenFastError:
-        pass
+    content = path.read_bytes()
 
+    @examples
+    @given(damage=damages())
+    def check(damage: Damage) -> None:
+        path.write_bytes(damage.done_to(content))
+        with suppress(GenFastError):
+            read = read_embeddings(path)
+            assert np.isfinite(read.vectors).all()
+            assert len(read.ids) == len(read.vectors)
 
-@pytest.mark.parametrize("suffix", [".npy", ".parquet", ".safetensors"])
-@FEW
-@given(damage=damages())
-def test_a_damaged_file_of_embeddings(tmp_path: Path, suffix: str, damage: Damage) -> None:
-    check_embedding_file(tmp_path, suffix, damage)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("suffix", [".npy", ".parquet", ".safetensors"])
-@MANY
-@given(damage=damages())
-def test_many_more_damaged_files_of_embeddings(tmp_path: Path, suffix: str, damage: Damage) -> None:
-    check_embedding_file(tmp_path, suffix, damage)
+    check()

@@ -4,13 +4,14 @@ import json
 import os
 import shutil
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 from command_line import gen_fast
-from fuzzing import FEW, MANY, Damage, damages
-from hypothesis import given
+from fuzzing import Damage, damages, few_or_many
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gen_fast as package
@@ -122,28 +123,21 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
     return config
 
 
-def check_config(config: dict[str, Any]) -> None:
-    try:
-        parsed = parse_config(config)
-    except GenFastError:
-        return
-    assert parsed.num_layers == len(parsed.windows)
-    assert min(parsed.num_heads, parsed.num_kv_heads, parsed.hidden_size, parsed.head_dim) > 0
-    assert 0 < parsed.norm_eps < float("inf")
-    assert 0 < parsed.rope_theta < float("inf")
+@few_or_many
+def test_a_config_of_any_values(examples: settings) -> None:
+    @examples
+    @given(config=configs())
+    def check(config: dict[str, Any]) -> None:
+        try:
+            parsed = parse_config(config)
+        except GenFastError:
+            return
+        assert parsed.num_layers == len(parsed.windows)
+        assert min(parsed.num_heads, parsed.num_kv_heads, parsed.hidden_size, parsed.head_dim) > 0
+        assert 0 < parsed.norm_eps < float("inf")
+        assert 0 < parsed.rope_theta < float("inf")
 
-
-@FEW
-@given(config=configs())
-def test_a_config_of_any_values(config: dict[str, Any]) -> None:
-    check_config(config)
-
-
-@pytest.mark.slow
-@MANY
-@given(config=configs())
-def test_many_more_configs(config: dict[str, Any]) -> None:
-    check_config(config)
+    check()
 
 
 def write_gguf(path: Path) -> None:
@@ -173,11 +167,15 @@ def gguf_bytes(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return path.read_bytes()
 
 
-def check_gguf(folder: Path, content: bytes) -> None:
-    path = folder / "damaged.gguf"
-    path.write_bytes(content)
-    try:
-        with warnings.catch_warnings():
+@few_or_many
+def test_a_damaged_gguf_file(gguf_bytes: bytes, tmp_path: Path, examples: settings) -> None:
+    path = tmp_path / "damaged.gguf"
+
+    @examples
+    @given(damage=damages())
+    def check(damage: Damage) -> None:
+        path.write_bytes(damage.done_to(gguf_bytes))
+        with suppress(GenFastError), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # numpy's, of values that overflow
             file = GGUFFile(path)
             config = file.config()
@@ -185,21 +183,8 @@ def check_gguf(folder: Path, content: bytes) -> None:
                 file.nbytes(name)
                 file.tensor(name)
             json.dumps(config)
-    except GenFastError:
-        pass
 
-
-@FEW
-@given(damage=damages())
-def test_a_damaged_gguf_file(gguf_bytes: bytes, tmp_path: Path, damage: Damage) -> None:
-    check_gguf(tmp_path, damage.done_to(gguf_bytes))
-
-
-@pytest.mark.slow
-@MANY
-@given(damage=damages())
-def test_many_more_damaged_gguf_files(gguf_bytes: bytes, tmp_path: Path, damage: Damage) -> None:
-    check_gguf(tmp_path, damage.done_to(gguf_bytes))
+    check()
 
 
 def tokenizers_with(changes: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
@@ -208,37 +193,16 @@ def tokenizers_with(changes: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[s
     return st.dictionaries(st.sampled_from((*keys, *more)), changes, min_size=1, max_size=3)
 
 
-@pytest.fixture(scope="module")
-def tokenizer_folder(
-    tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("tokenizer") / "model"
-    shutil.copytree(tiny_model, folder)
-    return folder, json.loads((folder / SETTINGS).read_text())
+@few_or_many
+def test_settings_of_a_tokenizer_of_any_values(model: Path, examples: settings) -> None:
+    path = model / SETTINGS
+    own = json.loads(path.read_text())
 
+    @examples
+    @given(changes=tokenizers_with(VALUES))
+    def check(changes: dict[str, Any]) -> None:
+        path.write_text(json.dumps({**own, **changes}))
+        with suppress(GenFastError):
+            assert len(load_tokenizer(model).ids("the cat", add_special_tokens=True))
 
-def check_tokenizer(tokenizer_folder: tuple[Path, dict[str, Any]], changes: dict[str, Any]) -> None:
-    folder, own = tokenizer_folder
-    (folder / SETTINGS).write_text(json.dumps({**own, **changes}))
-    try:
-        tokenizer = load_tokenizer(folder)
-        assert len(tokenizer.ids("the cat", add_special_tokens=True))
-    except GenFastError:
-        pass
-
-
-@FEW
-@given(changes=tokenizers_with(VALUES))
-def test_settings_of_a_tokenizer_of_any_values(
-    tokenizer_folder: tuple[Path, dict[str, Any]], changes: dict[str, Any]
-) -> None:
-    check_tokenizer(tokenizer_folder, changes)
-
-
-@pytest.mark.slow
-@MANY
-@given(changes=tokenizers_with(VALUES))
-def test_many_more_settings_of_a_tokenizer(
-    tokenizer_folder: tuple[Path, dict[str, Any]], changes: dict[str, Any]
-) -> None:
-    check_tokenizer(tokenizer_folder, changes)
+    check()

@@ -218,19 +218,17 @@ def check_against_whole(core, cases, seed):
     return cut
 
 
-def test_a_cut_text_has_the_first_tokens_of_the_whole(core, eager):
-    # 7 kinds of 340 calls of 5 texts: 11,900 cases.
-    assert check_against_whole(core, 340, seed=0) > 50
+# 7 kinds of 340 calls of 5 texts: 11,900 cases; and many more.
+@pytest.mark.parametrize(
+    ("cases", "seed"),
+    [(340, 0), *(pytest.param(2000, 100 + i, marks=pytest.mark.slow) for i in range(10))],
+)
+def test_a_cut_text_has_the_first_tokens_of_the_whole(core, eager, cases, seed):
+    assert check_against_whole(core, cases, seed) > 50
 
 
 def test_a_cut_text_has_the_first_tokens_of_the_whole_in_smollm2(smollm2, eager):
     assert check_against_whole(load_tokenizer(smollm2).core, 400, seed=2) > 100
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(10))
-def test_many_more_cut_texts(core, eager, seed):
-    check_against_whole(core, 2000, seed=100 + seed)
 
 
 @pytest.mark.parametrize(
@@ -514,20 +512,18 @@ def check_unbroken(core, cases, seed):
     return proved
 
 
-def test_an_unbroken_text_has_the_first_tokens_of_the_whole(core, eager_proofs):
-    proved = check_unbroken(core, 200, seed=5)
+@pytest.mark.parametrize(
+    ("cases", "seed"),
+    [(200, 5), *(pytest.param(3000, 200 + i, marks=pytest.mark.slow) for i in range(10))],
+)
+def test_an_unbroken_text_has_the_first_tokens_of_the_whole(core, eager_proofs, cases, seed):
+    proved = check_unbroken(core, cases, seed)
     # Of the trained tokenizers of SentencePiece's kind unknown characters are one token.
     assert proved > 25 or SafeCuts.of(core).longest is None
 
 
 def test_an_unbroken_text_has_the_first_tokens_of_the_whole_in_smollm2(smollm2, eager_proofs):
     assert check_unbroken(load_tokenizer(smollm2).core, 150, seed=6) > 10
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(10))
-def test_many_more_unbroken_texts(core, eager_proofs, seed):
-    check_unbroken(core, 3000, seed=200 + seed)
 
 
 def test_merges_that_depend_on_what_follows_are_not_proved(eager_proofs):

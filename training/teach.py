@@ -10,6 +10,8 @@ import numpy as np
 from tqdm import tqdm
 
 from gen_fast.embed.choices import SENTENCE_TRANSFORMERS
+from gen_fast.embed.encoder import Encoder
+from gen_fast.embed.loading import load
 from gen_fast.embed.stock import load_stock
 from gen_fast.errors import ConfigError, NonFiniteError
 from gen_fast.io.embedding_files import EmbeddingMetadata, Embeddings, write_embeddings
@@ -40,6 +42,7 @@ def teach(
     backbone: str | Path | None = None,
     device: str | None = None,
     dtype: str = "float32",
+    quantize: str | None = None,
     show_progress_bar: bool | None = None,
 ) -> Taught:
     """Embed every answer with `teacher` and write ids, texts and vectors to `out`.
@@ -47,8 +50,8 @@ def teach(
     Answers that are longer than the teacher reads are counted and logged.
 
     teacher: "minilm", a directory or Hub id of a sentence-transformers model, or, with `method`
-    ("mean", "echo", … or "llm2vec-gen"), anything that `gen_fast.load` takes, where `backbone` says
-    what lies below an adapter. With an LLM2Vec checkpoint method "llm2vec-bare" is the teacher of
+    ("mean", "echo", … or "llm2vec-gen"), anything that `gen_fast.load` takes; backbone and quantize
+    are then as there. With an LLM2Vec checkpoint method "llm2vec-bare" is the teacher of
     LLM2Vec-Gen's authors, "llm2vec" what the checkpoint itself embeds. Raises InputError,
     ConfigError, ModelNotFoundError, UnsupportedModelError, NonFiniteError, and as `load` does.
     """
@@ -56,11 +59,20 @@ def teach(
     ids, texts = teacher_texts(read_rows(answers, rejections))
     rejections.write()
     if method is None:
-        if backbone is not None:
-            raise ConfigError("backbone has no meaning without a method")
+        for option, value in (("backbone", backbone), ("quantize", quantize)):
+            if value is not None:
+                raise ConfigError(f"{option} has no meaning without a method")
         embed, name = _stock(teacher, device, dtype, show_progress_bar)
     else:
-        embed, name = _own(teacher, method, backbone, device, dtype, show_progress_bar)
+        encoder = load(
+            teacher,
+            method=method,
+            backbone=backbone,
+            device=device,
+            dtype=dtype,
+            quantize=quantize,
+        )
+        embed, name = _own(encoder, show_progress_bar)
     vectors, truncated = embed(texts)
     vectors = vectors.astype(np.float32)
     bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
@@ -74,6 +86,7 @@ def teach(
         dimension=vectors.shape[1],
         model_dimension=vectors.shape[1],
         dtype=dtype,
+        quantize=quantize or "",
     )
     write_embeddings(out, Embeddings(ids, vectors, texts, metadata))
     if truncated:
@@ -109,18 +122,7 @@ def _longer(tokenizer: Any, texts: Sequence[str], limit: int | None) -> int:
     return count
 
 
-def _own(
-    teacher: str,
-    method: str,
-    backbone: str | Path | None,
-    device: str | None,
-    dtype: str,
-    show_progress_bar: bool | None,
-) -> tuple[Embed, str]:
-    from gen_fast.embed.loading import load
-
-    encoder = load(teacher, method=method, backbone=backbone, device=device, dtype=dtype)
-
+def _own(encoder: Encoder, show_progress_bar: bool | None) -> tuple[Embed, str]:
     def embed(texts: Sequence[str]) -> tuple[np.ndarray, int]:
         with tqdm(total=len(texts), unit="text", disable=hidden(show_progress_bar)) as bar:
             (block,) = encoder.encode_blocks([texts], on_progress=bar.update)

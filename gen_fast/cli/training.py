@@ -103,6 +103,11 @@ def _shard(text: str) -> "Shard":
     return Shard(int(match[1]), int(match[2]))
 
 
+# Vectors to learn from are computed once: exactly.
+_LOADING_TEACHER = options.Loading(dtype="float32")
+
+
+@options.grouped
 def teach(
     answers: Annotated[
         list[Path], typer.Argument(help="What generate wrote, one file or several.")
@@ -114,9 +119,7 @@ def teach(
         Path | None, typer.Option(help=".parquet.  [default: beside the first file]")
     ] = None,
     method: options.MethodOption = None,
-    backbone: options.BackboneOption = None,
-    device: options.DeviceOption = None,
-    dtype: options.DtypeOption = "float32",
+    loading: options.Loading = _LOADING_TEACHER,
     quiet: options.QuietOption = False,
 ) -> None:
     """Embed answers with a teacher, once, for training."""
@@ -133,9 +136,10 @@ def teach(
         target,
         teacher,
         method=method and str(method),
-        backbone=backbone,
-        device=str(options.checked_device(device)),
-        dtype=str(dtype),
+        backbone=loading.backbone,
+        device=str(options.checked_device(loading.device)),
+        dtype=str(loading.dtype),
+        quantize=loading.quantize and str(loading.quantize),
         show_progress_bar=not quiet,
     )
     if not quiet:

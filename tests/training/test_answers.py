@@ -15,6 +15,7 @@ from gen_fast.io.text_files import Texts
 from gen_fast.model.lora import Lora, LoraConfig
 from gen_fast.model.sampling import Sampling
 from gen_fast.model.weights import load_backbone
+from gen_fast.testing import WHOLE_BLOCKS, save_tiny_model
 from gen_fast.training.answers import Shard, generate_answers, usable_queries, write_own_queries
 from gen_fast.training.records import Rejections, read_records
 from gen_fast.training.teach import Taught, teach
@@ -149,8 +150,22 @@ def test_llm2vec_as_teacher(tmp_path, tiny_model, generator):
         assert not found.metadata.normalized
     with pytest.raises(gen_fast.UnsupportedModelError, match="LoRA adapter"):
         teach([path], tmp_path / "t.parquet", str(directory), method="llm2vec-gen", **options)
-    with pytest.raises(gen_fast.ConfigError, match="no meaning without a method"):
+    with pytest.raises(gen_fast.ConfigError, match="backbone has no meaning without a method"):
         teach([path], tmp_path / "t.parquet", str(directory), **options)
+
+
+def test_a_quantised_teacher(tmp_path, generator):
+    path, out = made(tmp_path / "a.jsonl", generator), tmp_path / "t.parquet"
+    teacher = tmp_path / "teacher"
+    save_tiny_model(teacher, "llama-tied", **WHOLE_BLOCKS)
+    options = {"device": "cpu", "dtype": "float32", "quantize": "int8-weight-only"}
+    teach([path], out, str(teacher), method="mean", show_progress_bar=False, **options)
+    found = read_embeddings(out)
+    encoder = gen_fast.load(teacher, method="mean", **options)
+    np.testing.assert_allclose(found.vectors, encoder.encode(found.texts), atol=1e-5)
+    assert found.metadata.quantize == "int8-weight-only"
+    with pytest.raises(gen_fast.ConfigError, match="quantize has no meaning without a method"):
+        teach([path], out, "minilm", **options)
 
 
 def test_a_sentence_transformer_as_teacher(tmp_path, generator):

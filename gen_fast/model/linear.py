@@ -14,6 +14,7 @@ from gen_fast.model.choices import FP8, GROUP_BITS, INT8
 from gen_fast.ops.dense import by_onednn, product
 from gen_fast.ops.qlinear import (
     ROTATED,
+    Epilogue,
     dequantize_groups,
     dequantize_weight_fp8,
     fp8_linear,
@@ -66,6 +67,10 @@ class QuantizedRows:
         """Those of x [T, in]."""
         return cls(*quantize_rows(x, row_format), x.dtype)
 
+    def epilogue(self, weight_scale: Tensor, bias: Tensor | None) -> Epilogue:
+        """What becomes of their sums with a weight whose outputs have the scales [out]."""
+        return Epilogue(self.scale, weight_scale, bias, self.dtype)
+
 
 @dataclass(frozen=True)
 class Int8Weight:
@@ -95,7 +100,7 @@ class Int8Weight:
 
     def multiply(self, rows: QuantizedRows, bias: Tensor | None) -> Tensor:
         """rows [T, in] times the weight, transposed, plus bias."""
-        return int8_linear(rows.q, rows.scale, self.blocks, self.scale, bias, dtype=rows.dtype)
+        return int8_linear(rows.q, self.blocks, rows.epilogue(self.scale, bias))
 
 
 @dataclass(frozen=True)
@@ -123,7 +128,7 @@ class Fp8Weight:
 
     def multiply(self, rows: QuantizedRows, bias: Tensor | None) -> Tensor:
         """rows [T, in] times the weight, transposed, plus bias."""
-        return fp8_linear(rows.q, rows.scale, self.q, self.scale, bias, dtype=rows.dtype)
+        return fp8_linear(rows.q, self.q, rows.epilogue(self.scale, bias))
 
 
 # What `linear` multiplies, and by what.

@@ -7,7 +7,7 @@ from .groups_op import INT4, INT8_GROUP, group_linear, group_linear_backward
 from .int8 import fits_int8, int8_blocks_shape, quantize_weight_int8, unpack_int8
 from .int8_op import INT8, WEIGHT, int8_linear, int8_weight
 from .op import OP, check_format, cpp_supports, fake_quantized, quantize_rows
-from .reference import ROTATED, rotate_rows
+from .reference import ROTATED, Epilogue, rotate_rows
 
 __all__ = [
     "FP8",
@@ -17,6 +17,7 @@ __all__ = [
     "OP",
     "ROTATED",
     "WEIGHT",
+    "Epilogue",
     "check_format",
     "cpp_supports",
     "dequantize_groups",

@@ -70,25 +70,16 @@ def scaled_mm(
     return (y if bias is None else y.add_(bias)).to(dtype)
 
 
-def fp8_linear(
-    q: Tensor,
-    scale: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None = None,
-    *,
-    dtype: torch.dtype = torch.float32,
-    impl: str | None = None,
-) -> Tensor:
-    """Rows in fp8 times a weight in fp8, transposed, plus bias [out]: [T, out] in `dtype`.
+def fp8_linear(q: Tensor, weight: Tensor, epilogue: Epilogue, *, impl: str | None = None) -> Tensor:
+    """Rows in fp8 times a weight in fp8, transposed: [T, out] in epilogue.dtype.
 
-    q [T, in] float8_e4m3fn and scale [T] float32 as `quantize_rows(…, "fp8")` gives them; weight
-    [out, in] float8_e4m3fn and weight_scale [out] float32 as `quantize_weight_fp8` does, out and in
-    multiples of 16; bias in `dtype`. Sums are float32. No gradient.
+    q [T, in] float8_e4m3fn and epilogue.scale as `quantize_rows(…, "fp8")` gives them; weight
+    [out, in] float8_e4m3fn and epilogue.weight_scale as `quantize_weight_fp8` does, out and in
+    multiples of 16. Sums are float32. No gradient.
     Raises OpError for shapes and dtypes that do not fit, ImplementationError where there is no GPU
     of sm_89 or newer, unless the reference is named.
 
     Source: Micikevicius et al., arXiv 2209.05433; torch._scaled_mm with a scale a row.
     """
-    result: Tensor = FP8(q, weight, Epilogue(scale, weight_scale, bias, dtype), impl=impl)
+    result: Tensor = FP8(q, weight, epilogue, impl=impl)
     return result

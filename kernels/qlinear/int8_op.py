@@ -144,25 +144,18 @@ def _weight_cpu(blocks: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Ten
 
 
 def int8_linear(
-    q: Tensor,
-    scale: Tensor,
-    blocks: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None = None,
-    *,
-    dtype: torch.dtype = torch.float32,
-    impl: str | None = None,
+    q: Tensor, blocks: Tensor, epilogue: Epilogue, *, impl: str | None = None
 ) -> Tensor:
-    """Rows of 8 bits times a weight of 8 bits, transposed, plus bias [out]: [T, out] in `dtype`.
+    """Rows of 8 bits times a weight of 8 bits, transposed: [T, out] in epilogue.dtype.
 
-    q [T, in] int8 and scale [T] float32 as `quantize_rows` gives them; blocks [out / 16, in / 4,
-    64] int8 and weight_scale [out] float32 as `quantize_weight_int8` does; bias in `dtype`. Sums
-    are exact in 32 bits (`fits_int8`). No gradient.
+    q [T, in] int8 and epilogue.scale as `quantize_rows` gives them; blocks [out / 16, in / 4, 64]
+    int8 and epilogue.weight_scale as `quantize_weight_int8` does. Sums are exact in 32 bits
+    (`fits_int8`). No gradient.
     Raises OpError for shapes and dtypes that do not fit.
 
     Source: Dettmers et al., arXiv 2208.07339, §2 (vector-wise quantisation).
     """
-    result: Tensor = INT8(q, blocks, Epilogue(scale, weight_scale, bias, dtype), impl=impl)
+    result: Tensor = INT8(q, blocks, epilogue, impl=impl)
     return result
 
 

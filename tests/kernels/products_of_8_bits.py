@@ -15,7 +15,7 @@ class Product:
 
     name: str  # of the format, as quantize_rows takes it
     op: Op
-    linear: Callable[..., Tensor]  # of (rows, their scales, weight, its scales, bias)
+    function: Callable[..., Tensor]  # of rows, a weight and the epilogue
     quantize_weight: Callable[[Tensor], tuple[Tensor, Tensor]]
     matrix: Callable[[Tensor], Tensor]  # a quantised weight as [out, in]
     # What tests go over: dtypes of results, numbers of rows, (out, in) with the smallest first.
@@ -42,6 +42,21 @@ class Product:
         bias = torch.randn(out).to(device, dtype) if biased else None
         return *(x.to(device) for x in (q, scale, weight, weight_scale)), bias
 
+    def linear(
+        self,
+        q: Tensor,
+        scale: Tensor,
+        weight: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        impl: str | None = None,
+    ) -> Tensor:
+        """The product of an example, or of one with other parts."""
+        epilogue = qlinear.Epilogue(scale, weight_scale, bias, dtype)
+        return self.function(q, weight, epilogue, impl=impl)
+
     def exact(
         self,
         q: Tensor,
@@ -59,7 +74,7 @@ class Product:
 INT8 = Product(
     "int8",
     op=qlinear.INT8,
-    linear=qlinear.int8_linear,
+    function=qlinear.int8_linear,
     quantize_weight=qlinear.quantize_weight_int8,
     matrix=qlinear.unpack_int8,
     dtypes=(torch.float32, torch.bfloat16),
@@ -70,7 +85,7 @@ INT8 = Product(
 FP8 = Product(
     "fp8",
     op=qlinear.FP8,
-    linear=qlinear.fp8_linear,
+    function=qlinear.fp8_linear,
     quantize_weight=qlinear.quantize_weight_fp8,
     matrix=lambda weight: weight,
     dtypes=(torch.float32, torch.bfloat16, torch.float16),

@@ -6,7 +6,7 @@ from products_of_8_bits import FP8
 from torch.library import opcheck
 
 import gen_fast
-from gen_fast.ops.qlinear import dequantize_weight_fp8, fits_fp8, fp8_linear, quantize_weight_fp8
+from gen_fast.ops.qlinear import dequantize_weight_fp8, fits_fp8, quantize_weight_fp8
 
 
 def test_a_weight_is_quantised_by_output():
@@ -31,9 +31,9 @@ def test_the_reference_runs_only_where_it_is_named(monkeypatch):
     inputs = FP8.example(2, (16, 16))
     monkeypatch.setattr("gen_fast.ops.FORCED", None)
     with pytest.raises(gen_fast.ImplementationError, match="runs on cuda, not on cpu"):
-        fp8_linear(*inputs)
+        FP8.linear(*inputs)
     monkeypatch.setattr("gen_fast.ops.FORCED", "cpu,reference")
-    assert torch.equal(fp8_linear(*inputs), fp8_linear(*inputs, impl="reference"))
+    assert torch.equal(FP8.linear(*inputs), FP8.linear(*inputs, impl="reference"))
 
 
 def test_older_gpus_are_refused(monkeypatch):

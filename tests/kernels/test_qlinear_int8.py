@@ -11,7 +11,6 @@ from gen_fast.ops.qlinear import (
     WEIGHT,
     fits_int8,
     int8_blocks_shape,
-    int8_linear,
     int8_weight,
     quantize_weight_int8,
     rotate_rows,
@@ -69,16 +68,16 @@ def test_which_sizes_fit():
 @pytest.mark.parametrize("rows", [17, 65, 1100])
 def test_rows_of_several_tiles(rows, device, impl):
     inputs = INT8.example(rows, (144, 100), device, biased=True)
-    reference = int8_linear(*inputs, impl="reference")
-    assert_no_worse(int8_linear(*inputs, impl=impl), reference, INT8.exact(*inputs))
+    reference = INT8.linear(*inputs, impl="reference")
+    assert_no_worse(INT8.linear(*inputs, impl=impl), reference, INT8.exact(*inputs))
 
 
 def test_results_in_float16(device, impl):
     if impl == "cpu":
         pytest.skip("gives no float16")
     inputs = INT8.example(5, (48, 100), device, torch.float16, biased=True)
-    reference = int8_linear(*inputs, dtype=torch.float16, impl="reference")
-    actual = int8_linear(*inputs, dtype=torch.float16, impl=impl)
+    reference = INT8.linear(*inputs, dtype=torch.float16, impl="reference")
+    actual = INT8.linear(*inputs, dtype=torch.float16, impl=impl)
     assert_no_worse(actual, reference, INT8.exact(*inputs))
 
 
@@ -86,8 +85,8 @@ def test_results_in_float16(device, impl):
 @pytest.mark.parametrize("dtype", INT8.dtypes)
 def test_every_instruction_set(isa_or_vnni, dtype, rows):
     inputs = INT8.example(rows, (112, 576), dtype=dtype, biased=True)
-    reference = int8_linear(*inputs, dtype=dtype, impl="reference")
-    assert_no_worse(int8_linear(*inputs, dtype=dtype, impl="cpu"), reference, INT8.exact(*inputs))
+    reference = INT8.linear(*inputs, dtype=dtype, impl="reference")
+    assert_no_worse(INT8.linear(*inputs, dtype=dtype, impl="cpu"), reference, INT8.exact(*inputs))
 
 
 def largest_values(device="cpu"):
@@ -103,20 +102,20 @@ def largest_values(device="cpu"):
 
 def test_sums_of_the_largest_values_are_exact_in_every_instruction_set(isa_or_vnni):
     arguments, sums = largest_values()
-    assert int8_linear(*arguments, impl="cpu").unique(dim=1).flatten().tolist() == sums
+    assert INT8.linear(*arguments, impl="cpu").unique(dim=1).flatten().tolist() == sums
 
 
 def test_sums_of_the_largest_values_are_exact(device, impl):
     if impl == "reference":
         pytest.skip("adds in float32")
     arguments, sums = largest_values(device)
-    assert int8_linear(*arguments, impl=impl).unique(dim=1).flatten().tolist() == sums
+    assert INT8.linear(*arguments, impl=impl).unique(dim=1).flatten().tolist() == sums
 
 
 @pytest.mark.parametrize("forced", ["cpu", "triton"])
 def test_results_in_float64_are_the_references(forced):
     with pytest.raises(gen_fast.ImplementationError, match=rf"'{forced}' gives no torch\.float64"):
-        int8_linear(*INT8.example(2, (16, 4)), dtype=torch.float64, impl=forced)
+        INT8.linear(*INT8.example(2, (16, 4)), dtype=torch.float64, impl=forced)
 
 
 def test_scales_of_a_matrix_that_do_not_fit_are_refused():

@@ -137,11 +137,12 @@ class TrainingData:
 
     train, validation: rows; `examples` tokenises some of them. dimension: of the teacher.
     teacher_variance: of its vectors of the rows to train on, the mean over dimensions. stopped: how
-    many of the answers to train on ended by themselves.
+    many of the answers to train on ended by themselves. rejections: rows that are not trained on.
     """
 
     def __init__(self, config: TrainConfig, tokenizer: Tokenizer, rejections: Rejections) -> None:
         self._config = config
+        self.rejections = rejections
         rows = read_rows(config.answers, rejections)
         if config.needs_negatives:
             without = [row for row in rows if row.negative_query is None]

@@ -44,17 +44,14 @@ class LLM2VecGenTask(Task[Example]):
     parameters: Student
 
     def __init__(
-        self,
-        student: Student,
-        config: TrainConfig,
-        data: TrainingData | None = None,
-        rejections: Rejections | None = None,
+        self, student: Student, config: TrainConfig, data: TrainingData | None = None
     ) -> None:
         self.backbone = student.backbone
         rate = config.base_learning_rate(self.backbone.config.family)
         self.config = replace(config, learning_rate=rate)
         self.parameters = student
-        self.rejections = rejections or Rejections(Path(config.out) / "rejected.jsonl")
+        rejected = Path(config.out) / "rejected.jsonl"
+        self.rejections = Rejections(rejected) if data is None else data.rejections
         self._data = data
 
     @classmethod
@@ -74,7 +71,7 @@ class LLM2VecGenTask(Task[Example]):
         )
         head = load_head(source, backbone)
         student = Student(backbone, head, data.dimension, config, data.teacher_variance)
-        return cls(student, config, data, rejections)
+        return cls(student, config, data)
 
     @property
     def data(self) -> TrainingData:

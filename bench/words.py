@@ -13,15 +13,8 @@ import random
 from measure import arguments, reported, save
 
 import gen_fast
+from gen_fast.evaluate import words
 from gen_fast.evaluate.corpora import wordnet
-from gen_fast.evaluate.words import (
-    future_accuracy,
-    probe,
-    static_states,
-    tagged_words,
-    triples,
-    word_states,
-)
 
 
 def main() -> None:
@@ -31,19 +24,21 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=3000, help="words")
     args = parser.parse_args()
     synsets = wordnet()
-    words = random.Random(0).sample(tagged_words(synsets), args.count)
-    items = triples(synsets, 200)
+    sample = random.Random(0).sample(words.tagged_words(synsets), args.count)
+    items = words.triples(synsets, 200)
     plain = gen_fast.load("smollm2-135m", method="mean", dtype="float32")
-    rows = [{"states": "embedding table", "probe": probe(static_states(plain, words), words)}]
+    static = words.static_states(plain, sample)
+    rows = [{"states": "embedding table", "probe": words.probe(static, sample)}]
     _print(rows[-1])
     models = [("causal", plain, "causal"), ("without its mask", plain, "bidirectional")]
     models += [
         (name, gen_fast.load(name, dtype="float32"), "bidirectional") for name in args.adapter
     ]
     for name, encoder, mask in models:
-        row = {"states": name, "future": future_accuracy(encoder, items, mask=mask)}
+        row = {"states": name, "future": words.future_accuracy(encoder, items, mask=mask)}
         for kind, shifted in (("probe", False), ("probe_before", True)):
-            row[kind] = probe(word_states(encoder, words, mask=mask, shifted=shifted), words)
+            states = words.word_states(encoder, sample, mask=mask, shifted=shifted)
+            row[kind] = words.probe(states, sample)
         rows.append(row)
         _print(row)
     save(args.json, reported(rows))

@@ -191,25 +191,17 @@ static inline __m512i _mm512_set1_epi32(int x) {
 
 static inline __m512i _mm512_xor_si512(__m512i a, __m512i b) { return a ^ b; }
 
-static inline __m512i _mm512_maskz_unpacklo_epi32(__mmask16 mask, __m512i a, __m512i b) {
-  using namespace emulated;
-  return masked<__m512i>(mask, interleaved(bits_of<U32>(a), bits_of<U32>(b), 0));
-}
-
-static inline __m512i _mm512_maskz_unpackhi_epi32(__mmask16 mask, __m512i a, __m512i b) {
-  using namespace emulated;
-  return masked<__m512i>(mask, interleaved(bits_of<U32>(a), bits_of<U32>(b), 2));
-}
-
-static inline __m512i _mm512_maskz_unpacklo_epi64(__mmask8 mask, __m512i a, __m512i b) {
-  using namespace emulated;
-  return masked<__m512i>(mask, interleaved(bits_of<U64>(a), bits_of<U64>(b), 0));
-}
-
-static inline __m512i _mm512_maskz_unpackhi_epi64(__mmask8 mask, __m512i a, __m512i b) {
-  using namespace emulated;
-  return masked<__m512i>(mask, interleaved(bits_of<U64>(a), bits_of<U64>(b), 1));
-}
+#define GEN_FAST_UNPACK(name, mask_type, element, first)                              \
+  static inline __m512i name(mask_type mask, __m512i a, __m512i b) {                  \
+    using namespace emulated;                                                         \
+    return masked<__m512i>(                                                           \
+        mask, interleaved(bits_of<element>(a), bits_of<element>(b), first));          \
+  }
+GEN_FAST_UNPACK(_mm512_maskz_unpacklo_epi32, __mmask16, U32, 0)
+GEN_FAST_UNPACK(_mm512_maskz_unpackhi_epi32, __mmask16, U32, 2)
+GEN_FAST_UNPACK(_mm512_maskz_unpacklo_epi64, __mmask8, U64, 0)
+GEN_FAST_UNPACK(_mm512_maskz_unpackhi_epi64, __mmask8, U64, 1)
+#undef GEN_FAST_UNPACK
 
 static inline __m512i _mm512_maskz_shuffle_i32x4(__mmask16 mask, __m512i a, __m512i b, int which) {
   using namespace emulated;

@@ -23,10 +23,10 @@ import sys
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from faster_interpreter import faster_interpreter
 from filelock import FileLock
 
 import gen_fast
@@ -69,24 +69,13 @@ def made_once(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> MadeO
 
 
 @pytest.fixture(scope="session", autouse=True)
-def language_replaced_once() -> Iterator[None]:
-    """Triton's interpreter replaces the language with its own once, not whenever functions call.
-
-    At each call it looks through all of the language, a quarter of its time, and finds nothing
-    that the launch has not replaced.
-    """
+def interpreter() -> Iterator[None]:
+    """Triton's, of which most of the tests of Triton kernels' time is."""
     if os.environ.get("TRITON_INTERPRET") != "1" or find_spec("triton") is None:
         yield
         return
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    both = SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
-    replaced = interpreter._patch_lang(both)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interpreter, "_patch_lang", lambda fn: interpreter._LangPatchScope())
+    with faster_interpreter():
         yield
-    replaced.restore()
 
 
 @pytest.fixture(autouse=True)

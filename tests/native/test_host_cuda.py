@@ -37,8 +37,10 @@ pytestmark = pytest.mark.skipif(shutil.which(COMPILER[0]) is None, reason="needs
 
 
 def compiled(output: Path, *arguments: str) -> str:
+    """The kernels with the source in `arguments`, as one: most of each is the standard library."""
     kernels = sorted(str(path) for path in ROOT.glob("csrc/cuda/*.cu"))
-    command = [*COMPILER, *FLAGS, *arguments, "-x", "c++", *kernels, "-o", str(output)]
+    included = [part for path in kernels for part in ("-include", path)]
+    command = [*COMPILER, *FLAGS, *included, *arguments, "-o", str(output)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return str(output)

@@ -1,10 +1,8 @@
 """Memory does not grow with the corpus."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
+from warm_processes import run_program
 
 from gen_fast.model.device import has_native_bfloat16
 from gen_fast.model.token_budget import is_out_of_memory
@@ -39,10 +37,7 @@ for count in counts:
 
 def growth(model, *counts, dtype="float32"):
     """Of each of the rising `counts`, in one process."""
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(model), dtype, *map(str, counts)],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+    done = run_program(PROGRAM, model, dtype, *counts)
     return [float(line) for line in done.stdout.splitlines()]
 
 
@@ -80,8 +75,7 @@ print(next(int(x.split()[1]) for x in lines if x.startswith("VmHWM")) / 1024)
 
 def peak_of_job(model, corpus, out):
     """Megabytes that a process takes at most while it runs a job."""
-    command = [sys.executable, "-c", JOB, str(model), str(corpus), str(out)]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    return float(run_program(JOB, model, corpus, out).stdout)
 
 
 def test_a_job_of_ten_times_the_rows_takes_at_most_25_mb_more(tiny_model, tmp_path):
@@ -126,9 +120,7 @@ try:
 except InputError as error:
     print(resident("VmHWM") - before, str(error).replace(" ", "_"))
 """
-    command = [sys.executable, "-c", program]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    grown, message = done.stdout.split()
+    grown, message = run_program(program).stdout.split()
     assert "line_3" in message
     assert float(grown) <= 200
 
@@ -166,10 +158,7 @@ for text in texts:
     ],
 )
 def test_a_text_of_5_mb_takes_what_its_first_tokens_do(smollm2, samples):
-    done = subprocess.run(
-        [sys.executable, "-c", ONE_TEXT, str(smollm2), *samples],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+    done = run_program(ONE_TEXT, smollm2, *samples)
     # The prompt is joined to the text, and the tokenizer's description is read once.
     grown = [float(line) for line in done.stdout.splitlines()]
     assert len(grown) == len(samples)
@@ -213,9 +202,7 @@ def test_distill_takes_an_eighth_of_the_logits_at_most(dtype):
     # Products in bfloat16 take minutes where the processor has none; the logits do not change.
     native = dtype == "float32" or has_native_bfloat16(torch.device("cpu"))
     size = "576" if native else "64"
-    done = subprocess.run(
-        [sys.executable, "-c", DISTILL, dtype, size], capture_output=True, text=True, check=True
-    )
+    done = run_program(DISTILL, dtype, size)
     logits = 1536 * 49152 * getattr(torch, dtype).itemsize / 2**20
     assert float(done.stdout) <= logits / 8
 

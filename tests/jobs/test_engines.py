@@ -18,6 +18,7 @@ from tiny_corpus import (
     files_of,
     options,
 )
+from warm_processes import run_program
 
 from gen_fast.errors import ConfigError, JobError
 from gen_fast.jobs.engines import Engine, Run, _wait_for_cluster, run_ray, worker_environment
@@ -110,13 +111,7 @@ def test_a_plan_that_hangs_ends_the_process(corpus: Path, tiny_model: Path, tmp_
         "corpus, out, model = sys.argv[1:]\n"
         "job.embed_corpus(corpus, out, model=model, text_column='text', stall_timeout=2)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(corpus), str(tmp_path / "out"), str(tiny_model)],
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    done = run_program(program, corpus, tmp_path / "out", tiny_model, check=False)
     assert done.returncode == 1
     assert "Timeout (0:00:02)!" in done.stderr
     assert not (tmp_path / "out" / "plan.json").exists()

@@ -1,14 +1,13 @@
 """GGUF files of every architecture, written here by the gguf package, against transformers."""
 
 import json
-import subprocess
-import sys
 
 import gguf
 import numpy as np
 import pytest
 import torch
 from tiny_gguf import KINDS, write_gguf
+from warm_processes import run_program
 
 import gen_fast
 from gen_fast.errors import UnsupportedModelError, WeightsError
@@ -159,9 +158,7 @@ _write_converted(path, Path({str(tmp_path)!r}))
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(1024 * (peak - before), sum(sizes), max(sizes))
 """
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True
-    )
+    done = run_program(script)
     peak, result, largest = map(int, done.stdout.split())
     # The file itself is mapped, and its 92 MB count as they are read.
     assert peak <= result + largest + 150e6, (peak, result, largest)

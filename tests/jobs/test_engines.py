@@ -18,7 +18,7 @@ from tiny_corpus import (
     files_of,
     options,
 )
-from warm_processes import run_program
+from warm_processes import ranks, run_program
 
 from gen_fast.errors import ConfigError, JobError
 from gen_fast.jobs.engines import Engine, Run, _wait_for_cluster, run_ray, worker_environment
@@ -36,24 +36,37 @@ def test_two_processes_of_this_machine(
 
 
 def test_two_processes_of_torchrun(corpus: Path, tiny_model: Path, tmp_path: Path) -> None:
-    def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc-per-node", "2", "-m", "gen_fast.cli", "embed", str(corpus), "--quiet"]
-        command += ["--model", str(tiny_model), "--dtype", "float32", "--text-column", "text"]
-        command += ["--id-column", "key", "--rows-per-part", "16", *arguments]
-        return subprocess.run(command, check=False, capture_output=True, text=True, timeout=100)
-
-    # Several jobs, one after the other in each process.
-    two = ("--out", str(tmp_path / "out"), "--text-column", "title")
-    assert run(*two, "--prompt-name", "query").returncode == 0
+    """Several jobs, one after the other in each process."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", "-m", "gen_fast.cli", "embed", str(corpus), "--quiet"]
+    command += ["--model", str(tiny_model), "--dtype", "float32", "--text-column", "text"]
+    command += ["--id-column", "key", "--rows-per-part", "16", "--out", str(tmp_path / "out")]
+    command += ["--text-column", "title", "--prompt-name", "query"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
     for column in ("text", "title"):
         alone = options(tiny_model, text_column=column, prompt=None, prompt_name="query")
         embed_corpus(corpus, tmp_path / column, **alone)
         assert files_of(tmp_path / "out" / column) == files_of(tmp_path / column)
-    # Other settings are refused by the first rank, and so by all.
-    wrong = run(*two, "--prompt-name", "query", "--max-length", "64")
-    assert wrong.returncode
-    assert "max_length was None, now it is 64" in wrong.stderr
+
+
+def test_what_the_first_rank_refuses_all_refuse(
+    corpus: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    embed_corpus(corpus, out, **options(tiny_model))
+    with ranks(refused, corpus, out, options(tiny_model, max_length=64)):
+        pass
+    first, second = (Path(f"{out}-{rank}").read_text() for rank in range(2))
+    assert "max_length was None, now it is 64" in first
+    assert second == f"rank 0 could not plan the job: {first}"
+
+
+def refused(corpus: Path, out: Path, settings: dict[str, Any]) -> None:
+    """In each rank: writes why."""
+    with pytest.raises(JobError) as refusal:
+        embed_corpus(corpus, out, **settings)
+    Path(f"{out}-{os.environ['RANK']}").write_text(str(refusal.value))
 
 
 def test_a_worker_that_dies_leaves_its_parts_to_the_others(

@@ -1,17 +1,13 @@
 """Runs of a few steps over a tiny model: settings, processes, and what they leave."""
 
-import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import timedelta
+from contextlib import AbstractContextManager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.distributed import TCPStore
-from warm_processes import processes
+from warm_processes import processes, ranks
 
 from gen_fast.training import world
 from gen_fast.training.checkpoint import latest_checkpoint
@@ -74,7 +70,7 @@ def has_come_to(step, config) -> bool:
 
 def kill_past(step, train, config) -> None:
     """Kill train(config), in a process of its own, once the checkpoint of a step is written."""
-    process = processes.Process(target=_train, args=(train, config, {}))
+    process = processes.Process(target=_train, args=(train, config))
     process.start()
     while not has_come_to(step, config):
         assert process.is_alive(), process.exitcode
@@ -84,25 +80,9 @@ def kill_past(step, train, config) -> None:
     assert not (Path(config.out) / "adapter").exists()
 
 
-@contextmanager
-def ranks_of(train, config) -> Iterator[list[BaseProcess]]:
-    """Two processes begin train(config), and find each other as those of torchrun do."""
-    store = TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=120))
-    described = {
-        "WORLD_SIZE": 2,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": store.port,
-        "TORCHELASTIC_USE_AGENT_STORE": True,
-    }
-    running = []
-    for rank in range(2):
-        environment = described | {"RANK": rank, "LOCAL_RANK": rank}
-        process = processes.Process(target=_train, args=(train, config, environment))
-        process.start()
-        running.append(process)
-    yield running
-    for process in running:
-        process.join(timeout=300)
+def ranks_of(train, config) -> AbstractContextManager[list[BaseProcess]]:
+    """Two processes begin train(config)."""
+    return ranks(_train, train, config)
 
 
 def run_in_ranks(train, config) -> None:
@@ -112,8 +92,7 @@ def run_in_ranks(train, config) -> None:
     assert [rank.exitcode for rank in ranks] == [0, 0]
 
 
-def _train(train, config, environment) -> None:
-    os.environ.update({name: str(value) for name, value in environment.items()})
+def _train(train, config) -> None:
     torch.set_num_threads(1)
     world._MESSAGE = 50_000  # several for the gradients of a tiny model
     train(config, show_progress_bar=False)

@@ -1,6 +1,12 @@
 """Models that tests share. Whatever is slow to make is made once a session."""
 
+import gc
 import os
+
+# Until all tests are collected: modules stay, and the collector would look through them again and
+# again while more are imported.
+if gc.isenabled():
+    gc.disable()
 
 if (workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT")) is not None:
     # Before torch is imported: the workers share the cores, and so do the processes they start.
@@ -15,7 +21,6 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-import gc
 import json
 import logging
 import subprocess
@@ -49,6 +54,7 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(700, 10, 50)
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

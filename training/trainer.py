@@ -24,7 +24,7 @@ from gen_fast.training.checkpoint import (
 from gen_fast.training.config import RunConfig
 from gen_fast.training.report import Report
 from gen_fast.training.task import Progress, Task
-from gen_fast.training.world import World, distributed
+from gen_fast.training.world import World, distributed, processes_started
 
 logger = logging.getLogger(__name__)
 
@@ -150,10 +150,11 @@ def run(
 
     Raises ConfigError, InputError, CheckpointError or NonFiniteLossError.
     """
+    # Before they wait for each other: the last to come would only see that another one has gone.
+    if config.batch_size < (count := processes_started()):
+        raise ConfigError(f"batch_size {config.batch_size} is less than {count} processes")
     with distributed():
-        world, out = World(), Path(config.out)
-        if config.batch_size < world.size:
-            raise ConfigError(f"batch_size {config.batch_size} is less than {world.size} processes")
+        out = Path(config.out)
         make_current(run_device(config))
         out.mkdir(parents=True, exist_ok=True)
         stepper = Stepper(load())

@@ -18,6 +18,11 @@ Item = TypeVar("Item")
 _MESSAGE = 256 << 20
 
 
+def processes_started() -> int:
+    """How many ranks torchrun has started, whether or not they have found each other; else 1."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 @contextmanager
 def distributed() -> Iterator[None]:
     """Join the process group that torchrun describes in the environment, if it does.
@@ -25,7 +30,7 @@ def distributed() -> Iterator[None]:
     Each process has a GPU of its own where there are GPUs. Raises ConfigError where there are fewer
     than processes.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if processes_started() == 1:
         yield
         return
     if torch.cuda.is_available():

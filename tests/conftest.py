@@ -76,7 +76,7 @@ def made_once(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> MadeO
 
 @pytest.fixture(scope="session", autouse=True)
 def interpreter() -> Iterator[None]:
-    """Triton's, of which most of the tests of Triton kernels' time is."""
+    """Triton's, faster: the tests of Triton kernels spend most of their time in it."""
     if os.environ.get("TRITON_INTERPRET") != "1" or find_spec("triton") is None:
         yield
         return

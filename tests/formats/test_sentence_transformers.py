@@ -110,7 +110,8 @@ def test_special_tokens_padding_and_prompts_left_out(
         encoder, expected = load(directory), reference(directory)
         assert expected.tokenizer.padding_side == padding_side
         # Without a prompt there is nothing to leave out.
-        for options in ({}, {"prompt_name": "query"})[not include_prompt :]:
+        unprompted = [{}] if include_prompt else []
+        for options in (*unprompted, {"prompt_name": "query"}):
             assert_same(encoder.encode(TEXTS, **options), expected.encode(TEXTS, **options))
 
 

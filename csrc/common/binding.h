@@ -1,7 +1,7 @@
 // Functions over pointers as Python calls them: with tensors, which it has checked, or None.
 //
 // Without torch's headers, so that torch is not needed to build: a tensor is asked for its
-// data_ptr() and a dtype for its place as Python code would ask.
+// data_ptr(), as Python code would ask it, and a dtype is one of the objects that torch has.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -26,12 +26,18 @@ static constexpr bool EMULATED = true;
 static constexpr bool EMULATED = false;
 #endif
 
+#if defined(__x86_64__)
+// What CPUID's leaf 7 says: not every compiler that has the instructions of a feature knows it as
+// one of a processor.
+struct Features {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  explicit Features(unsigned subleaf) { __get_cpuid_count(7, subleaf, &eax, &ebx, &ecx, &edx); }
+};
+#endif
+
 static bool has_avx2_vnni() {
 #if defined(GEN_FAST_AVX2_VNNI)
-  if (EMULATED) return true;
-  // Not every compiler that has its instructions knows it as a feature of a processor.
-  unsigned eax = 0, ebx, ecx, edx;
-  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & 1u << 4);
+  return EMULATED || (Features(1).eax & 1u << 4);
 #else
   return false;
 #endif
@@ -49,7 +55,8 @@ static Isa isa_of_processor() {
   }
   if (!__builtin_cpu_supports("avx512bf16")) return Isa::AVX512_VNNI;
 #if defined(GEN_FAST_AMX)
-  if (__builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16")) return Isa::AMX;
+  constexpr unsigned TILES_OF_BFLOAT16 = 1u << 22 | 1u << 24;  // AMX-BF16 and AMX-TILE
+  if ((Features(0).edx & TILES_OF_BFLOAT16) == TILES_OF_BFLOAT16) return Isa::AMX;
 #endif
   return Isa::AVX512;
 #else

@@ -1,5 +1,6 @@
 """Rows to int8, and products with weights of 4 and of 8 bits, beside torch's with plain ones."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -23,7 +24,7 @@ from gen_fast.ops.qlinear import (
     unpack_int8,
 )
 from gen_fast.ops.qlinear.fp8_op import scaled_mm
-from gen_fast.ops.qlinear.reference import Epilogue, dequantize_rows
+from gen_fast.ops.qlinear.reference import Epilogue, dequantize_rows, scaled_product
 from gen_fast.ops.qlinear.reference import quantize_rows as plain
 
 # For one query and a few, and for a batch: on a GPU as many rows as the size has.
@@ -80,8 +81,9 @@ def bench_int8_linear(measure, size, dtype, mode, provider, case):
     shape, rows = (2 * size.feed_forward, size.hidden), rows_in(case, size)
     q, scale = quantize_rows(random(rows, size.hidden, dtype="fp32"))
     blocks, weight_scale = quantize_weight_int8(random(*shape, dtype="fp32", scale=0.05))
-    run = provided(provider, *in_dtype(dtype, int8_linear, plain_int8))
-    measure_product(measure, run, plain_int8, (q, scale, blocks, weight_scale), dtype)
+    run = provided(provider, int8_linear, plain_int8)
+    epilogue = Epilogue(scale, weight_scale, None, DTYPES[dtype])
+    measure_product(measure, run, plain_int8, q, blocks, epilogue)
 
 
 @pytest.mark.parametrize("case", ROWS)
@@ -91,32 +93,23 @@ def bench_fp8_linear(measure, size, dtype, mode, provider, case):
     shape, rows = (2 * size.feed_forward, size.hidden), rows_in(case, size)
     q, scale = quantize_rows(random(rows, size.hidden, dtype="fp32"), "fp8")
     weight, weight_scale = quantize_weight_fp8(random(*shape, dtype="fp32", scale=0.05))
-
-    def with_fast_sums(q, scale, weight, weight_scale):
-        epilogue = Epilogue(scale, weight_scale, None, DTYPES[dtype])
-        return scaled_mm(q, weight, epilogue, fast_sums=True)
-
-    run = provided(provider, *in_dtype(dtype, fp8_linear, plain_fp8), {"fast sums": with_fast_sums})
-    measure_product(measure, run, plain_fp8, (q, scale, weight, weight_scale), dtype)
+    fast = {"fast sums": partial(scaled_mm, fast_sums=True)}
+    run = provided(provider, fp8_linear, scaled_product, fast)
+    epilogue = Epilogue(scale, weight_scale, None, DTYPES[dtype])
+    measure_product(measure, run, scaled_product, q, weight, epilogue)
 
 
-def in_dtype(dtype, *functions):
-    """The functions, with results of this dtype."""
-    return [partial(function, dtype=DTYPES[dtype]) for function in functions]
-
-
-def measure_product(measure, run, plain, inputs, dtype):
-    """A layer on 8 bits: inputs are rows [N, in], their scales, weight and scales [out]."""
-    q, _, weight, weight_scale = inputs
-    outputs = len(weight_scale)
+def measure_product(measure, run, plain, q, weight, epilogue):
+    """A layer on 8 bits: rows q [N, in] and a weight."""
+    outputs = len(epilogue.weight_scale)
     measure(
         run,
-        *in_dtype(dtype, plain),
-        inputs,
-        moved_bytes=q.nbytes + weight.nbytes + len(q) * outputs * DTYPES[dtype].itemsize,
+        plain,
+        (q, weight, epilogue),
+        moved_bytes=q.nbytes + weight.nbytes + len(q) * outputs * epilogue.dtype.itemsize,
         flops=2 * q.numel() * outputs,
         operand_bytes=1,
-        exact=partial(plain, dtype=torch.float64),
+        exact=lambda q, weight, epilogue: plain(q, weight, replace(epilogue, dtype=torch.float64)),
     )
 
 
@@ -125,16 +118,9 @@ def rows_in(case, size):
     return size.rows if case == "batch" else int(case.split()[0])
 
 
-def plain_int8(q, scale, blocks, weight_scale, dtype):
-    weight = unpack_int8(blocks).to(scale.dtype)
-    return (q.to(scale.dtype) @ weight.T * scale.unsqueeze(1) * weight_scale).to(dtype)
+def plain_int8(q, blocks, epilogue):
+    return scaled_product(q, unpack_int8(blocks), epilogue)
 
 
 def plain_groups(x, blocks):
     return x @ dequantize_groups(blocks, x.dtype).T
-
-
-def plain_fp8(q, scale, weight, weight_scale, dtype):
-    return (q.to(scale.dtype) @ weight.to(scale.dtype).T * scale.unsqueeze(1) * weight_scale).to(
-        dtype
-    )

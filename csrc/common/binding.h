@@ -85,15 +85,14 @@ struct type_caster<gen_fast::Data> {
     value.first = nullptr;
     if (source.is_none()) return true;
     static PyObject* const name = PyUnicode_InternFromString("data_ptr");
-    PyObject* const address = PyObject_CallMethodNoArgs(source.ptr(), name);
-    if (address != nullptr) {
-      value.first = PyLong_AsVoidPtr(address);
-      Py_DECREF(address);
-    }
-    // What is no tensor is a TypeError that names the arguments.
-    const bool failed = PyErr_Occurred() != nullptr;
+    const auto address =
+        reinterpret_steal<object>(PyObject_CallMethodNoArgs(source.ptr(), name));
+    if (address) value.first = PyLong_AsVoidPtr(address.ptr());
+    if (!PyErr_Occurred()) return true;
+    // What is no tensor: a TypeError will name the arguments. What a tensor says goes through.
+    if (!PyErr_ExceptionMatches(PyExc_AttributeError)) throw error_already_set();
     PyErr_Clear();
-    return !failed;
+    return false;
   }
 };
 

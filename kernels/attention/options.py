@@ -198,7 +198,6 @@ class AttentionOptions:
         prefix_k, prefix_v = self.prefix or (None, None)
         blocks = None if self.blocks is None else self.blocks.contiguous()
         text_words = self.text_words
-        drawn = self.seed, self.layer, self.first_kept, self.kept_scale
         struct = native.module().AttentionOptions(
             self.cu_seqlens_q,
             self.cu_seqlens_k,
@@ -212,7 +211,10 @@ class AttentionOptions:
             0 if prefix_v is None else prefix_v.stride(0),
             self.window or 0,
             _MASK_NUMBERS[self.mask],
-            *((0, 0, 0, 1.0) if text_words is None else drawn),
+            self.seed,
+            self.layer,
+            self.first_kept,
+            self.kept_scale,
         )
         return struct, prefix_k, prefix_v, blocks, text_words
 

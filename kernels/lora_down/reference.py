@@ -16,10 +16,13 @@ class Dropped:
     """What is dropped of x for each part: `dropout`'s arguments, but a stream a part."""
 
     text_keys: Tensor
+    """[T] int32 or int64: a number of each row's text."""
     positions: Tensor
+    """[T] int64: where the row stands in its text."""
     p: float
     seed: int
     streams: Sequence[int]
+    """[parts]: each part's own."""
 
     @property
     def where(self) -> tuple[Tensor, Tensor, float, int]:

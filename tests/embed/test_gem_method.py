@@ -79,6 +79,7 @@ def test_embeddings_equal_transformers_with_a_dense_mask(tmp_path, family, setti
 def test_a_prompt_is_shared_and_the_last_layer_is_trimmed(gem_model, passes):
     encoder = load(gem_model)
     encoder.encode(TEXTS, prompt=PROMPT)
+    assert passes
     assert all(each.prefix is not None and each.mask == "gem" for each in passes)
     assert all(each.states == 3 * each.texts for each in passes)
 

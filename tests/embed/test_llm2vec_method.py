@@ -115,6 +115,7 @@ def test_no_prompt_is_shared_and_the_last_layer_is_trimmed(checkpoint, passes):
     write_settings(checkpoint, Settings("last_token"))
     encoder = load(checkpoint)
     encoder.encode(TEXTS, prompt=INSTRUCTION)
+    assert passes
     assert all(each.prefix is None and each.mask == "bidirectional" for each in passes)
     assert all(each.states == each.texts for each in passes)
     total, computed = encoder.count_tokens(TEXTS, prompt=INSTRUCTION)

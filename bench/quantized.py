@@ -2,12 +2,12 @@
 
     python bench/quantized.py [--quick] [--rounds 5] [--json FILE] [--dtype fp32 bf16]
                               [--quantize int4 int8-weight-only int8] [--workload ...]
-                              [--peer openvino openvino-streams openvino-int8 llama.cpp]
+                              [--peer openvino llama.cpp-q8_0 ...]
                               [--isa avx2-vnni]
 
 Method `mean` on SmolLM2, whose file is Q4_1; all run the prompt with every text. Providers take
 turns within a round; ratios are medians over the rounds. "one text" encodes queries one by one.
-The peers are not among our extras: pip install openvino nncf llama-cpp-python (which compiles it).
+The peers are engines of peers.py, and not among our extras: see there.
 --isa makes the processor pass for an older one to our ops. Others are told by the environment:
 ONEDNN_MAX_CPU_ISA=AVX2 (or AVX512_CORE_VNNI) ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2.
 """
@@ -24,17 +24,15 @@ from measure import DTYPES, arguments, interleaved, median_ratio, reported, save
 
 from gen_fast.embed.loading import load
 from gen_fast.io.vectors import centred_cosine
-from gen_fast.model.calibration_texts import CALIBRATION_TEXTS
 from gen_fast.model.choices import QUANTIZED
 from gen_fast.model.device import matmul_peak
 from gen_fast.model.lora import MATRICES, linear_sizes
-from gen_fast.model.sources import packaged_file, resolve
+from gen_fast.model.sources import resolve
 from gen_fast.ops import native
 from gen_fast.testing import instructions_up_to
 
 MODEL = "smollm2-135m"
 WORKLOADS = ("documents", "queries", "one text")
-PEERS = ("openvino", "openvino-streams", "openvino-int8", "llama.cpp")
 ISAS = {isa.name.lower().replace("_", "-"): isa for isa in native.Isa}
 TRUTH_TEXTS = 32
 MAX_LENGTH = 1024  # more than any text here has
@@ -48,7 +46,7 @@ def main() -> None:
     """Measure and print; write the rows as JSON if asked."""
     parser = arguments(__doc__, rounds=5, dtype=True, quick="fewer texts")
     parser.add_argument("--quantize", nargs="*", choices=QUANTIZED, default=["int4", "int8"])
-    parser.add_argument("--peer", nargs="*", choices=PEERS, default=[])
+    parser.add_argument("--peer", nargs="*", choices=peers.ENGINES, default=[])
     parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--isa", choices=ISAS, default=max(ISAS, key=ISAS.get))
     args = parser.parse_args()
@@ -73,18 +71,8 @@ def measure(args: argparse.Namespace) -> None:
         print(f"{dtype}: " + ", ".join(f"{k} {v}" for k, v in memory.items()))
         runs = {kind: _encode(encoder) for kind, encoder in encoders.items()}
         whole = workloads.Workload("", "", [], MAX_LENGTH)  # texts come with their prompt
-        if "openvino" in args.peer:
-            runs["openvino"] = peers.openvino_mean(resolve(MODEL), DTYPES[dtype], whole)
-        if "openvino-streams" in args.peer:
-            runs["openvino-streams"] = peers.openvino_mean(
-                resolve(MODEL), DTYPES[dtype], whole, hint="THROUGHPUT"
-            )
-        if "openvino-int8" in args.peer:
-            runs["openvino-int8"] = peers.openvino_mean(
-                resolve(MODEL), DTYPES[dtype], whole, int8=CALIBRATION_TEXTS
-            )
-        if "llama.cpp" in args.peer:
-            runs["llama.cpp"] = peers.llama_cpp_mean(packaged_file(MODEL), whole)
+        for peer in args.peer:
+            runs[peer] = peers.engine(peer, MODEL, DTYPES[dtype], whole)
         for name in args.workload:
             work = workloads.make("queries" if name == "one text" else name, tokenizer, args.quick)
             texts = [work.prompt + text for text in work.texts]

@@ -1,26 +1,37 @@
 """This checkout against another one: seconds of encoding and of a training step, side by side.
 
-    python bench/against.py OTHER_PYTHON [--processes N] [--rounds N] [--json FILE]
+    python bench/against.py OTHER_PYTHON [--processes N] [--rounds N] [--dtype bf16]
+                            [--run documents queries ...] [--json FILE]
 
-OTHER_PYTHON: the interpreter of an environment in which the other one is installed. A process may
-be a fifth slower for minutes while another one of the same code is not. So each counts by its
-fastest round; a side is several processes, in pairs, which take turns, and of which one or the
-other starts first; and what is printed is the pairs' geometric mean with its standard error. An
-environment with the same commit shows what differs without a reason.
+OTHER_PYTHON: the interpreter of an environment in which the other one is installed. Runs: a batch
+of 14 texts, the same texts one by one, a training step of two; and, if asked for, two workloads of
+encode.py with several batches each.
+
+A process may be a fifth slower for minutes while another one of the same code is not. So each
+counts by its fastest round; a side is several processes, in pairs, which take turns, and of which
+one or the other starts first; and what is printed is the pairs' geometric mean with its standard
+error. An environment with the same commit shows what differs without a reason.
 """
 
+import json
 import math
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Sequence
 
-from measure import arguments, machine, save
+import workloads
+from measure import DTYPES, arguments, machine, save
+from transformers import AutoTokenizer
+
+from gen_fast.model.sources import resolve
 
 # Runs in either environment: what it imports has been in these places for long.
 WORKER = """
-import inspect, sys, time
+import inspect, json, sys, time
 import numpy as np
+import torch
 import gen_fast
 from gen_fast.training import trainer
 try:
@@ -32,10 +43,12 @@ from gen_fast.training.data import Example
 rng = np.random.default_rng(0)
 words = "a seal swims under the ice while birds look for fish near the shore".split()
 texts = [" ".join(rng.choice(words, int(n))) for n in rng.integers(5, 120, size=14)]
-encoder = gen_fast.load("smollm2-135m", device="cpu", dtype="float32")
+settings = json.load(open(sys.argv[1]))
+dtype = settings["dtype"]
+encoder = gen_fast.load("smollm2-135m", device="cpu", dtype=dtype, max_length=1024)
 
 source = names.resolve("smollm2-135m")
-backbone = names.load_backbone(source)
+backbone = names.load_backbone(source, dtype=getattr(torch, dtype))
 config = names.TrainConfig(answers=("-",), teacher="-", out="-", batch_size=2)
 parts = backbone, names.load_head(source, backbone), 384, config
 if names is not trainer:
@@ -51,8 +64,12 @@ runs = {
     "query": lambda: [encoder.encode(text[:20], prompt_name="query") for text in texts],
     "train": lambda: stepper.step(examples),
 }
-for run in runs.values():
-    run()
+for name, work in settings["workloads"].items():
+    runs[name] = lambda work=work: encoder.encode(
+        work["texts"], prompt=work["prompt"], show_progress_bar=False
+    )
+for name in settings["runs"]:
+    runs[name]()
 print("ready", flush=True)
 for line in sys.stdin:
     start = time.perf_counter()
@@ -60,6 +77,7 @@ for line in sys.stdin:
     print(time.perf_counter() - start, flush=True)
 """
 RUNS = ("encode", "query", "train")
+WORKLOADS = ("documents", "queries")
 
 
 def start(command: list[str]) -> subprocess.Popen:
@@ -81,7 +99,7 @@ def compare(
     other: list[str],
     processes: int,
     rounds: int,
-    runs: tuple[str, ...] = RUNS,
+    runs: Sequence[str],
     of_rounds: Callable[[list[float]], float] = min,
 ) -> list[dict]:
     """Rows of `runs`, printed: two commands that start workers, in `processes` pairs.
@@ -116,15 +134,30 @@ def _row(run: str, pairs: list[dict[str, float]]) -> dict:
     return {"run": run, "ratio": ratio, "standard_error": error, "pairs": pairs}
 
 
+def settings(dtype: str, runs: Sequence[str]) -> dict:
+    """What a worker is told: its dtype, what it will run, and the texts of WORKLOADS."""
+    tokenizer = AutoTokenizer.from_pretrained(resolve("smollm2-135m"))
+    works = [workloads.make(name, tokenizer, quick=True) for name in runs if name in WORKLOADS]
+    of_name = {work.name: {"prompt": work.prompt, "texts": work.texts} for work in works}
+    full_name = str(DTYPES[dtype]).removeprefix("torch.")
+    return {"dtype": full_name, "runs": runs, "workloads": of_name}
+
+
 def main() -> None:
     """Print a line a run."""
     parser = arguments(__doc__, rounds=12)
     parser.add_argument("other")
     parser.add_argument("--processes", type=int, default=6)
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
+    parser.add_argument("--run", nargs="+", choices=RUNS + WORKLOADS, default=RUNS)
     args = parser.parse_args()
-    commands = ([python, "-P", "-c", WORKER] for python in (sys.executable, args.other))
-    rows = compare(*commands, args.processes, args.rounds)
-    save(args.json, {**machine(), "rows": rows})
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump(settings(args.dtype, args.run), file)
+        file.flush()
+        pythons = (sys.executable, args.other)
+        commands = ([python, "-P", "-c", WORKER, file.name] for python in pythons)
+        rows = compare(*commands, args.processes, args.rounds, args.run)
+    save(args.json, {**machine(), "command": " ".join(sys.argv), "rows": rows})
 
 
 if __name__ == "__main__":

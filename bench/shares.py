@@ -1,14 +1,18 @@
-"""What each op's fast version gives to encoding: everything fast, against all but one.
+"""Where the time of encoding goes, and what each op's fast version gives.
 
     python bench/shares.py [--workload documents] [--dtype bf16 fp32] [--rounds N] [--json FILE]
 
-The variants take turns within a round; a figure is the median over the rounds of the time without
-the one over the time with all. SmolLM2-135M with mean pooling, on the CPU.
+First each op's share of the time; then everything fast, against all but one. The variants take
+turns within a round; a figure is the median over the rounds, of the share, or of the time without
+the one over the time with all. SmolLM2-135M with mean pooling, on the CPU, one batch after another.
 """
 
 import statistics
+import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
+from unittest import mock
 
 import workloads
 from measure import DTYPES, arguments, interleaved, median_ratio, reported, save
@@ -31,17 +35,15 @@ OPS = {
     "swiglu": (backbone, "reference"),
     "pool": (methods, "reference"),
 }
+# What a layer consists of, by the names under which the backbone calls it.
+PARTS = ("linear", "attention", "add_rms_norm", "rope", "swiglu")
 
 
 def without(name: str, run: Callable[[], object]) -> None:
     """Run with one op forced to its slow version."""
     module, impl = OPS[name]
-    op = getattr(module, name)
-    setattr(module, name, partial(op, impl=impl))
-    try:
+    with mock.patch.object(module, name, partial(getattr(module, name), impl=impl)):
         run()
-    finally:
-        setattr(module, name, op)
 
 
 def without_tiles(run: Callable[[], object]) -> None:
@@ -50,12 +52,35 @@ def without_tiles(run: Callable[[], object]) -> None:
         run()
 
 
+def shares(run: Callable[[], object]) -> dict[str, float]:
+    """Of a run's time, what passes in each of PARTS."""
+    seconds = dict.fromkeys(PARTS, 0.0)
+
+    def timed(name: str, op: Callable) -> Callable:
+        def call(*args, **named):
+            start = time.perf_counter()
+            result = op(*args, **named)
+            seconds[name] += time.perf_counter() - start
+            return result
+
+        return call
+
+    with ExitStack() as patches:
+        for name in PARTS:
+            op = timed(name, getattr(backbone, name))
+            patches.enter_context(mock.patch.object(backbone, name, op))
+        start = time.perf_counter()
+        run()
+        whole = time.perf_counter() - start
+    return {name: part / whole for name, part in seconds.items()}
+
+
 def measure_dtype(dtype: str, workload: str, rounds: int) -> list[dict]:
     from transformers import AutoTokenizer
 
     source = resolve("smollm2-135m")
     work = workloads.make(workload, AutoTokenizer.from_pretrained(source), quick=True)
-    options = {"dtype": DTYPES[dtype], "max_length": work.max_length, "device": "cpu"}
+    options = {"dtype": DTYPES[dtype], "max_length": work.max_length, "device": "cpu", "streams": 1}
     packed = load(source, **options)
     plain = load(source, **options)
     plain.backbone = load_backbone(source, dtype=packed.backbone.dtype)
@@ -69,6 +94,9 @@ def measure_dtype(dtype: str, workload: str, rounds: int) -> list[dict]:
         variants["AMX in attention"] = partial(without_tiles, partial(run, packed))
     for variant in variants.values():
         variant()
+    parts = [shares(variants["all"]) for _ in range(rounds)]
+    share = {name: statistics.median(one[name] for one in parts) for name in PARTS}
+    print(dtype, "share of the time:", ", ".join(f"{n} {x:.1%}" for n, x in share.items()))
     peaks: list[float] = []
     seconds = interleaved(
         variants, rounds, lambda: peaks.append(matmul_peak(packed.backbone.dtype))
@@ -85,6 +113,7 @@ def measure_dtype(dtype: str, workload: str, rounds: int) -> list[dict]:
                 "seconds": times,
                 "slower": median_ratio(times, seconds["all"]),
                 "mfu": flops / statistics.median(times) / statistics.median(peaks),
+                "shares": share if name == "all" else None,
             }
         )
         print(

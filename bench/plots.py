@@ -126,37 +126,43 @@ def train_scaling(report: dict, folder: Path) -> None:
     figure.savefig(folder / "train_scaling.png", dpi=120)
 
 
-def quantized(quality: dict, speed: dict, file: Path) -> None:
+def quantized(quality: dict, speeds: list[dict], file: Path) -> None:
     """Speed on documents against what quantising loses, and what each layer loses by itself.
 
-    quality, speed: the reports of quantized_quality.py and of quantized.py in float32.
+    quality, speeds: reports of quantized_quality.py and of quantized.py, of one machine.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    times = {
-        row["provider"]: row["speed_against_fp32"]
+    documents = {
+        (row["dtype"], row["provider"]): row["texts_per_second"]
+        for speed in speeds
         for row in speed["rows"]
-        if (row["workload"], row["dtype"]) == ("documents", "fp32")
+        if row["workload"] == "documents"
     }
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.8))
     for method, marker in (("adapter", "o"), ("mean", "s")):
         rows = [row for row in quality["rows"] if row["method"] == method]
-        whole = [row for row in rows if row["part"] == "all"]
-        modes = {"fp32": 1.0} | {row["quantize"]: row["centred_cosine_mean"] for row in whole}
-        left.scatter(
-            [times[mode] for mode in modes], list(modes.values()), marker=marker, label=method
-        )
-        for mode, cosine in modes.items():
-            left.annotate(
-                mode, (times[mode], cosine), xytext=(6, -9), textcoords="offset points", fontsize=8
-            )
+        modes = {("fp32", None): 1.0} | {
+            (row["dtype"], row["quantize"]): row["centred_cosine_mean"]
+            for row in rows
+            if row["part"] == "all"
+        }
+        xs = [documents[dtype, kind or dtype] for dtype, kind in modes]
+        left.scatter(xs, list(modes.values()), marker=marker, label=method)
+        for x, ((dtype, kind), cosine) in zip(xs, modes.items(), strict=True):
+            if method == "adapter":
+                name = f"{kind} in {dtype}" if kind else dtype
+                offset = {"int4": -10, "int8-weight-only": -20}.get(kind, 4)
+                left.annotate(
+                    name, (x, cosine), xytext=(5, offset), textcoords="offset points", fontsize=8
+                )
         layers = [row for row in rows if row["part"].startswith("layer ")]
         lost = [1 - row["centred_cosine_mean"] for row in layers]
         right.plot(range(len(layers)), lost, marker=marker, markersize=4, label=method)
-    left.set(xlabel="speed on documents, times float32", ylabel="centred cosine to float32, mean")
+    left.set(xlabel="documents a second", ylabel="centred cosine to float32, mean")
     right.set(
         xlabel="layer in int8, all others in float32",
         ylabel="1 - centred cosine to float32, mean",
@@ -166,11 +172,11 @@ def quantized(quality: dict, speed: dict, file: Path) -> None:
         axis.grid(alpha=0.2)
         axis.legend(fontsize=8)
     left.margins(x=0.2, y=0.15)
-    machine = speed["machine"]
+    machine = speeds[0]["machine"]
     figure.text(
         0.01,
         0.01,
-        f"SmolLM2-135M, float32 arithmetic; {machine['threads']} threads of {machine['cpu']}; "
+        f"SmolLM2-135M; {machine['threads']} threads of {machine['cpu']}; "
         f"commit {machine['commit']}",
         fontsize=7,
         color="0.35",

@@ -1,14 +1,16 @@
 """How near embeddings of quantised weights are to those of plain ones, and which layers decide.
 
-    python bench/quantized_quality.py [--texts 1000] [--quantize int4 int8] [--layers 0]
-                                      [--json FILE] [--speed FILE --plot FILE]
+    python bench/quantized_quality.py [--texts 1000] [--dtype fp32 bf16] [--quantize int4 int8]
+                                      [--layers 0] [--json FILE] [--speed FILE ... --plot FILE]
 
-SmolLM2 in float32 with the shipped adapter and with method `mean`, over descriptions of Debian
-packages, definitions of WordNet and questions of a trivia set, a third each. --layers N
-also quantises one layer at a time to int8 and leaves the others as they are, over N of the texts.
---plot draws the result beside the speeds that quantized.py has written in --speed.
+SmolLM2 with the shipped adapter and with method `mean`, against plain weights in float32, over
+descriptions of Debian packages, definitions of WordNet and questions of a trivia set, a third each.
+--layers N also quantises one layer at a time to int8 and leaves the others as they are, in float32,
+over N of the texts. --plot draws the result beside the speeds that quantized.py has written in
+--speed.
 """
 
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,34 +32,38 @@ METHODS = {"adapter": None, "mean": "mean"}
 
 def main() -> None:
     """Measure and print; write the rows as JSON if asked."""
-    parser = arguments(__doc__)
+    parser = arguments(__doc__, dtype=True)
     parser.add_argument("--texts", type=int, default=1000)
     parser.add_argument("--quantize", nargs="*", choices=QUANTIZED, default=["int4", "int8"])
     parser.add_argument("--layers", type=int, default=0)
-    parser.add_argument("--speed", type=Path)
+    parser.add_argument("--speed", type=Path, nargs="+")
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
 
     texts = real_texts(args.texts)
     rows = []
     for name, method in METHODS.items():
-        options = {"method": method, "dtype": "float32", "device": "cpu"}
-        plain = load(MODEL, **options)
+        options = {"method": method, "device": "cpu"}
+        plain = load(MODEL, **options, dtype="fp32")
         truth = plain.encode(texts, show_progress_bar=False)
-        for kind in args.quantize:
-            vectors = load(MODEL, **options, quantize=kind).encode(texts, show_progress_bar=False)
-            rows.append(row(name, kind, "all", vectors, truth))
+        for dtype, kind in itertools.product(args.dtype, (None, *args.quantize)):
+            if (dtype, kind) == ("fp32", None):
+                continue
+            encoder = load(MODEL, **options, dtype=dtype, quantize=kind)
+            vectors = encoder.encode(texts, show_progress_bar=False)
+            rows.append(row(name, dtype, kind, "all", vectors, truth))
         if args.layers:
             few = real_texts(args.layers)
             truth = plain.encode(few, show_progress_bar=False)
-            int8 = load(MODEL, **options, quantize="int8").backbone
+            int8 = load(MODEL, **options, dtype="fp32", quantize="int8").backbone
             for number, backbone in enumerate(one_layer_each(plain.backbone, int8)):
                 plain.backbone, plain.prefixes = backbone, PrefixCache(backbone)
                 vectors = plain.encode(few, show_progress_bar=False)
-                rows.append(row(name, "int8", f"layer {number}", vectors, truth))
+                rows.append(row(name, "fp32", "int8", f"layer {number}", vectors, truth))
     report = reported(rows)
     if args.plot:
-        plots.quantized(report, json.loads(args.speed.read_text()), args.plot)
+        speeds = [json.loads(file.read_text()) for file in args.speed]
+        plots.quantized(report, speeds, args.plot)
     save(args.json, report)
 
 
@@ -83,17 +89,21 @@ def one_layer_each(plain: Backbone, int8: Backbone) -> Iterator[Backbone]:
         yield Backbone(plain.config, plain.embedding, layers, plain.final_norm, plain.fingerprint)
 
 
-def row(method: str, kind: str, part: str, vectors: np.ndarray, truth: np.ndarray) -> dict:
+def row(
+    method: str, dtype: str, kind: str | None, part: str, vectors: np.ndarray, truth: np.ndarray
+) -> dict:
     """What is measured, also printed."""
     cosines = centred_cosine(vectors, truth)
     mean, least = float(cosines.mean()), float(cosines.min())
     fifth = float(np.quantile(cosines, 0.05))
     print(
-        f"{method:<8} {kind} {part:<10} {mean:.5f}, 5% below {fifth:.5f}, least {least:.5f}",
+        f"{method:<8} {dtype} {kind or 'plain':<16} {part:<10} {mean:.5f}, "
+        f"5% below {fifth:.5f}, least {least:.5f}",
         flush=True,
     )
     return {
         "method": method,
+        "dtype": dtype,
         "quantize": kind,
         "part": part,
         "texts": len(truth),

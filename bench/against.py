@@ -22,7 +22,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 
 import workloads
-from measure import DTYPES, arguments, machine, save
+from measure import DTYPES, arguments, reported, save
 from transformers import AutoTokenizer
 
 from gen_fast.model.sources import resolve
@@ -157,7 +157,7 @@ def main() -> None:
         pythons = (sys.executable, args.other)
         commands = ([python, "-P", "-c", WORKER, file.name] for python in pythons)
         rows = compare(*commands, args.processes, args.rounds, args.run)
-    save(args.json, {**machine(), "command": " ".join(sys.argv), "rows": rows})
+    save(args.json, reported(rows))
 
 
 if __name__ == "__main__":

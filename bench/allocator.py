@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from against import compare
-from measure import arguments, machine, save
+from measure import arguments, reported, save
 
 KEEPING = "from gen_fast.cli.allocator import keep_freed_memory\nkeep_freed_memory()\n"
 WORKER = f"""
@@ -39,7 +39,7 @@ def main() -> None:
     args = parser.parse_args()
     commands = ([sys.executable, "-P", "-c", code] for code in (KEEPING + WORKER, WORKER))
     rows = compare(*commands, args.processes, args.rounds, ("documents",), statistics.median)
-    save(args.json, {**machine(), "rows": rows})
+    save(args.json, reported(rows))
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def _provider(name: str, args: argparse.Namespace, backbone: Path, work, dtype):
     if name == "llm2vec-gen":
         return peers.reference(args.checkpoint, dtype, work), None
     if name in ENGINES:
-        return peers.engine(name, MODEL, dtype, work), None
+        return peers.ENGINES[name](MODEL, dtype, work), None
     if name == "sentence-transformers":
         return peers.sentence_transformers(backbone, dtype, work), None
     adapter = load(args.checkpoint, dtype=torch.float32, device="cpu").adapter

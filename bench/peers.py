@@ -7,6 +7,7 @@ import importlib.util
 import logging
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -126,7 +127,7 @@ def _by_length(
 
 
 def openvino_mean(
-    backbone: Path,
+    packaged: str,
     dtype: torch.dtype,
     work: Workload,
     int8: bool = False,
@@ -141,6 +142,7 @@ def openvino_mean(
     import openvino
     from transformers import AutoModel, AutoTokenizer
 
+    backbone = resolve(packaged)
     tokenizer = AutoTokenizer.from_pretrained(backbone, padding_side="right")
 
     class States(torch.nn.Module):
@@ -199,20 +201,25 @@ def openvino_mean(
     return _by_length(batches, work)
 
 
-def llama_cpp_mean(file: Path, kind: str | None, work: Workload) -> Callable:
+def llama_cpp_mean(
+    packaged: str, dtype: torch.dtype, work: Workload, kind: str | None = None
+) -> Callable:
     """llama.cpp on a GGUF file, with its own mean pooling; texts share a batch up to its tokens.
 
-    kind: the type of number that the file's weights are put into first, by llama.cpp itself; None
-    for those it has. Flash attention and 1,024 tokens a batch are what it is fastest with here,
-    on queries and documents; a longer text takes a larger batch.
+    kind: the type of number that its weights have, as llama.cpp itself converts them: Q8_0, or
+    Q4_1, which is the packaged file's; None for the dtype's. Flash attention and 1,024 tokens a
+    batch were the fastest of what was tried on queries and documents; a longer text takes a larger
+    batch.
     """
     import llama_cpp
 
     logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)
     # Its pooling fails where a batch is no multiple of its 256 sequences.
     tokens = max(1024, -(-work.max_length // 256) * 256)
+    kind = kind or {torch.float32: "F32", torch.bfloat16: "BF16"}[dtype]
+    file = packaged_file(packaged)
     with tempfile.TemporaryDirectory() as folder:
-        if kind is not None:
+        if kind != "Q4_1":
             file = _requantized(file, kind, Path(folder))
         model = llama_cpp.Llama(  # maps the file, which needs its name no more
             str(file),
@@ -248,24 +255,14 @@ def _requantized(file: Path, kind: str, folder: Path) -> Path:
     return made
 
 
-# Engines that take the mean over all tokens; their weights are of the dtype asked for, or as the
-# name says. Not among our extras: pip install openvino nncf llama-cpp-python (which compiles it).
-ENGINES = (
-    "openvino", "openvino-streams", "openvino-int8", "llama.cpp", "llama.cpp-q8_0", "llama.cpp-q4_1"
-)  # fmt: skip
-
-
-def engine(name: str, model: str, dtype: torch.dtype, work: Workload) -> Callable:
-    """One of ENGINES with one of PACKAGED_MODELS."""
-    if name == "openvino":
-        return openvino_mean(resolve(model), dtype, work)
-    if name == "openvino-streams":
-        return openvino_mean(resolve(model), dtype, work, hint="THROUGHPUT")
-    if name == "openvino-int8":
-        return openvino_mean(resolve(model), dtype, work, int8=True)
-    kinds = {
-        "llama.cpp": {torch.float32: "F32", torch.bfloat16: "BF16"}[dtype],
-        "llama.cpp-q8_0": "Q8_0",
-        "llama.cpp-q4_1": None,  # as the packaged file is
-    }
-    return llama_cpp_mean(packaged_file(model), kinds[name], work)
+# Engines that take the mean over all tokens, of one of PACKAGED_MODELS, a dtype and a workload; the
+# weights are of the dtype, or as the name says. Not among our extras: pip install openvino nncf
+# llama-cpp-python (which compiles it).
+ENGINES: dict[str, Callable[[str, torch.dtype, Workload], Callable]] = {
+    "openvino": openvino_mean,
+    "openvino-streams": partial(openvino_mean, hint="THROUGHPUT"),
+    "openvino-int8": partial(openvino_mean, int8=True),
+    "llama.cpp": llama_cpp_mean,
+    "llama.cpp-q8_0": partial(llama_cpp_mean, kind="Q8_0"),
+    "llama.cpp-q4_1": partial(llama_cpp_mean, kind="Q4_1"),
+}

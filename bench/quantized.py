@@ -72,7 +72,7 @@ def measure(args: argparse.Namespace) -> None:
         runs = {kind: _encode(encoder) for kind, encoder in encoders.items()}
         whole = workloads.Workload("", "", [], MAX_LENGTH)  # texts come with their prompt
         for peer in args.peer:
-            runs[peer] = peers.engine(peer, MODEL, DTYPES[dtype], whole)
+            runs[peer] = peers.ENGINES[peer](MODEL, DTYPES[dtype], whole)
         for name in args.workload:
             work = workloads.make("queries" if name == "one text" else name, tokenizer, args.quick)
             texts = [work.prompt + text for text in work.texts]
